@@ -1,0 +1,209 @@
+// Token-aggregated attention maps from a given log-sum-exp: P = exp(scale * q k - lse), in one read of the rows.
+//
+// A thread owns a tile of rows and walks over all heads, so the mean over heads needs no second pass, and every sum
+// runs in a fixed order whatever the number of threads. The selected tokens are packed once, lanes innermost, so that
+// a row's dot products with a chunk of tokens are one vector multiply-add for each of the head's dimensions.
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/elements.h"
+#include "cpu/kernels.h"
+
+namespace star {
+namespace STAR_ISA {
+namespace {
+
+constexpr int64_t kLanes = STAR_LANES;
+constexpr int kBlock = 8;  // rows that share one load of the packed tokens
+
+using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
+using IntVec = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+inline __attribute__((always_inline)) Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline __attribute__((always_inline)) void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+// Cephes' exponential: n = round(x / ln 2), a degree-6 polynomial on the remainder, 2^n put in through the exponent.
+// Below -87.3 the result would be denormal and is 0; NaN stays NaN.
+inline __attribute__((always_inline)) Vec exponential(Vec x) {
+  const Vec low = Vec{} - 87.33f, high = Vec{} + 88.37f;
+  Vec y = x > high ? high : x;
+  y = y < low ? low : y;
+  const Vec magic = Vec{} + 12582912.0f;  // 1.5 * 2^23 rounds to an integer
+  const Vec shifted = y * 1.44269504088896341f + magic;
+  const Vec n = shifted - magic;
+  Vec r = y - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vec p = Vec{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  IntVec bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127) << 23;
+  Vec power;
+  std::memcpy(&power, &bits, sizeof power);
+  const Vec result = x < low ? Vec{} : p * power;
+  return x == x ? result : x;
+}
+
+int64_t chunks_of(const MapsArguments& a) { return (a.slots + kLanes - 1) / kLanes; }
+
+// The scratch: packed tokens [B, H, chunks, D, lanes], their lse [B, H, chunks, lanes], weights [B, G, chunks, lanes],
+// and for each thread the accumulated probabilities [chunks, rows, lanes].
+struct Scratch {
+  float *tokens, *token_lse, *weights, *accumulator;
+  int64_t tokens_size, lse_size, weights_size, accumulator_size;
+
+  explicit Scratch(const MapsArguments& a) {
+    const int64_t padded = chunks_of(a) * kLanes;
+    tokens_size = a.batch * a.heads * a.head_dim * padded;
+    lse_size = a.batch * a.heads * padded;
+    weights_size = a.batch * a.groups * padded;
+    accumulator_size = padded * kTileRows;
+    tokens = a.scratch;
+    token_lse = tokens + tokens_size;
+    weights = token_lse + lse_size;
+    accumulator = weights + weights_size;
+  }
+  int64_t floats(int threads) const { return tokens_size + lse_size + weights_size + threads * accumulator_size; }
+};
+
+// Whether slot t of sequence b counts: filled, and (where tokens are keys) not masked.
+bool counts(const MapsArguments& a, int64_t b, int64_t t) {
+  const int64_t position = a.index[b * a.slots + t];
+  return position >= 0 && (a.text_to_image || !a.key_mask || a.key_mask[b * a.gathered_length + position]);
+}
+
+void pack_tokens(const MapsArguments& a, const Scratch& scratch, int64_t b, int64_t h) {
+  const int64_t padded = chunks_of(a) * kLanes;
+  float* tokens = scratch.tokens + (b * a.heads + h) * a.head_dim * padded;
+  float* token_lse = scratch.token_lse + (b * a.heads + h) * padded;
+  float buffer[kMaxHeadDim];
+  for (int64_t t = 0; t < padded; ++t) {
+    float* lane = tokens + (t / kLanes) * a.head_dim * kLanes + t % kLanes;
+    token_lse[t] = 0.0f;
+    if (t < a.slots && counts(a, b, t)) {
+      const int64_t position = a.index[b * a.slots + t];
+      const int64_t offset = b * a.gathered.batch + h * a.gathered.channel + position * a.gathered.position;
+      const float* source = load_run(a.gathered, offset, 1, a.head_dim, buffer);
+      for (int64_t d = 0; d < a.head_dim; ++d) lane[d * kLanes] = source[d] * a.scale;
+      if (a.text_to_image) {
+        const int64_t at = b * a.lse.batch + h * a.lse.channel + position * a.lse.position;
+        token_lse[t] = static_cast<const float*>(a.lse.data)[at];
+      }
+    } else {
+      for (int64_t d = 0; d < a.head_dim; ++d) lane[d * kLanes] = 0.0f;
+    }
+  }
+}
+
+void pack_weights(const MapsArguments& a, const Scratch& scratch, int64_t b) {
+  const int64_t padded = chunks_of(a) * kLanes;
+  for (int64_t g = 0; g < a.groups; ++g) {
+    float* weights = scratch.weights + (b * a.groups + g) * padded;
+    for (int64_t t = 0; t < padded; ++t) {
+      weights[t] = t < a.slots && counts(a, b, t) ? a.weight[(b * a.groups + g) * a.slots + t] : 0.0f;
+    }
+  }
+}
+
+struct Tile {
+  int64_t b, first, rows;  // first: of the row range
+};
+
+// Adds (or, for the first head, writes) P of one head to accumulator [chunks, kTileRows, lanes].
+void one_head(const MapsArguments& a, const Scratch& scratch, const Tile& tile, int64_t h, bool add, float* accumulator) {
+  const int64_t chunks = chunks_of(a);
+  const float* tokens = scratch.tokens + (tile.b * a.heads + h) * a.head_dim * chunks * kLanes;
+  const float* token_lse = scratch.token_lse + (tile.b * a.heads + h) * chunks * kLanes;
+  const float* lse = static_cast<const float*>(a.lse.data) + tile.b * a.lse.batch + h * a.lse.channel;
+  float buffer[kBlock][kMaxHeadDim];
+  for (int64_t block = 0; block < tile.rows; block += kBlock) {
+    const float* row[kBlock];
+    float row_lse[kBlock];
+    bool masked[kBlock];
+    for (int r = 0; r < kBlock; ++r) {  // a short block repeats its last row
+      const int64_t in_tile = block + r < tile.rows ? block + r : tile.rows - 1;
+      const int64_t position = a.start + tile.first + in_tile;
+      const int64_t offset = tile.b * a.dense.batch + h * a.dense.channel + position * a.dense.position;
+      row[r] = load_run(a.dense, offset, 1, a.head_dim, buffer[r]);
+      row_lse[r] = a.text_to_image ? 0.0f : lse[position * a.lse.position];
+      masked[r] = a.text_to_image && a.key_mask && !a.key_mask[tile.b * a.dense_length + position];
+    }
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const float* packed = tokens + chunk * a.head_dim * kLanes;
+      Vec score[kBlock] = {};
+      for (int64_t d = 0; d < a.head_dim; ++d) {
+        const Vec token = load(packed + d * kLanes);
+        for (int r = 0; r < kBlock; ++r) score[r] += row[r][d] * token;
+      }
+      const Vec by_token = load(token_lse + chunk * kLanes);
+      for (int r = 0; r < kBlock && block + r < tile.rows; ++r) {
+        const Vec p = masked[r] ? Vec{} : exponential(score[r] - (by_token + row_lse[r]));
+        float* target = accumulator + (chunk * kTileRows + block + r) * kLanes;
+        store(target, add ? load(target) + p : p);
+      }
+    }
+  }
+}
+
+// maps[r] = factor * sum over tokens of weight * accumulated P. A lane without weight may hold anything, inf included.
+void aggregate(const MapsArguments& a, const float* weights, const float* accumulator, int64_t rows, float factor,
+               float* maps) {
+  const int64_t chunks = chunks_of(a);
+  for (int64_t r = 0; r < rows; ++r) {
+    float sum = 0.0f;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const Vec weight = load(weights + chunk * kLanes);
+      const Vec p = load(accumulator + (chunk * kTileRows + r) * kLanes);
+      const Vec product = weight == Vec{} ? Vec{} : weight * p;
+      for (int64_t lane = 0; lane < kLanes; ++lane) sum += product[lane];
+    }
+    maps[r] = sum * factor;
+  }
+}
+
+}  // namespace
+
+int64_t maps_scratch_floats(const MapsArguments& a) { return Scratch(a).floats(a.threads); }
+
+void attention_maps(const MapsArguments& a) {
+  const Scratch scratch(a);
+  const int64_t padded = chunks_of(a) * kLanes;
+  const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows;
+#pragma omp parallel num_threads(a.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t bh = 0; bh < a.batch * a.heads; ++bh) {
+      pack_tokens(a, scratch, bh / a.heads, bh % a.heads);
+      if (bh % a.heads == 0) pack_weights(a, scratch, bh / a.heads);
+    }
+    float* accumulator = scratch.accumulator + STAR_THREAD() * scratch.accumulator_size;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < a.batch * tiles; ++i) {
+      const int64_t first = i % tiles * kTileRows;
+      const Tile tile{i / tiles, first, first + kTileRows <= a.rows ? kTileRows : a.rows - first};
+      for (int64_t h = 0; h < a.heads; ++h) {
+        one_head(a, scratch, tile, h, a.reduce_heads && h > 0, accumulator);
+        if (a.reduce_heads && h + 1 < a.heads) continue;
+        const float factor = a.reduce_heads ? 1.0f / static_cast<float>(a.heads) : 1.0f;
+        for (int64_t g = 0; g < a.groups; ++g) {
+          const int64_t bg = tile.b * a.groups + g;
+          const int64_t map = a.reduce_heads ? bg : bg * a.heads + h;
+          aggregate(a, scratch.weights + bg * padded, accumulator, tile.rows, factor, a.maps + map * a.rows + first);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace STAR_ISA
+}  // namespace star

@@ -1,0 +1,312 @@
+// The clipped policy loss with a weight for each location, its gradient, and the sampling step that feeds it.
+//
+// Work is cut into tiles of kTilePositions positions with all their channels. A tile's sums go to a slot of their own
+// and are added up in order, so that the result does not depend on the number of threads. The gradient is computed in
+// the backward pass from the inputs: one read of the latents, nothing of their size kept in between, one rounding.
+#include "flow_policy.h"
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/elements.h"
+#include "cpu/kernels.h"
+
+namespace star {
+namespace STAR_ISA {
+namespace {
+
+constexpr int64_t kTile = kTilePositions;
+constexpr int64_t kRun = 1024;  // channels read at a time where channels are innermost
+constexpr int64_t kLanes = 8;
+
+int64_t tiles_of(int64_t positions) { return (positions + kTile - 1) / kTile; }
+
+struct Tile {
+  int64_t b, first, n;
+
+  Tile(int64_t i, int64_t positions) : b(i / tiles_of(positions)), first(i % tiles_of(positions) * kTile) {
+    n = first + kTile <= positions ? kTile : positions - first;
+  }
+};
+
+// Walks a tile in runs of innermost elements: along positions for [C, P] latents, along channels for packed [P, C].
+// `visit(p, c, n)` gets a run's first position (within the tile), first channel and length.
+template <typename Visit>
+inline void for_each_run(const Tile& tile, int64_t channels, bool packed, Visit visit) {
+  if (!packed) {
+    for (int64_t c = 0; c < channels; ++c) visit(int64_t{0}, c, tile.n);
+  } else {
+    for (int64_t p = 0; p < tile.n; ++p) {
+      for (int64_t c = 0; c < channels; c += kRun) visit(p, c, channels - c < kRun ? channels - c : kRun);
+    }
+  }
+}
+
+bool is_packed(const View& view, int64_t channels) { return channels > 1 && view.channel < view.position; }
+
+int64_t run_stride(const View& view, bool packed) { return packed ? view.channel : view.position; }
+
+const float* load_tile_run(const View& view, const Tile& tile, int64_t p, int64_t c, int64_t n, bool packed,
+                           float* scratch) {
+  const int64_t offset = tile.b * view.batch + c * view.channel + (tile.first + p) * view.position;
+  return load_run(view, offset, run_stride(view, packed), n, scratch);
+}
+
+void store_tile_run(const View& view, const Tile& tile, int64_t p, int64_t c, int64_t n, bool packed,
+                    const float* values) {
+  const int64_t offset = tile.b * view.batch + c * view.channel + (tile.first + p) * view.position;
+  store_run(view, offset, run_stride(view, packed), n, values);
+}
+
+// Adds the squared residuals of a run to `sums`, one element a position, or all to one where channels are innermost.
+inline void add_squares(const Coefficients& k, const float* x, const float* v, const float* prev, int64_t n, bool packed,
+                        float* sums) {
+  if (!packed) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float r = residual(k, x[i], v[i], prev[i]);
+      sums[i] += r * r;
+    }
+    return;
+  }
+  float lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const float r = residual(k, x[i + j], v[i + j], prev[i + j]);
+      lane[j] += r * r;
+    }
+  }
+  for (; i < n; ++i) {
+    const float r = residual(k, x[i], v[i], prev[i]);
+    lane[i % kLanes] += r * r;
+  }
+  for (int64_t j = 0; j < kLanes; ++j) sums[0] += lane[j];
+}
+
+struct Buffers {
+  float x[kRun], v[kRun], prev[kRun], reference[kRun];
+};
+
+// Log-probabilities of a tile's positions: the mean over channels.
+inline void tile_log_prob(const PolicyArguments& a, const Coefficients& k, const Tile& tile, bool packed,
+                          Buffers& buffers, float* out) {
+  for (int64_t i = 0; i < tile.n; ++i) out[i] = 0.0f;
+  for_each_run(tile, a.channels, packed, [&](int64_t p, int64_t c, int64_t n) {
+    const float* x = load_tile_run(a.sample, tile, p, c, n, packed, buffers.x);
+    const float* v = load_tile_run(a.model_output, tile, p, c, n, packed, buffers.v);
+    const float* prev = load_tile_run(a.prev_sample, tile, p, c, n, packed, buffers.prev);
+    add_squares(k, x, v, prev, n, packed, out + p);
+  });
+  const float inverse_channels = 1.0f / static_cast<float>(a.channels);
+  for (int64_t i = 0; i < tile.n; ++i) out[i] = log_prob(k, out[i], inverse_channels);
+}
+
+// Weights of a tile's positions, read from the patch grid that divides the latent's.
+void tile_weights(const PolicyArguments& a, const Tile& tile, float* out) {
+  if (!a.weights) {
+    for (int64_t i = 0; i < tile.n; ++i) out[i] = 1.0f;
+    return;
+  }
+  const int64_t grid = a.grid[0] * a.grid[1] * a.grid[2];
+  const float* weights = a.weights + tile.b * grid;
+  if (grid == a.positions) {
+    for (int64_t i = 0; i < tile.n; ++i) out[i] = weights[tile.first + i];
+    return;
+  }
+  const int64_t patch[3] = {a.location[0] / a.grid[0], a.location[1] / a.grid[1], a.location[2] / a.grid[2]};
+  for (int64_t i = 0; i < tile.n; ++i) {
+    const int64_t position = tile.first + i;
+    const int64_t column = position % a.location[2], row = position / a.location[2] % a.location[1];
+    const int64_t frame = position / (a.location[1] * a.location[2]);
+    out[i] = weights[(frame / patch[0] * a.grid[1] + row / patch[1]) * a.grid[2] + column / patch[2]];
+  }
+}
+
+double sum_squared_difference(const PolicyArguments& a, const Tile& tile, bool packed, Buffers& buffers) {
+  double sum = 0.0;
+  for_each_run(tile, a.channels, packed, [&](int64_t p, int64_t c, int64_t n) {
+    const float* v = load_tile_run(a.model_output, tile, p, c, n, packed, buffers.v);
+    const float* reference = load_tile_run(a.reference, tile, p, c, n, packed, buffers.reference);
+    double lane[kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const double difference = v[i] - reference[i];
+      lane[i % kLanes] += difference * difference;
+    }
+    for (int64_t j = 0; j < kLanes; ++j) sum += lane[j];
+  });
+  return sum;
+}
+
+Coefficients coefficients_of(const float* table, int64_t columns, int64_t b) {
+  return load_coefficients(table, columns, columns == 1 ? 0 : b);
+}
+
+// What a tile, a sample and the batch add up. kLogRatio is weighted; the rest are plain sums over ratios.
+enum Partial { kLogRatio, kLoss, kRatio, kRatioMax, kClipped, kSquaredLogRatio, kDifference };
+static_assert(kDifference + 1 == kPartials);
+
+// The terms of one ratio: a location's, or a whole sample's.
+Surrogate add_ratio(double* partial, float log_ratio, float advantage, float weight, const PolicyArguments& a) {
+  const Surrogate s = clipped_surrogate(log_ratio, advantage, a.clip_low, a.clip_high);
+  partial[kLoss] += static_cast<double>(weight) * s.loss;
+  partial[kRatio] += s.ratio;
+  if (!(s.ratio <= partial[kRatioMax])) partial[kRatioMax] = s.ratio;  // a NaN is a maximum
+  partial[kClipped] += s.ratio < a.clip_low || s.ratio > a.clip_high;
+  partial[kSquaredLogRatio] += static_cast<double>(log_ratio) * log_ratio;
+  return s;
+}
+
+double* clear(double* partial) {
+  for (int64_t i = 0; i < kPartials; ++i) partial[i] = 0.0;
+  return partial;
+}
+
+void merge(double* into, const double* from) {
+  for (int64_t i = 0; i < kPartials; ++i) {
+    if (i != kRatioMax) into[i] += from[i];
+  }
+  if (!(from[kRatioMax] <= into[kRatioMax])) into[kRatioMax] = from[kRatioMax];
+}
+
+void forward_tile(const PolicyArguments& a, const Tile& tile, bool packed, double* partial) {
+  const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
+  Buffers buffers;
+  float log_ratio[kTile], weights[kTile];
+  tile_log_prob(a, k, tile, packed, buffers, log_ratio);
+  tile_weights(a, tile, weights);
+  if (!a.old_is_scalar) {
+    const float* old = a.old_log_prob + tile.b * a.positions + tile.first;
+    for (int64_t i = 0; i < tile.n; ++i) log_ratio[i] -= old[i];
+  }
+  if (a.per_location) {
+    const float advantage = clamp_advantage(a.advantages[tile.b], a.advantage_clip);
+    for (int64_t i = 0; i < tile.n; ++i) add_ratio(partial, log_ratio[i], advantage, weights[i], a);
+  } else {
+    double lane[kLanes] = {};
+    for (int64_t i = 0; i < tile.n; ++i) lane[i % kLanes] += static_cast<double>(weights[i]) * log_ratio[i];
+    for (int64_t j = 0; j < kLanes; ++j) partial[kLogRatio] += lane[j];
+  }
+  if (a.reference.data) partial[kDifference] = sum_squared_difference(a, tile, packed, buffers);
+}
+
+// Adds up the tiles in order and writes the loss, the metrics and each sample's slope.
+void finish_forward(const PolicyArguments& a) {
+  const int64_t tiles = tiles_of(a.positions);
+  const double positions = static_cast<double>(a.positions), batch = static_cast<double>(a.batch);
+  double total[kPartials], kl = 0.0;
+  clear(total);
+  for (int64_t b = 0; b < a.batch; ++b) {
+    double sample[kPartials];
+    clear(sample);
+    for (int64_t t = 0; t < tiles; ++t) merge(sample, a.partial + (b * tiles + t) * kPartials);
+    if (!a.per_location) {
+      const double mean = sample[kLogRatio] / positions - (a.old_is_scalar ? a.old_log_prob[b] : 0.0f);
+      const float advantage = clamp_advantage(a.advantages[b], a.advantage_clip);
+      const Surrogate s = add_ratio(sample, static_cast<float>(mean), advantage, 1.0f, a);
+      a.slope[b] = static_cast<float>(s.slope / batch);
+    }
+    if (a.reference.data) {
+      const Coefficients k = coefficients_of(a.coefficients, a.columns, b);
+      const double shift = static_cast<double>(k.mean_output) * k.mean_output * k.kl_scale;
+      kl += shift * sample[kDifference] / (positions * static_cast<double>(a.channels)) / batch;
+    }
+    merge(total, sample);
+  }
+  const double ratios = a.per_location ? batch * positions : batch;
+  const double policy_loss = total[kLoss] / ratios;
+  const double loss = a.reference.data ? policy_loss + a.kl_coef * kl : policy_loss;
+  a.loss[0] = static_cast<float>(loss);
+  const double metrics[] = {total[kRatio] / ratios,
+                            total[kRatioMax],
+                            total[kClipped] / ratios,
+                            0.5 * total[kSquaredLogRatio] / ratios,
+                            policy_loss,
+                            kl};
+  for (int i = 0; i < 6; ++i) a.metrics[i] = static_cast<float>(metrics[i]);
+}
+
+void backward_tile(const PolicyArguments& a, const Tile& tile, bool packed) {
+  const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
+  const float inverse_channels = 1.0f / static_cast<float>(a.channels);
+  const float inverse_positions = 1.0f / static_cast<float>(a.positions);
+  Buffers buffers;
+  float factor[kTile];  // of the residual, for each position
+  tile_weights(a, tile, factor);
+  const float common = a.grad_loss * log_prob_slope(k, inverse_channels) * inverse_positions;
+  if (a.per_location) {
+    float log_ratio[kTile];
+    tile_log_prob(a, k, tile, packed, buffers, log_ratio);
+    const float* old = a.old_log_prob + tile.b * a.positions + tile.first;
+    const float advantage = clamp_advantage(a.advantages[tile.b], a.advantage_clip);
+    for (int64_t i = 0; i < tile.n; ++i) {
+      const Surrogate s = clipped_surrogate(log_ratio[i] - old[i], advantage, a.clip_low, a.clip_high);
+      factor[i] *= common * s.slope / static_cast<float>(a.batch);
+    }
+  } else {
+    for (int64_t i = 0; i < tile.n; ++i) factor[i] *= common * a.slope[tile.b];
+  }
+  const float count = static_cast<float>(a.batch) * static_cast<float>(a.channels) * static_cast<float>(a.positions);
+  const float kl = a.grad_loss * a.kl_coef * 2.0f * k.kl_scale * k.mean_output * k.mean_output / count;
+  float gradient[kRun];
+  for_each_run(tile, a.channels, packed, [&](int64_t p, int64_t c, int64_t n) {
+    const float* x = load_tile_run(a.sample, tile, p, c, n, packed, buffers.x);
+    const float* v = load_tile_run(a.model_output, tile, p, c, n, packed, buffers.v);
+    const float* prev = load_tile_run(a.prev_sample, tile, p, c, n, packed, buffers.prev);
+    if (packed) {
+      for (int64_t i = 0; i < n; ++i) gradient[i] = factor[p] * residual(k, x[i], v[i], prev[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) gradient[i] = factor[i] * residual(k, x[i], v[i], prev[i]);
+    }
+    if (a.reference.data) {
+      const float* reference = load_tile_run(a.reference, tile, p, c, n, packed, buffers.reference);
+      for (int64_t i = 0; i < n; ++i) gradient[i] += kl * (v[i] - reference[i]);
+    }
+    store_tile_run(a.gradient, tile, p, c, n, packed, gradient);
+  });
+}
+
+}  // namespace
+
+void policy_forward(const PolicyArguments& a) {
+  const bool packed = is_packed(a.model_output, a.channels);
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+  for (int64_t i = 0; i < a.batch * tiles_of(a.positions); ++i) {
+    forward_tile(a, Tile(i, a.positions), packed, clear(a.partial + i * kPartials));
+  }
+  finish_forward(a);
+}
+
+void policy_backward(const PolicyArguments& a) {
+  const bool packed = is_packed(a.model_output, a.channels);
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+  for (int64_t i = 0; i < a.batch * tiles_of(a.positions); ++i) backward_tile(a, Tile(i, a.positions), packed);
+}
+
+// prev = mean + std * noise, stored in its dtype; the log-probability is that of the stored value.
+void sample_transition(const SampleArguments& a) {
+  const bool packed = is_packed(a.model_output, a.channels);
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+  for (int64_t i = 0; i < a.batch * tiles_of(a.positions); ++i) {
+    const Tile tile(i, a.positions);
+    const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
+    Buffers buffers;
+    float noise_buffer[kRun];
+    float* out = a.log_prob + tile.b * a.positions + tile.first;
+    for (int64_t j = 0; j < tile.n; ++j) out[j] = 0.0f;
+    for_each_run(tile, a.channels, packed, [&](int64_t p, int64_t c, int64_t n) {
+      const float* x = load_tile_run(a.sample, tile, p, c, n, packed, buffers.x);
+      const float* v = load_tile_run(a.model_output, tile, p, c, n, packed, buffers.v);
+      const float* noise = load_tile_run(a.noise, tile, p, c, n, packed, noise_buffer);
+      float* prev = buffers.prev;
+      for (int64_t j = 0; j < n; ++j) prev[j] = add(transition_mean(k, x[j], v[j]), multiply(k.std, noise[j]));
+      store_tile_run(a.prev_sample, tile, p, c, n, packed, prev);
+      const float* stored = load_tile_run(a.prev_sample, tile, p, c, n, packed, buffers.reference);
+      add_squares(k, x, v, stored, n, packed, out + p);
+    });
+    const float inverse_channels = 1.0f / static_cast<float>(a.channels);
+    for (int64_t j = 0; j < tile.n; ++j) out[j] = log_prob(k, out[j], inverse_channels);
+  }
+}
+
+}  // namespace STAR_ISA
+}  // namespace star

@@ -1,0 +1,303 @@
+// The C++ side of star_kernels/native.py: checks what a kernel relies on, chooses the instruction set, calls.
+// Arguments arrive as tensor views (DLPack), outputs are allocated by the caller; nothing here knows about torch.
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+#include <tvm/ffi/string.h>
+
+#include <cstdlib>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "flow_policy.h"
+
+namespace ffi = tvm::ffi;
+
+namespace star {
+namespace {
+
+struct Kernels {
+  const char* isa;
+  int64_t (*maps_scratch_floats)(const MapsArguments&);
+  void (*attention_maps)(const MapsArguments&);
+  void (*policy_forward)(const PolicyArguments&);
+  void (*policy_backward)(const PolicyArguments&);
+  void (*sample_transition)(const SampleArguments&);
+};
+
+#define STAR_KERNELS_OF(isa)                                                                          \
+  Kernels {                                                                                           \
+    #isa, isa::maps_scratch_floats, isa::attention_maps, isa::policy_forward, isa::policy_backward, \
+        isa::sample_transition                                                                        \
+  }
+
+// What was compiled and this processor can run, best first.
+std::vector<Kernels> runnable() {
+  std::vector<Kernels> list;
+#if defined(STAR_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512) list.push_back(STAR_KERNELS_OF(avx512));
+  if (avx2) list.push_back(STAR_KERNELS_OF(avx2));
+#endif
+  list.push_back(STAR_KERNELS_OF(baseline));
+  return list;
+}
+
+// STAR_KERNELS_ISA names one to use instead of the best, for tests and comparisons.
+Kernels choose() {
+  const std::vector<Kernels> list = runnable();
+  const char* wanted = std::getenv("STAR_KERNELS_ISA");
+  if (!wanted || !*wanted) return list.front();
+  std::string names;
+  for (const Kernels& kernels : list) {
+    if (std::string(wanted) == kernels.isa) return kernels;
+    names += std::string(names.empty() ? "" : ", ") + kernels.isa;
+  }
+  TVM_FFI_THROW(ValueError) << "STAR_KERNELS_ISA must be one of " << names << ", got " << wanted;
+  return list.front();
+}
+
+const Kernels& kernels() {
+  static const Kernels chosen = choose();
+  return chosen;
+}
+
+DType dtype_of(const char* name, ffi::TensorView t) {
+  const DLDataType type = t.dtype();
+  if (type.lanes == 1 && type.code == kDLFloat && type.bits == 32) return DType::kFloat32;
+  if (type.lanes == 1 && type.code == kDLFloat && type.bits == 16) return DType::kFloat16;
+  if (type.lanes == 1 && type.code == kDLBfloat && type.bits == 16) return DType::kBFloat16;
+  TVM_FFI_THROW(TypeError) << name << " must be float32, float16 or bfloat16";
+  return DType::kFloat32;
+}
+
+void check(bool condition, const char* name, const char* requirement) {
+  if (!condition) TVM_FFI_THROW(ValueError) << name << " must " << requirement;
+}
+
+// The data of a contiguous tensor of `code`/`bits` with `count` elements.
+template <typename T>
+T* dense_data(const char* name, ffi::TensorView t, uint8_t code, uint8_t bits, int64_t count) {
+  check(t.device().device_type == kDLCPU, name, "be on the CPU");
+  check(t.dtype().code == code && t.dtype().bits == bits, name, "have the expected dtype");
+  check(t.IsContiguous(), name, "be contiguous");
+  check(t.numel() == count, name, "have the expected number of elements");
+  return static_cast<T*>(t.data_ptr());
+}
+
+float* floats(const char* name, ffi::TensorView t, int64_t count) {
+  return dense_data<float>(name, t, kDLFloat, 32, count);
+}
+
+// [B, H, S, D] with unit stride in D.
+View heads_view(const char* name, ffi::TensorView t, int64_t batch, int64_t heads, int64_t head_dim) {
+  check(t.device().device_type == kDLCPU, name, "be on the CPU");
+  check(t.ndim() == 4 && t.size(0) == batch && t.size(1) == heads && t.size(3) == head_dim, name,
+        "have the shape [B, H, S, D] of the query");
+  check(head_dim == 1 || t.stride(3) == 1, name, "have unit stride in its last dimension");
+  return {t.data_ptr(), dtype_of(name, t), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView lse, ffi::TensorView index,
+                    ffi::TensorView weight, ffi::Optional<ffi::TensorView> key_mask, int64_t start, double scale,
+                    bool text_to_image, bool reduce_heads, int64_t threads, ffi::TensorView maps) {
+  check(query.ndim() == 4, "query", "have shape [B, H, S, D]");
+  check(index.ndim() == 2 && weight.ndim() == 3, "index and weight", "have shapes [B, T] and [B, G, T]");
+  check(lse.ndim() == 3, "lse", "have shape [B, H, Sq]");
+  MapsArguments a{};
+  a.batch = query.size(0);
+  a.heads = query.size(1);
+  a.head_dim = query.size(3);
+  check(a.head_dim <= kMaxHeadDim, "query", "have at most 1024 elements a head");
+  a.slots = index.size(1);
+  a.groups = weight.size(1);
+  a.rows = maps.size(maps.ndim() - 1);
+  a.start = start;
+  a.scale = static_cast<float>(scale);
+  a.text_to_image = text_to_image;
+  a.reduce_heads = reduce_heads;
+  const View queries = heads_view("query", query, a.batch, a.heads, a.head_dim);
+  const View keys = heads_view("key", key, a.batch, a.heads, a.head_dim);
+  a.dense = text_to_image ? keys : queries;
+  a.gathered = text_to_image ? queries : keys;
+  a.dense_length = text_to_image ? key.size(2) : query.size(2);
+  a.gathered_length = text_to_image ? query.size(2) : key.size(2);
+  check(start >= 0 && a.rows > 0 && start + a.rows <= a.dense_length, "rows", "lie within the sequence");
+  check(lse.size(0) == a.batch && lse.size(1) == a.heads && lse.size(2) == query.size(2), "lse",
+        "have shape [B, H, Sq]");
+  check(dtype_of("lse", lse) == DType::kFloat32, "lse", "be float32");
+  a.lse = {lse.data_ptr(), DType::kFloat32, lse.stride(0), lse.stride(1), lse.stride(2)};
+  a.index = dense_data<int32_t>("index", index, kDLInt, 32, a.batch * a.slots);
+  a.weight = floats("weight", weight, a.batch * a.groups * a.slots);
+  for (int64_t i = 0; i < a.batch * a.slots; ++i) {
+    if (a.index[i] >= a.gathered_length) {
+      TVM_FFI_THROW(ValueError) << "selection.index must be below the length of the sequence, " << a.gathered_length
+                                << ", got " << a.index[i];
+    }
+  }
+  if (key_mask.has_value()) {
+    a.key_mask = dense_data<uint8_t>("key_mask", key_mask.value(), kDLBool, 8, a.batch * key.size(2));
+  }
+  a.maps = floats("maps", maps, a.batch * a.groups * (reduce_heads ? 1 : a.heads) * a.rows);
+  a.threads = static_cast<int>(threads);
+  std::vector<float> scratch(static_cast<size_t>(kernels().maps_scratch_floats(a)));
+  a.scratch = scratch.data();
+  kernels().attention_maps(a);
+}
+
+// A latent [B, ..., C, ...] as batch, channel and one position stride; `channel_dim` counts from the front.
+View latent_view(const char* name, ffi::TensorView t, ffi::TensorView like, int64_t channel_dim) {
+  check(t.device().device_type == kDLCPU, name, "be on the CPU");
+  check(t.ndim() == like.ndim(), name, "have the shape of model_output");
+  int64_t position = 1, expected = 0;
+  bool first = true;
+  for (int64_t d = t.ndim() - 1; d >= 0; --d) {
+    check(t.size(d) == like.size(d), name, "have the shape of model_output");
+    if (d == 0 || d == channel_dim || t.size(d) == 1) continue;
+    if (first) position = t.stride(d);
+    check(first || t.stride(d) == expected, name, "have location dimensions that collapse into one");
+    first = false;
+    expected = t.stride(d) * t.size(d);
+  }
+  return {t.data_ptr(), dtype_of(name, t), t.stride(0), t.stride(channel_dim), position};
+}
+
+struct LatentShape {
+  int64_t batch, channels, positions;
+  int64_t location[3];
+
+  LatentShape(ffi::TensorView t, int64_t channel_dim) : location{1, 1, 1} {
+    check(t.ndim() >= 3 && t.ndim() <= 5, "model_output", "have 3 to 5 dimensions");
+    check(channel_dim >= 1 && channel_dim < t.ndim(), "channel_dim", "name a dimension after the first");
+    batch = t.size(0);
+    channels = t.size(channel_dim);
+    positions = t.numel() / (batch * channels);
+    int64_t slot = 2;
+    for (int64_t d = t.ndim() - 1; d >= 1; --d) {
+      if (d != channel_dim) location[slot--] = t.size(d);
+    }
+  }
+};
+
+const float* coefficient_table(ffi::TensorView t, int64_t batch, int64_t* columns) {
+  check(t.ndim() == 2 && t.size(0) == kCoefficientRows && (t.size(1) == batch || t.size(1) == 1), "transition",
+        "have coefficients [6, B]");
+  *columns = t.size(1);
+  return floats("transition", t, kCoefficientRows * t.size(1));
+}
+
+PolicyArguments policy_arguments(ffi::TensorView model_output, ffi::TensorView sample, ffi::TensorView prev_sample,
+                                 ffi::TensorView old_log_prob, ffi::TensorView advantages,
+                                 ffi::TensorView coefficients, ffi::Optional<ffi::TensorView> weights,
+                                 ffi::Optional<ffi::TensorView> reference, int64_t channel_dim, bool per_location,
+                                 double clip_low, double clip_high, double advantage_clip, double kl_coef,
+                                 int64_t threads) {
+  const LatentShape shape(model_output, channel_dim);
+  PolicyArguments a{};
+  a.batch = shape.batch;
+  a.channels = shape.channels;
+  a.positions = shape.positions;
+  for (int i = 0; i < 3; ++i) a.location[i] = a.grid[i] = shape.location[i];
+  a.model_output = latent_view("model_output", model_output, model_output, channel_dim);
+  a.sample = latent_view("sample", sample, model_output, channel_dim);
+  a.prev_sample = latent_view("prev_sample", prev_sample, model_output, channel_dim);
+  if (reference.has_value()) {
+    a.reference = latent_view("ref_model_output", reference.value(), model_output, channel_dim);
+  }
+  a.coefficients = coefficient_table(coefficients, a.batch, &a.columns);
+  a.old_is_scalar = old_log_prob.ndim() == 1;
+  check(!a.old_is_scalar || !(per_location || weights.has_value()), "old_log_prob", "be given for every location");
+  a.old_log_prob = floats("old_log_prob", old_log_prob, a.old_is_scalar ? a.batch : a.batch * a.positions);
+  a.advantages = floats("advantages", advantages, a.batch);
+  if (weights.has_value()) {
+    const ffi::TensorView grid = weights.value();
+    check(grid.ndim() == model_output.ndim() - 1, "weights", "have one dimension for each location dimension");
+    for (int64_t d = grid.ndim() - 1, slot = 2; d >= 1; --d, --slot) {
+      a.grid[slot] = grid.size(d);
+      check(grid.size(d) > 0 && a.location[slot] % grid.size(d) == 0, "weights", "lie on a grid that divides the latent's");
+    }
+    a.weights = floats("weights", grid, a.batch * a.grid[0] * a.grid[1] * a.grid[2]);
+  }
+  a.per_location = per_location;
+  a.clip_low = static_cast<float>(clip_low);
+  a.clip_high = static_cast<float>(clip_high);
+  a.advantage_clip = static_cast<float>(advantage_clip);
+  a.kl_coef = static_cast<float>(kl_coef);
+  a.threads = static_cast<int>(threads);
+  return a;
+}
+
+void policy_forward(ffi::TensorView model_output, ffi::TensorView sample, ffi::TensorView prev_sample,
+                    ffi::TensorView old_log_prob, ffi::TensorView advantages, ffi::TensorView coefficients,
+                    ffi::Optional<ffi::TensorView> weights, ffi::Optional<ffi::TensorView> reference,
+                    int64_t channel_dim, bool per_location, double clip_low, double clip_high, double advantage_clip,
+                    double kl_coef, int64_t threads, ffi::TensorView loss, ffi::TensorView metrics,
+                    ffi::TensorView slope) {
+  PolicyArguments a =
+      policy_arguments(model_output, sample, prev_sample, old_log_prob, advantages, coefficients, weights, reference,
+                       channel_dim, per_location, clip_low, clip_high, advantage_clip, kl_coef, threads);
+  a.loss = floats("loss", loss, 1);
+  a.metrics = floats("metrics", metrics, 6);
+  a.slope = floats("slope", slope, a.batch);
+  const int64_t tiles = (a.positions + kTilePositions - 1) / kTilePositions;
+  std::vector<double> partial(static_cast<size_t>(a.batch * tiles * kPartials));
+  a.partial = partial.data();
+  kernels().policy_forward(a);
+}
+
+void policy_backward(ffi::TensorView model_output, ffi::TensorView sample, ffi::TensorView prev_sample,
+                     ffi::TensorView old_log_prob, ffi::TensorView advantages, ffi::TensorView coefficients,
+                     ffi::Optional<ffi::TensorView> weights, ffi::Optional<ffi::TensorView> reference,
+                     int64_t channel_dim, bool per_location, double clip_low, double clip_high, double advantage_clip,
+                     double kl_coef, int64_t threads, ffi::TensorView grad_loss, ffi::TensorView slope,
+                     ffi::TensorView gradient) {
+  PolicyArguments a =
+      policy_arguments(model_output, sample, prev_sample, old_log_prob, advantages, coefficients, weights, reference,
+                       channel_dim, per_location, clip_low, clip_high, advantage_clip, kl_coef, threads);
+  a.grad_loss = *floats("grad_loss", grad_loss, 1);
+  a.slope = floats("slope", slope, a.batch);
+  a.gradient = latent_view("gradient", gradient, model_output, channel_dim);
+  kernels().policy_backward(a);
+}
+
+void sample_transition(ffi::TensorView model_output, ffi::TensorView sample, ffi::TensorView noise,
+                       ffi::TensorView coefficients, int64_t channel_dim, int64_t threads, ffi::TensorView prev_sample,
+                       ffi::TensorView log_prob) {
+  const LatentShape shape(model_output, channel_dim);
+  SampleArguments a{};
+  a.batch = shape.batch;
+  a.channels = shape.channels;
+  a.positions = shape.positions;
+  a.model_output = latent_view("model_output", model_output, model_output, channel_dim);
+  a.sample = latent_view("sample", sample, model_output, channel_dim);
+  a.noise = latent_view("noise", noise, model_output, channel_dim);
+  a.prev_sample = latent_view("prev_sample", prev_sample, model_output, channel_dim);
+  a.coefficients = coefficient_table(coefficients, a.batch, &a.columns);
+  a.log_prob = floats("log_prob", log_prob, a.batch * a.positions);
+  a.threads = static_cast<int>(threads);
+  kernels().sample_transition(a);
+}
+
+ffi::String isa() { return kernels().isa; }
+
+ffi::String runnable_isas() {
+  std::string names;
+  for (const Kernels& kernels : runnable()) names += std::string(names.empty() ? "" : " ") + kernels.isa;
+  return names;
+}
+
+}  // namespace
+}  // namespace star
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_maps, star::attention_maps);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(policy_forward, star::policy_forward);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(policy_backward, star::policy_backward);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample_transition, star::sample_transition);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(isa, star::isa);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(runnable_isas, star::runnable_isas);

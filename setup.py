@@ -1,0 +1,184 @@
+"""Compiles csrc/ into plain shared libraries that star_kernels.native loads.
+
+Everything else about the package stands in pyproject.toml. The libraries know neither torch nor Python: they are built
+with ninja against the headers of apache-tvm-ffi, in pip's isolated build environment, and serve every torch version.
+
+Environment:
+    CXX                      the C++17 compiler (default c++)
+    STAR_KERNELS_CUDA        "0" leaves the CUDA library out even where nvcc is found
+    STAR_KERNELS_CUDA_ARCHS  CUDA architectures, such as "90a" or "80 90a 100a" (default: those of 80, 90a and 100a
+                             that nvcc knows)
+    STAR_KERNELS_REQUIRE     "1" makes a library that cannot be compiled an error; otherwise the install goes on with a
+                             warning, and the operations run on PyTorch alone
+    MAX_JOBS                 parallel compiler processes (default: ninja's)
+"""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "csrc"
+WARNINGS = ["-Wall", "-Wextra"]
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", f"-I{SOURCES}"]
+# Sums run in the written order; only errno and traps, which nobody reads, are given up.
+KERNEL = [*COMMON, *WARNINGS, "-O3", "-fno-math-errno", "-fno-trapping-math"]
+INSTRUCTION_SETS = {  # name -> flags, float lanes of a vector register
+    "baseline": ([], 4),
+    "avx2": (["-mavx2", "-mfma", "-mf16c"], 8),
+    "avx512": (["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"], 16),
+}
+CPU_KERNELS = {"attention_maps": "fast", "flow_policy": "off"}  # file -> -ffp-contract, see csrc/flow_policy.h
+CUDA_ARCHITECTURES = ("80", "90a", "100a")
+
+
+class Missing(Exception):
+    """A tool that a library needs is not there."""
+
+
+class BuildNative(build_ext):
+    """Runs ninja for each library and puts it into star_kernels/lib."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def run(self) -> None:
+        if self.inplace:  # setuptools copies into folders that exist
+            (ROOT / "star_kernels" / "lib").mkdir(exist_ok=True)
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        work = Path(self.build_temp).resolve() / target.stem
+        try:
+            rules = {"libstar_kernels_cpu": cpu_rules, "libstar_kernels_cuda": cuda_rules}[target.stem]()
+            run_ninja(work, rules)
+        except (Missing, subprocess.CalledProcessError) as reason:
+            detail = (reason.stdout or "") if isinstance(reason, subprocess.CalledProcessError) else ""
+            message = f"{target.name} is not built: {reason}\n{detail}"
+            if os.environ.get("STAR_KERNELS_REQUIRE") == "1":
+                raise SystemExit(message) from reason
+            print(f"warning: {message}The install goes on; the operations run on PyTorch alone.", file=sys.stderr)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(work / "library.so", target)
+
+
+def compiler() -> str:
+    command = os.environ.get("CXX", "c++")
+    if shutil.which(shlex.split(command)[0]) is None:
+        raise Missing(f"no C++17 compiler: {command!r} is not on PATH (set CXX)")
+    return command
+
+
+def tvm_ffi_flags() -> tuple[list[str], list[str]]:
+    """Compiler and linker flags of apache-tvm-ffi."""
+    from tvm_ffi import libinfo
+
+    library = Path(libinfo.find_libtvm_ffi()).parent
+    includes = {libinfo.find_include_path(), libinfo.find_dlpack_include_path()}
+    return [f"-isystem{path}" for path in sorted(includes)], [f"-L{library}", "-ltvm_ffi"]
+
+
+def cpu_rules() -> str:
+    """ninja rules: every kernel once for each instruction set, and the exports that choose among them.
+
+    OpenMP's symbols stay undefined: torch has loaded its own runtime by then, and sharing it shares its threads.
+    """
+    cxx = compiler()
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    include, link = tvm_ffi_flags()
+    exports = [*COMMON, *WARNINGS, *include, "-O1", *(["-DSTAR_X86"] if x86 else [])]
+    edges = [edge("exports.o", SOURCES / "exports.cpp", exports)]
+    for isa in INSTRUCTION_SETS if x86 else ("baseline",):
+        flags, lanes = INSTRUCTION_SETS[isa]
+        for name, contract in CPU_KERNELS.items():
+            kernel = [*KERNEL, *openmp, *flags, f"-ffp-contract={contract}", f"-DSTAR_ISA={isa}", f"-DSTAR_LANES={lanes}"]
+            edges.append(edge(f"{name}.{isa}.o", SOURCES / "cpu" / f"{name}.cpp", kernel))
+    return rules(cxx, edges, ["-shared", *link, "-Wl,-z,now"] if sys.platform == "linux" else ["-shared", *link])
+
+
+def cuda_rules() -> str:
+    """ninja rules for the CUDA kernels; the code of every architecture lies in one file."""
+    nvcc = find_nvcc()
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    wanted = os.environ.get("STAR_KERNELS_CUDA_ARCHS")
+    if wanted:
+        architectures = re.split(r"[\s,;]+", wanted.strip())
+    else:
+        architectures = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch.rstrip('a')}" in known.split()]
+    if not architectures:
+        raise Missing(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHITECTURES)}")
+    include, link = tvm_ffi_flags()
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    flags = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{SOURCES}", *include]
+    edges = [edge("flow_policy.cuda.o", SOURCES / "cuda" / "flow_policy.cu", [*flags, *codes])]
+    return rules(nvcc, edges, ["-shared", "--cudart=static", *link], depfile="-MD -MF")
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
+    if nvcc is None or not Path(nvcc).exists():
+        raise Missing("nvcc is not on PATH (set CUDA_HOME)")
+    return nvcc
+
+
+def edge(output: str, source: Path, flags: list[str]) -> str:
+    return f"build {output}: compile {escape(source)}\n  flags = {shlex.join(flags)}"
+
+
+def escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+
+
+def rules(cxx: str, edges: list[str], link: list[str], depfile: str = "-MMD -MF") -> str:
+    objects = " ".join(line.split(":")[0].removeprefix("build ") for line in edges)
+    return "\n".join(
+        [
+            f"rule compile\n  command = {cxx} {depfile} $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            f"rule link\n  command = {cxx} $in {shlex.join(link)} -o $out",
+            *edges,
+            f"build library.so: link {objects}\n",
+        ]
+    )
+
+
+def run_ninja(work: Path, rules: str) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "build.ninja").write_text(rules)
+    try:
+        import ninja
+
+        command = [str(Path(ninja.BIN_DIR) / "ninja")]
+    except ImportError:
+        command = ["ninja"]
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    done = subprocess.run(
+        [*command, *jobs, "library.so"], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    print(done.stdout)
+    done.check_returncode()
+
+
+def libraries() -> list[Extension]:
+    names = ["libstar_kernels_cpu"]
+    try:
+        find_nvcc()
+        if os.environ.get("STAR_KERNELS_CUDA") != "0":
+            names.append("libstar_kernels_cuda")
+    except Missing:
+        pass  # a machine without the CUDA compiler has no use for the CUDA library
+    return [Extension(f"star_kernels.lib.{name}", sources=[], optional=True) for name in names]
+
+
+setup(ext_modules=libraries(), cmdclass={"build_ext": BuildNative})

@@ -1,0 +1,179 @@
+"""Exact attention that also returns token-aggregated attention maps, and the maps alone from a log-sum-exp."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from star_kernels.attention import naive
+from star_kernels.attention import ops as _ops  # registers the operators
+from star_kernels.attention.checks import check_key_mask, check_lse, check_qkv, check_selection, resolve_rows
+from star_kernels.selection import TokenSelection
+
+__all__ = ["AttentionOutput", "attention", "attention_maps"]
+
+BACKENDS = ("auto", "naive", "vendor")
+DIRECTIONS = ("image_to_text", "text_to_image")
+
+
+class AttentionOutput(NamedTuple):
+    """What :func:`attention` returns; ``lse`` is None unless it was asked for."""
+
+    out: Tensor
+    maps: Tensor
+    lse: Tensor | None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: TokenSelection,
+    *,
+    rows: slice | tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    layout: str = "bhsd",
+    reduce_heads: bool = True,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> AttentionOutput:
+    """Softmax attention and, out of the same pass, how much each row attends to the selected tokens.
+
+    ``out = softmax(scale * query key^T) value``, exactly as ``torch.nn.functional.scaled_dot_product_attention``, and
+    ``maps[b, g, r] = mean_h sum_t weight[b, g, t] * P[b, h, rows[r], index[b, t]]`` with P the softmax over all keys.
+    No matrix of size [Sq, Sk] is ever held, in the backward pass neither. All results are differentiable in query,
+    key and value.
+
+    Args:
+        query: ``[B, H, Sq, D]`` (``[B, Sq, H, D]`` with layout "bshd"); float32, float16 or bfloat16, any strides.
+            float64 runs the definition in plain PyTorch.
+        key, value: ``[B, H, Sk, D]`` in the same layout, dtype and device.
+        selection: which keys are aggregated, with which weights, in G groups.
+        rows: the query positions that get a map, as a slice or ``(start, length)``; all by default. Other rows cost
+            nothing.
+        key_mask: bool ``[B, Sk]``, true where a key takes part. A row without any key gives 0 and an lse of -inf.
+        scale: factor of the scores, ``1 / sqrt(D)`` by default.
+        layout: "bhsd" or "bshd".
+        reduce_heads: average the maps over heads; else they are ``[B, G, H, R]``.
+        return_lse: also return the natural log-sum-exp of the scaled scores, float32 ``[B, H, Sq]``.
+        backend: "auto"; "vendor" (PyTorch's flash attention and a map kernel that reads its log-sum-exp); or "naive"
+            (the definition, which materialises all probabilities).
+
+    Returns:
+        ``(out, maps, lse)``: out like query, maps float32 ``[B, G, R]``.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or range; the message names it.
+    """
+    axis = _sequence_axis(layout)
+    check_qkv(query, key, value, axis)
+    if axis == 1:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    check_selection(selection, query, length=key.shape[2])
+    check_key_mask(key_mask, query, key.shape[2])
+    start, length = resolve_rows(rows, query.shape[2])
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        backend = choose_backend(query)
+    index, weight = selection.index, selection.weight
+    if backend == "naive":
+        out, maps, lse = naive.attention(
+            query, key, value, index, weight, key_mask, (start, length), scale, reduce_heads
+        )
+    else:
+        out, maps, lse = torch.ops.star_kernels.attention(
+            query, key, value, index, weight, key_mask, start, length, scale, reduce_heads, backend
+        )
+    return AttentionOutput(out.transpose(1, 2) if axis == 1 else out, maps, lse if return_lse else None)
+
+
+def attention_maps(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    selection: TokenSelection,
+    *,
+    direction: str = "image_to_text",
+    rows: slice | tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    layout: str = "bhsd",
+    reduce_heads: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """The maps of :func:`attention` from any attention that returned its log-sum-exp: P = exp(scale * q k - lse).
+
+    Args:
+        query, key, key_mask, scale, layout, reduce_heads: as the attention that gave ``lse`` got them.
+        lse: natural log-sum-exp of the scaled scores over all keys, float32 ``[B, H, Sq]``.
+        direction: "image_to_text": selected tokens are keys and rows are queries, as in :func:`attention`;
+            "text_to_image": selected tokens are queries and rows are keys, so a map is where those tokens look.
+        rows: positions that get a map (queries, or keys with "text_to_image"); all by default.
+        backend: "auto" or "naive".
+
+    Returns:
+        float32 ``[B, G, R]``, or ``[B, G, H, R]`` without ``reduce_heads``; differentiable in query, key and lse.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or range; the message names it.
+    """
+    axis = _sequence_axis(layout)
+    check_qkv(query, key, key, axis)
+    if axis == 1:
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    text_to_image = direction == "text_to_image"
+    gathered, dense = (query, key) if text_to_image else (key, query)
+    check_selection(selection, query, length=gathered.shape[2])
+    check_lse(lse, query)
+    check_key_mask(key_mask, query, key.shape[2])
+    start, length = resolve_rows(rows, dense.shape[2])
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    if backend not in ("auto", "naive"):
+        raise ValueError(f"backend must be auto or naive, got {backend!r}")
+    if backend == "naive" or query.dtype == torch.float64:
+        return naive.attention_maps(
+            query,
+            key,
+            lse,
+            selection.index,
+            selection.weight,
+            key_mask,
+            (start, length),
+            scale,
+            reduce_heads,
+            text_to_image,
+        )
+    maps: Tensor = torch.ops.star_kernels.attention_maps(
+        query,
+        key,
+        lse,
+        selection.index,
+        selection.weight,
+        key_mask,
+        start,
+        length,
+        scale,
+        reduce_heads,
+        text_to_image,
+    )
+    return maps
+
+
+def choose_backend(query: Tensor) -> str:
+    """What "auto" means for these inputs."""
+    if query.device.type == "cpu" and query.dtype != torch.float64:
+        return "vendor"
+    return "naive"
+
+
+def _sequence_axis(layout: str) -> int:
+    if layout not in ("bhsd", "bshd"):
+        raise ValueError(f"layout must be 'bhsd' or 'bshd', got {layout!r}")
+    return 2 if layout == "bhsd" else 1

@@ -1,0 +1,91 @@
+"""What the attention functions accept. Shapes are those of layout [B, H, S, D] unless an axis is given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from star_kernels.selection import TokenSelection
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_qkv(query: Tensor, key: Tensor, value: Tensor, sequence_axis: int) -> None:
+    """Query, key and value fit together; ``sequence_axis`` is 2, or 1 in layout "bshd"."""
+    names = "[B, H, S, D]" if sequence_axis == 2 else "[B, S, H, D]"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 4 or 0 in tensor.shape:
+            raise ValueError(f"{name} must have shape {names}, none of them 0, got {list(tensor.shape)}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} must have the dtype and device of query, {query.dtype} on {query.device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    if key.shape != value.shape:
+        raise ValueError(f"value must have the shape of key, {list(key.shape)}, got {list(value.shape)}")
+    heads = 3 - sequence_axis
+    if key.shape[0] != query.shape[0] or key.shape[heads] != query.shape[heads] or key.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"key must agree with query in batch, heads and head dimension: {names} is {list(query.shape)} for query, "
+            f"got {list(key.shape)}"
+        )
+
+
+def check_selection(selection: TokenSelection, query: Tensor, *, length: int) -> None:
+    """The selection belongs to this batch and device, and lies within a sequence of ``length``."""
+    if not isinstance(selection, TokenSelection):
+        raise TypeError(f"selection must be a TokenSelection, got {type(selection).__name__}")
+    if selection.index.device != query.device:
+        raise ValueError(f"selection must be on the device of query, {query.device}, got {selection.index.device}")
+    if selection.index.shape[0] != query.shape[0]:
+        raise ValueError(f"selection must have the batch of query, {query.shape[0]}, got {selection.index.shape[0]}")
+    # A compiled graph would be specialised to this number, so there the kernels alone check it.
+    if not torch.compiler.is_compiling() and selection.last >= length:
+        raise ValueError(
+            f"selection.index must be below the length of the sequence, {length}, got {selection.last}"
+        )
+
+
+def check_key_mask(key_mask: Tensor | None, query: Tensor, length: int) -> None:
+    if key_mask is None:
+        return
+    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
+        got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
+        raise TypeError(f"key_mask must be a bool tensor, true where a key takes part, got {got}")
+    if key_mask.shape != (query.shape[0], length):
+        raise ValueError(f"key_mask must have shape [B, Sk] = [{query.shape[0]}, {length}], got {list(key_mask.shape)}")
+    if key_mask.device != query.device:
+        raise ValueError(f"key_mask must be on the device of query, {query.device}, got {key_mask.device}")
+
+
+def check_lse(lse: Tensor, query: Tensor) -> None:
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if not isinstance(lse, Tensor) or lse.dtype != wide:
+        got = lse.dtype if isinstance(lse, Tensor) else type(lse).__name__
+        raise TypeError(f"lse must be a {str(wide).removeprefix('torch.')} tensor, got {got}")
+    if lse.shape != query.shape[:3]:
+        raise ValueError(f"lse must have shape [B, H, Sq] = {list(query.shape[:3])}, got {list(lse.shape)}")
+    if lse.device != query.device:
+        raise ValueError(f"lse must be on the device of query, {query.device}, got {lse.device}")
+
+
+def resolve_rows(rows: slice | tuple[int, int] | None, length: int) -> tuple[int, int]:
+    """The row range as (start, length), within a sequence of ``length``."""
+    if rows is None:
+        return 0, length
+    if isinstance(rows, slice):
+        start, stop, step = rows.indices(length)
+        count = stop - start
+        if step != 1 or count <= 0:
+            raise ValueError(f"rows must be a non-empty slice of step 1 within {length} positions, got {rows}")
+        return start, count
+    if not (isinstance(rows, tuple) and len(rows) == 2 and all(isinstance(n, int | torch.SymInt) for n in rows)):
+        raise TypeError(f"rows must be a slice or a tuple (start, length) of two integers, got {rows!r}")
+    start, count = rows
+    if start < 0 or count <= 0 or start + count > length:
+        raise ValueError(f"rows must lie within {length} positions, got (start, length) = {rows}")
+    return start, count

@@ -1,0 +1,186 @@
+"""Flash attention (Dao, arXiv 2307.08691) that also returns token-aggregated attention maps.
+
+A program owns a tile of query rows of one head. After its loop over the keys it knows the rows' log-sum-exp, and the
+maps cost one narrow matrix product with the selected keys: no second launch, no work in the loop.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_kernels.attention.triton_config import Tile, architecture, forward_config
+from star_kernels.attention.triton_maps import (
+    LOG2E,
+    SIZES,
+    dense_rows,
+    group_tile,
+    load_rows,
+    map_buffers,
+    mask_argument,
+    padded,
+    store_maps,
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _attend_tile(
+    b_acc,  # [BLOCK_M, BLOCK_D]
+    b_max,  # [BLOCK_M], of scale * q k in base 2
+    b_sum,  # [BLOCK_M]
+    b_q,  # [BLOCK_M, BLOCK_D]
+    p_k,
+    p_v,
+    p_mask,
+    stride_ks,
+    stride_vs,
+    stride_ms,
+    remaining,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """One step of the online softmax: the keys at p_k, of which ``remaining`` are left if this is the LAST tile."""
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = o_n < remaining
+    b_k = load_rows(p_k, stride_ks, o_n, m_n, HEAD_DIM, BLOCK_D, LAST)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    if HAS_MASK:
+        m_n = m_n & (tl.load(p_mask + o_n * stride_ms, mask=m_n, other=0) != 0)
+    if HAS_MASK or LAST:
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+    b_new_max = tl.maximum(b_max, tl.max(b_s, axis=1) * scale_log2)
+    b_shift = b_new_max
+    if HAS_MASK:  # a row that has met no key yet
+        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+    b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
+    b_decay = tl.exp2(b_max - b_shift)
+    b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
+    b_v = load_rows(p_v, stride_vs, o_n, m_n, HEAD_DIM, BLOCK_D, LAST)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
+    return b_acc, b_new_max, b_sum
+
+
+@triton.jit(do_not_specialize=["queries", "keys", *SIZES])
+def forward_kernel(
+    p_q, p_k, p_v, p_out, p_lse, p_index, p_weight, p_mask, p_maps, p_partial, p_counter,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_os, stride_mb, stride_ms,
+    queries, keys, row_start, row_length, tokens, groups, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+    MAPS: tl.constexpr, REDUCE: tl.constexpr, HAS_MASK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    o_b = tl.program_id(2).to(tl.int64)
+    o_h = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * BLOCK_M
+    o_m = first + tl.arange(0, BLOCK_M)
+    o_row = o_m.to(tl.int64)
+    m_m = o_m < queries
+    p_k += o_b * stride_kb + o_h * stride_kh
+    p_v += o_b * stride_vb + o_h * stride_vh
+    p_mask += o_b * stride_mb
+
+    b_q = load_rows(p_q + o_b * stride_qb + o_h * stride_qh, stride_qs, o_row, m_m, HEAD_DIM, BLOCK_D, True)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    p_k_tile, p_v_tile, p_mask_tile = p_k, p_v, p_mask
+    full = keys // BLOCK_N
+    for _ in range(0, full):
+        b_acc, b_max, b_sum = _attend_tile(
+            b_acc, b_max, b_sum, b_q, p_k_tile, p_v_tile, p_mask_tile, stride_ks, stride_vs, stride_ms, BLOCK_N,
+            scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, False,
+        )  # fmt: skip
+        p_k_tile += BLOCK_N * stride_ks
+        p_v_tile += BLOCK_N * stride_vs
+        p_mask_tile += BLOCK_N * stride_ms
+    if not EVEN:
+        b_acc, b_max, b_sum = _attend_tile(
+            b_acc, b_max, b_sum, b_q, p_k_tile, p_v_tile, p_mask_tile, stride_ks, stride_vs, stride_ms,
+            keys - full * BLOCK_N, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, True,
+        )  # fmt: skip
+
+    b_lse = b_max + tl.log2(b_sum)
+    tl.store(p_lse + (o_b * tl.num_programs(1) + o_h) * queries + o_row, b_lse * LN2, mask=m_m)
+    if HAS_MASK:  # a row without any key attends to nothing
+        b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    o_d = tl.arange(0, BLOCK_D)
+    p_tile = p_out + o_b * stride_ob + o_h * stride_oh + o_row[:, None] * stride_os + o_d[None, :]
+    b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)
+    tl.store(p_tile, b_out, mask=m_m[:, None] & (o_d < HEAD_DIM)[None, :])
+
+    if MAPS:
+        if (first < row_start + row_length) & (first + BLOCK_M > row_start):
+            store_maps(
+                b_q, b_lse, p_k, stride_ks, p_lse, p_index, p_weight, p_mask, stride_ms, p_maps, p_partial, p_counter,
+                o_b, row_start, row_length, tokens, groups, scale_log2,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, REDUCE, HAS_MASK, False,
+            )  # fmt: skip
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | None,
+    weight: Tensor | None,
+    key_mask: Tensor | None,
+    rows: tuple[int, int],
+    scale: float,
+    reduce_heads: bool,
+    *,
+    config: Tile | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Softmax attention, its maps and its log-sum-exp, in one launch.
+
+    Args:
+        query: ``[B, H, Sq, D]``, float32, float16 or bfloat16, any strides.
+        key: ``[B, H, Sk, D]``, any strides.
+        value: ``[B, H, Sk, D]``, any strides.
+        index: int32 ``[B, T]``, selected keys; -1 is an empty slot. None: the same kernel without maps.
+        weight: float32 ``[B, G, T]``, or None with ``index``.
+        key_mask: bool ``[B, Sk]``, true where a key takes part, or None.
+        rows: (start, length) of the queries that get a map.
+        scale: factor of the scores.
+        reduce_heads: whether the maps are the mean over heads.
+        config: tile and launch parameters; by default those of the device.
+
+    Returns:
+        The output in the layout of ``query``; maps, float32 ``[B, G, R]``, or ``[B, G, H, R]`` per head (None without
+        ``index``); the natural log-sum-exp, float32 ``[B, H, Sq]``. A row without any key gives 0, 0 and -inf.
+    """
+    if scale < 0:  # the kernel takes the maximum before it scales
+        query, scale = -query, -scale
+    query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
+    batch, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    start, length = rows
+    config = config or forward_config(architecture(query.device), head_dim, query.dtype)
+    grid = (triton.cdiv(queries, config.block_m), heads, batch)
+    with torch.cuda.device_of(query):
+        out = torch.empty_like(query)
+        lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
+        maps = partial = counter = None
+        groups = tokens = 1
+        if index is not None and weight is not None:
+            groups, tokens = weight.shape[1:]
+            maps, partial, counter = map_buffers(query, groups, length, reduce_heads, grid[0])
+            index, weight = index.contiguous(), weight.contiguous()
+        mask, mask_strides = mask_argument(key_mask, query)
+        forward_kernel[grid](
+            query, key, value, out, lse, index, weight, mask, maps, partial, counter,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *mask_strides,
+            queries, keys, start, length, tokens, groups, scale * LOG2E.value,
+            HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_G=group_tile(groups), MAPS=maps is not None, REDUCE=counter is not None,
+            HAS_MASK=key_mask is not None, EVEN=keys % config.block_n == 0,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out, maps, lse

@@ -1,0 +1,290 @@
+"""Attention maps from a tile of queries that is on chip: the epilogue of the flash pass, and a kernel of its own.
+
+    maps[b, g, r] = mean_h sum_t weight[b, g, t] * exp(scale * q[b, h, r] . k[b, h, index[b, t]] - lse[b, h, r])
+
+The selected keys are gathered in chunks of 16, so the cost is that of one narrow matrix product. Every program owns its
+rows of the per-head maps; the mean over heads is taken by the last head of a row tile to arrive, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_kernels.attention.triton_config import Tile, architecture, maps_config
+
+LOG2E = tl.constexpr(1.4426950408889634)
+BLOCK_T = tl.constexpr(16)  # selected tokens a step, the narrowest tile that the matrix units take
+HEAD_CHUNK = tl.constexpr(16)  # heads that the last program adds in one step
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+@triton.jit
+def load_rows(
+    p_base, stride, o_rows, m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr
+):
+    """Rows ``o_rows`` of a [S, D] matrix as a tile [ROWS, BLOCK_D], zero where masked or padded."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_tile = p_base + o_rows[:, None] * stride + o_d[None, :]
+    if MASK_ROWS:
+        return tl.load(p_tile, mask=m_rows[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
+    elif BLOCK_D != HEAD_DIM:
+        return tl.load(p_tile, mask=(o_d < HEAD_DIM)[None, :], other=0.0)
+    else:
+        return tl.load(p_tile)
+
+
+@triton.jit
+def attend_tokens(
+    b_dense,  # [ROWS, BLOCK_D]
+    b_lse,  # [ROWS], base 2; unused with TOKEN_LSE
+    p_gathered,
+    stride_gathered,
+    p_token_lse,
+    p_index,
+    p_mask,
+    stride_mask,
+    o_t,  # [BLOCK_T]
+    tokens,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    TOKEN_LSE: tl.constexpr,
+):
+    """Probabilities [ROWS, BLOCK_T] of a chunk of selected tokens, zero in empty slots, and its rows [BLOCK_T, BLOCK_D]."""
+    b_index = tl.load(p_index + o_t, mask=o_t < tokens, other=-1)
+    m_t = b_index >= 0
+    b_index = tl.where(m_t, b_index, 0).to(tl.int64)
+    b_gathered = load_rows(p_gathered, stride_gathered, b_index, m_t, HEAD_DIM, BLOCK_D, True)
+    b_s = tl.dot(b_dense, tl.trans(b_gathered), input_precision="ieee")  # [ROWS, BLOCK_T]
+    if TOKEN_LSE:
+        b_token_lse = tl.load(p_token_lse + b_index, mask=m_t, other=0.0) * LOG2E
+        b_p = tl.exp2(b_s * scale_log2 - b_token_lse[None, :])
+    else:
+        if HAS_MASK:
+            m_t = m_t & (tl.load(p_mask + b_index * stride_mask, mask=m_t, other=0) != 0)
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+    return tl.where(m_t[None, :], b_p, 0.0), b_gathered
+
+
+@triton.jit
+def store_maps(
+    b_dense,  # [BLOCK_M, BLOCK_D]
+    b_lse,  # [BLOCK_M], base 2
+    p_gathered,  # of this batch entry and head
+    stride_gathered,
+    p_token_lse,  # of this batch entry and head
+    p_index,
+    p_weight,
+    p_mask,  # of this batch entry
+    stride_mask,
+    p_maps,
+    p_partial,
+    p_counter,
+    o_b,
+    row_start,
+    row_length,
+    tokens,
+    groups,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    REDUCE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    TOKEN_LSE: tl.constexpr,
+):
+    """Writes the maps of row tile program_id(0) and head program_id(1); with REDUCE their mean over all heads."""
+    heads = tl.num_programs(1)
+    o_h = tl.program_id(1)
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_r = o_m - row_start
+    m_r = (o_r >= 0) & (o_r < row_length)
+    p_index += o_b * tokens
+    p_weight += o_b * groups * tokens
+    p_partial += (o_b * groups * heads + o_h) * row_length
+    for g0 in range(0, groups, BLOCK_G):
+        o_g = g0 + tl.arange(0, BLOCK_G)
+        b_map = tl.zeros([BLOCK_M, BLOCK_G], dtype=tl.float32)
+        for t0 in tl.range(0, tokens, BLOCK_T, num_stages=1):
+            o_t = t0 + tl.arange(0, BLOCK_T)
+            b_p, _ = attend_tokens(
+                b_dense, b_lse, p_gathered, stride_gathered, p_token_lse, p_index, p_mask, stride_mask, o_t, tokens,
+                scale_log2, HEAD_DIM, BLOCK_D, HAS_MASK, TOKEN_LSE,
+            )  # fmt: skip
+            m_w = (o_g < groups)[:, None] & (o_t < tokens)[None, :]
+            b_w = tl.load(p_weight + o_g[:, None] * tokens + o_t[None, :], mask=m_w, other=0.0)  # [BLOCK_G, BLOCK_T]
+            b_map += tl.sum(b_p[:, None, :] * b_w[None, :, :], axis=2)
+        if TOKEN_LSE and HAS_MASK:
+            m_keys = tl.load(p_mask + o_m.to(tl.int64) * stride_mask, mask=m_r, other=0) != 0
+            b_map = tl.where(m_keys[:, None], b_map, 0.0)
+        p_tile = p_partial + o_g.to(tl.int64)[None, :] * heads * row_length + o_r[:, None]
+        tl.store(p_tile, b_map, mask=m_r[:, None] & (o_g < groups)[None, :])
+    if REDUCE:
+        tl.debug_barrier()  # all threads have stored before one of them announces it
+        p_counter += o_b * tl.num_programs(0) + tl.program_id(0)
+        arrived = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu")
+        if arrived == heads - 1:
+            tl.store(p_counter, 0)  # ready for the next launch
+            _average_heads(p_partial - o_h * row_length, p_maps + o_b * groups * row_length, o_r, m_r, row_length, groups)
+
+
+@triton.jit
+def _average_heads(p_partial, p_maps, o_r, m_r, row_length, groups):
+    heads = tl.num_programs(1)
+    for g in range(0, groups):
+        b_sum = tl.zeros_like(o_r).to(tl.float32)
+        for h0 in tl.range(0, heads, HEAD_CHUNK, num_stages=1):
+            o_h = h0 + tl.arange(0, HEAD_CHUNK)
+            p_tile = p_partial + o_h.to(tl.int64)[:, None] * row_length + o_r[None, :]
+            # past the first-level cache, which may not have seen what other programs stored
+            b_part = tl.load(p_tile, mask=(o_h < heads)[:, None] & m_r[None, :], other=0.0, cache_modifier=".cg")
+            b_sum += tl.sum(b_part, axis=0)
+        tl.store(p_maps + o_r, b_sum / heads, mask=m_r)
+        p_partial += heads.to(tl.int64) * row_length
+        p_maps += row_length
+
+
+SIZES = ["row_start", "row_length", "tokens", "groups"]  # no compilation for each value class of these
+
+
+@triton.jit(do_not_specialize=SIZES)
+def maps_kernel(
+    p_dense, p_gathered, p_lse, p_index, p_weight, p_mask, p_maps, p_partial, p_counter,
+    stride_db, stride_dh, stride_ds, stride_gb, stride_gh, stride_gs, stride_mb, stride_ms,
+    queries, row_start, row_length, tokens, groups, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
+    REDUCE: tl.constexpr, HAS_MASK: tl.constexpr, TOKEN_LSE: tl.constexpr,
+):  # fmt: skip
+    o_b = tl.program_id(2).to(tl.int64)
+    o_h = tl.program_id(1).to(tl.int64)
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < row_length
+    o_row = (row_start + o_m).to(tl.int64)
+    b_dense = load_rows(p_dense + o_b * stride_db + o_h * stride_dh, stride_ds, o_row, m_m, HEAD_DIM, BLOCK_D, True)
+    p_lse += (o_b * tl.num_programs(1) + o_h) * queries
+    if TOKEN_LSE:
+        b_lse = tl.zeros([BLOCK_M], dtype=tl.float32)
+    else:
+        b_lse = tl.load(p_lse + o_row, mask=m_m, other=0.0) * LOG2E
+    p_mask += o_b * stride_mb
+    if TOKEN_LSE:
+        p_mask += row_start * stride_ms  # the map's rows count from 0 here
+    store_maps(
+        b_dense, b_lse, p_gathered + o_b * stride_gb + o_h * stride_gh, stride_gs, p_lse, p_index, p_weight, p_mask,
+        stride_ms, p_maps, p_partial, p_counter, o_b, 0, row_length, tokens, groups, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, REDUCE, HAS_MASK, TOKEN_LSE,
+    )  # fmt: skip
+
+
+def attention_maps(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    key_mask: Tensor | None,
+    rows: tuple[int, int],
+    scale: float,
+    reduce_heads: bool,
+    text_to_image: bool,
+    *,
+    config: Tile | None = None,
+) -> Tensor:
+    """The maps of an attention that returned its log-sum-exp, in one launch.
+
+    Args:
+        query: ``[B, H, Sq, D]``, any strides.
+        key: ``[B, H, Sk, D]``, any strides.
+        lse: float32 ``[B, H, Sq]``, natural logarithm.
+        index: int32 ``[B, T]``, selected keys (queries with ``text_to_image``); -1 is an empty slot.
+        weight: float32 ``[B, G, T]``.
+        key_mask: bool ``[B, Sk]``, true where a key takes part, or None.
+        rows: (start, length) of the queries (keys with ``text_to_image``) that get a map.
+        scale: factor of the scores.
+        reduce_heads: whether to take the mean over heads.
+        text_to_image: whether the selected tokens are queries and the rows keys.
+        config: tile and launch parameters; by default those of the device.
+
+    Returns:
+        float32 ``[B, G, R]``, or ``[B, G, H, R]`` per head.
+    """
+    query, key = dense_rows(query), dense_rows(key)
+    dense, gathered = (key, query) if text_to_image else (query, key)
+    batch, heads, queries, head_dim = query.shape
+    start, length = rows
+    config = config or maps_config(architecture(query.device), head_dim, query.dtype)
+    grid = (triton.cdiv(length, config.block_m), heads, batch)
+    with torch.cuda.device_of(query):
+        maps, partial, counter = map_buffers(query, weight.shape[1], length, reduce_heads, grid[0])
+        mask, mask_strides = mask_argument(key_mask, query)
+        maps_kernel[grid](
+            dense, gathered, lse.contiguous(), index.contiguous(), weight.contiguous(), mask, maps, partial, counter,
+            *dense.stride()[:3], *gathered.stride()[:3], *mask_strides,
+            queries, start, length, index.shape[1], weight.shape[1], scale * LOG2E.value,
+            HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, BLOCK_G=group_tile(weight.shape[1]),
+            REDUCE=counter is not None, HAS_MASK=key_mask is not None, TOKEN_LSE=text_to_image,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return maps
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last dimension contiguous, the one stride that the kernels assume."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def padded(head_dim: int) -> int:
+    """The tile width that holds a head: a power of two, at least what the matrix units take."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def group_tile(groups: int) -> int:
+    """Groups that share one pass over the selected tokens."""
+    return min(4, triton.next_power_of_2(groups))
+
+
+def mask_argument(key_mask: Tensor | None, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """The mask as bytes with its strides, or a pointer that is never read."""
+    if key_mask is None:
+        return like, (0, 0)
+    return key_mask.view(torch.uint8), key_mask.stride()
+
+
+def map_buffers(
+    query: Tensor, groups: int, length: int, reduce_heads: bool, tiles: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The maps, the per-head maps (the same tensor where no head is reduced) and the arrival counter of each row tile."""
+    batch, heads = query.shape[:2]
+    partial = torch.empty(batch, groups, heads, length, dtype=torch.float32, device=query.device)
+    if not reduce_heads:
+        return partial, partial, None
+    if heads == 1:
+        return partial.view(batch, groups, length), partial, None
+    maps = torch.empty(batch, groups, length, dtype=torch.float32, device=query.device)
+    return maps, partial, _arrival_counter(query.device, batch * tiles)
+
+
+def _arrival_counter(device: torch.device, size: int) -> Tensor:
+    """int32 zeros that every launch leaves at zero again.
+
+    One buffer for each device and stream: launches on a stream run one after the other, so they can share it, and
+    streams that run at once never do. A launch that is captured in a graph may be replayed on any stream, so it gets a
+    buffer of its own, cleared by the graph.
+    """
+    if device.type != "cuda":
+        stream = 0
+    elif torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.int32, device=device)
+    else:
+        stream = torch.cuda.current_stream(device).cuda_stream
+    counter = _counters.get((device, stream))
+    if counter is None or counter.numel() < size:
+        counter = torch.zeros(triton.next_power_of_2(size), dtype=torch.int32, device=device)
+        _counters[device, stream] = counter
+    return counter

@@ -1,0 +1,56 @@
+"""Loads the compiled libraries of csrc/, once, when they are first needed."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).with_name("lib")
+
+
+@cache
+def cpu() -> Any | None:
+    """The CPU kernels (see csrc/exports.cpp), or None with one warning where they are not there."""
+    library, problem = load("libstar_kernels_cpu.so")
+    if library is None:
+        warnings.warn(
+            f"star_kernels runs on PyTorch alone, which is slower: {problem}. Reinstall with a C++17 compiler on PATH "
+            "(pip install -v shows the build).",
+            UserWarning,
+            stacklevel=2,
+        )
+    return library
+
+
+@cache
+def cuda() -> Any | None:
+    """The CUDA kernels (see csrc/cuda), or None where they are not there."""
+    return load("libstar_kernels_cuda.so")[0]
+
+
+@cache
+def load(name: str) -> tuple[Any | None, str]:
+    """A library of ``star_kernels/lib``, or None and what stands in the way."""
+    path = FOLDER / name
+    if not path.exists():
+        return None, f"{path} was not built"
+    try:
+        import tvm_ffi
+    except ImportError:
+        return None, "the package apache-tvm-ffi is not installed"
+    try:
+        library = tvm_ffi.load_module(str(path))
+        if "cpu" in name:
+            library.isa()
+        return library, ""
+    except (OSError, RuntimeError, ValueError) as error:
+        return None, f"{path} does not load: {error}"
+
+
+def threads() -> int:
+    """How many threads a CPU kernel may use: PyTorch's setting."""
+    return torch.get_num_threads()
