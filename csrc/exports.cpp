@@ -81,6 +81,15 @@ void check(bool condition, const char* name, const char* requirement) {
   if (!condition) TVM_FFI_THROW(ValueError) << name << " must " << requirement;
 }
 
+// One thread for each `grain` of work: waking a thread costs about as much as a small call.
+int threads_for(int64_t work, int64_t grain, int64_t threads) {
+  const int64_t useful = (work + grain - 1) / grain;
+  return static_cast<int>(useful < threads ? useful : threads);
+}
+
+constexpr int64_t kMapsGrain = int64_t{1} << 19;  // multiply-adds, about 30 microseconds
+constexpr int64_t kLatentGrain = int64_t{1} << 15;  // elements, about 30 microseconds
+
 // The data of a contiguous tensor of `code`/`bits` with `count` elements.
 template <typename T>
 T* dense_data(const char* name, ffi::TensorView t, uint8_t code, uint8_t bits, int64_t count) {
@@ -145,7 +154,7 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
     a.key_mask = dense_data<uint8_t>("key_mask", key_mask.value(), kDLBool, 8, a.batch * key.size(2));
   }
   a.maps = floats("maps", maps, a.batch * a.groups * (reduce_heads ? 1 : a.heads) * a.rows);
-  a.threads = static_cast<int>(threads);
+  a.threads = threads_for(a.batch * a.heads * a.rows * a.slots * a.head_dim, kMapsGrain, threads);
   std::vector<float> scratch(static_cast<size_t>(kernels().maps_scratch_floats(a)));
   a.scratch = scratch.data();
   kernels().attention_maps(a);
@@ -229,7 +238,7 @@ PolicyArguments policy_arguments(ffi::TensorView model_output, ffi::TensorView s
   a.clip_high = static_cast<float>(clip_high);
   a.advantage_clip = static_cast<float>(advantage_clip);
   a.kl_coef = static_cast<float>(kl_coef);
-  a.threads = static_cast<int>(threads);
+  a.threads = threads_for(model_output.numel(), kLatentGrain, threads);
   return a;
 }
 
@@ -280,7 +289,7 @@ void sample_transition(ffi::TensorView model_output, ffi::TensorView sample, ffi
   a.prev_sample = latent_view("prev_sample", prev_sample, model_output, channel_dim);
   a.coefficients = coefficient_table(coefficients, a.batch, &a.columns);
   a.log_prob = floats("log_prob", log_prob, a.batch * a.positions);
-  a.threads = static_cast<int>(threads);
+  a.threads = threads_for(model_output.numel(), kLatentGrain, threads);
   kernels().sample_transition(a);
 }
 

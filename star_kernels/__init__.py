@@ -1,6 +1,31 @@
 """Fused attention maps and spatially weighted policy losses for RL post-training of text-to-image flow models."""
 
+from star_kernels.allocation import allocate
 from star_kernels.attention import AttentionOutput, attention, attention_maps
+from star_kernels.policy import (
+    PolicyLoss,
+    Transition,
+    dance_sde,
+    flow_cps,
+    flow_matching,
+    flow_sde,
+    sample_transition,
+    weighted_policy_loss,
+)
 from star_kernels.selection import TokenSelection
 
-__all__ = ["AttentionOutput", "TokenSelection", "attention", "attention_maps"]
+__all__ = [
+    "AttentionOutput",
+    "PolicyLoss",
+    "TokenSelection",
+    "Transition",
+    "allocate",
+    "attention",
+    "attention_maps",
+    "dance_sde",
+    "flow_cps",
+    "flow_matching",
+    "flow_sde",
+    "sample_transition",
+    "weighted_policy_loss",
+]

@@ -15,6 +15,12 @@ class Tile:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int]:
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
@@ -31,3 +37,5 @@ def forward_config(a, d, t):
     return Tile(32, 32, 4, 1)
 def maps_config(a, d, t):
     return Tile(32, 32, 4, 1)
+def backward_config(a, d, t):
+    return BackwardConfig(Tile(32, 32, 4, 1),Tile(32, 32, 4, 1))

@@ -91,8 +91,14 @@ def forward_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    p_k_tile, p_v_tile, p_mask_tile = p_k, p_v, p_mask
     full = keys // BLOCK_N
+    if not EVEN:  # the partial tile comes first, where no accumulator takes registers yet
+        last = (full * BLOCK_N).to(tl.int64)
+        b_acc, b_max, b_sum = _attend_tile(
+            b_acc, b_max, b_sum, b_q, p_k + last * stride_ks, p_v + last * stride_vs, p_mask + last * stride_ms,
+            stride_ks, stride_vs, stride_ms, keys - full * BLOCK_N, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, True,
+        )  # fmt: skip
+    p_k_tile, p_v_tile, p_mask_tile = p_k, p_v, p_mask
     for _ in range(0, full):
         b_acc, b_max, b_sum = _attend_tile(
             b_acc, b_max, b_sum, b_q, p_k_tile, p_v_tile, p_mask_tile, stride_ks, stride_vs, stride_ms, BLOCK_N,
@@ -101,11 +107,6 @@ def forward_kernel(
         p_k_tile += BLOCK_N * stride_ks
         p_v_tile += BLOCK_N * stride_vs
         p_mask_tile += BLOCK_N * stride_ms
-    if not EVEN:
-        b_acc, b_max, b_sum = _attend_tile(
-            b_acc, b_max, b_sum, b_q, p_k_tile, p_v_tile, p_mask_tile, stride_ks, stride_vs, stride_ms,
-            keys - full * BLOCK_N, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, True,
-        )  # fmt: skip
 
     b_lse = b_max + tl.log2(b_sum)
     tl.store(p_lse + (o_b * tl.num_programs(1) + o_h) * queries + o_row, b_lse * LN2, mask=m_m)
@@ -181,6 +182,6 @@ def attention(
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_G=group_tile(groups), MAPS=maps is not None, REDUCE=counter is not None,
             HAS_MASK=key_mask is not None, EVEN=keys % config.block_n == 0,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.launch,
         )  # fmt: skip
     return out, maps, lse

@@ -229,7 +229,7 @@ def attention_maps(
             queries, start, length, index.shape[1], weight.shape[1], scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, BLOCK_G=group_tile(weight.shape[1]),
             REDUCE=counter is not None, HAS_MASK=key_mask is not None, TOKEN_LSE=text_to_image,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.launch,
         )  # fmt: skip
     return maps
 

@@ -1,0 +1,210 @@
+"""The policy operators as PyTorch sees them: schema, shapes, autograd. Arguments are validated by the callers.
+
+The forward pass keeps one number per sample for the backward pass, which recomputes the residuals from the inputs:
+no more memory is read than when a gradient is written early and scaled later, and none is held in between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_kernels import native
+
+_library = torch.library.Library("star_kernels", "FRAGMENT")
+
+_OBJECTIVE = (
+    "Tensor model_output, Tensor sample, Tensor prev_sample, Tensor old_log_prob, Tensor advantages, "
+    "Tensor coefficients, Tensor? weights, Tensor? ref_model_output, int channel_dim, bool per_location, "
+    "float clip_low, float clip_high, float advantage_clip, float kl_coef"
+)
+_INPUTS = _OBJECTIVE.count(",") + 1
+_library.define(f"weighted_policy_loss({_OBJECTIVE}) -> (Tensor loss, Tensor metrics, Tensor slope)")
+_library.define(f"weighted_policy_loss_backward(Tensor grad_loss, Tensor slope, {_OBJECTIVE}) -> Tensor")
+_library.define(
+    "sample_transition(Tensor model_output, Tensor sample, Tensor noise, Tensor coefficients, int channel_dim) "
+    "-> (Tensor prev_sample, Tensor log_prob)"
+)
+
+
+def weighted_policy_loss(
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    coefficients: Tensor,
+    weights: Tensor | None,
+    ref_model_output: Tensor | None,
+    channel_dim: int,
+    per_location: bool,
+    clip_low: float,
+    clip_high: float,
+    advantage_clip: float,
+    kl_coef: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, metrics, slope = _results(model_output)
+    native.cpu().policy_forward(  # type: ignore[union-attr]
+        *_latents(channel_dim, model_output, sample, prev_sample),
+        old_log_prob.contiguous(),
+        advantages.contiguous(),
+        coefficients.contiguous(),
+        None if weights is None else weights.contiguous(),
+        None if ref_model_output is None else _collapsible(ref_model_output, channel_dim),
+        channel_dim,
+        per_location,
+        clip_low,
+        clip_high,
+        advantage_clip,
+        kl_coef,
+        native.threads(),
+        loss,
+        metrics,
+        slope,
+    )
+    return loss, metrics, slope
+
+
+def weighted_policy_loss_backward(
+    grad_loss: Tensor,
+    slope: Tensor,
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    coefficients: Tensor,
+    weights: Tensor | None,
+    ref_model_output: Tensor | None,
+    channel_dim: int,
+    per_location: bool,
+    clip_low: float,
+    clip_high: float,
+    advantage_clip: float,
+    kl_coef: float,
+) -> Tensor:
+    model_output, sample, prev_sample = _latents(channel_dim, model_output, sample, prev_sample)
+    gradient = torch.empty_like(model_output)
+    native.cpu().policy_backward(  # type: ignore[union-attr]
+        model_output,
+        sample,
+        prev_sample,
+        old_log_prob.contiguous(),
+        advantages.contiguous(),
+        coefficients.contiguous(),
+        None if weights is None else weights.contiguous(),
+        None if ref_model_output is None else _collapsible(ref_model_output, channel_dim),
+        channel_dim,
+        per_location,
+        clip_low,
+        clip_high,
+        advantage_clip,
+        kl_coef,
+        native.threads(),
+        grad_loss,
+        slope,
+        gradient,
+    )
+    return gradient
+
+
+def sample_transition(
+    model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int
+) -> tuple[Tensor, Tensor]:
+    model_output, sample, noise = _latents(channel_dim, model_output, sample, noise)
+    prev_sample, log_prob = sample_transition_fake(model_output, sample, noise, coefficients, channel_dim)
+    native.cpu().sample_transition(  # type: ignore[union-attr]
+        model_output, sample, noise, coefficients.contiguous(), channel_dim, native.threads(), prev_sample, log_prob
+    )
+    return prev_sample, log_prob
+
+
+def weighted_policy_loss_fake(model_output: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(model_output)
+
+
+def weighted_policy_loss_backward_fake(
+    grad_loss: Tensor,
+    slope: Tensor,
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    coefficients: Tensor,
+    weights: Tensor | None,
+    ref_model_output: Tensor | None,
+    channel_dim: int,
+    *arguments: Any,
+) -> Tensor:
+    return torch.empty_like(_collapsible(model_output, channel_dim))
+
+
+def sample_transition_fake(
+    model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int
+) -> tuple[Tensor, Tensor]:
+    locations = [n for d, n in enumerate(model_output.shape) if d != channel_dim]
+    return torch.empty_like(_collapsible(sample, channel_dim)), model_output.new_empty(locations, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.channel_dim, ctx.per_location, ctx.clip_low, ctx.clip_high, ctx.advantage_clip, ctx.kl_coef = inputs
+    ctx.save_for_backward(output[2], *tensors)
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * _INPUTS
+    gradient = torch.ops.star_kernels.weighted_policy_loss_backward(
+        grad_loss,
+        *ctx.saved_tensors,
+        ctx.channel_dim,
+        ctx.per_location,
+        ctx.clip_low,
+        ctx.clip_high,
+        ctx.advantage_clip,
+        ctx.kl_coef,
+    )
+    return (gradient, *(None,) * (_INPUTS - 1))
+
+
+def _results(model_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, metrics and the slope of each sample, unwritten."""
+    shapes = ((), (6,), (model_output.shape[0],))
+    loss, metrics, slope = (model_output.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return loss, metrics, slope
+
+
+def _latents(channel_dim: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_collapsible(t, channel_dim) for t in tensors)
+
+
+def _collapsible(tensor: Tensor, channel_dim: int) -> Tensor:
+    """The tensor, copied if its locations do not follow one another at one stride."""
+    expected: int | None = None
+    for d in range(tensor.ndim - 1, 0, -1):
+        size = tensor.shape[d]
+        if d == channel_dim or size == 1:
+            continue
+        stride = tensor.stride(d)
+        if expected is not None and stride != expected:
+            return tensor.contiguous()
+        expected = stride * size
+    return tensor
+
+
+for _name, _function, _shapes in (
+    ("weighted_policy_loss", weighted_policy_loss, weighted_policy_loss_fake),
+    ("weighted_policy_loss_backward", weighted_policy_loss_backward, weighted_policy_loss_backward_fake),
+    ("sample_transition", sample_transition, sample_transition_fake),
+):
+    _library.impl(_name, _function, "CPU")
+    torch.library.register_fake(f"star_kernels::{_name}", _shapes, lib=_library)
+
+torch.library.register_autograd(
+    "star_kernels::weighted_policy_loss", _differentiate, setup_context=_save, lib=_library
+)

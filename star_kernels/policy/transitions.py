@@ -1,0 +1,201 @@
+"""The transitions of one denoising step: every sampler of the family is linear in sample and velocity, with Gaussian noise.
+
+``prev ~ N(a x + b v, std^2)`` and ``log p = offset - scale * (prev - mean)^2``. Only the five coefficients differ, so
+one kernel serves them all. Sigma runs from 1 (noise) to 0 (image); arithmetic is float64, rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS = ("mean_sample", "mean_output", "std", "scale", "offset", "kl_scale")
+_LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+@dataclass(frozen=True, eq=False)
+class Transition:
+    """Coefficients of one step for each sample of a batch (or one column that serves every sample).
+
+    Args:
+        coefficients: float32 ``[6, B]`` or ``[6, 1]``, with the rows
+            a (``mean_sample``) and b (``mean_output``) of the mean ``a x + b v``;
+            ``std`` of the noise;
+            ``scale`` and ``offset`` of the log-probability;
+            ``kl_scale``, the factor of ``(mean - mean_ref)^2`` in the KL penalty: 1 / (2 s^2) for the samplers
+            (Flow-GRPO leaves dt out of it), the loss weight for flow matching.
+    """
+
+    coefficients: Tensor
+
+    def __post_init__(self) -> None:
+        table = self.coefficients
+        if not isinstance(table, Tensor) or table.dtype != torch.float32:
+            got = table.dtype if isinstance(table, Tensor) else type(table).__name__
+            raise TypeError(f"coefficients must be a float32 tensor, got {got}")
+        if table.ndim != 2 or table.shape[0] != len(ROWS) or table.shape[1] == 0:
+            raise ValueError(f"coefficients must have shape [{len(ROWS)}, B], got {list(table.shape)}")
+
+    @property
+    def mean_sample(self) -> Tensor:
+        return self.coefficients[0]
+
+    @property
+    def mean_output(self) -> Tensor:
+        return self.coefficients[1]
+
+    @property
+    def std(self) -> Tensor:
+        return self.coefficients[2]
+
+    @property
+    def scale(self) -> Tensor:
+        return self.coefficients[3]
+
+    @property
+    def offset(self) -> Tensor:
+        return self.coefficients[4]
+
+    @property
+    def kl_scale(self) -> Tensor:
+        return self.coefficients[5]
+
+    @property
+    def device(self) -> torch.device:
+        return self.coefficients.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Transition:
+        """The same transition on another device."""
+        return Transition(self.coefficients.to(device, non_blocking=non_blocking))
+
+
+def flow_sde(
+    sigma: Tensor | float, sigma_next: Tensor | float, *, noise_level: float = 0.7, sigma_max: Tensor | float
+) -> Transition:
+    """Flow-GRPO's SDE step (arXiv 2505.05470).
+
+    ``s = noise_level sqrt(sigma / (1 - sigma*))`` with ``sigma* = sigma_max`` where sigma is 1 and sigma elsewhere;
+    ``mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt``; ``std = s sqrt(-dt)``.
+
+    Args:
+        sigma, sigma_next: noise levels of this step and the next, floats or tensors ``[]`` or ``[B]``,
+            1 >= sigma > sigma_next >= 0.
+        noise_level: positive.
+        sigma_max: stands in for sigma = 1, where the SDE is singular: the schedule's second sigma, between 0 and 1.
+
+    Raises:
+        ValueError: a value out of range, or shapes that do not fit. Values of tensors on a GPU are not looked at, so
+            as not to wait for it.
+    """
+    sigma, sigma_next = _sigmas(sigma, sigma_next)
+    _positive("noise_level", noise_level)
+    top = torch.as_tensor(sigma_max, dtype=torch.float64, device=sigma.device)
+    _in_range("sigma_max", top, (top > 0) & (top < 1), "lie strictly between 0 and 1")
+    s = noise_level * torch.sqrt(sigma / (1 - torch.where(sigma == 1, top, sigma)))
+    return _gaussian(sigma, sigma_next, s)
+
+
+def dance_sde(sigma: Tensor | float, sigma_next: Tensor | float, *, eta: float = 0.3) -> Transition:
+    """DanceGRPO's SDE step (arXiv 2505.07818): the noise scale s is the constant ``eta``.
+
+    ``mean = x + v dt - eta^2 dt score / 2`` with ``score = -(x + (1 - sigma) v) / sigma``; ``std = eta sqrt(-dt)``.
+    Arguments and errors as in :func:`flow_sde`; eta is positive.
+    """
+    sigma, sigma_next = _sigmas(sigma, sigma_next)
+    _positive("eta", eta)
+    return _gaussian(sigma, sigma_next, torch.full_like(sigma, eta))
+
+
+def flow_cps(sigma: Tensor | float, sigma_next: Tensor | float, *, noise_level: float = 0.8) -> Transition:
+    """The coefficients-preserving step of Flow-CPS (arXiv 2509.05952).
+
+    With ``x0 = x - sigma v``, ``x1 = x + (1 - sigma) v`` and ``s = sigma_next sin(noise_level pi / 2)``:
+    ``mean = (1 - sigma_next) x0 + sqrt(sigma_next^2 - s^2) x1``, ``std = s``, ``log p = -(prev - mean)^2``.
+    Arguments and errors as in :func:`flow_sde`; noise_level lies between 0 and 1. At sigma_next = 0 nothing is random
+    and the KL penalty is undefined: do not train that step with a KL.
+    """
+    sigma, sigma_next = _sigmas(sigma, sigma_next)
+    if not 0 < noise_level <= 1:
+        raise ValueError(f"noise_level must be above 0 and at most 1, got {noise_level}")
+    s = sigma_next * math.sin(noise_level * math.pi / 2)
+    kept = sigma_next * math.cos(noise_level * math.pi / 2)  # sqrt(sigma_next^2 - s^2)
+    one = torch.ones_like(sigma)
+    return _stack(
+        1 - sigma_next + kept, (1 - sigma) * kept - sigma * (1 - sigma_next), s, one, 0 * one, 0.5 / s.square()
+    )
+
+
+def flow_matching(sigma: Tensor | float, *, weight: Tensor | float | None = None) -> Transition:
+    """Advantage-weighted flow matching: ``log p = -weight (target - v)^2``, with no sampler at all.
+
+    Pass the velocity target ``eps - x0`` as ``prev_sample``. Weighted matching is a Gaussian policy with mean v and
+    variance ``1 / (2 weight)``.
+
+    Args:
+        sigma: noise level of the training sample, ``[]`` or ``[B]``, above 0 and at most 1; it fixes the batch.
+        weight: positive, ``[]`` or ``[B]``; 1 by default.
+    """
+    sigma = torch.as_tensor(sigma, dtype=torch.float64)
+    sigma = _column("sigma", sigma, sigma)
+    _in_range("sigma", sigma, (sigma > 0) & (sigma <= 1), "be above 0 and at most 1")
+    w = torch.ones_like(sigma) if weight is None else torch.as_tensor(weight, dtype=torch.float64, device=sigma.device)
+    w = _column("weight", w, sigma).expand_as(sigma)
+    _in_range("weight", w, (w > 0) & w.isfinite(), "be positive and finite")
+    zero = torch.zeros_like(w)
+    return _stack(zero, zero + 1, torch.rsqrt(2 * w), w, zero, w)
+
+
+def _gaussian(sigma: Tensor, sigma_next: Tensor, s: Tensor) -> Transition:
+    """The reverse SDE of the flow with noise scale s, discretised by Euler-Maruyama, and its Gaussian density."""
+    dt = sigma_next - sigma
+    std = s * torch.sqrt(-dt)
+    drift = s.square() / (2 * sigma)
+    return _stack(
+        1 + drift * dt,
+        (1 + drift * (1 - sigma)) * dt,
+        std,
+        0.5 / std.square(),
+        -torch.log(std) - _LOG_SQRT_2PI,
+        0.5 / s.square(),
+    )
+
+
+def _stack(*rows: Tensor) -> Transition:
+    return Transition(torch.stack(rows).float())
+
+
+def _sigmas(sigma: Tensor | float, sigma_next: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Both as float64 ``[B]`` (or ``[1]``) on one device, in range."""
+    first, then = torch.as_tensor(sigma), torch.as_tensor(sigma_next)
+    if isinstance(sigma, Tensor) and isinstance(sigma_next, Tensor) and first.device != then.device:
+        raise ValueError(f"sigma_next must be on the device of sigma, {first.device}, got {then.device}")
+    device = first.device if isinstance(sigma, Tensor) else then.device
+    first = first.to(device, torch.float64)
+    then = _column("sigma_next", then.to(device, torch.float64), first)
+    first = _column("sigma", first, first)
+    first, then = torch.broadcast_tensors(first, then)
+    _in_range("sigma", first, (first > 0) & (first <= 1), "be above 0 and at most 1")
+    _in_range("sigma_next", then, (then >= 0) & (then < first), "be at least 0 and below sigma")
+    return first, then
+
+
+def _column(name: str, value: Tensor, sigma: Tensor) -> Tensor:
+    """``[]`` or ``[B]`` as ``[1]`` or ``[B]``."""
+    if value.ndim > 1 or (value.ndim == 1 and sigma.ndim == 1 and 1 < len(value) != len(sigma) > 1) or not value.numel():
+        expected = f"[] or [B] = [{len(sigma)}]" if sigma.ndim == 1 and value is not sigma else "[] or [B]"
+        raise ValueError(f"{name} must be a float or have shape {expected}, got {list(value.shape)}")
+    return value.reshape(-1)
+
+
+def _positive(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _in_range(name: str, value: Tensor, good: Tensor, requirement: str) -> None:
+    """Raises unless all values are good; looks only where looking costs no wait for a device."""
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(good.all()):
+        raise ValueError(f"{name} must {requirement}, got {value[~good].flatten()[0].item():g}")
