@@ -82,6 +82,13 @@ bool counts(const MapsArguments& a, int64_t b, int64_t t) {
   return position >= 0 && (a.text_to_image || !a.key_mask || a.key_mask[b * a.gathered_length + position]);
 }
 
+bool any_counts(const MapsArguments& a, int64_t b) {
+  for (int64_t t = 0; t < a.slots; ++t) {
+    if (counts(a, b, t)) return true;
+  }
+  return false;
+}
+
 void pack_tokens(const MapsArguments& a, const Scratch& scratch, int64_t b, int64_t h) {
   const int64_t padded = chunks_of(a) * kLanes;
   float* tokens = scratch.tokens + (b * a.heads + h) * a.head_dim * padded;
@@ -191,14 +198,20 @@ void attention_maps(const MapsArguments& a) {
     for (int64_t i = 0; i < a.batch * tiles; ++i) {
       const int64_t first = i % tiles * kTileRows;
       const Tile tile{i / tiles, first, first + kTileRows <= a.rows ? kTileRows : a.rows - first};
+      const bool empty = !any_counts(a, tile.b);  // half of a batch doubled for guidance
       for (int64_t h = 0; h < a.heads; ++h) {
-        one_head(a, scratch, tile, h, a.reduce_heads && h > 0, accumulator);
+        if (!empty) one_head(a, scratch, tile, h, a.reduce_heads && h > 0, accumulator);
         if (a.reduce_heads && h + 1 < a.heads) continue;
         const float factor = a.reduce_heads ? 1.0f / static_cast<float>(a.heads) : 1.0f;
         for (int64_t g = 0; g < a.groups; ++g) {
           const int64_t bg = tile.b * a.groups + g;
           const int64_t map = a.reduce_heads ? bg : bg * a.heads + h;
-          aggregate(a, scratch.weights + bg * padded, accumulator, tile.rows, factor, a.maps + map * a.rows + first);
+          float* maps = a.maps + map * a.rows + first;
+          if (empty) {
+            std::memset(maps, 0, static_cast<size_t>(tile.rows) * sizeof(float));
+          } else {
+            aggregate(a, scratch.weights + bg * padded, accumulator, tile.rows, factor, maps);
+          }
         }
       }
     }

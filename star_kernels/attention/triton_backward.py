@@ -190,6 +190,7 @@ def _key_value_loop(
     p_delta,
     p_grad_maps,  # of this batch entry and head
     p_table,  # of this batch entry
+    selected,
     stride_qs,
     stride_dos,
     stride_gg,
@@ -223,12 +224,13 @@ def _key_value_loop(
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee") - b_delta[None, :]
         if MAPS:
-            o_r = o_m - row_start
-            m_r = (o_r >= 0) & (o_r < row_length)
-            for g in tl.range(0, groups, num_stages=1):
-                b_g = tl.load(p_grad_maps + g * stride_gg + o_r * stride_gr, mask=m_r, other=0.0)
-                b_w = tl.load(p_table + g * keys + o_n, mask=o_n < keys, other=0.0)
-                b_dp += b_w[:, None] * b_g[None, :]
+            if selected != 0.0:
+                o_r = o_m - row_start
+                m_r = (o_r >= 0) & (o_r < row_length)
+                for g in tl.range(0, groups, num_stages=1):
+                    b_g = tl.load(p_grad_maps + g * stride_gg + o_r * stride_gr, mask=m_r, other=0.0)
+                    b_w = tl.load(p_table + g * keys + o_n, mask=o_n < keys, other=0.0)
+                    b_dp += b_w[:, None] * b_g[None, :]
         b_dk = tl.dot((b_p * b_dp).to(b_q.dtype), b_q, b_dk, input_precision="ieee")
         p_q += BLOCK_M * stride_qs
         p_do += BLOCK_M * stride_dos
@@ -261,18 +263,11 @@ def key_value_kernel(
         p_table += o_b * groups * keys
         for g in range(0, groups):
             selected += tl.sum(tl.load(p_table + g * keys + o_n, mask=m_n, other=0.0), axis=0)
-    if MAPS and selected != 0.0:
-        b_dk, b_dv = _key_value_loop(
-            b_k, b_v, p_q, p_do, p_lse + o_lse, p_delta + o_lse, p_grad_maps, p_table, stride_qs, stride_dos,
-            stride_gg, stride_gr, o_n, queries, keys, row_start, row_length, groups, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
-        )  # fmt: skip
-    else:
-        b_dk, b_dv = _key_value_loop(
-            b_k, b_v, p_q, p_do, p_lse + o_lse, p_delta + o_lse, p_grad_maps, p_table, stride_qs, stride_dos,
-            stride_gg, stride_gr, o_n, queries, keys, row_start, row_length, groups, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
-        )  # fmt: skip
+    b_dk, b_dv = _key_value_loop(
+        b_k, b_v, p_q, p_do, p_lse + o_lse, p_delta + o_lse, p_grad_maps, p_table, selected, stride_qs, stride_dos,
+        stride_gg, stride_gr, o_n, queries, keys, row_start, row_length, groups, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, MAPS,
+    )  # fmt: skip
     if HAS_MASK:  # a masked key's column may hold anything; it reaches no other key
         m_key = tl.load(p_mask + o_b * stride_mb + o_key * stride_ms, mask=m_n, other=0) != 0
         b_dk = tl.where(m_key[:, None], b_dk, 0.0)
