@@ -85,7 +85,7 @@ def tvm_ffi_flags() -> tuple[list[str], list[str]]:
 
     library = Path(libinfo.find_libtvm_ffi()).parent
     includes = {libinfo.find_include_path(), libinfo.find_dlpack_include_path()}
-    return [f"-isystem{path}" for path in sorted(includes)], [f"-L{library}", "-ltvm_ffi"]
+    return [flag for path in sorted(includes) for flag in ("-isystem", path)], [f"-L{library}", "-ltvm_ffi"]
 
 
 def cpu_rules() -> str:
@@ -98,7 +98,7 @@ def cpu_rules() -> str:
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     include, link = tvm_ffi_flags()
     exports = [*COMMON, *WARNINGS, *include, "-O1", *(["-DSTAR_X86"] if x86 else [])]
-    edges = [edge("exports.o", SOURCES / "exports.cpp", exports)]
+    edges = [edge("exports.o", SOURCES / "cpu" / "exports.cpp", exports)]
     for isa in INSTRUCTION_SETS if x86 else ("baseline",):
         flags, lanes = INSTRUCTION_SETS[isa]
         for name, contract in CPU_KERNELS.items():
@@ -120,8 +120,16 @@ def cuda_rules() -> str:
         raise Missing(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHITECTURES)}")
     include, link = tvm_ffi_flags()
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    flags = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{SOURCES}", *include]
-    edges = [edge("flow_policy.cuda.o", SOURCES / "cuda" / "flow_policy.cu", [*flags, *codes])]
+    # Portable code for devices newer than the list; an architecture such as 90a has none.
+    codes += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in architectures if arch.isdigit()][:1]
+    host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
+    kernel = ["-std=c++17", "-O3", "--threads=0", host, f"-I{SOURCES}", *codes]
+    names = f"-DSTAR_CUDA_ARCHITECTURES=\"{' '.join(f'sm_{arch}' for arch in architectures)}\""
+    exports = ["-std=c++17", "-O1", host, f"-I{SOURCES}", *include, names]
+    edges = [
+        edge("flow_policy.o", SOURCES / "cuda" / "flow_policy.cu", kernel),
+        edge("exports.o", SOURCES / "cuda" / "exports.cpp", exports),
+    ]
     return rules(nvcc, edges, ["-shared", "--cudart=static", *link], depfile="-MD -MF")
 
 

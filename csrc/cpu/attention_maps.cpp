@@ -127,7 +127,8 @@ struct Tile {
 };
 
 // Adds (or, for the first head, writes) P of one head to accumulator [chunks, kTileRows, lanes].
-void one_head(const MapsArguments& a, const Scratch& scratch, const Tile& tile, int64_t h, bool add, float* accumulator) {
+void one_head(const MapsArguments& a, const Scratch& scratch, const Tile& tile, int64_t h, bool add,
+              float* accumulator) {
   const int64_t chunks = chunks_of(a);
   const float* tokens = scratch.tokens + (tile.b * a.heads + h) * a.head_dim * chunks * kLanes;
   const float* token_lse = scratch.token_lse + (tile.b * a.heads + h) * chunks * kLanes;

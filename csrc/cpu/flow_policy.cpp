@@ -5,11 +5,11 @@
 // the backward pass from the inputs: one read of the latents, nothing of their size kept in between, one rounding.
 #include "flow_policy.h"
 
-#include <cmath>
 #include <cstdint>
 
 #include "cpu/elements.h"
 #include "cpu/kernels.h"
+#include "policy_sums.h"
 
 namespace star {
 namespace STAR_ISA {
@@ -59,8 +59,8 @@ void store_tile_run(const View& view, const Tile& tile, int64_t p, int64_t c, in
 }
 
 // Adds the squared residuals of a run to `sums`, one element a position, or all to one where channels are innermost.
-inline void add_squares(const Coefficients& k, const float* x, const float* v, const float* prev, int64_t n, bool packed,
-                        float* sums) {
+inline void add_squares(const Coefficients& k, const float* x, const float* v, const float* prev, int64_t n,
+                        bool packed, float* sums) {
   if (!packed) {
     for (int64_t i = 0; i < n; ++i) {
       const float r = residual(k, x[i], v[i], prev[i]);
@@ -113,13 +113,7 @@ void tile_weights(const PolicyArguments& a, const Tile& tile, float* out) {
     for (int64_t i = 0; i < tile.n; ++i) out[i] = weights[tile.first + i];
     return;
   }
-  const int64_t patch[3] = {a.location[0] / a.grid[0], a.location[1] / a.grid[1], a.location[2] / a.grid[2]};
-  for (int64_t i = 0; i < tile.n; ++i) {
-    const int64_t position = tile.first + i;
-    const int64_t column = position % a.location[2], row = position / a.location[2] % a.location[1];
-    const int64_t frame = position / (a.location[1] * a.location[2]);
-    out[i] = weights[(frame / patch[0] * a.grid[1] + row / patch[1]) * a.grid[2] + column / patch[2]];
-  }
+  for (int64_t i = 0; i < tile.n; ++i) out[i] = weights[grid_position(a, tile.first + i)];
 }
 
 double sum_squared_difference(const PolicyArguments& a, const Tile& tile, bool packed, Buffers& buffers) {
@@ -137,38 +131,7 @@ double sum_squared_difference(const PolicyArguments& a, const Tile& tile, bool p
   return sum;
 }
 
-Coefficients coefficients_of(const float* table, int64_t columns, int64_t b) {
-  return load_coefficients(table, columns, columns == 1 ? 0 : b);
-}
-
-// What a tile, a sample and the batch add up. kLogRatio is weighted; the rest are plain sums over ratios.
-enum Partial { kLogRatio, kLoss, kRatio, kRatioMax, kClipped, kSquaredLogRatio, kDifference };
-static_assert(kDifference + 1 == kPartials);
-
-// The terms of one ratio: a location's, or a whole sample's.
-Surrogate add_ratio(double* partial, float log_ratio, float advantage, float weight, const PolicyArguments& a) {
-  const Surrogate s = clipped_surrogate(log_ratio, advantage, a.clip_low, a.clip_high);
-  partial[kLoss] += static_cast<double>(weight) * s.loss;
-  partial[kRatio] += s.ratio;
-  if (!(s.ratio <= partial[kRatioMax])) partial[kRatioMax] = s.ratio;  // a NaN is a maximum
-  partial[kClipped] += s.ratio < a.clip_low || s.ratio > a.clip_high;
-  partial[kSquaredLogRatio] += static_cast<double>(log_ratio) * log_ratio;
-  return s;
-}
-
-double* clear(double* partial) {
-  for (int64_t i = 0; i < kPartials; ++i) partial[i] = 0.0;
-  return partial;
-}
-
-void merge(double* into, const double* from) {
-  for (int64_t i = 0; i < kPartials; ++i) {
-    if (i != kRatioMax) into[i] += from[i];
-  }
-  if (!(from[kRatioMax] <= into[kRatioMax])) into[kRatioMax] = from[kRatioMax];
-}
-
-void forward_tile(const PolicyArguments& a, const Tile& tile, bool packed, double* partial) {
+void forward_tile(const PolicyArguments& a, const Tile& tile, bool packed, Sums& sums) {
   const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
   Buffers buffers;
   float log_ratio[kTile], weights[kTile];
@@ -180,59 +143,34 @@ void forward_tile(const PolicyArguments& a, const Tile& tile, bool packed, doubl
   }
   if (a.per_location) {
     const float advantage = clamp_advantage(a.advantages[tile.b], a.advantage_clip);
-    for (int64_t i = 0; i < tile.n; ++i) add_ratio(partial, log_ratio[i], advantage, weights[i], a);
+    for (int64_t i = 0; i < tile.n; ++i) add_ratio(sums, log_ratio[i], advantage, weights[i], a);
   } else {
     double lane[kLanes] = {};
     for (int64_t i = 0; i < tile.n; ++i) lane[i % kLanes] += static_cast<double>(weights[i]) * log_ratio[i];
-    for (int64_t j = 0; j < kLanes; ++j) partial[kLogRatio] += lane[j];
+    for (int64_t j = 0; j < kLanes; ++j) sums.log_ratio += lane[j];
   }
-  if (a.reference.data) partial[kDifference] = sum_squared_difference(a, tile, packed, buffers);
+  if (a.reference.data) sums.squared_difference = sum_squared_difference(a, tile, packed, buffers);
 }
 
 // Adds up the tiles in order and writes the loss, the metrics and each sample's slope.
 void finish_forward(const PolicyArguments& a) {
   const int64_t tiles = tiles_of(a.positions);
-  const double positions = static_cast<double>(a.positions), batch = static_cast<double>(a.batch);
-  double total[kPartials], kl = 0.0;
-  clear(total);
+  Sums total{};
   for (int64_t b = 0; b < a.batch; ++b) {
-    double sample[kPartials];
-    clear(sample);
-    for (int64_t t = 0; t < tiles; ++t) merge(sample, a.partial + (b * tiles + t) * kPartials);
-    if (!a.per_location) {
-      const double mean = sample[kLogRatio] / positions - (a.old_is_scalar ? a.old_log_prob[b] : 0.0f);
-      const float advantage = clamp_advantage(a.advantages[b], a.advantage_clip);
-      const Surrogate s = add_ratio(sample, static_cast<float>(mean), advantage, 1.0f, a);
-      a.slope[b] = static_cast<float>(s.slope / batch);
-    }
-    if (a.reference.data) {
-      const Coefficients k = coefficients_of(a.coefficients, a.columns, b);
-      const double shift = static_cast<double>(k.mean_output) * k.mean_output * k.kl_scale;
-      kl += shift * sample[kDifference] / (positions * static_cast<double>(a.channels)) / batch;
-    }
+    Sums sample{};
+    for (int64_t t = 0; t < tiles; ++t) merge(sample, a.partial[b * tiles + t]);
+    finish_sample(a, b, sample);
     merge(total, sample);
   }
-  const double ratios = a.per_location ? batch * positions : batch;
-  const double policy_loss = total[kLoss] / ratios;
-  const double loss = a.reference.data ? policy_loss + a.kl_coef * kl : policy_loss;
-  a.loss[0] = static_cast<float>(loss);
-  const double metrics[] = {total[kRatio] / ratios,
-                            total[kRatioMax],
-                            total[kClipped] / ratios,
-                            0.5 * total[kSquaredLogRatio] / ratios,
-                            policy_loss,
-                            kl};
-  for (int i = 0; i < 6; ++i) a.metrics[i] = static_cast<float>(metrics[i]);
+  finish_batch(a, total);
 }
 
 void backward_tile(const PolicyArguments& a, const Tile& tile, bool packed) {
   const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
-  const float inverse_channels = 1.0f / static_cast<float>(a.channels);
-  const float inverse_positions = 1.0f / static_cast<float>(a.positions);
   Buffers buffers;
   float factor[kTile];  // of the residual, for each position
   tile_weights(a, tile, factor);
-  const float common = a.grad_loss * log_prob_slope(k, inverse_channels) * inverse_positions;
+  const float common = gradient_factor(a, k);
   if (a.per_location) {
     float log_ratio[kTile];
     tile_log_prob(a, k, tile, packed, buffers, log_ratio);
@@ -245,8 +183,7 @@ void backward_tile(const PolicyArguments& a, const Tile& tile, bool packed) {
   } else {
     for (int64_t i = 0; i < tile.n; ++i) factor[i] *= common * a.slope[tile.b];
   }
-  const float count = static_cast<float>(a.batch) * static_cast<float>(a.channels) * static_cast<float>(a.positions);
-  const float kl = a.grad_loss * a.kl_coef * 2.0f * k.kl_scale * k.mean_output * k.mean_output / count;
+  const float kl = a.reference.data ? kl_gradient_factor(a, k) : 0.0f;
   float gradient[kRun];
   for_each_run(tile, a.channels, packed, [&](int64_t p, int64_t c, int64_t n) {
     const float* x = load_tile_run(a.sample, tile, p, c, n, packed, buffers.x);
@@ -271,7 +208,8 @@ void policy_forward(const PolicyArguments& a) {
   const bool packed = is_packed(a.model_output, a.channels);
 #pragma omp parallel for schedule(static) num_threads(a.threads)
   for (int64_t i = 0; i < a.batch * tiles_of(a.positions); ++i) {
-    forward_tile(a, Tile(i, a.positions), packed, clear(a.partial + i * kPartials));
+    a.partial[i] = Sums{};
+    forward_tile(a, Tile(i, a.positions), packed, a.partial[i]);
   }
   finish_forward(a);
 }

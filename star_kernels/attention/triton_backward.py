@@ -47,7 +47,6 @@ def _add_map_term(
     p_index,
     p_weight,
     p_mask,
-    stride_ms,
     p_grad_maps,  # of this batch entry and head
     stride_gg,
     stride_gr,
@@ -66,7 +65,7 @@ def _add_map_term(
     for t0 in tl.range(0, tokens, BLOCK_T, num_stages=1):
         o_t = t0 + tl.arange(0, BLOCK_T)
         b_p, b_k = attend_tokens(
-            b_q, b_lse, p_k, stride_ks, p_weight, p_index, p_mask, stride_ms, o_t, tokens, scale_log2,
+            b_q, b_lse, p_k, stride_ks, p_weight, p_index, p_mask, o_t, tokens, scale_log2,
             HEAD_DIM, BLOCK_D, HAS_MASK, False,
         )  # fmt: skip
         b_gw = tl.zeros([BLOCK_M, BLOCK_T], dtype=tl.float32)
@@ -92,7 +91,6 @@ def _query_step(
     p_mask,
     stride_ks,
     stride_vs,
-    stride_ms,
     remaining,
     scale_log2,
     HEAD_DIM: tl.constexpr,
@@ -108,23 +106,24 @@ def _query_step(
     b_v = load_rows(p_v, stride_vs, o_n, m_n, HEAD_DIM, BLOCK_D, LAST)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if HAS_MASK:
-        m_n = m_n & (tl.load(p_mask + o_n * stride_ms, mask=m_n, other=0) != 0)
+        if LAST:
+            m_n = tl.load(p_mask + o_n, mask=m_n, other=0) != 0
+        else:
+            m_n = tl.load(p_mask + o_n) != 0
+    b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
     if HAS_MASK or LAST:
-        b_s = tl.where(m_n[None, :], b_s * scale_log2, float("-inf"))
-        b_p = tl.exp2(b_s - b_lse[:, None])
-    else:
-        b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+        b_p = tl.where(m_n[None, :], b_p, 0.0)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
     b_ds = b_p * (b_dp - b_delta[:, None])
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_acc, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["queries", "keys", *SIZES])
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     p_q, p_k, p_v, p_out, p_do, p_dq, p_lse, p_delta, p_grad_lse, p_grad_maps, p_index, p_weight, p_mask,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_dob, stride_doh, stride_dos, stride_dqb, stride_dqh, stride_dqs,
-    stride_gb, stride_gg, stride_gh, stride_gr, stride_mb, stride_ms,
+    stride_gb, stride_gg, stride_gh, stride_gr,
     queries, keys, row_start, row_length, tokens, groups, share, scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MAPS: tl.constexpr, GRAD_LSE: tl.constexpr, HAS_MASK: tl.constexpr, EVEN: tl.constexpr,
@@ -137,7 +136,7 @@ def query_kernel(
     m_m = o_m < queries
     p_k += o_b * stride_kb + o_h * stride_kh
     p_v += o_b * stride_vb + o_h * stride_vh
-    p_mask += o_b * stride_mb
+    p_mask += o_b * keys
     o_lse = (o_b * tl.num_programs(1) + o_h) * queries + o_row
 
     b_do = load_rows(p_do + o_b * stride_dob + o_h * stride_doh, stride_dos, o_row, m_m, HEAD_DIM, BLOCK_D, True)
@@ -154,7 +153,7 @@ def query_kernel(
             m_r = (o_r >= 0) & (o_r < row_length)
             b_acc, b_delta = _add_map_term(
                 b_acc, b_delta, b_q, b_lse, p_k, stride_ks, p_index + o_b * tokens, p_weight + o_b * groups * tokens,
-                p_mask, stride_ms, p_grad_maps + o_b * stride_gb + o_h * stride_gh, stride_gg, stride_gr, o_r, m_r,
+                p_mask, p_grad_maps + o_b * stride_gb + o_h * stride_gh, stride_gg, stride_gr, o_r, m_r,
                 tokens, groups, share, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, HAS_MASK,
             )  # fmt: skip
     tl.store(p_delta + o_lse, b_delta, mask=m_m)
@@ -163,17 +162,17 @@ def query_kernel(
     if not EVEN:
         last = (full * BLOCK_N).to(tl.int64)
         b_acc = _query_step(
-            b_acc, b_q, b_do, b_lse, b_delta, p_k + last * stride_ks, p_v + last * stride_vs, p_mask + last * stride_ms,
-            stride_ks, stride_vs, stride_ms, keys - full * BLOCK_N, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, True,
+            b_acc, b_q, b_do, b_lse, b_delta, p_k + last * stride_ks, p_v + last * stride_vs, p_mask + last,
+            stride_ks, stride_vs, keys - full * BLOCK_N, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, True,
         )  # fmt: skip
     for _ in range(0, full):
         b_acc = _query_step(
-            b_acc, b_q, b_do, b_lse, b_delta, p_k, p_v, p_mask, stride_ks, stride_vs, stride_ms, BLOCK_N, scale_log2,
+            b_acc, b_q, b_do, b_lse, b_delta, p_k, p_v, p_mask, stride_ks, stride_vs, BLOCK_N, scale_log2,
             HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, False,
         )  # fmt: skip
         p_k += BLOCK_N * stride_ks
         p_v += BLOCK_N * stride_vs
-        p_mask += BLOCK_N * stride_ms
+        p_mask += BLOCK_N
 
     o_d = tl.arange(0, BLOCK_D)
     p_tile = p_dq + o_b * stride_dqb + o_h * stride_dqh + o_row[:, None] * stride_dqs + o_d[None, :]
@@ -237,12 +236,12 @@ def _key_value_loop(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "row_start", "row_length", "groups"])
+@triton.jit(do_not_specialize=SIZES)
 def key_value_kernel(
     p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_delta, p_grad_maps, p_table, p_mask,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
-    stride_gb, stride_gg, stride_gh, stride_gr, stride_mb, stride_ms,
+    stride_gb, stride_gg, stride_gh, stride_gr,
     queries, keys, row_start, row_length, groups, scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MAPS: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -269,7 +268,7 @@ def key_value_kernel(
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, MAPS,
     )  # fmt: skip
     if HAS_MASK:  # a masked key's column may hold anything; it reaches no other key
-        m_key = tl.load(p_mask + o_b * stride_mb + o_key * stride_ms, mask=m_n, other=0) != 0
+        m_key = tl.load(p_mask + o_b * keys + o_key, mask=m_n, other=0) != 0
         b_dk = tl.where(m_key[:, None], b_dk, 0.0)
         b_dv = tl.where(m_key[:, None], b_dv, 0.0)
     o_d = tl.arange(0, BLOCK_D)
@@ -341,7 +340,7 @@ def attention_backward(
     with torch.cuda.device_of(query):
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         lse, delta = lse.contiguous(), torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
-        mask, mask_strides = mask_argument(key_mask, query)
+        mask = mask_argument(key_mask, query)
         table, map_strides, groups, tokens = None, (0, 0, 0, 0), 1, 1
         if grad_maps is not None and index is not None and weight is not None:
             index, weight = index.contiguous(), weight.contiguous()
@@ -356,7 +355,7 @@ def attention_backward(
             query, key, value, out, grad_out, grad_query, lse, delta,
             None if grad_lse is None else grad_lse.contiguous(), grad_maps, index, weight, mask,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
-            *grad_query.stride()[:3], *map_strides, *mask_strides,
+            *grad_query.stride()[:3], *map_strides,
             queries, keys, start, length, tokens, groups, share, scale, scale * LOG2E.value,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MAPS=has_maps, GRAD_LSE=grad_lse is not None,
             HAS_MASK=has_mask, EVEN=keys % tile.block_n == 0, **shape, **tile.launch,
@@ -365,7 +364,7 @@ def attention_backward(
         key_value_kernel[triton.cdiv(keys, tile.block_n), heads, batch](
             query, key, value, grad_out, grad_key, grad_value, lse, delta, grad_maps, table, mask,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3],
-            *grad_key.stride()[:3], *grad_value.stride()[:3], *map_strides, *mask_strides,
+            *grad_key.stride()[:3], *grad_value.stride()[:3], *map_strides,
             queries, keys, start, length, groups, scale, scale * LOG2E.value,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MAPS=has_maps, HAS_MASK=has_mask, **shape, **tile.launch,
         )  # fmt: skip

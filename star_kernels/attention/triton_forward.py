@@ -25,6 +25,7 @@ from star_kernels.attention.triton_maps import (
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.0e38)  # below any score but finite: -inf less the maximum of a row without keys is no NaN
 
 
 @triton.jit
@@ -38,7 +39,6 @@ def _attend_tile(
     p_mask,
     stride_ks,
     stride_vs,
-    stride_ms,
     remaining,
     scale_log2,
     HEAD_DIM: tl.constexpr,
@@ -53,26 +53,26 @@ def _attend_tile(
     b_k = load_rows(p_k, stride_ks, o_n, m_n, HEAD_DIM, BLOCK_D, LAST)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if HAS_MASK:
-        m_n = m_n & (tl.load(p_mask + o_n * stride_ms, mask=m_n, other=0) != 0)
+        if LAST:
+            m_n = tl.load(p_mask + o_n, mask=m_n, other=0) != 0
+        else:
+            m_n = tl.load(p_mask + o_n) != 0
     if HAS_MASK or LAST:
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
     b_new_max = tl.maximum(b_max, tl.max(b_s, axis=1) * scale_log2)
-    b_shift = b_new_max
-    if HAS_MASK:  # a row that has met no key yet
-        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-    b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
-    b_decay = tl.exp2(b_max - b_shift)
+    b_p = tl.exp2(b_s * scale_log2 - b_new_max[:, None])
+    b_decay = tl.exp2(b_max - b_new_max)
     b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
     b_v = load_rows(p_v, stride_vs, o_n, m_n, HEAD_DIM, BLOCK_D, LAST)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
     return b_acc, b_new_max, b_sum
 
 
-@triton.jit(do_not_specialize=["queries", "keys", *SIZES])
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     p_q, p_k, p_v, p_out, p_lse, p_index, p_weight, p_mask, p_maps, p_partial, p_counter,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_ob, stride_oh, stride_os, stride_mb, stride_ms,
+    stride_ob, stride_oh, stride_os,
     queries, keys, row_start, row_length, tokens, groups, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
     MAPS: tl.constexpr, REDUCE: tl.constexpr, HAS_MASK: tl.constexpr, EVEN: tl.constexpr,
@@ -85,28 +85,28 @@ def forward_kernel(
     m_m = o_m < queries
     p_k += o_b * stride_kb + o_h * stride_kh
     p_v += o_b * stride_vb + o_h * stride_vh
-    p_mask += o_b * stride_mb
+    p_mask += o_b * keys
 
     b_q = load_rows(p_q + o_b * stride_qb + o_h * stride_qh, stride_qs, o_row, m_m, HEAD_DIM, BLOCK_D, True)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     full = keys // BLOCK_N
     if not EVEN:  # the partial tile comes first, where no accumulator takes registers yet
         last = (full * BLOCK_N).to(tl.int64)
         b_acc, b_max, b_sum = _attend_tile(
-            b_acc, b_max, b_sum, b_q, p_k + last * stride_ks, p_v + last * stride_vs, p_mask + last * stride_ms,
-            stride_ks, stride_vs, stride_ms, keys - full * BLOCK_N, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, True,
+            b_acc, b_max, b_sum, b_q, p_k + last * stride_ks, p_v + last * stride_vs, p_mask + last,
+            stride_ks, stride_vs, keys - full * BLOCK_N, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, True,
         )  # fmt: skip
     p_k_tile, p_v_tile, p_mask_tile = p_k, p_v, p_mask
     for _ in range(0, full):
         b_acc, b_max, b_sum = _attend_tile(
-            b_acc, b_max, b_sum, b_q, p_k_tile, p_v_tile, p_mask_tile, stride_ks, stride_vs, stride_ms, BLOCK_N,
+            b_acc, b_max, b_sum, b_q, p_k_tile, p_v_tile, p_mask_tile, stride_ks, stride_vs, BLOCK_N,
             scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, False,
         )  # fmt: skip
         p_k_tile += BLOCK_N * stride_ks
         p_v_tile += BLOCK_N * stride_vs
-        p_mask_tile += BLOCK_N * stride_ms
+        p_mask_tile += BLOCK_N
 
     b_lse = b_max + tl.log2(b_sum)
     tl.store(p_lse + (o_b * tl.num_programs(1) + o_h) * queries + o_row, b_lse * LN2, mask=m_m)
@@ -120,7 +120,7 @@ def forward_kernel(
     if MAPS:
         if (first < row_start + row_length) & (first + BLOCK_M > row_start):
             store_maps(
-                b_q, b_lse, p_k, stride_ks, p_lse, p_index, p_weight, p_mask, stride_ms, p_maps, p_partial, p_counter,
+                b_q, b_lse, p_k, stride_ks, p_lse, p_index, p_weight, p_mask, p_maps, p_partial, p_counter,
                 o_b, row_start, row_length, tokens, groups, scale_log2,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, REDUCE, HAS_MASK, False,
             )  # fmt: skip
@@ -174,10 +174,10 @@ def attention(
             groups, tokens = weight.shape[1:]
             maps, partial, counter = map_buffers(query, groups, length, reduce_heads, grid[0])
             index, weight = index.contiguous(), weight.contiguous()
-        mask, mask_strides = mask_argument(key_mask, query)
+        mask = mask_argument(key_mask, query)
         forward_kernel[grid](
             query, key, value, out, lse, index, weight, mask, maps, partial, counter,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *mask_strides,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             queries, keys, start, length, tokens, groups, scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_G=group_tile(groups), MAPS=maps is not None, REDUCE=counter is not None,

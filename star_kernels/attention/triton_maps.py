@@ -46,7 +46,6 @@ def attend_tokens(
     p_token_lse,
     p_index,
     p_mask,
-    stride_mask,
     o_t,  # [BLOCK_T]
     tokens,
     scale_log2,
@@ -66,7 +65,7 @@ def attend_tokens(
         b_p = tl.exp2(b_s * scale_log2 - b_token_lse[None, :])
     else:
         if HAS_MASK:
-            m_t = m_t & (tl.load(p_mask + b_index * stride_mask, mask=m_t, other=0) != 0)
+            m_t = m_t & (tl.load(p_mask + b_index, mask=m_t, other=0) != 0)
         b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
     return tl.where(m_t[None, :], b_p, 0.0), b_gathered
 
@@ -81,7 +80,6 @@ def store_maps(
     p_index,
     p_weight,
     p_mask,  # of this batch entry
-    stride_mask,
     p_maps,
     p_partial,
     p_counter,
@@ -114,14 +112,14 @@ def store_maps(
         for t0 in tl.range(0, tokens, BLOCK_T, num_stages=1):
             o_t = t0 + tl.arange(0, BLOCK_T)
             b_p, _ = attend_tokens(
-                b_dense, b_lse, p_gathered, stride_gathered, p_token_lse, p_index, p_mask, stride_mask, o_t, tokens,
+                b_dense, b_lse, p_gathered, stride_gathered, p_token_lse, p_index, p_mask, o_t, tokens,
                 scale_log2, HEAD_DIM, BLOCK_D, HAS_MASK, TOKEN_LSE,
             )  # fmt: skip
             m_w = (o_g < groups)[:, None] & (o_t < tokens)[None, :]
             b_w = tl.load(p_weight + o_g[:, None] * tokens + o_t[None, :], mask=m_w, other=0.0)  # [BLOCK_G, BLOCK_T]
             b_map += tl.sum(b_p[:, None, :] * b_w[None, :, :], axis=2)
         if TOKEN_LSE and HAS_MASK:
-            m_keys = tl.load(p_mask + o_m.to(tl.int64) * stride_mask, mask=m_r, other=0) != 0
+            m_keys = tl.load(p_mask + o_m, mask=m_r, other=0) != 0
             b_map = tl.where(m_keys[:, None], b_map, 0.0)
         p_tile = p_partial + o_g.to(tl.int64)[None, :] * heads * row_length + o_r[:, None]
         tl.store(p_tile, b_map, mask=m_r[:, None] & (o_g < groups)[None, :])
@@ -150,14 +148,14 @@ def _average_heads(p_partial, p_maps, o_r, m_r, row_length, groups):
         p_maps += row_length
 
 
-SIZES = ["row_start", "row_length", "tokens", "groups"]  # no compilation for each value class of these
+SIZES = ["queries", "keys", "row_start", "row_length", "tokens", "groups"]  # no compilation for each value class of these
 
 
 @triton.jit(do_not_specialize=SIZES)
 def maps_kernel(
     p_dense, p_gathered, p_lse, p_index, p_weight, p_mask, p_maps, p_partial, p_counter,
-    stride_db, stride_dh, stride_ds, stride_gb, stride_gh, stride_gs, stride_mb, stride_ms,
-    queries, row_start, row_length, tokens, groups, scale_log2,
+    stride_db, stride_dh, stride_ds, stride_gb, stride_gh, stride_gs,
+    queries, keys, row_start, row_length, tokens, groups, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
     REDUCE: tl.constexpr, HAS_MASK: tl.constexpr, TOKEN_LSE: tl.constexpr,
 ):  # fmt: skip
@@ -172,12 +170,12 @@ def maps_kernel(
         b_lse = tl.zeros([BLOCK_M], dtype=tl.float32)
     else:
         b_lse = tl.load(p_lse + o_row, mask=m_m, other=0.0) * LOG2E
-    p_mask += o_b * stride_mb
+    p_mask += o_b * keys
     if TOKEN_LSE:
-        p_mask += row_start * stride_ms  # the map's rows count from 0 here
+        p_mask += row_start  # the map's rows count from 0 here
     store_maps(
         b_dense, b_lse, p_gathered + o_b * stride_gb + o_h * stride_gh, stride_gs, p_lse, p_index, p_weight, p_mask,
-        stride_ms, p_maps, p_partial, p_counter, o_b, 0, row_length, tokens, groups, scale_log2,
+        p_maps, p_partial, p_counter, o_b, 0, row_length, tokens, groups, scale_log2,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, REDUCE, HAS_MASK, TOKEN_LSE,
     )  # fmt: skip
 
@@ -222,11 +220,11 @@ def attention_maps(
     grid = (triton.cdiv(length, config.block_m), heads, batch)
     with torch.cuda.device_of(query):
         maps, partial, counter = map_buffers(query, weight.shape[1], length, reduce_heads, grid[0])
-        mask, mask_strides = mask_argument(key_mask, query)
+        mask = mask_argument(key_mask, query)
         maps_kernel[grid](
             dense, gathered, lse.contiguous(), index.contiguous(), weight.contiguous(), mask, maps, partial, counter,
-            *dense.stride()[:3], *gathered.stride()[:3], *mask_strides,
-            queries, start, length, index.shape[1], weight.shape[1], scale * LOG2E.value,
+            *dense.stride()[:3], *gathered.stride()[:3],
+            queries, key.shape[2], start, length, index.shape[1], weight.shape[1], scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, BLOCK_G=group_tile(weight.shape[1]),
             REDUCE=counter is not None, HAS_MASK=key_mask is not None, TOKEN_LSE=text_to_image,
             **config.launch,
@@ -249,11 +247,9 @@ def group_tile(groups: int) -> int:
     return min(4, triton.next_power_of_2(groups))
 
 
-def mask_argument(key_mask: Tensor | None, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """The mask as bytes with its strides, or a pointer that is never read."""
-    if key_mask is None:
-        return like, (0, 0)
-    return key_mask.view(torch.uint8), key_mask.stride()
+def mask_argument(key_mask: Tensor | None, like: Tensor) -> Tensor:
+    """The mask as contiguous bytes, or a pointer that is never read."""
+    return like if key_mask is None else key_mask.contiguous().view(torch.uint8)
 
 
 def map_buffers(

@@ -172,11 +172,13 @@ def weighted_policy_loss(
 def _choose_backend(backend: str, model_output: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    possible = model_output.device.type == "cpu" and model_output.dtype != torch.float64
-    if backend == "native":
-        if not possible or native.cpu() is None:
-            reason = native.load("libstar_kernels_cpu.so")[1] if possible else "it serves 16- and 32-bit CPU tensors"
-            raise ValueError(f"backend 'native' cannot run here: {reason}; got {model_output.dtype} on "
-                             f"{model_output.device}")
+    if backend == "naive":
         return backend
-    return "native" if backend == "auto" and possible and native.cpu() is not None else "naive"
+    device = model_output.device.type
+    library = {"cpu": native.cpu, "cuda": native.cuda}.get(device, lambda: None)()
+    if library is not None and model_output.dtype != torch.float64:
+        return "native"
+    if backend == "native":
+        reason = native.load(f"libstar_kernels_{device}.so")[1] if library is None else "it has no float64"
+        raise ValueError(f"backend 'native' cannot run here: {reason}; got {model_output.dtype} on {device}")
+    return "naive"

@@ -29,117 +29,58 @@ _library.define(
 )
 
 
-def weighted_policy_loss(
-    model_output: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    coefficients: Tensor,
-    weights: Tensor | None,
-    ref_model_output: Tensor | None,
-    channel_dim: int,
-    per_location: bool,
-    clip_low: float,
-    clip_high: float,
-    advantage_clip: float,
-    kl_coef: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss, metrics, slope = _results(model_output)
-    native.cpu().policy_forward(  # type: ignore[union-attr]
-        *_latents(channel_dim, model_output, sample, prev_sample),
-        old_log_prob.contiguous(),
-        advantages.contiguous(),
-        coefficients.contiguous(),
-        None if weights is None else weights.contiguous(),
-        None if ref_model_output is None else _collapsible(ref_model_output, channel_dim),
-        channel_dim,
-        per_location,
-        clip_low,
-        clip_high,
-        advantage_clip,
-        kl_coef,
-        native.threads(),
-        loss,
-        metrics,
-        slope,
-    )
-    return loss, metrics, slope
+def weighted_policy_loss(*objective: Any) -> tuple[Tensor, Tensor, Tensor]:
+    prepared = _prepare(*objective)
+    model_output = prepared[0]
+    results = _results(model_output)
+    if model_output.device.type == "cuda":
+        library = native.cuda()
+        batch, positions = model_output.shape[0], model_output.numel() // model_output.shape[0]
+        positions //= model_output.shape[prepared[8]]
+        size = library.policy_workspace_bytes(batch, positions)  # type: ignore[union-attr]
+        partial = torch.empty(size, dtype=torch.uint8, device=model_output.device)
+        library.policy_forward(  # type: ignore[union-attr]
+            *prepared, partial, native.zero_counter(model_output.device), *results
+        )
+    else:
+        native.cpu().policy_forward(*prepared, native.threads(), *results)  # type: ignore[union-attr]
+    return results
 
 
-def weighted_policy_loss_backward(
-    grad_loss: Tensor,
-    slope: Tensor,
-    model_output: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    coefficients: Tensor,
-    weights: Tensor | None,
-    ref_model_output: Tensor | None,
-    channel_dim: int,
-    per_location: bool,
-    clip_low: float,
-    clip_high: float,
-    advantage_clip: float,
-    kl_coef: float,
-) -> Tensor:
-    model_output, sample, prev_sample = _latents(channel_dim, model_output, sample, prev_sample)
-    gradient = torch.empty_like(model_output)
-    native.cpu().policy_backward(  # type: ignore[union-attr]
-        model_output,
-        sample,
-        prev_sample,
-        old_log_prob.contiguous(),
-        advantages.contiguous(),
-        coefficients.contiguous(),
-        None if weights is None else weights.contiguous(),
-        None if ref_model_output is None else _collapsible(ref_model_output, channel_dim),
-        channel_dim,
-        per_location,
-        clip_low,
-        clip_high,
-        advantage_clip,
-        kl_coef,
-        native.threads(),
-        grad_loss,
-        slope,
-        gradient,
-    )
+def weighted_policy_loss_backward(grad_loss: Tensor, slope: Tensor, *objective: Any) -> Tensor:
+    prepared = _prepare(*objective)
+    gradient = torch.empty_like(prepared[0])
+    if gradient.device.type == "cuda":
+        native.cuda().policy_backward(*prepared, grad_loss, slope, gradient)  # type: ignore[union-attr]
+    else:
+        native.cpu().policy_backward(  # type: ignore[union-attr]
+            *prepared, native.threads(), grad_loss, slope, gradient
+        )
     return gradient
 
 
 def sample_transition(
     model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int
 ) -> tuple[Tensor, Tensor]:
-    model_output, sample, noise = _latents(channel_dim, model_output, sample, noise)
-    prev_sample, log_prob = sample_transition_fake(model_output, sample, noise, coefficients, channel_dim)
-    native.cpu().sample_transition(  # type: ignore[union-attr]
-        model_output, sample, noise, coefficients.contiguous(), channel_dim, native.threads(), prev_sample, log_prob
-    )
-    return prev_sample, log_prob
+    results = sample_transition_fake(model_output, sample, noise, coefficients, channel_dim)
+    latents = (_collapsible(t, channel_dim) for t in (model_output, sample, noise))
+    if model_output.device.type == "cuda":
+        native.cuda().sample_transition(  # type: ignore[union-attr]
+            *latents, coefficients.contiguous(), channel_dim, *results
+        )
+    else:
+        native.cpu().sample_transition(  # type: ignore[union-attr]
+            *latents, coefficients.contiguous(), channel_dim, native.threads(), *results
+        )
+    return results
 
 
 def weighted_policy_loss_fake(model_output: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _results(model_output)
 
 
-def weighted_policy_loss_backward_fake(
-    grad_loss: Tensor,
-    slope: Tensor,
-    model_output: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    coefficients: Tensor,
-    weights: Tensor | None,
-    ref_model_output: Tensor | None,
-    channel_dim: int,
-    *arguments: Any,
-) -> Tensor:
-    return torch.empty_like(_collapsible(model_output, channel_dim))
+def weighted_policy_loss_backward_fake(grad_loss: Tensor, slope: Tensor, *objective: Any) -> Tensor:
+    return torch.empty_like(_collapsible(objective[0], objective[8]))
 
 
 def sample_transition_fake(
@@ -179,8 +120,31 @@ def _results(model_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loss, metrics, slope
 
 
-def _latents(channel_dim: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(_collapsible(t, channel_dim) for t in tensors)
+def _prepare(
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    coefficients: Tensor,
+    weights: Tensor | None,
+    ref_model_output: Tensor | None,
+    channel_dim: int,
+    *scalars: Any,
+) -> tuple[Any, ...]:
+    """The objective's arguments as the compiled functions take them: in layouts that they can walk."""
+    return (
+        _collapsible(model_output, channel_dim),
+        _collapsible(sample, channel_dim),
+        _collapsible(prev_sample, channel_dim),
+        old_log_prob.contiguous(),
+        advantages.contiguous(),
+        coefficients.contiguous(),
+        None if weights is None else weights.contiguous(),
+        None if ref_model_output is None else _collapsible(ref_model_output, channel_dim),
+        channel_dim,
+        *scalars,
+    )
 
 
 def _collapsible(tensor: Tensor, channel_dim: int) -> Tensor:
@@ -202,7 +166,8 @@ for _name, _function, _shapes in (
     ("weighted_policy_loss_backward", weighted_policy_loss_backward, weighted_policy_loss_backward_fake),
     ("sample_transition", sample_transition, sample_transition_fake),
 ):
-    _library.impl(_name, _function, "CPU")
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _function, _device)
     torch.library.register_fake(f"star_kernels::{_name}", _shapes, lib=_library)
 
 torch.library.register_autograd(

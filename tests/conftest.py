@@ -1,0 +1,120 @@
+"""What the tests share: the backends, at one place, and the measures of error, memory and memory's initial content."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import star_kernels
+
+# Every backend and the device it is tested on. The contract suites run once for each line.
+ATTENTION_BACKENDS = [("naive", "cpu"), ("vendor", "cpu")]
+MAPS_BACKENDS = [("naive", "cpu"), ("auto", "cpu")]  # of attention_maps
+POLICY_BACKENDS = [("naive", "cpu"), ("native", "cpu")]
+if torch.cuda.is_available():
+    ATTENTION_BACKENDS += [("auto", "cuda")]
+    MAPS_BACKENDS += [("auto", "cuda")]
+    POLICY_BACKENDS += [("auto", "cuda")]
+
+_BACKENDS = {
+    "attention_backend": ATTENTION_BACKENDS,
+    "maps_backend": MAPS_BACKENDS,
+    "policy_backend": POLICY_BACKENDS,
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for name, backends in _BACKENDS.items():
+        if name in metafunc.fixturenames:
+            ids = [backend if device == "cpu" else f"{backend}-{device}" for backend, device in backends]
+            metafunc.parametrize(name, backends, ids=ids)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "native: needs the compiled CPU library")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    backend = getattr(item, "callspec", None) and item.callspec.params.get("policy_backend", ("", ""))[0]
+    if (item.get_closest_marker("native") or backend == "native") and not _has_native():
+        pytest.skip("the compiled CPU library is not here")
+
+
+def _has_native() -> bool:
+    return star_kernels.native.load("libstar_kernels_cpu.so")[0] is not None
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN (the largest value for integers), so that whatever is left unwritten shows."""
+    strict, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(2).isnan().all()
+    assert torch.zeros(2).new_empty(2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(strict)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def peak_memory() -> Callable[[Callable[[], Any]], int]:
+    """The most bytes that PyTorch's CPU allocator holds at once during a call, above what it held before."""
+
+    def measure(function: Callable[[], Any]) -> int:
+        function()  # what is allocated once and kept does not count
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+            result = function()
+        del result
+        events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+    return measure
+
+
+@pytest.fixture
+def assert_as_exact() -> Callable[..., None]:
+    """Holds a result to at most twice the error of PyTorch's own arithmetic in the same dtype, both against float64.
+
+    Where PyTorch happens to be exact a result of equal merit may still round: four units in the last place of the
+    largest entry are allowed on top (the result's own rounding is half of one; float32 sums of a few hundred terms,
+    taken in another order, make up the rest), and eight float32 units of one, because a gradient is a difference of
+    terms of size one or more that may cancel altogether.
+    """
+
+    def check(name: str, got: Tensor, pytorch: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+        assert exact.dtype == torch.float64
+        assert got.shape == exact.shape, name
+        assert bool(got.isfinite().all()), f"{name} is not finite"
+        rounding = 4 * torch.finfo(dtype).eps * exact.abs().max() + 8 * torch.finfo(torch.float32).eps
+        allowed = 2 * (pytorch.double() - exact).abs().max() + rounding
+        error = (got.double() - exact).abs().max()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+    return check
