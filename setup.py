@@ -102,7 +102,14 @@ def cpu_rules() -> str:
     for isa in INSTRUCTION_SETS if x86 else ("baseline",):
         flags, lanes = INSTRUCTION_SETS[isa]
         for name, contract in CPU_KERNELS.items():
-            kernel = [*KERNEL, *openmp, *flags, f"-ffp-contract={contract}", f"-DSTAR_ISA={isa}", f"-DSTAR_LANES={lanes}"]
+            kernel = [
+                *KERNEL,
+                *openmp,
+                *flags,
+                f"-ffp-contract={contract}",
+                f"-DSTAR_ISA={isa}",
+                f"-DSTAR_LANES={lanes}",
+            ]
             edges.append(edge(f"{name}.{isa}.o", SOURCES / "cpu" / f"{name}.cpp", kernel))
     return rules(cxx, edges, ["-shared", *link, "-Wl,-z,now"] if sys.platform == "linux" else ["-shared", *link])
 
@@ -124,7 +131,7 @@ def cuda_rules() -> str:
     codes += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in architectures if arch.isdigit()][:1]
     host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
     kernel = ["-std=c++17", "-O3", "--threads=0", host, f"-I{SOURCES}", *codes]
-    names = f"-DSTAR_CUDA_ARCHITECTURES=\"{' '.join(f'sm_{arch}' for arch in architectures)}\""
+    names = f'-DSTAR_CUDA_ARCHITECTURES="{" ".join(f"sm_{arch}" for arch in architectures)}"'
     exports = ["-std=c++17", "-O1", host, f"-I{SOURCES}", *include, names]
     edges = [
         edge("flow_policy.o", SOURCES / "cuda" / "flow_policy.cu", kernel),

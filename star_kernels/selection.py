@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class TokenSelection:
         """
         if not isinstance(positions, Sequence) or isinstance(positions, str) or not positions:
             raise ValueError(f"positions must be a non-empty list with one entry per sequence, got {positions!r}")
-        grouped = [[row] if _is_flat(row) else list(row) for row in positions]
+        grouped: list[list[Any]] = [[row] if _is_flat(row) else list(row) for row in positions]
         groups = len(grouped[0])
         for b, row in enumerate(grouped):
             if len(row) != groups:

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from star_kernels.attention import naive
-from star_kernels.attention import ops as _ops  # registers the operators
+from star_kernels.attention import naive, ops
 from star_kernels.attention.checks import check_key_mask, check_lse, check_qkv, check_selection, resolve_rows
 from star_kernels.selection import TokenSelection
 
@@ -86,7 +85,7 @@ def attention(
             query, key, value, index, weight, key_mask, (start, length), scale, reduce_heads
         )
     else:
-        out, maps, lse = torch.ops.star_kernels.attention(
+        out, maps, lse = ops.ATTENTION(
             query, key, value, index, weight, key_mask, start, length, scale, reduce_heads, backend
         )
     return AttentionOutput(out.transpose(1, 2) if axis == 1 else out, maps, lse if return_lse else None)
@@ -150,7 +149,7 @@ def attention_maps(
             reduce_heads,
             text_to_image,
         )
-    maps: Tensor = torch.ops.star_kernels.attention_maps(
+    maps: Tensor = ops.ATTENTION_MAPS(
         query,
         key,
         lse,

@@ -45,9 +45,7 @@ def check_selection(selection: TokenSelection, query: Tensor, *, length: int) ->
         raise ValueError(f"selection must have the batch of query, {query.shape[0]}, got {selection.index.shape[0]}")
     # A compiled graph would be specialised to this number, so there the kernels alone check it.
     if not torch.compiler.is_compiling() and selection.last >= length:
-        raise ValueError(
-            f"selection.index must be below the length of the sequence, {length}, got {selection.last}"
-        )
+        raise ValueError(f"selection.index must be below the length of the sequence, {length}, got {selection.last}")
 
 
 def check_key_mask(key_mask: Tensor | None, query: Tensor, length: int) -> None:

@@ -96,9 +96,7 @@ def attention_backward(
             grad_maps, query, key, lse, index, weight, key_mask, (start, rows), scale, reduce_heads, False
         )
         grad_lse = sparse.lse if grad_lse is None else grad_lse + sparse.lse
-    grad_query, grad_key, grad_value = vendor.backward(
-        grad_out, grad_lse, query, key, value, out, lse, key_mask, scale
-    )
+    grad_query, grad_key, grad_value = vendor.backward(grad_out, grad_lse, query, key, value, out, lse, key_mask, scale)
     if sparse is not None:
         sparse.add_to(grad_query, grad_key)
     return _like(grad_query, query), _like(grad_key, key), _like(grad_value, value)
@@ -211,9 +209,7 @@ def _differentiate_attention(
 ) -> tuple[Tensor | None, ...]:
     if grad_out is None and grad_maps is None and grad_lse is None:
         return (None,) * 11
-    grads = torch.ops.star_kernels.attention_backward(
-        grad_out, grad_maps, grad_lse, *ctx.saved_tensors, *ctx.arguments
-    )
+    grads = ATTENTION_BACKWARD(grad_out, grad_maps, grad_lse, *ctx.saved_tensors, *ctx.arguments)
     return (*grads, *(None,) * 8)
 
 
@@ -223,7 +219,7 @@ def _save_maps(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate_maps(ctx: Any, grad_maps: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.star_kernels.attention_maps_backward(
+    grads = ATTENTION_MAPS_BACKWARD(
         grad_maps, *ctx.saved_tensors, ctx.start, ctx.rows, ctx.scale, ctx.reduce_heads, ctx.text_to_image
     )
     return (*grads, *(None,) * 8)
@@ -259,3 +255,9 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "star_kernels::attention_maps", _differentiate_maps, setup_context=_save_maps, lib=_library
 )
+
+# The overloads themselves: a call need not look for them.
+ATTENTION = torch.ops.star_kernels.attention.default
+ATTENTION_BACKWARD = torch.ops.star_kernels.attention_backward.default
+ATTENTION_MAPS = torch.ops.star_kernels.attention_maps.default
+ATTENTION_MAPS_BACKWARD = torch.ops.star_kernels.attention_maps_backward.default

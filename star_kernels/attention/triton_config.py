@@ -33,9 +33,15 @@ class BackwardConfig:
 
 def architecture(device):
     return "cpu"
+
+
 def forward_config(a, d, t):
     return Tile(32, 32, 4, 1)
+
+
 def maps_config(a, d, t):
     return Tile(32, 32, 4, 1)
+
+
 def backward_config(a, d, t):
-    return BackwardConfig(Tile(32, 32, 4, 1),Tile(32, 32, 4, 1))
+    return BackwardConfig(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))

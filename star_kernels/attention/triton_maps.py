@@ -23,9 +23,7 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 @triton.jit
-def load_rows(
-    p_base, stride, o_rows, m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr
-):
+def load_rows(p_base, stride, o_rows, m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr):
     """Rows ``o_rows`` of a [S, D] matrix as a tile [ROWS, BLOCK_D], zero where masked or padded."""
     o_d = tl.arange(0, BLOCK_D)
     p_tile = p_base + o_rows[:, None] * stride + o_d[None, :]
@@ -129,7 +127,9 @@ def store_maps(
         arrived = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu")
         if arrived == heads - 1:
             tl.store(p_counter, 0)  # ready for the next launch
-            _average_heads(p_partial - o_h * row_length, p_maps + o_b * groups * row_length, o_r, m_r, row_length, groups)
+            _average_heads(
+                p_partial - o_h * row_length, p_maps + o_b * groups * row_length, o_r, m_r, row_length, groups
+            )
 
 
 @triton.jit
@@ -148,7 +148,14 @@ def _average_heads(p_partial, p_maps, o_r, m_r, row_length, groups):
         p_maps += row_length
 
 
-SIZES = ["queries", "keys", "row_start", "row_length", "tokens", "groups"]  # no compilation for each value class of these
+SIZES = [
+    "queries",
+    "keys",
+    "row_start",
+    "row_length",
+    "tokens",
+    "groups",
+]  # no compilation for each value class of these
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention on a CPU: the output, like query, and its log-sum-exp, float32 [B, H, Sq]."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, attn_mask=_additive(key_mask, query.dtype), scale=scale
@@ -50,7 +48,7 @@ def backward(
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, query, key, value, out, lse, 0.0, False, attn_mask=_additive(key_mask, query.dtype), scale=scale
     )
-    return tuple(g[..., :width] for g in grads)  # type: ignore[return-value]
+    return tuple(g[..., :width] for g in grads)
 
 
 def _additive(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

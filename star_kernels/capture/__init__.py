@@ -55,7 +55,9 @@ class MapCapture:
         """The selection for all samples of a forward pass; the half that is not wanted selects nothing."""
         expected = self._batch_selection.batch
         if batch != expected:
-            halves = "" if self._cfg is None else f" (twice the selection's {self.selection.batch}, for cfg={self._cfg!r})"
+            halves = (
+                "" if self._cfg is None else f" (twice the selection's {self.selection.batch}, for cfg={self._cfg!r})"
+            )
             raise ValueError(f"the transformer must be called with a batch of {expected}{halves}, got {batch}")
         return self._batch_selection
 
@@ -109,7 +111,7 @@ def capture_maps(
         capture.begin(family.grid(model, args, kwargs))
 
     originals = [(attentions[i], attentions[i].processor) for i in chosen]
-    for attention, processor in originals:
+    for _, processor in originals:
         family.check_processor(processor)
     handle = model.register_forward_pre_hook(start, with_kwargs=True)
     try:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import native
-from star_kernels.policy import naive
-from star_kernels.policy import ops as _ops  # registers the operators
+from star_kernels.policy import naive, ops
 from star_kernels.policy.checks import (
     check_clip,
     check_latent,
@@ -81,9 +80,9 @@ def sample_transition(
     else:
         check_latent("noise", noise, model_output)
     arguments = (model_output.detach(), sample.detach(), noise, transition.coefficients, channel_dim)
-    if _choose_backend(backend, model_output) == "naive":
+    if _resolve_backend(backend, model_output) == "naive":
         return naive.sample_transition(*arguments)
-    prev_sample, log_prob = torch.ops.star_kernels.sample_transition(*arguments)
+    prev_sample, log_prob = ops.SAMPLE_TRANSITION(*arguments)
     return prev_sample, log_prob
 
 
@@ -162,23 +161,36 @@ def weighted_policy_loss(
         advantage_clip,
         kl_coef,
     )
-    if _choose_backend(backend, model_output) == "naive":
+    if _resolve_backend(backend, model_output) == "naive":
         loss, metrics = naive.weighted_policy_loss(*arguments)
     else:
-        loss, metrics, _ = torch.ops.star_kernels.weighted_policy_loss(*arguments)
+        loss, metrics, _ = ops.WEIGHTED_POLICY_LOSS(*arguments)
     return PolicyLoss(loss, dict(zip(naive.METRICS, metrics.unbind(), strict=True)))
 
 
-def _choose_backend(backend: str, model_output: Tensor) -> str:
+def choose_backend(model_output: Tensor) -> str:
+    """What "auto" means for these inputs."""
+    return "naive" if _obstacle(model_output) else "native"
+
+
+def _resolve_backend(backend: str, model_output: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "naive":
-        return backend
-    device = model_output.device.type
-    library = {"cpu": native.cpu, "cuda": native.cuda}.get(device, lambda: None)()
-    if library is not None and model_output.dtype != torch.float64:
-        return "native"
-    if backend == "native":
-        reason = native.load(f"libstar_kernels_{device}.so")[1] if library is None else "it has no float64"
-        raise ValueError(f"backend 'native' cannot run here: {reason}; got {model_output.dtype} on {device}")
-    return "naive"
+    if backend == "auto":
+        return choose_backend(model_output)
+    if backend == "native" and (obstacle := _obstacle(model_output)):
+        raise ValueError(
+            f"backend 'native' cannot run here: {obstacle}; got {model_output.dtype} on {model_output.device}"
+        )
+    return backend
+
+
+def _obstacle(model_output: Tensor) -> str:
+    """What keeps the compiled kernels from these inputs, if anything."""
+    if model_output.dtype == torch.float64:
+        return "they have no float64"
+    if model_output.device.type == "cpu":
+        return "" if native.cpu() is not None else native.load("libstar_kernels_cpu.so")[1]
+    if model_output.device.type == "cuda":
+        return "" if native.cuda() is not None else native.load("libstar_kernels_cuda.so")[1]
+    return f"they do not serve {model_output.device.type}"

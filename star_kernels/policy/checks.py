@@ -86,7 +86,9 @@ def _check_weights(weights: Tensor, shape: list[int], model_output: Tensor) -> N
     _check_float("weights", weights, model_output)
     batch, *locations = shape
     grid = list(weights.shape[1:])
-    divides = len(grid) == len(locations) and all(n > 0 and size % n == 0 for n, size in zip(grid, locations))
+    divides = len(grid) == len(locations) and all(
+        n > 0 and size % n == 0 for n, size in zip(grid, locations, strict=True)
+    )
     if weights.shape[:1] != (batch,) or not divides or (len(locations) == 1 and grid != locations):
         coarser = " or lie on a coarser grid that divides it" if len(locations) > 1 else ""
         raise ValueError(f"weights must have shape [B, *locations] = {shape}{coarser}, got {list(weights.shape)}")
@@ -100,7 +102,7 @@ def _check_weights(weights: Tensor, shape: list[int], model_output: Tensor) -> N
 def check_clip(clip_range: float | tuple[float, float], advantage_clip: float, kl_coef: float) -> tuple[float, float]:
     """The bounds of the ratio, 1 - low and 1 + high."""
     low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
-    if not (0 <= low <= 1 and 0 <= high):
+    if not (0 <= low <= 1 and high >= 0):
         raise ValueError(f"clip_range must be at least 0, its lower half at most 1, got {clip_range}")
     if not advantage_clip > 0:
         raise ValueError(f"advantage_clip must be positive, got {advantage_clip}")

@@ -100,7 +100,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _differentiate(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * _INPUTS
-    gradient = torch.ops.star_kernels.weighted_policy_loss_backward(
+    gradient = WEIGHTED_POLICY_LOSS_BACKWARD(
         grad_loss,
         *ctx.saved_tensors,
         ctx.channel_dim,
@@ -170,6 +170,9 @@ for _name, _function, _shapes in (
         _library.impl(_name, _function, _device)
     torch.library.register_fake(f"star_kernels::{_name}", _shapes, lib=_library)
 
-torch.library.register_autograd(
-    "star_kernels::weighted_policy_loss", _differentiate, setup_context=_save, lib=_library
-)
+torch.library.register_autograd("star_kernels::weighted_policy_loss", _differentiate, setup_context=_save, lib=_library)
+
+# The overloads themselves: a call need not look for them.
+WEIGHTED_POLICY_LOSS = torch.ops.star_kernels.weighted_policy_loss.default
+WEIGHTED_POLICY_LOSS_BACKWARD = torch.ops.star_kernels.weighted_policy_loss_backward.default
+SAMPLE_TRANSITION = torch.ops.star_kernels.sample_transition.default

@@ -1,4 +1,4 @@
-"""The transitions of one denoising step: every sampler of the family is linear in sample and velocity, with Gaussian noise.
+"""The transitions of one denoising step: every sampler of the family is linear in sample and velocity, plus noise.
 
 ``prev ~ N(a x + b v, std^2)`` and ``log p = offset - scale * (prev - mean)^2``. Only the five coefficients differ, so
 one kernel serves them all. Sigma runs from 1 (noise) to 0 (image); arithmetic is float64, rounded once.
@@ -184,7 +184,11 @@ def _sigmas(sigma: Tensor | float, sigma_next: Tensor | float) -> tuple[Tensor, 
 
 def _column(name: str, value: Tensor, sigma: Tensor) -> Tensor:
     """``[]`` or ``[B]`` as ``[1]`` or ``[B]``."""
-    if value.ndim > 1 or (value.ndim == 1 and sigma.ndim == 1 and 1 < len(value) != len(sigma) > 1) or not value.numel():
+    if (
+        value.ndim > 1
+        or (value.ndim == 1 and sigma.ndim == 1 and 1 < len(value) != len(sigma) > 1)
+        or not value.numel()
+    ):
         expected = f"[] or [B] = [{len(sigma)}]" if sigma.ndim == 1 and value is not sigma else "[] or [B]"
         raise ValueError(f"{name} must be a float or have shape {expected}, got {list(value.shape)}")
     return value.reshape(-1)

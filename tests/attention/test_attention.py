@@ -42,8 +42,8 @@ CASES = {
     "head_dim_96": Case((1, 2, 33, 65, 96), [[64, 1]]),
     "head_dim_128": Case((1, 2, 130, 129, 128), [[128, 127, 0]]),
     "head_dim_odd": Case((1, 2, 19, 21, 13), [[20, 1]]),
-    "thousand": Case((1, 2, 1000, 1000, 24), [[999, 998, 0]], rows=slice(3, 997)),
-    "joint_1357": Case((1, 2, 1357, 1357, 64), [[1024, 1030, 1356]], rows=(0, 1024)),
+    "thousand": Case((1, 1, 1000, 1000, 24), [[999, 998, 0]], rows=slice(3, 997)),
+    "joint_1357": Case((1, 1, 1357, 1357, 64), [[1024, 1030, 1356]], rows=(0, 1024)),
     "cross": Case((2, 3, 100, 37, 32), [[36, 2], [1]]),
     "cross_long": Case((2, 3, 5, 300, 32), [[299, 2], [1]]),
     "bshd": Case(layout="bshd"),
@@ -171,12 +171,30 @@ def textbook_of(inputs: Inputs, dtype: torch.dtype) -> Callable:
     return lambda tensors: textbook(*(t.to(dtype) for t in tensors), inputs.selection, inputs.key_mask, inputs.options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+NARROW_CASES = [
+    "one_query_one_key",
+    "head_dim_8",
+    "head_dim_128",
+    "head_dim_odd",
+    "joint_1357",
+    "cross_long",
+    "bshd_per_head",
+    "groups",
+    "forty_tokens",
+    "mask_selected",
+    "mask_all",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in CASES] + [(name, dtype) for dtype in DTYPES[1:] for name in NARROW_CASES],
+)
 def test_results_are_as_exact_as_pytorch(
-    case: Case, dtype: torch.dtype, attention_backend: tuple[str, str], assert_as_exact: Callable, poisoned: None
+    name: str, dtype: torch.dtype, attention_backend: tuple[str, str], assert_as_exact: Callable, poisoned: None
 ) -> None:
     backend, device = attention_backend
+    case = CASES[name]
     inputs = make(case, dtype, device)
     out, maps, lse = run(inputs, backend)
     exact_out, exact_maps, exact_lse = textbook_of(inputs, torch.float64)(inputs.tensors)
@@ -186,10 +204,11 @@ def test_results_are_as_exact_as_pytorch(
     assert maps.dtype == lse.dtype == torch.float32
     assert_as_exact("out", out, eager_out, exact_out, dtype)
     assert maps.shape == exact_maps.shape
-    # Inputs count as exact, so the dtype does not matter: scores and probabilities are float32 throughout.
-    torch.testing.assert_close(maps.double(), exact_maps, rtol=0, atol=1e-5)
-    # PyTorch's 16-bit kernel for CPUs sums exponentials that are good to about 2^-14 only.
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-5 if dtype == torch.float32 else 1e-4)
+    # The inputs count as exact and scores are float32 throughout, so the dtype plays no part, but for PyTorch's 16-bit
+    # kernel for CPUs: it sums exponentials that are good to about 2^-14 only, and the sum divides the maps.
+    inexact = 0.0 if dtype == torch.float32 else 2.0**-14
+    torch.testing.assert_close(maps.double(), exact_maps, rtol=inexact, atol=1e-5)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-5 + inexact)
     if case.masked == "all":
         assert not out[-1].any()
         assert not maps[-1].any()
@@ -282,8 +301,9 @@ def test_only_the_wanted_gradients_are_computed(attention_backend: tuple[str, st
     for chosen in range(3):
         leaves = [t.clone().requires_grad_(i == chosen) for i, t in enumerate(inputs.tensors)]
         results = run(inputs, backend, tuple(leaves))
-        out, maps, _ = cotangents(results, ("out", "maps"))
-        torch.autograd.backward(results[:2], [out.float(), maps.float()])
+        pairs = zip(results, cotangents(results, ("out", "maps")), strict=True)
+        pairs = [(r, g.float()) for r, g in pairs if g is not None and r.requires_grad]
+        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
         torch.testing.assert_close(leaves[chosen].grad, full[chosen], rtol=1e-5, atol=1e-6)
         assert [t.grad is None for t in leaves] == [i != chosen for i in range(3)]
 
@@ -516,8 +536,8 @@ def test_compiles_to_one_graph_and_stays_right_when_selection_and_shape_change(
     compiler: str, attention_backend: tuple[str, str]
 ) -> None:
     backend, device = attention_backend
-    if backend == "naive" and compiler == "inductor":
-        pytest.skip("the definition is plain PyTorch; one compiler is enough")
+    if backend == "naive":
+        pytest.skip("the definition is plain PyTorch, with nothing of ours for a compiler to see")
 
     def loss(query: Tensor, key: Tensor, value: Tensor, selection: TokenSelection) -> Tensor:
         out, maps, lse = attention(query, key, value, selection, rows=(0, 5), return_lse=True, backend=backend)
@@ -536,7 +556,7 @@ def test_compiles_to_one_graph_and_stays_right_when_selection_and_shape_change(
         Case((2, 2, 21, 21, 8), [[1, 2, 5, 6], [0]]),
         Case((2, 2, 22, 22, 8), [[1, 2, 5, 6, 7], [0]]),
     ]
-    for seed, case in enumerate(cases):
+    for seed, case in enumerate(cases if compiler == "aot_eager" else cases[:2]):  # inductor takes its time
         inputs = make(case, torch.float32, device, seed)
         found = []
         for function in (loss, compiled):
@@ -560,7 +580,7 @@ def test_a_compiled_call_still_refuses_an_index_past_the_sequence() -> None:
 
 _SUBPROCESS = """
 import sys, torch
-from star_kernels import TokenSelection, attention, native
+from star_kernels import TokenSelection, attention, attention_maps, native
 assert native.cpu().isa() == sys.argv[1], native.cpu().isa()
 generator = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -571,8 +591,9 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         mask = torch.rand(2, 61, generator=generator) < 0.8
         for reduce_heads in (True, False):
             options = dict(rows=(3, 51), key_mask=mask, reduce_heads=reduce_heads)
-            maps = attention(q, k, v, selection, **options).maps
-            exact = attention(q.double(), k.double(), v.double(), selection, **options).maps
+            wide = (t.double() for t in (q, k, v))
+            _, exact, lse = attention(*wide, selection, return_lse=True, **options)
+            maps = attention_maps(q, k, lse.float(), selection, **options)
             assert maps.dtype == torch.float32
             error = float((maps - exact).abs().max())
             assert error < 1e-5, (dtype, slots, error)

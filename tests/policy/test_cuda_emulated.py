@@ -136,7 +136,13 @@ def test_sampling_equals_the_cpu_kernel_and_the_ratio_of_an_unchanged_model_is_o
     for library, threads in ((emulated, ()), (native.cpu(), (1,))):
         prev_sample, log_prob = torch.full_like(case.sample, torch.nan), torch.full_like(case.old_log_prob, torch.nan)
         library.sample_transition(
-            case.model_output, case.sample, case.noise, case.coefficients, case.channel_dim, *threads, prev_sample,
+            case.model_output,
+            case.sample,
+            case.noise,
+            case.coefficients,
+            case.channel_dim,
+            *threads,
+            prev_sample,
             log_prob,
         )
         results.append((prev_sample, log_prob))

@@ -1,0 +1,38 @@
+# make test      everything in a fresh environment, then the tests
+# make overhead  the same, then the benchmark behind README's numbers
+# make lint      formatting, lint, types
+#
+# They make .venv once, with the pinned set of constraints.txt. VENV=DIR uses an existing environment instead, with the
+# torch that it has: only this package is built into it.
+
+ifeq ($(origin VENV), undefined)
+VENV := .venv
+INSTALL := install -c constraints.txt -e '.[dev]'
+else
+INSTALL := install --no-deps -e .
+endif
+STAMP := $(VENV)/.star-kernels
+PYTHON := $(VENV)/bin/python
+SOURCES := $(shell find csrc -type f)
+
+.PHONY: test overhead lint clean
+
+test: $(STAMP)
+	$(PYTHON) -m pytest
+
+overhead: $(STAMP)
+	$(PYTHON) benchmarks/overhead.py $(ARGS)
+
+lint: $(STAMP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES))
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip $(INSTALL)
+	touch $@
+
+clean:
+	rm -rf .venv build star_kernels/lib *.egg-info

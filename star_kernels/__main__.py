@@ -1,0 +1,71 @@
+"""``python -m star_kernels``: what is installed, compiled and chosen on this machine."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from star_kernels import native
+from star_kernels.attention import choose_backend
+from star_kernels.policy import choose_backend as choose_policy_backend
+
+_PACKAGES = ("star-kernels", "torch", "triton", "apache-tvm-ffi", "diffusers", "transformers")
+
+
+def report() -> list[tuple[str, str]]:
+    """Lines of name and value."""
+    lines = [("python", f"{platform.python_version()} on {platform.machine()}")]
+    lines += [(name, _version(name)) for name in _PACKAGES]
+    lines += [
+        ("CPU library", _library("libstar_kernels_cpu.so")),
+        ("CUDA library", _library("libstar_kernels_cuda.so")),
+    ]
+    lines.append(("threads", str(native.threads())))
+    lines.append(("GPU", _gpu()))
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        probes = {dtype: torch.empty(1, 1, 1, 64, dtype=dtype, device=device) for dtype in dtypes}
+        for operation, choose in (("attention", choose_backend), ("policy loss", choose_policy_backend)):
+            chosen = {str(dtype).removeprefix("torch."): choose(probe) for dtype, probe in probes.items()}
+            if len(set(chosen.values())) == 1:
+                lines.append((f"{operation} on {device}", next(iter(chosen.values()))))
+            else:
+                lines += [(f"{operation} on {device}, {dtype}", backend) for dtype, backend in chosen.items()]
+    return lines
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _library(name: str) -> str:
+    library, problem = native.load(name)
+    if library is None:
+        return f"no: {problem}"
+    if "cuda" in name:
+        return f"yes, for {library.architectures()}"
+    return f"yes, running {library.isa()} (this processor can run: {library.runnable_isas()})"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that this torch can use"
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def main() -> None:
+    lines = report()
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()
