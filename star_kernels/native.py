@@ -5,11 +5,17 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 FOLDER = Path(__file__).with_name("lib")
+_POLICY = ("policy_forward", "policy_backward", "sample_transition")
+FUNCTIONS = {
+    "libstar_kernels_cpu.so": (*_POLICY, "attention_maps", "isa", "runnable_isas"),
+    "libstar_kernels_cuda.so": (*_POLICY, "policy_workspace_bytes", "architectures"),
+}
 
 
 @cache
@@ -43,11 +49,13 @@ def load(name: str) -> tuple[Any | None, str]:
     except ImportError:
         return None, "the package apache-tvm-ffi is not installed"
     try:
-        library = tvm_ffi.load_module(str(path))
+        module = tvm_ffi.load_module(str(path))
+        # Looked up once: finding a function costs several times the call.
+        library = SimpleNamespace(**{function: getattr(module, function) for function in FUNCTIONS[name]})
         if "cpu" in name:
             library.isa()
         return library, ""
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:
         return None, f"{path} does not load: {error}"
 
 

@@ -187,36 +187,31 @@ void attention_maps(const MapsArguments& a) {
   const Scratch scratch(a);
   const int64_t padded = chunks_of(a) * kLanes;
   const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows;
-#pragma omp parallel num_threads(a.threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t bh = 0; bh < a.batch * a.heads; ++bh) {
-      pack_tokens(a, scratch, bh / a.heads, bh % a.heads);
-      if (bh % a.heads == 0) pack_weights(a, scratch, bh / a.heads);
-    }
-    float* accumulator = scratch.accumulator + STAR_THREAD() * scratch.accumulator_size;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < a.batch * tiles; ++i) {
-      const int64_t first = i % tiles * kTileRows;
-      const Tile tile{i / tiles, first, first + kTileRows <= a.rows ? kTileRows : a.rows - first};
-      const bool empty = !any_counts(a, tile.b);  // half of a batch doubled for guidance
-      for (int64_t h = 0; h < a.heads; ++h) {
-        if (!empty) one_head(a, scratch, tile, h, a.reduce_heads && h > 0, accumulator);
-        if (a.reduce_heads && h + 1 < a.heads) continue;
-        const float factor = a.reduce_heads ? 1.0f / static_cast<float>(a.heads) : 1.0f;
-        for (int64_t g = 0; g < a.groups; ++g) {
-          const int64_t bg = tile.b * a.groups + g;
-          const int64_t map = a.reduce_heads ? bg : bg * a.heads + h;
-          float* maps = a.maps + map * a.rows + first;
-          if (empty) {
-            std::memset(maps, 0, static_cast<size_t>(tile.rows) * sizeof(float));
-          } else {
-            aggregate(a, scratch.weights + bg * padded, accumulator, tile.rows, factor, maps);
-          }
+  parallel_for(a.batch * a.heads, a.threads, [&](int64_t bh, int) {
+    pack_tokens(a, scratch, bh / a.heads, bh % a.heads);
+    if (bh % a.heads == 0) pack_weights(a, scratch, bh / a.heads);
+  });
+  parallel_for(a.batch * tiles, a.threads, [&](int64_t i, int thread) {
+    float* accumulator = scratch.accumulator + thread * scratch.accumulator_size;
+    const int64_t first = i % tiles * kTileRows;
+    const Tile tile{i / tiles, first, first + kTileRows <= a.rows ? kTileRows : a.rows - first};
+    const bool empty = !any_counts(a, tile.b);  // half of a batch doubled for guidance
+    for (int64_t h = 0; h < a.heads; ++h) {
+      if (!empty) one_head(a, scratch, tile, h, a.reduce_heads && h > 0, accumulator);
+      if (a.reduce_heads && h + 1 < a.heads) continue;
+      const float factor = a.reduce_heads ? 1.0f / static_cast<float>(a.heads) : 1.0f;
+      for (int64_t g = 0; g < a.groups; ++g) {
+        const int64_t bg = tile.b * a.groups + g;
+        const int64_t map = a.reduce_heads ? bg : bg * a.heads + h;
+        float* maps = a.maps + map * a.rows + first;
+        if (empty) {
+          std::memset(maps, 0, static_cast<size_t>(tile.rows) * sizeof(float));
+        } else {
+          aggregate(a, scratch.weights + bg * padded, accumulator, tile.rows, factor, maps);
         }
       }
     }
-  }
+  });
 }
 
 }  // namespace STAR_ISA

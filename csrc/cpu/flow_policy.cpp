@@ -202,48 +202,48 @@ void backward_tile(const PolicyArguments& a, const Tile& tile, bool packed) {
   });
 }
 
+// prev = mean + std * noise, stored in its dtype; the log-probability is that of the stored value.
+void sample_tile(const SampleArguments& a, const Tile& tile, bool packed) {
+  const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
+  Buffers buffers;
+  float noise_buffer[kRun];
+  float* out = a.log_prob + tile.b * a.positions + tile.first;
+  for (int64_t j = 0; j < tile.n; ++j) out[j] = 0.0f;
+  for_each_run(tile, a.channels, packed, [&](int64_t p, int64_t c, int64_t n) {
+    const float* x = load_tile_run(a.sample, tile, p, c, n, packed, buffers.x);
+    const float* v = load_tile_run(a.model_output, tile, p, c, n, packed, buffers.v);
+    const float* noise = load_tile_run(a.noise, tile, p, c, n, packed, noise_buffer);
+    float* prev = buffers.prev;
+    for (int64_t j = 0; j < n; ++j) prev[j] = add(transition_mean(k, x[j], v[j]), multiply(k.std, noise[j]));
+    store_tile_run(a.prev_sample, tile, p, c, n, packed, prev);
+    const float* stored = load_tile_run(a.prev_sample, tile, p, c, n, packed, buffers.reference);
+    add_squares(k, x, v, stored, n, packed, out + p);
+  });
+  const float inverse_channels = 1.0f / static_cast<float>(a.channels);
+  for (int64_t j = 0; j < tile.n; ++j) out[j] = log_prob(k, out[j], inverse_channels);
+}
+
 }  // namespace
 
 void policy_forward(const PolicyArguments& a) {
   const bool packed = is_packed(a.model_output, a.channels);
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-  for (int64_t i = 0; i < a.batch * tiles_of(a.positions); ++i) {
+  parallel_for(a.batch * tiles_of(a.positions), a.threads, [&](int64_t i, int) {
     a.partial[i] = Sums{};
     forward_tile(a, Tile(i, a.positions), packed, a.partial[i]);
-  }
+  });
   finish_forward(a);
 }
 
 void policy_backward(const PolicyArguments& a) {
   const bool packed = is_packed(a.model_output, a.channels);
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-  for (int64_t i = 0; i < a.batch * tiles_of(a.positions); ++i) backward_tile(a, Tile(i, a.positions), packed);
+  parallel_for(a.batch * tiles_of(a.positions), a.threads,
+               [&](int64_t i, int) { backward_tile(a, Tile(i, a.positions), packed); });
 }
 
-// prev = mean + std * noise, stored in its dtype; the log-probability is that of the stored value.
 void sample_transition(const SampleArguments& a) {
   const bool packed = is_packed(a.model_output, a.channels);
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-  for (int64_t i = 0; i < a.batch * tiles_of(a.positions); ++i) {
-    const Tile tile(i, a.positions);
-    const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
-    Buffers buffers;
-    float noise_buffer[kRun];
-    float* out = a.log_prob + tile.b * a.positions + tile.first;
-    for (int64_t j = 0; j < tile.n; ++j) out[j] = 0.0f;
-    for_each_run(tile, a.channels, packed, [&](int64_t p, int64_t c, int64_t n) {
-      const float* x = load_tile_run(a.sample, tile, p, c, n, packed, buffers.x);
-      const float* v = load_tile_run(a.model_output, tile, p, c, n, packed, buffers.v);
-      const float* noise = load_tile_run(a.noise, tile, p, c, n, packed, noise_buffer);
-      float* prev = buffers.prev;
-      for (int64_t j = 0; j < n; ++j) prev[j] = add(transition_mean(k, x[j], v[j]), multiply(k.std, noise[j]));
-      store_tile_run(a.prev_sample, tile, p, c, n, packed, prev);
-      const float* stored = load_tile_run(a.prev_sample, tile, p, c, n, packed, buffers.reference);
-      add_squares(k, x, v, stored, n, packed, out + p);
-    });
-    const float inverse_channels = 1.0f / static_cast<float>(a.channels);
-    for (int64_t j = 0; j < tile.n; ++j) out[j] = log_prob(k, out[j], inverse_channels);
-  }
+  parallel_for(a.batch * tiles_of(a.positions), a.threads,
+               [&](int64_t i, int) { sample_tile(a, Tile(i, a.positions), packed); });
 }
 
 }  // namespace STAR_ISA

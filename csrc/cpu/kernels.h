@@ -8,12 +8,26 @@
 
 #if defined(_OPENMP)
 #include <omp.h>
-#define STAR_THREAD() omp_get_thread_num()
-#else
-#define STAR_THREAD() 0
 #endif
 
 namespace star {
+namespace {
+
+// Calls body(i, thread) for i below n. One thread does without OpenMP, whose team would otherwise be rebuilt for it and
+// again for PyTorch's next operation.
+template <typename Body>
+inline void parallel_for(int64_t n, int threads, Body body) {
+#if defined(_OPENMP)
+  if (threads > 1) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) body(i, omp_get_thread_num());
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) body(i, 0);
+}
+
+}  // namespace
 
 struct MapsArguments {
   int64_t batch, heads, rows, head_dim, slots, groups, dense_length, gathered_length;

@@ -16,11 +16,11 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, sequence_axis: int) -> 
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.ndim != 4 or 0 in tensor.shape:
+        if tensor.ndim != 4 or not tensor.numel():
             raise ValueError(f"{name} must have shape {names}, none of them 0, got {list(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
+        if tensor is not query and (tensor.dtype != query.dtype or tensor.device != query.device):
             raise ValueError(
                 f"{name} must have the dtype and device of query, {query.dtype} on {query.device}, "
                 f"got {tensor.dtype} on {tensor.device}"
@@ -28,7 +28,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, sequence_axis: int) -> 
     if key.shape != value.shape:
         raise ValueError(f"value must have the shape of key, {list(key.shape)}, got {list(value.shape)}")
     heads = 3 - sequence_axis
-    if key.shape[0] != query.shape[0] or key.shape[heads] != query.shape[heads] or key.shape[3] != query.shape[3]:
+    queries, keys = query.shape, key.shape
+    if keys[0] != queries[0] or keys[heads] != queries[heads] or keys[3] != queries[3]:
         raise ValueError(
             f"key must agree with query in batch, heads and head dimension: {names} is {list(query.shape)} for query, "
             f"got {list(key.shape)}"

@@ -27,6 +27,7 @@ from star_kernels.attention.triton_maps import (
     load_rows,
     mask_argument,
     padded,
+    store_rows,
 )
 
 
@@ -174,9 +175,8 @@ def query_kernel(
         p_v += BLOCK_N * stride_vs
         p_mask += BLOCK_N
 
-    o_d = tl.arange(0, BLOCK_D)
-    p_tile = p_dq + o_b * stride_dqb + o_h * stride_dqh + o_row[:, None] * stride_dqs + o_d[None, :]
-    tl.store(p_tile, (b_acc * scale).to(p_dq.dtype.element_ty), mask=m_m[:, None] & (o_d < HEAD_DIM)[None, :])
+    p_dq += o_b * stride_dqb + o_h * stride_dqh
+    store_rows(b_acc * scale, p_dq, stride_dqs, o_row, m_m, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -271,12 +271,10 @@ def key_value_kernel(
         m_key = tl.load(p_mask + o_b * keys + o_key, mask=m_n, other=0) != 0
         b_dk = tl.where(m_key[:, None], b_dk, 0.0)
         b_dv = tl.where(m_key[:, None], b_dv, 0.0)
-    o_d = tl.arange(0, BLOCK_D)
-    m_tile = m_n[:, None] & (o_d < HEAD_DIM)[None, :]
-    p_tile = p_dk + o_b * stride_dkb + o_h * stride_dkh + o_key[:, None] * stride_dks + o_d[None, :]
-    tl.store(p_tile, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_tile)
-    p_tile = p_dv + o_b * stride_dvb + o_h * stride_dvh + o_key[:, None] * stride_dvs + o_d[None, :]
-    tl.store(p_tile, b_dv.to(p_dv.dtype.element_ty), mask=m_tile)
+    p_dk += o_b * stride_dkb + o_h * stride_dkh
+    p_dv += o_b * stride_dvb + o_h * stride_dvh
+    store_rows(b_dk * scale, p_dk, stride_dks, o_key, m_n, HEAD_DIM, BLOCK_D)
+    store_rows(b_dv, p_dv, stride_dvs, o_key, m_n, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["keys", "tokens", "share"])
@@ -333,7 +331,7 @@ def attention_backward(
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     start, length = rows
-    config = config or backward_config(architecture(query.device), head_dim, query.dtype)
+    config = config or backward_config(architecture(query.device), head_dim, query.dtype, key_mask is not None)
     share = 1.0 / heads if reduce_heads else 1.0
     has_maps, has_mask = grad_maps is not None, key_mask is not None
     shape = dict(HEAD_DIM=head_dim, BLOCK_D=padded(head_dim))
@@ -341,7 +339,8 @@ def attention_backward(
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         lse, delta = lse.contiguous(), torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
         mask = mask_argument(key_mask, query)
-        table, map_strides, groups, tokens = None, (0, 0, 0, 0), 1, 1
+        table, groups, tokens = None, 1, 1
+        map_strides: tuple[int, ...] = (0, 0, 0, 0)
         if grad_maps is not None and index is not None and weight is not None:
             index, weight = index.contiguous(), weight.contiguous()
             groups, tokens = weight.shape[1:]

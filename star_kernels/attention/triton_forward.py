@@ -22,6 +22,7 @@ from star_kernels.attention.triton_maps import (
     mask_argument,
     padded,
     store_maps,
+    store_rows,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -112,10 +113,8 @@ def forward_kernel(
     tl.store(p_lse + (o_b * tl.num_programs(1) + o_h) * queries + o_row, b_lse * LN2, mask=m_m)
     if HAS_MASK:  # a row without any key attends to nothing
         b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
-    o_d = tl.arange(0, BLOCK_D)
-    p_tile = p_out + o_b * stride_ob + o_h * stride_oh + o_row[:, None] * stride_os + o_d[None, :]
-    b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)
-    tl.store(p_tile, b_out, mask=m_m[:, None] & (o_d < HEAD_DIM)[None, :])
+    p_out += o_b * stride_ob + o_h * stride_oh
+    store_rows(b_acc / b_sum[:, None], p_out, stride_os, o_row, m_m, HEAD_DIM, BLOCK_D)
 
     if MAPS:
         if (first < row_start + row_length) & (first + BLOCK_M > row_start):
@@ -159,11 +158,12 @@ def attention(
     """
     if scale < 0:  # the kernel takes the maximum before it scales
         query, scale = -query, -scale
+    scale = max(scale, 1e-30)  # zero would turn the -inf of a masked score into NaN
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     start, length = rows
-    config = config or forward_config(architecture(query.device), head_dim, query.dtype)
+    config = config or forward_config(architecture(query.device), head_dim, query.dtype, key_mask is not None)
     grid = (triton.cdiv(queries, config.block_m), heads, batch)
     with torch.cuda.device_of(query):
         out = torch.empty_like(query)

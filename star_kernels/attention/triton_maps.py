@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from star_kernels.attention.triton_config import Tile, architecture, maps_config
+from star_kernels.attention.triton_config import Tile, maps_config
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK_T = tl.constexpr(16)  # selected tokens a step, the narrowest tile that the matrix units take
@@ -27,12 +27,24 @@ def load_rows(p_base, stride, o_rows, m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: t
     """Rows ``o_rows`` of a [S, D] matrix as a tile [ROWS, BLOCK_D], zero where masked or padded."""
     o_d = tl.arange(0, BLOCK_D)
     p_tile = p_base + o_rows[:, None] * stride + o_d[None, :]
+    if HEAD_DIM % 8 == 0:  # dense_rows sees to it
+        p_tile = tl.multiple_of(p_tile, (1, 16))
     if MASK_ROWS:
         return tl.load(p_tile, mask=m_rows[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
     elif BLOCK_D != HEAD_DIM:
         return tl.load(p_tile, mask=(o_d < HEAD_DIM)[None, :], other=0.0)
     else:
         return tl.load(p_tile)
+
+
+@triton.jit
+def store_rows(b_tile, p_base, stride, o_rows, m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes a tile [ROWS, BLOCK_D] to rows ``o_rows`` of a [S, D] matrix, except where masked or padded."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_tile = p_base + o_rows[:, None] * stride + o_d[None, :]
+    if HEAD_DIM % 8 == 0:
+        p_tile = tl.multiple_of(p_tile, (1, 16))
+    tl.store(p_tile, b_tile.to(p_base.dtype.element_ty), mask=m_rows[:, None] & (o_d < HEAD_DIM)[None, :])
 
 
 @triton.jit
@@ -52,7 +64,7 @@ def attend_tokens(
     HAS_MASK: tl.constexpr,
     TOKEN_LSE: tl.constexpr,
 ):
-    """Probabilities [ROWS, BLOCK_T] of a chunk of selected tokens, zero in empty slots, and its rows [BLOCK_T, BLOCK_D]."""
+    """Probabilities [ROWS, BLOCK_T] of a chunk of selected tokens, zero in empty slots, and those tokens' rows."""
     b_index = tl.load(p_index + o_t, mask=o_t < tokens, other=-1)
     m_t = b_index >= 0
     b_index = tl.where(m_t, b_index, 0).to(tl.int64)
@@ -148,14 +160,8 @@ def _average_heads(p_partial, p_maps, o_r, m_r, row_length, groups):
         p_maps += row_length
 
 
-SIZES = [
-    "queries",
-    "keys",
-    "row_start",
-    "row_length",
-    "tokens",
-    "groups",
-]  # no compilation for each value class of these
+# Arguments whose values, such as 1 or a multiple of 16, must not start a compilation.
+SIZES = ["queries", "keys", "row_start", "row_length", "tokens", "groups"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -223,7 +229,7 @@ def attention_maps(
     dense, gathered = (key, query) if text_to_image else (query, key)
     batch, heads, queries, head_dim = query.shape
     start, length = rows
-    config = config or maps_config(architecture(query.device), head_dim, query.dtype)
+    config = config or maps_config(head_dim)
     grid = (triton.cdiv(length, config.block_m), heads, batch)
     with torch.cuda.device_of(query):
         maps, partial, counter = map_buffers(query, weight.shape[1], length, reduce_heads, grid[0])
@@ -240,8 +246,16 @@ def attention_maps(
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous, the one stride that the kernels assume."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """The tensor as the kernels load it: each row contiguous, and on a 16-byte boundary if 8 divides the head dim.
+
+    That holds for all usual layouts; anything else is copied.
+    """
+    unit = 8 if tensor.shape[-1] % 8 == 0 else 1
+    aligned = unit == 1 or tensor.data_ptr() % 16 == 0
+    sizes, strides = tensor.shape[:-1], tensor.stride()[:-1]
+    if tensor.stride(-1) == 1 and aligned and all(n == 1 or s % unit == 0 for n, s in zip(sizes, strides, strict=True)):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def padded(head_dim: int) -> int:
@@ -262,7 +276,7 @@ def mask_argument(key_mask: Tensor | None, like: Tensor) -> Tensor:
 def map_buffers(
     query: Tensor, groups: int, length: int, reduce_heads: bool, tiles: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The maps, the per-head maps (the same tensor where no head is reduced) and the arrival counter of each row tile."""
+    """The maps, the per-head maps (the same where none is reduced) and the arrival counters of the row tiles."""
     batch, heads = query.shape[:2]
     partial = torch.empty(batch, groups, heads, length, dtype=torch.float32, device=query.device)
     if not reduce_heads:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_CPU_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
 
 def forward(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention on a CPU: the output, like query, and its log-sum-exp, float32 [B, H, Sq]."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, attn_mask=_additive(key_mask, query.dtype), scale=scale
-    )
-    if key_mask is not None:  # PyTorch gives 0 where no key takes part
-        lse = lse.masked_fill(~key_mask.any(dim=1)[:, None, None], float("-inf"))
-    return out, lse
+    if key_mask is None:
+        return _CPU_FORWARD(query, key, value, scale=scale)
+    out, lse = _CPU_FORWARD(query, key, value, attn_mask=_additive(key_mask, query.dtype), scale=scale)
+    # PyTorch gives 0 where no key takes part.
+    return out, lse.masked_fill(~key_mask.any(dim=1)[:, None, None], float("-inf"))
 
 
 def backward(
@@ -45,7 +47,7 @@ def backward(
         query, key, value = (torch.nn.functional.pad(t, (0, 1)) for t in (query, key, value))
         out = torch.cat([out, -grad_lse[..., None]], dim=-1)
         grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    grads = _CPU_BACKWARD(
         grad_out, query, key, value, out, lse, 0.0, False, attn_mask=_additive(key_mask, query.dtype), scale=scale
     )
     return tuple(g[..., :width] for g in grads)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import native
-
-_library = torch.library.Library("star_kernels", "FRAGMENT")
+from star_kernels.operators import Operator
 
 _OBJECTIVE = (
     "Tensor model_output, Tensor sample, Tensor prev_sample, Tensor old_log_prob, Tensor advantages, "
@@ -21,12 +20,6 @@ _OBJECTIVE = (
     "float clip_low, float clip_high, float advantage_clip, float kl_coef"
 )
 _INPUTS = _OBJECTIVE.count(",") + 1
-_library.define(f"weighted_policy_loss({_OBJECTIVE}) -> (Tensor loss, Tensor metrics, Tensor slope)")
-_library.define(f"weighted_policy_loss_backward(Tensor grad_loss, Tensor slope, {_OBJECTIVE}) -> Tensor")
-_library.define(
-    "sample_transition(Tensor model_output, Tensor sample, Tensor noise, Tensor coefficients, int channel_dim) "
-    "-> (Tensor prev_sample, Tensor log_prob)"
-)
 
 
 def weighted_policy_loss(*objective: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,18 +154,25 @@ def _collapsible(tensor: Tensor, channel_dim: int) -> Tensor:
     return tensor
 
 
-for _name, _function, _shapes in (
-    ("weighted_policy_loss", weighted_policy_loss, weighted_policy_loss_fake),
-    ("weighted_policy_loss_backward", weighted_policy_loss_backward, weighted_policy_loss_backward_fake),
-    ("sample_transition", sample_transition, sample_transition_fake),
-):
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _device)
-    torch.library.register_fake(f"star_kernels::{_name}", _shapes, lib=_library)
-
-torch.library.register_autograd("star_kernels::weighted_policy_loss", _differentiate, setup_context=_save, lib=_library)
-
-# The overloads themselves: a call need not look for them.
-WEIGHTED_POLICY_LOSS = torch.ops.star_kernels.weighted_policy_loss.default
-WEIGHTED_POLICY_LOSS_BACKWARD = torch.ops.star_kernels.weighted_policy_loss_backward.default
-SAMPLE_TRANSITION = torch.ops.star_kernels.sample_transition.default
+_DEVICES = ("CPU", "CUDA")
+WEIGHTED_POLICY_LOSS_BACKWARD = Operator(
+    f"weighted_policy_loss_backward(Tensor grad_loss, Tensor slope, {_OBJECTIVE}) -> Tensor",
+    weighted_policy_loss_backward,
+    weighted_policy_loss_backward_fake,
+    devices=_DEVICES,
+)
+WEIGHTED_POLICY_LOSS = Operator(
+    f"weighted_policy_loss({_OBJECTIVE}) -> (Tensor loss, Tensor metrics, Tensor slope)",
+    weighted_policy_loss,
+    weighted_policy_loss_fake,
+    setup_context=_save,
+    backward=_differentiate,
+    devices=_DEVICES,
+)
+SAMPLE_TRANSITION = Operator(
+    "sample_transition(Tensor model_output, Tensor sample, Tensor noise, Tensor coefficients, int channel_dim) "
+    "-> (Tensor prev_sample, Tensor log_prob)",
+    sample_transition,
+    sample_transition_fake,
+    devices=_DEVICES,
+)

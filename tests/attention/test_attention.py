@@ -189,6 +189,7 @@ NARROW_CASES = [
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, torch.float32) for name in CASES] + [(name, dtype) for dtype in DTYPES[1:] for name in NARROW_CASES],
+    ids=str,
 )
 def test_results_are_as_exact_as_pytorch(
     name: str, dtype: torch.dtype, attention_backend: tuple[str, str], assert_as_exact: Callable, poisoned: None
@@ -437,7 +438,9 @@ def test_empty_slots_never_reach_the_map(attention_backend: tuple[str, str]) -> 
     _, expected, _ = run(inputs, backend)
     empty = torch.full((2, 5), -1, dtype=torch.int32, device=device)
     index = torch.cat([empty, inputs.selection.index, empty], dim=1)
-    weight = torch.cat([torch.ones(2, 1, 5, device=device), inputs.selection.weight, torch.ones(2, 1, 5, device=device)], 2)
+    weight = torch.cat(
+        [torch.ones(2, 1, 5, device=device), inputs.selection.weight, torch.ones(2, 1, 5, device=device)], 2
+    )
     inputs.selection = TokenSelection(index, weight)
     _, maps, _ = run(inputs, backend)
     torch.testing.assert_close(maps, expected, rtol=1e-6, atol=1e-7)
@@ -574,7 +577,7 @@ def test_a_compiled_call_still_refuses_an_index_past_the_sequence() -> None:
     inputs = make(Case((1, 2, 9, 9, 8), [[3]]), torch.float32)
     compiled = torch.compile(lambda *arguments: attention(*arguments).maps, fullgraph=True, backend="aot_eager")
     compiled(*inputs.tensors, inputs.selection)
-    with pytest.raises((ValueError, IndexError, RuntimeError), match="9|selection.index"):
+    with pytest.raises((ValueError, IndexError, RuntimeError), match=r"9|selection.index"):
         compiled(*inputs.tensors, TokenSelection.from_positions([[9]]))
 
 

@@ -1,0 +1,104 @@
+"""Part (a): what the maps cost in attention, and what they cost by other ways."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from attention_variants import (
+    SELECTED,
+    TOLERANCES,
+    Inputs,
+    Shape,
+    backend_of,
+    bare_variants,
+    definition,
+    make_inputs,
+    map_error,
+    map_kernel,
+    map_variants,
+    shapes_for,
+)
+from clocks import kernel_clock
+from harness import Budget, Progress, Variant, interleave
+
+ALTERNATIVES = ("lse_difference", "augmented_value", "materialised")
+
+
+def measure(
+    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, quick: bool
+) -> list[dict[str, Any]]:
+    """One case for each shape and dtype.
+
+    On a CPU the large shapes run in float32 alone unless dtypes are asked for: without bfloat16 instructions one call
+    of the materialised way takes a minute there.
+    """
+    cases = []
+    for number, shape in enumerate(shapes_for(device, batch, quick)):
+        both = number == 0 or device.type == "cuda"
+        for dtype in dtypes or ([torch.float32, torch.bfloat16] if both else [torch.float32]):
+            limit = budget if number == 0 else replace(budget, seconds=budget.seconds / 2)
+            cases.append(measure_case(shape, dtype, device, limit))
+    return cases
+
+
+def measure_case(shape: Shape, dtype: torch.dtype, device: torch.device, budget: Budget) -> dict[str, Any]:
+    inputs = make_inputs(shape, dtype, device)
+    name = str(dtype).removeprefix("torch.")
+    title = f"attention · {shape.name} · {name}"
+    with torch.no_grad():
+        with_maps, bare = map_variants(inputs), bare_variants(inputs)
+        errors = check_maps(inputs, with_maps, title)  # also the first call of each, so that slow ones need no warm-up
+        variants = [*bare, *with_maps, map_kernel(inputs)]
+        clock = kernel_clock(device)
+        times = interleave(variants, clock, budget, title, warm_up=0 if device.type == "cpu" else 3)
+    floor = times.fastest([v.name for v in bare if v.name.startswith("sdpa")])
+    without = "ours_without" if "ours_without" in times.names else "sdpa"
+    labels = {v.name: v.label for v in variants}
+    same = " (SDPA itself)" if without == "sdpa" else ""
+    kernel = floor.removeprefix("sdpa").replace("_", ", ")
+    ratios = {
+        "overhead": (f"OVERHEAD ours with maps / without{same}", "ours", without),
+        "distance_to_floor": (f"FLOOR    ours with maps / fastest SDPA{kernel}", "ours", floor),
+        "map_kernel_share": ("cross-check: our map kernel alone / SDPA", "map_kernel", "sdpa"),
+        **{f"{other}_over_ours": (f"{labels[other]} / ours with maps", other, "ours") for other in ALTERNATIVES},
+    }
+    return {
+        "name": shape.name,
+        "title": f"{shape}, {name}",
+        "shape": asdict(shape),
+        "selected_tokens": SELECTED,
+        "dtype": name,
+        "backend": backend_of(inputs),
+        "clock": clock.name,
+        "reference": "sdpa",
+        "times": {
+            v.name: {"label": v.label, **times.figure(v.name).as_dict(), "map_error": errors.get(v.name)}
+            for v in variants
+        },
+        "relative": {v.name: times.ratio(v.name, "sdpa").median for v in variants},
+        "ratios": {key: {"label": label, **times.ratio(a, b).as_dict()} for key, (label, a, b) in ratios.items()},
+        "notes": [
+            f"backend: {backend_of(inputs)}; {SELECTED} selected tokens",
+            *filter(None, (shape.note, times.note)),
+        ],
+    }
+
+
+def check_maps(inputs: Inputs, variants: list[Variant], title: str) -> dict[str, float]:
+    """The error of each variant's maps against the definition; one that is wrong is not worth timing."""
+    errors = {}
+    tolerance = TOLERANCES[inputs.query.dtype]
+    with Progress(f"{title} · checking", 0) as progress:
+        progress.show("definition")
+        expected = definition(inputs)
+        for variant in variants:
+            progress.show(variant.label)
+            errors[variant.name] = map_error(variant.run()[1], expected)
+            if not errors[variant.name] <= tolerance:
+                raise RuntimeError(
+                    f"{title}: the maps of '{variant.label}' differ from the definition by {errors[variant.name]:.2e} "
+                    f"(relative RMS), more than {tolerance:.0e}"
+                )
+    return errors

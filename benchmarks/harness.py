@@ -1,0 +1,161 @@
+"""Timing and statistics: variants interleaved launch by launch, figures as medians, ratios paired by round."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from clocks import Clock, CudaClock, Sample
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do the work of a comparison; ``share`` below 1 lets a slow one sit out most rounds."""
+
+    name: str
+    label: str
+    run: Callable[[], Any]
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a comparison may go on: at most ``rounds``, and no new one after ``seconds`` (but at least two)."""
+
+    rounds: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A median with the 20th and 80th percentile, and the 95 % interval of the median itself."""
+
+    median: float
+    p20: float
+    p80: float
+    low: float
+    high: float
+    count: int
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class Times:
+    """The samples of every round; a variant may have sat some out.
+
+    Rounds in which another program took the processor from a call are left out, provided that enough are left: what
+    they tell is how the operating system shares a machine. A ratio is formed within a round, so that drift cancels.
+    """
+
+    ENOUGH = 8
+
+    def __init__(self, names: Sequence[str], rounds: list[dict[str, Sample]]) -> None:
+        self.names = list(names)
+        calm = [r for r in rounds if not any(sample.disturbed for sample in r.values())]
+        everyone = set(names) == {name for r in calm for name in r}
+        self.rounds = calm if len(calm) >= self.ENOUGH and everyone else rounds
+        disturbed = len(rounds) - len(calm)
+        self.note = ""
+        if disturbed:
+            used = "left out" if self.rounds is calm else "all used, as too few are left without them"
+            self.note = f"other programs took the processor in {disturbed} of {len(rounds)} rounds: {used}"
+
+    def figure(self, name: str) -> Figure:
+        return summarise([r[name].seconds for r in self.rounds if name in r])
+
+    def ratio(self, numerator: str, denominator: str) -> Figure:
+        """Of the two times of each round in which both ran."""
+        pairs = [(r[numerator], r[denominator]) for r in self.rounds if numerator in r and denominator in r]
+        return summarise([a.seconds / b.seconds for a, b in pairs])
+
+    def fastest(self, names: Sequence[str]) -> str:
+        return min(names, key=lambda name: self.figure(name).median)
+
+
+def interleave(
+    variants: Sequence[Variant], clock: Clock, budget: Budget, title: str, *, warm_up: int = 1, seed: int = 0
+) -> Times:
+    """Times all variants in rounds, in a random order each, after ``warm_up`` calls of each."""
+    shuffle = random.Random(seed).shuffle
+    rounds: list[dict[str, Sample]] = []
+    with Progress(title, budget.seconds) as progress:
+        for variant in variants:
+            for _ in range(warm_up):
+                progress.show(f"warm-up: {variant.label}")
+                clock.time([variant.run])
+        progress.restart()
+        for number in range(budget.rounds):
+            if number >= 2 and progress.elapsed() > budget.seconds:
+                break
+            runs = [v for v in variants if int(number * v.share) != int((number - 1) * v.share) or number == 0]
+            shuffle(runs)
+            progress.show(f"{len(runs)} variants, round {number + 1}")
+            if isinstance(clock, CudaClock):  # enqueued together
+                samples = clock.time([v.run for v in runs])
+            else:
+                samples = []
+                for variant in runs:
+                    progress.show(variant.label)
+                    samples += clock.time([variant.run])
+            rounds.append(dict(zip((v.name for v in runs), samples, strict=True)))
+    return Times([v.name for v in variants], rounds)
+
+
+class Progress:
+    """A progress bar in seconds of the budget on a terminal, one line a comparison elsewhere."""
+
+    def __init__(self, title: str, seconds: float) -> None:
+        self.bar = tqdm(
+            total=max(1, round(seconds)) if math.isfinite(seconds) else None,
+            desc=title,
+            leave=False,
+            disable=None,
+            ncols=100,
+            bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} s {postfix}",
+        )
+        if self.bar.disable:
+            print(f"{title} ...", file=sys.stderr, flush=True)
+        self.restart()
+
+    def restart(self) -> None:
+        self.start = time.perf_counter()
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+    def show(self, what: str) -> None:
+        if not self.bar.disable:
+            self.bar.n = min(round(self.elapsed()), self.bar.total or sys.maxsize)
+            self.bar.set_postfix_str(what[:32])
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.bar.close()
+
+
+def summarise(values: Sequence[float]) -> Figure:
+    """Median and percentiles; the interval is that of order statistics, which assumes no distribution."""
+    if not values:
+        raise ValueError("nothing was measured: the variants never ran in the same round")
+    ordered = sorted(values)
+    n = len(ordered)
+    reach = 0.98 * n**0.5  # 1.96 standard deviations of a binomial count with p = 1/2
+    low, high = int(max(0.0, n / 2 - reach)), int(min(n - 1.0, n / 2 + reach))
+    median, p20, p80 = (_quantile(ordered, q) for q in (0.5, 0.2, 0.8))
+    return Figure(median, p20, p80, ordered[low], ordered[high], n)
+
+
+def _quantile(ordered: Sequence[float], q: float) -> float:
+    at = q * (len(ordered) - 1)
+    lower = int(at)
+    upper = min(lower + 1, len(ordered) - 1)
+    return ordered[lower] + (at - lower) * (ordered[upper] - ordered[lower])

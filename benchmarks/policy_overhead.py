@@ -1,0 +1,133 @@
+"""Part (b): the policy loss, forward and backward, and the memory it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from clocks import kernel_clock
+from harness import Budget, Progress, interleave
+from policy_variants import Inputs, flow_grpo, make_inputs, ours, variants
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+SHAPE = (8, 16, 64, 64)
+QUICK_SHAPE = (2, 16, 16, 16)
+# float32: the same sums in another order. 16 bits: the gradient is rounded once, so a last bit may differ.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+MEMORY = {
+    "ours": ("memory_over_gradient", "peak extra memory / one gradient: ours, no weights"),
+    "ours_weighted": ("memory_over_gradient_weighted", "peak extra memory / one gradient: ours, weights"),
+    "eager": ("memory_over_gradient_eager", "peak extra memory / one gradient: eager"),
+}
+
+
+def measure(
+    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, quick: bool
+) -> list[dict[str, Any]]:
+    shape = QUICK_SHAPE if quick else SHAPE
+    if batch:
+        shape = (batch, *shape[1:])
+    settle_allocator(device)
+    name = "smoke test" if quick else "policy loss"
+    return [measure_case(name, shape, dtype, device, budget) for dtype in dtypes or [torch.float32, torch.bfloat16]]
+
+
+def measure_case(
+    case: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, budget: Budget
+) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    title = f"policy loss · {name}"
+    inputs = make_inputs(shape, dtype, device)
+    errors = check_equal(inputs)
+    found, problem = variants(inputs), ""
+    with Progress(f"{title} · torch.compile", 0) as progress:
+        progress.show("compiling")
+        try:
+            found[-1].run()
+        except Exception as error:  # no compiler on this machine: reported, and a threshold that cannot be met
+            found, problem = found[:-1], str(error).splitlines()[0]
+    clock = kernel_clock(device)
+    times = interleave(found, clock, budget, title, warm_up=10)
+    gradient_bytes = inputs.model_output.numel() * inputs.model_output.element_size()
+    ratios = {f"{v.name}_over_ours": (f"{v.label} / ours, no weights", v.name, "ours") for v in found[1:]}
+    ratios |= {
+        f"{v.name}_over_ours_weighted": (f"{v.label} / ours, weights", v.name, "ours_weighted") for v in found[2:]
+    }
+    memory = {v.name: peak_memory(v.run, device) / gradient_bytes for v in found[:3]}
+    problem = f"torch.compile did not run: {problem}" if problem else ""
+    return {
+        "name": case,
+        "title": f"batch {shape[0]} of {'x'.join(map(str, shape[1:]))}, {name} model output, forward and backward",
+        "shape": list(shape),
+        "dtype": name,
+        "clock": clock.name,
+        "reference": "ours",
+        "times": {v.name: {"label": v.label, **times.figure(v.name).as_dict()} for v in found},
+        "relative": {v.name: times.ratio(v.name, "ours").median for v in found},
+        "ratios": {
+            **{key: {"label": label, **times.ratio(a, b).as_dict()} for key, (label, a, b) in ratios.items()},
+            **{MEMORY[key][0]: {"label": MEMORY[key][1], "median": value} for key, value in memory.items()},
+        },
+        "gradient_bytes": gradient_bytes,
+        "differences": errors,
+        "notes": [*filter(None, (problem, times.note))],
+    }
+
+
+def settle_allocator(device: torch.device) -> None:
+    """Puts the C allocator in the state that it has in any training process.
+
+    Before the first large tensor is freed, glibc gives every tensor of a few MB back to the system, and the page faults
+    of the next one make eager PyTorch look several times slower than it is in a trainer.
+    """
+    if device.type == "cpu":
+        torch.zeros(30 << 20, dtype=torch.uint8)
+
+
+def check_equal(x: Inputs) -> dict[str, float]:
+    """Ours without weights, ours with uniform weights and the eager arithmetic agree in loss and gradient."""
+    expected_loss, expected, metrics = flow_grpo(x, x.old_log_prob_mean)
+    if float(metrics["clip_fraction"]) > 0:
+        raise RuntimeError("a sample is clipped, so its gradient would cost nothing")
+    tolerance = TOLERANCES[x.model_output.dtype]
+    differences = {}
+    for name, weights in (("ours", None), ("ours_weighted", torch.ones_like(x.weights))):
+        loss, gradient, _ = ours(x, weights)
+        scale = x.advantages.abs().mean()  # of the terms that cancel in the loss
+        differences[f"{name}_loss"] = float((loss - expected_loss).detach().abs() / scale)
+        differences[f"{name}_gradient"] = _relative_rms(gradient, expected)
+        worst = max(differences[f"{name}_loss"] / 1e-5, differences[f"{name}_gradient"] / tolerance)
+        if not worst <= 1:
+            raise RuntimeError(f"ours and the eager arithmetic differ: {differences}, tolerance {tolerance:.0e}")
+    return differences
+
+
+def peak_memory(run: Any, device: torch.device) -> int:
+    """Bytes that PyTorch's allocator held at most during a call, beyond what it held before.
+
+    The result counts, as the gradient does. What compiled code takes outside PyTorch's allocator is not seen.
+    """
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = run()  # kept: a result freed inside the profile would count the same, its free is just not needed
+    del kept
+    held = peak = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _relative_rms(value: Tensor, expected: Tensor) -> float:
+    value, expected = value.float(), expected.float()
+    return float((value - expected).square().mean().sqrt() / expected.square().mean().sqrt())

@@ -1,0 +1,122 @@
+"""From prompts to the token positions of the words a user cares about, through a real tokenizer's offsets."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+DEFAULT_PROMPTS = (
+    'A noodle cart at dusk under a neon sign that reads "Fresh Broth Daily", steam rising over wet cobblestones',
+    "a red bicycle leaning against a yellow wall",
+    'The window of a bookshop with the words "Open Late" painted in gold letters, rain running down the glass',
+    "two glass teapots beside a blue clock",
+)
+_STOP_WORDS = """
+    a an the this that these those of in on at to by for with from into onto over under above below beside behind
+    against near next between left right and or is are was be being its it their his her some photo image picture
+    painting illustration
+"""
+STOP_WORDS = frozenset(_STOP_WORDS.split())
+_QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
+_WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
+
+
+class PromptError(ValueError):
+    """A prompt file or tokenizer that cannot be used; the message names it."""
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """A prompt a line, or GenEval's JSON lines with a "prompt" key; the built-in ones without a file."""
+    if path is None:
+        return list(DEFAULT_PROMPTS)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise PromptError(f"--prompts: cannot read {path}: {reason}") from error
+    as_json = path.suffix in (".jsonl", ".json") or next((line for line in lines if line), "").startswith("{")
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if line:
+            prompts.append(_json_prompt(line, path, number) if as_json else line)
+    if not prompts:
+        raise PromptError(f"--prompts: {path} holds no prompts; one a line is expected")
+    return prompts
+
+
+def load_tokenizer(path: Path | None, prompts: list[str]) -> PreTrainedTokenizerBase:
+    """A fast tokenizer from a local folder, or a small byte-level BPE trained on the prompts."""
+    if path is None:
+        return _train(prompts)
+    if not path.is_dir():
+        raise PromptError(f"--tokenizer: {path} is not a folder; one with a tokenizer.json is expected")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds
+        raise PromptError(f"--tokenizer: no tokenizer could be loaded from {path}: {error}") from error
+    if not tokenizer.is_fast:
+        raise PromptError(f"--tokenizer: {path} has no fast tokenizer, which the character offsets need")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise PromptError(f"--tokenizer: {path} has no token to pad with")
+    return tokenizer
+
+
+def core_spans(prompt: str) -> list[tuple[int, int]]:
+    """Character ranges of the core content: the quoted text if there is any, else the words that are no stop words."""
+    quoted = [match.span(match.lastindex or 0) for match in _QUOTED.finditer(prompt)]
+    words = [m.span() for m in _WORD.finditer(prompt) if m.group().lower() not in STOP_WORDS]
+    return quoted or words or [(0, len(prompt))]
+
+
+def core_words(prompt: str) -> str:
+    return " ".join(prompt[start:stop] for start, stop in core_spans(prompt))
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids padded to ``length``, and the positions of each prompt's core tokens among them."""
+    encoded = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_offsets_mapping=True)
+    positions = [
+        _tokens_in(offsets, core_spans(prompt))
+        for prompt, offsets in zip(prompts, encoded["offset_mapping"], strict=True)
+    ]
+    return encoded["input_ids"], positions
+
+
+def _tokens_in(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+    """Tokens that share a character with a span; special and padding tokens have none."""
+    return [
+        token
+        for token, (first, last) in enumerate(offsets)
+        if any(first < stop and start < last for start, stop in spans)
+    ]
+
+
+def _json_prompt(line: str, path: Path, number: int) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise PromptError(f'--prompts: {path}, line {number}: a JSON object with a "prompt" is expected') from error
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise PromptError(f'--prompts: {path}, line {number}: "prompt" must be text, got {prompt!r}')
+    return prompt
+
+
+def _train(prompts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, special_tokens=["<pad>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(prompts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")

@@ -1,0 +1,89 @@
+"""What ``--check`` holds the figures to: the one table of limits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+ANY = ""
+ATTENTION, LOSS, STEP = "SD3.5-M 512²", "policy loss", "SD3.5-M step"  # names of cases; --quick has others
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A limit on a ratio of a part's cases; ``device`` and ``case`` narrow it down."""
+
+    part: str
+    ratio: str
+    sense: str  # "<=", ">=" or ">"
+    limit: float
+    device: str = ANY
+    case: str = ANY
+
+
+THRESHOLDS = (
+    Threshold("attention", "overhead", "<=", 1.01, device="cpu", case=ATTENTION),
+    Threshold("attention", "materialised_over_ours", ">=", 3.0, case=ATTENTION),
+    Threshold("policy", "eager_over_ours", ">=", 4.0, case=LOSS),
+    Threshold("policy", "eager_over_ours_weighted", ">=", 4.0, case=LOSS),
+    Threshold("policy", "compiled_over_ours", ">", 1.0, case=LOSS),
+    Threshold("policy", "compiled_over_ours_weighted", ">", 1.0, case=LOSS),
+    # A gradient and the few numbers that come with it: loss, metrics, one slope a sample.
+    Threshold("policy", "memory_over_gradient", "<=", 1.001, case=LOSS),
+    Threshold("policy", "memory_over_gradient_weighted", "<=", 1.001, case=LOSS),
+    Threshold("end-to-end", "star_over_plain", "<=", 1.02, case=STEP),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    part: str
+    case: str
+    ratio: str
+    limit: str
+    measured: float | None
+    low: float | None  # the 95 % interval of the measured median
+    high: float | None
+    passed: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        value = "not measured"
+        if self.measured is not None:
+            value = f"{self.measured:.4g}"
+            if self.low is not None and self.high is not None:
+                value += f" [{self.low:.4g}, {self.high:.4g}]"
+        verdict = "ok  " if self.passed else "FAIL"
+        return f"{verdict} {self.case:<22} {self.ratio:<29} {self.limit:<8} {value}"
+
+
+def evaluate(parts: dict[str, list[dict[str, Any]]], device: str) -> list[Outcome]:
+    """Every threshold against every case that it is about; a ratio that could not be measured fails."""
+    outcomes = []
+    for threshold in THRESHOLDS:
+        if threshold.device not in (ANY, device):
+            continue
+        for case in parts.get(threshold.part, []):
+            if threshold.case in (ANY, case["name"]):
+                outcomes.append(_judge(threshold, case))
+    return outcomes
+
+
+def _judge(threshold: Threshold, case: dict[str, Any]) -> Outcome:
+    figure = case["ratios"].get(threshold.ratio, {})
+    measured = figure.get("median")
+    passed = (
+        measured is not None
+        and {
+            "<=": measured <= threshold.limit,
+            ">=": measured >= threshold.limit,
+            ">": measured > threshold.limit,
+        }[threshold.sense]
+    )
+    name = f"{case['name']} {case['dtype']}".strip()
+    limit = f"{threshold.sense} {threshold.limit:g}"
+    return Outcome(
+        threshold.part, name, threshold.ratio, limit, measured, figure.get("low"), figure.get("high"), passed
+    )

@@ -1,0 +1,75 @@
+"""Operators registered with torch.library, called without the dispatcher where nothing but the kernel wants to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_library = torch.library.Library("star_kernels", "DEF")
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Operator:
+    """An operator ``star_kernels::name``: schema, implementation, shapes and gradient.
+
+    Calling it means calling ``torch.ops.star_kernels.name``. On plain tensors, with no tracing, no dispatch mode and no
+    functorch transform about, the implementation (or an autograd.Function around it) is called directly: the round
+    through the dispatcher and back into Python would cost twice what the rest of a small call does.
+
+    Args:
+        schema: as for ``torch.library.define``, without the namespace.
+        implementation: for real tensors.
+        shapes: for fake ones.
+        setup_context, backward: the gradient, as for ``torch.library.register_autograd``; both or none.
+        devices: dispatch keys of the implementation.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        implementation: Callable[..., Any],
+        shapes: Callable[..., Any],
+        *,
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+        devices: Sequence[str] = ("CompositeExplicitAutograd",),
+    ) -> None:
+        name = schema[: schema.index("(")]
+        _library.define(schema)
+        for device in devices:
+            _library.impl(name, implementation, device)
+        torch.library.register_fake(f"star_kernels::{name}", shapes, lib=_library)
+        self.overload = getattr(torch.ops.star_kernels, name).default
+        self._implementation = implementation
+        self._function: Any = None
+        if backward is not None:
+            torch.library.register_autograd(
+                f"star_kernels::{name}", backward, setup_context=setup_context, lib=_library
+            )
+            members = {"forward": implementation, "setup_context": setup_context, "backward": backward}
+            self._function = type(
+                name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in members.items()}
+            )
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or _observed():
+            return self.overload(*arguments)
+        differentiate = False
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                if type(argument) not in _PLAIN:
+                    return self.overload(*arguments)
+                differentiate = differentiate or argument.requires_grad
+        if differentiate and torch.is_grad_enabled():
+            if self._function is None:
+                return self.overload(*arguments)
+            return self._function.apply(*arguments)
+        return self._implementation(*arguments)
+
+
+def _observed() -> bool:
+    """Whether a dispatch mode (fake tensors, tracing, counters) or a functorch transform is active."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None

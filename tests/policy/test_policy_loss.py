@@ -1,0 +1,717 @@
+"""The contract of ``weighted_policy_loss``, which every backend keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from star_kernels import (
+    Transition,
+    dance_sde,
+    flow_cps,
+    flow_matching,
+    flow_sde,
+    sample_transition,
+    weighted_policy_loss,
+)
+
+BATCH = 4
+SIGMA = torch.tensor([1.0, 0.9, 0.6, 0.3])
+SIGMA_NEXT = torch.tensor([0.93, 0.8, 0.5, 0.15])
+SIGMA_MAX = 0.94
+SAMPLERS: dict[str, Callable[[], Transition]] = {
+    "flow_sde": lambda: flow_sde(SIGMA, SIGMA_NEXT, noise_level=0.7, sigma_max=SIGMA_MAX),
+    "flow_cps": lambda: flow_cps(SIGMA, SIGMA_NEXT, noise_level=0.8),
+    "dance_sde": lambda: dance_sde(SIGMA, SIGMA_NEXT, eta=0.3),
+    "flow_matching": lambda: flow_matching(SIGMA, weight=1 / SIGMA),
+}
+# shape, channel dimension
+LAYOUTS = {
+    "image": ((BATCH, 16, 24, 20), 1),
+    "image_odd": ((BATCH, 3, 37, 31), 1),
+    "one_channel": ((BATCH, 1, 30, 20), 1),
+    "one_position": ((BATCH, 5, 1, 1), 1),
+    "many_channels": ((BATCH, 1100, 3, 3), 1),
+    "rows": ((BATCH, 4, 65), 1),
+    "packed": ((BATCH, 130, 64), -1),
+    "packed_wide": ((BATCH, 7, 1100), 2),
+    "channels_innermost": ((BATCH, 24, 20, 16), -1),
+    "video": ((BATCH, 4, 3, 12, 14), 1),
+    "video_frames_first": ((BATCH, 3, 4, 12, 14), 2),
+    "channels_between": ((BATCH, 12, 4, 14), 2),
+}
+RATIOS = ["sample", "location"]
+
+
+def locations(shape: tuple[int, ...], channel_dim: int) -> list[int]:
+    return [n for d, n in enumerate(shape) if d not in (0, channel_dim % len(shape))]
+
+
+@dataclass
+class Problem:
+    model_output: Tensor
+    sample: Tensor
+    prev_sample: Tensor
+    old_log_prob: Tensor  # [B, *locations]
+    advantages: Tensor
+    transition: Transition
+    channel_dim: int
+
+    @property
+    def positional(self) -> tuple:
+        return (
+            self.model_output,
+            self.sample,
+            self.prev_sample,
+            self.old_log_prob,
+            self.advantages,
+            self.transition,
+        )
+
+
+def make(
+    backend: tuple[str, str], layout: str = "image", sampler: str = "flow_sde", drift: float = 0.02, seed: int = 0
+) -> Problem:
+    """A rollout by one model, and the output of another that has drifted from it."""
+    device = backend[1]
+    shape, channel_dim = LAYOUTS[layout]
+    generator = torch.Generator().manual_seed(seed)
+    old, change, sample, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(4))
+    transition = SAMPLERS[sampler]().to(device)
+    prev_sample, log_prob = sample_transition(
+        old, sample, transition, noise=noise, channel_dim=channel_dim, backend="naive"
+    )
+    advantages = torch.tensor([1.5, -0.7, 9.0, -0.2], device=device)
+    return Problem(old + drift * change, sample, prev_sample, log_prob, advantages, transition, channel_dim)
+
+
+def run(
+    problem: Problem, backend: tuple[str, str], upstream: float = 1.0, **options: Any
+) -> tuple[Tensor, Tensor, dict]:
+    """Loss, gradient and metrics."""
+    leaf = problem.model_output.detach().requires_grad_()
+    problem = replace(problem, model_output=leaf)
+    loss, metrics = weighted_policy_loss(
+        *problem.positional, channel_dim=problem.channel_dim, backend=backend[0], **options
+    )
+    assert loss.shape == ()
+    (loss * upstream).backward()
+    return loss.detach(), leaf.grad, metrics
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    return values.double().to(like.device).view(-1, *[1] * (like.ndim - 1))
+
+
+def log_density(sampler: str, v: Tensor, x: Tensor, prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p of each element, the mean, and s of the KL term, as the samplers' papers write them."""
+    sigma, following = column(SIGMA, x), column(SIGMA_NEXT, x)
+    dt = following - sigma
+    if sampler == "flow_matching":
+        weight = 1 / sigma
+        return -weight * (v - prev) ** 2, v, torch.sqrt(1 / (2 * weight))
+    if sampler == "flow_cps":
+        s = following * math.sin(0.8 * math.pi / 2)
+        x0, x1 = x - sigma * v, x + (1 - sigma) * v
+        mean = (1 - following) * x0 + torch.sqrt(following**2 - s**2) * x1
+        return -((prev - mean) ** 2), mean, s
+    if sampler == "dance_sde":
+        s = torch.full_like(sigma, 0.3)
+        score = -(x - (1 - sigma) * (x - sigma * v)) / sigma**2
+        mean = x + v * dt - 0.5 * s**2 * dt * score
+    else:
+        s = 0.7 * torch.sqrt(sigma / (1 - torch.where(sigma == 1, SIGMA_MAX, sigma)))
+        mean = x * (1 + s**2 * dt / (2 * sigma)) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
+    std = s * torch.sqrt(-dt)
+    return -((prev - mean) ** 2) / (2 * std**2) - torch.log(std) - math.log(math.sqrt(2 * math.pi)), mean, s
+
+
+def written_loss(
+    problem: Problem,
+    sampler: str,
+    *,
+    weights: Tensor | None = None,
+    ratio: str = "sample",
+    clip_range: float = 1e-4,
+    reference: Tensor | None = None,
+    kl_coef: float = 0.0,
+    upstream: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Flow-GRPO's loss and gradient in float64; with weights, the spatially resolved objective."""
+    v = problem.model_output.detach().double().requires_grad_()
+    x, prev = problem.sample.double(), problem.prev_sample.double()
+    log_prob, mean, s = log_density(sampler, v, x, prev)
+    rest = tuple(range(1, v.ndim))
+    advantages = problem.advantages.double().clamp(-5, 5)
+    if weights is None and ratio == "sample":  # Flow-GRPO as it stands
+        rho = torch.exp(log_prob.mean(dim=rest) - problem.old_log_prob.double().flatten(1).mean(dim=1))
+        unclipped = -advantages * rho
+        clipped = -advantages * torch.clamp(rho, 1.0 - clip_range, 1.0 + clip_range)
+        loss = torch.mean(torch.maximum(unclipped, clipped))
+    else:
+        delta = log_prob.mean(dim=problem.channel_dim) - problem.old_log_prob.double()
+        w = torch.ones_like(delta) if weights is None else weights.double()
+        if ratio == "sample":
+            rho, w = torch.exp((w * delta).flatten(1).mean(dim=1)), torch.ones(BATCH, dtype=torch.float64)
+        else:
+            rho = torch.exp(delta)
+            advantages = column(advantages, rho)
+        unclipped = -advantages * rho
+        clipped = -advantages * torch.clamp(rho, 1.0 - clip_range, 1.0 + clip_range)
+        loss = torch.mean(w.to(rho.device) * torch.maximum(unclipped, clipped))
+    if reference is not None:
+        _, reference_mean, _ = log_density(sampler, reference.double(), x, prev)
+        kl = ((mean - reference_mean) ** 2).mean(dim=rest, keepdim=True) / (2 * s**2)
+        loss = loss + kl_coef * torch.mean(kl)
+    (loss * upstream).backward()
+    return loss.detach(), v.grad
+
+
+def close(got: Tensor, exact: Tensor, tolerance: float) -> None:
+    """Relative to the size of the exact tensor."""
+    assert bool(got.isfinite().all())
+    error = float((got.double() - exact).norm() / exact.norm())
+    assert error <= tolerance, f"relative error {error:.3g}"
+
+
+def patch_weights(problem: Problem, grid: list[int]) -> Tensor:
+    weights = torch.rand(BATCH, *grid, generator=torch.Generator().manual_seed(7))
+    weights = weights * (weights > 0.2)
+    weights.flatten(1)[:, 0] = 1.0  # not all of them zero
+    return (weights / weights.mean(dim=tuple(range(1, weights.ndim)), keepdim=True)).to(problem.model_output.device)
+
+
+def upsampled(weights: Tensor, size: list[int]) -> Tensor:
+    for d, n in enumerate(size, start=1):
+        weights = weights.repeat_interleave(n // weights.shape[d], dim=d)
+    return weights
+
+
+@pytest.mark.parametrize("scalar", [True, False], ids=["old_of_sample", "old_of_location"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.04])
+@pytest.mark.parametrize("drift", [3e-4, 0.05])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_weights_give_flow_grpo(
+    sampler: str, drift: float, kl_coef: float, scalar: bool, policy_backend: tuple[str, str]
+) -> None:
+    problem = make(policy_backend, sampler=sampler, drift=drift)
+    reference = problem.model_output + 0.1 * torch.randn_like(problem.model_output) if kl_coef else None
+    exact_loss, exact_gradient = written_loss(problem, sampler, reference=reference, kl_coef=kl_coef, clip_range=1e-3)
+    if scalar:
+        problem.old_log_prob = problem.old_log_prob.double().flatten(1).mean(dim=1).float()
+    options = {"ref_model_output": reference, "kl_coef": kl_coef, "clip_range": 1e-3}
+    loss, gradient, _ = run(problem, policy_backend, **options)
+    assert loss.dtype == torch.float32
+    assert exact_gradient.norm() > 0
+    assert float(loss) == pytest.approx(float(exact_loss), rel=1e-6)
+    close(gradient, exact_gradient, 1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_uniform_weights_give_flow_grpo_bit_by_bit(ratio: str, layout: str, policy_backend: tuple[str, str]) -> None:
+    problem = make(policy_backend, layout)
+    ones = torch.ones_like(problem.old_log_prob)
+    loss, gradient, metrics = run(problem, policy_backend, ratio=ratio, clip_range=0.01)
+    same_loss, same_gradient, same_metrics = run(problem, policy_backend, ratio=ratio, clip_range=0.01, weights=ones)
+    assert torch.equal(loss, same_loss)
+    assert torch.equal(gradient, same_gradient)
+    assert all(torch.equal(metrics[name], same_metrics[name]) for name in metrics)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.04])
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weighted_loss_and_gradient_are_the_written_objective(
+    layout: str, ratio: str, kl_coef: float, policy_backend: tuple[str, str], poisoned: None
+) -> None:
+    problem = make(policy_backend, layout, drift=0.01)
+    weights = patch_weights(problem, locations(*LAYOUTS[layout]))
+    reference = problem.model_output + 0.1 * torch.randn_like(problem.model_output) if kl_coef else None
+    common = {"weights": weights, "ratio": ratio, "kl_coef": kl_coef}
+    clip = 0.5 if ratio == "location" else 0.02
+    exact_loss, exact_gradient = written_loss(problem, "flow_sde", reference=reference, clip_range=clip, **common)
+    loss, gradient, metrics = run(problem, policy_backend, ref_model_output=reference, clip_range=clip, **common)
+    # exp of a log-ratio that is a difference of log-probabilities of size 1 to 10, each good to 1e-6
+    assert float(loss) == pytest.approx(float(exact_loss), rel=3e-6, abs=3e-6)
+    close(gradient, exact_gradient, 3e-6)
+    assert all(bool(m.isfinite()) for m in metrics.values())
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize(
+    ("layout", "grids"),
+    [
+        ("image", [[12, 10], [24, 10], [1, 1], [6, 20], [2, 4]]),
+        ("video", [[3, 6, 7], [1, 12, 14], [3, 1, 2], [1, 1, 1]]),
+        ("channels_innermost", [[12, 10]]),
+        ("video_frames_first", [[1, 6, 7]]),
+    ],
+)
+def test_weights_on_a_patch_grid_equal_the_upsampled_ones(
+    layout: str, grids: list, ratio: str, policy_backend: tuple[str, str]
+) -> None:
+    problem = make(policy_backend, layout)
+    for grid in grids:
+        coarse = patch_weights(problem, grid)
+        fine = upsampled(coarse, locations(*LAYOUTS[layout]))
+        found = [run(problem, policy_backend, weights=w, ratio=ratio, clip_range=0.5) for w in (coarse, fine)]
+        assert torch.equal(found[0][0], found[1][0])
+        assert torch.equal(found[0][1], found[1][1])
+
+
+MEMORY = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t,
+    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "batch_last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "sliced": lambda t: torch.cat([torch.full_like(t, torch.nan), t, torch.full_like(t, torch.nan)], -1)[
+        ..., t.shape[-1] : 2 * t.shape[-1]
+    ],
+    "strided": lambda t: torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_unchanged_model_has_a_ratio_of_exactly_one(
+    layout: str, ratio: str, dtype: torch.dtype, policy_backend: tuple[str, str]
+) -> None:
+    backend, device = policy_backend
+    shape, channel_dim = LAYOUTS[layout]
+    transition = SAMPLERS["flow_sde"]().to(device)
+    for latents in {torch.float32, dtype}:
+        for memory in MEMORY.values():
+            output, sample = (
+                memory(torch.randn(shape, device=device).to(dtype)),
+                memory(torch.randn(shape, device=device)),
+            )
+            sample = sample.to(latents)
+            prev, log_prob = sample_transition(output, sample, transition, channel_dim=channel_dim, backend=backend)
+            problem = Problem(output, sample, prev, log_prob, torch.ones(BATCH, device=device), transition, channel_dim)
+            _, _, metrics = run(problem, policy_backend, ratio=ratio)
+            assert metrics["ratio_mean"] == 1
+            assert metrics["ratio_max"] == 1
+            assert metrics["approx_kl"] == 0
+            assert metrics["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("layout", ["image", "image_odd", "video", "packed", "rows"])
+def test_memory_layout_does_not_change_loss_or_gradient(
+    layout: str, memory: str, ratio: str, policy_backend: tuple[str, str], poisoned: None
+) -> None:
+    problem = make(policy_backend, layout)
+    weights = patch_weights(problem, locations(*LAYOUTS[layout]))
+    reference = problem.model_output + 0.1
+    options = {"weights": weights, "ratio": ratio, "clip_range": 0.5, "kl_coef": 0.1}
+    loss, gradient, _ = run(problem, policy_backend, ref_model_output=reference, **options)
+    view = MEMORY[memory]
+    moved = replace(
+        problem,
+        model_output=view(problem.model_output),
+        sample=view(problem.sample),
+        prev_sample=view(problem.prev_sample),
+        old_log_prob=MEMORY["strided"](problem.old_log_prob),
+        advantages=MEMORY["strided"](problem.advantages),
+    )
+    options["weights"] = MEMORY["strided"](weights)
+    same_loss, same_gradient, _ = run(moved, policy_backend, ref_model_output=view(reference), **options)
+    torch.testing.assert_close(same_loss, loss, rtol=1e-6, atol=1e-7)
+    close(same_gradient, gradient.double(), 1e-6)
+    only = replace(problem, model_output=view(problem.model_output))  # the others keep their layout
+    close(run(only, policy_backend, ref_model_output=reference, **options)[1], gradient.double(), 1e-6)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_a_packed_latent_is_the_image_of_the_same_numbers(ratio: str, policy_backend: tuple[str, str]) -> None:
+    image = make(policy_backend, "image")
+    weights = patch_weights(image, [24, 20])
+
+    def pack(t: Tensor) -> Tensor:
+        return t.flatten(2).transpose(1, 2).contiguous()
+
+    packed = Problem(
+        pack(image.model_output),
+        pack(image.sample),
+        pack(image.prev_sample),
+        image.old_log_prob.flatten(1),
+        image.advantages,
+        image.transition,
+        -1,
+    )
+    loss, gradient, _ = run(image, policy_backend, ratio=ratio, weights=weights, clip_range=0.5)
+    same_loss, same_gradient, _ = run(packed, policy_backend, ratio=ratio, weights=weights.flatten(1), clip_range=0.5)
+    torch.testing.assert_close(same_loss, loss, rtol=1e-6, atol=1e-7)
+    close(same_gradient, pack(gradient).double(), 1e-6)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_permuted_positions_give_permuted_gradients(ratio: str, policy_backend: tuple[str, str]) -> None:
+    problem = make(policy_backend, "packed")
+    weights = patch_weights(problem, [130])
+    order = torch.randperm(130)
+    moved = replace(
+        problem,
+        model_output=problem.model_output[:, order],
+        sample=problem.sample[:, order],
+        prev_sample=problem.prev_sample[:, order],
+        old_log_prob=problem.old_log_prob[:, order],
+    )
+    loss, gradient, _ = run(problem, policy_backend, ratio=ratio, weights=weights, clip_range=0.5)
+    same_loss, moved_gradient, _ = run(moved, policy_backend, ratio=ratio, weights=weights[:, order], clip_range=0.5)
+    torch.testing.assert_close(same_loss, loss, rtol=1e-6, atol=1e-7)
+    close(moved_gradient, gradient[:, order].double(), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("layout", ["image", "packed", "video"])
+@pytest.mark.parametrize("latents", ["float32", "as model_output"])
+def test_16_bit_outputs_give_a_gradient_with_one_rounding(
+    layout: str, ratio: str, dtype: torch.dtype, latents: str, policy_backend: tuple[str, str]
+) -> None:
+    problem = make(policy_backend, layout, drift=0.05)
+    problem.model_output = problem.model_output.to(dtype)
+    if latents != "float32":
+        problem.sample, problem.prev_sample = problem.sample.to(dtype), problem.prev_sample.to(dtype)
+    weights = patch_weights(problem, locations(*LAYOUTS[layout]))
+    options = {"weights": weights, "ratio": ratio, "clip_range": 0.9, "upstream": 4096.0}  # keeps float16 in range
+    exact_loss, exact_gradient = written_loss(problem, "flow_sde", **options)
+    loss, gradient, _ = run(problem, policy_backend, **options)
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == dtype
+    assert float(loss) == pytest.approx(float(exact_loss), rel=1e-5)
+    error = (gradient.double() - exact_gradient).abs()
+    allowed = 0.51 * torch.finfo(dtype).eps * exact_gradient.abs() + 1e-5 * exact_gradient.abs().max()
+    assert bool((error <= allowed).all())
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_a_clip_range_of_1e5_is_resolved(ratio: str, policy_backend: tuple[str, str]) -> None:
+    problem = make(policy_backend, drift=0.0)
+    _, problem.old_log_prob = sample_transition(
+        problem.model_output,
+        problem.sample,
+        problem.transition,
+        noise=(problem.prev_sample - problem.prev_sample),
+        backend=policy_backend[0],
+    )
+    prev, log_prob = sample_transition(
+        problem.model_output, problem.sample, problem.transition, backend=policy_backend[0]
+    )
+    problem.prev_sample, problem.advantages = prev, torch.tensor([1.0, 1.0, -1.0, -1.0], device=prev.device)
+    shift = torch.tensor([2e-5, 5e-6, -2e-5, -5e-6], device=prev.device)  # clipped, free, clipped, free
+    problem.old_log_prob = log_prob - column(shift, log_prob).float()
+    _, gradient, metrics = run(problem, policy_backend, ratio=ratio, clip_range=1e-5)
+    assert metrics["clip_fraction"] == 0.5
+    for b, clipped in enumerate((True, False, True, False)):
+        assert bool((gradient[b] == 0).all()) == clipped
+
+
+def test_pessimism_keeps_the_gradient_where_clipping_would_help(policy_backend: tuple[str, str]) -> None:
+    problem = make(policy_backend, drift=0.0)
+    shift = torch.tensor([0.5, 0.5, -0.5, -0.5], device=problem.advantages.device)
+    problem.advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], device=shift.device)
+    problem.old_log_prob = problem.old_log_prob - column(shift, problem.old_log_prob).float()
+    loss, gradient, metrics = run(problem, policy_backend, clip_range=0.2)
+    expected = (-1.2 + math.exp(0.5) - math.exp(-0.5) + 0.8) / 4
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert [bool(g.any()) for g in gradient] == [False, True, True, False]
+    assert float(metrics["clip_fraction"]) == 1.0
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_asymmetric_clip_ranges(ratio: str, policy_backend: tuple[str, str]) -> None:
+    problem = make(policy_backend, drift=0.0)
+    problem.advantages = torch.tensor([1.0, 1.0, -1.0, -1.0], device=problem.advantages.device)
+    shift = torch.tensor([0.25, 0.05, -0.25, -0.05], device=problem.advantages.device)
+    problem.old_log_prob = problem.old_log_prob - column(shift, problem.old_log_prob).float()
+    loss, gradient, _ = run(problem, policy_backend, ratio=ratio, clip_range=(0.1, 0.2))
+    assert float(loss) == pytest.approx((-1.2 - math.exp(0.05) + 0.9 + math.exp(-0.05)) / 4, abs=1e-5)
+    assert [bool(g.any()) for g in gradient] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("limit", [0.5, 2.0])
+def test_advantages_are_clamped(limit: float, policy_backend: tuple[str, str]) -> None:
+    problem = make(policy_backend)
+    loss, gradient, _ = run(problem, policy_backend, advantage_clip=limit)
+    clamped = replace(problem, advantages=problem.advantages.clamp(-limit, limit))
+    same_loss, same_gradient, _ = run(clamped, policy_backend, advantage_clip=100.0)
+    assert torch.equal(loss, same_loss)
+    assert torch.equal(gradient, same_gradient)
+
+
+def test_metrics_are_what_they_say(policy_backend: tuple[str, str]) -> None:
+    problem = make(policy_backend, drift=0.02)
+    reference = problem.model_output + 0.1
+    for ratio in RATIOS:
+        leaf = problem.model_output.clone().requires_grad_()
+        options = {"ratio": ratio, "clip_range": 0.05, "ref_model_output": reference, "kl_coef": 0.25}
+        result = weighted_policy_loss(leaf, *problem.positional[1:], backend=policy_backend[0], **options)
+        log_prob, mean, s = log_density(
+            "flow_sde", problem.model_output.double(), problem.sample.double(), problem.prev_sample.double()
+        )
+        _, reference_mean, _ = log_density("flow_sde", reference.double(), problem.sample.double(), mean)
+        delta = log_prob.mean(dim=1) - problem.old_log_prob.double()
+        delta = delta.flatten(1).mean(dim=1) if ratio == "sample" else delta
+        rho = delta.exp()
+        expected = {
+            "ratio_mean": rho.mean(),
+            "ratio_max": rho.max(),
+            "clip_fraction": ((rho - 1).abs() > 0.05).double().mean(),
+            "approx_kl": 0.5 * (delta**2).mean(),
+            "policy_loss": result.loss.detach().double() - 0.25 * ((mean - reference_mean) ** 2 / (2 * s**2)).mean(),
+            "kl_loss": ((mean - reference_mean) ** 2 / (2 * s**2)).mean(),
+        }
+        assert set(result.metrics) == set(expected)
+        for name, value in expected.items():
+            metric = result.metrics[name]
+            assert metric.shape == ()
+            assert not metric.requires_grad
+            torch.testing.assert_close(metric.double(), value, rtol=2e-5, atol=2e-6, msg=f"{ratio} {name}")
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_nan_in_one_sample_stays_visible_and_out_of_the_others_gradients(
+    ratio: str, policy_backend: tuple[str, str]
+) -> None:
+    problem = make(policy_backend)
+    _, clean, _ = run(problem, policy_backend, ratio=ratio, clip_range=0.5)
+    for where in ("model_output", "sample", "prev_sample", "old_log_prob"):
+        broken = replace(problem, **{where: getattr(problem, where).clone()})
+        getattr(broken, where)[1].view(-1)[5] = torch.nan
+        loss, gradient, metrics = run(broken, policy_backend, ratio=ratio, clip_range=0.5)
+        assert loss.isnan()
+        assert bool(gradient[1].isnan().any())
+        assert torch.equal(gradient[[0, 2, 3]], clean[[0, 2, 3]])
+        assert metrics["ratio_mean"].isnan()
+        assert metrics["ratio_max"].isnan(), f"NaN in {where} is not the largest ratio"
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_an_infinite_ratio_is_clipped_or_infinite_but_never_nan_in_the_gradient(
+    ratio: str, policy_backend: tuple[str, str]
+) -> None:
+    problem = make(policy_backend)
+    problem.old_log_prob[0] -= 200.0  # rho overflows; a positive advantage clips it
+    loss, gradient, _ = run(problem, policy_backend, ratio=ratio, clip_range=0.2)
+    assert bool(loss.isfinite())
+    assert not gradient[0].any()
+    assert bool(gradient[1:].isfinite().all())
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_gradient_scales_with_the_upstream_one(ratio: str, policy_backend: tuple[str, str]) -> None:
+    problem = make(policy_backend)
+    options = {"ratio": ratio, "clip_range": 0.5, "kl_coef": 0.1, "ref_model_output": problem.model_output + 0.1}
+    _, one, _ = run(problem, policy_backend, **options)
+    for upstream in (0.0, -1.0, 0.25, 1024.0):  # powers of two: exact
+        _, gradient, _ = run(problem, policy_backend, upstream=upstream, **options)
+        assert torch.equal(gradient, upstream * one)
+    _, gradient, _ = run(problem, policy_backend, upstream=1 / 3, **options)
+    close(gradient, one.double() / 3, 1e-6)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_backward_twice_gives_the_same_gradient(ratio: str, policy_backend: tuple[str, str]) -> None:
+    problem = make(policy_backend)
+    leaf = problem.model_output.clone().requires_grad_()
+    loss, _ = weighted_policy_loss(
+        leaf, *problem.positional[1:], ratio=ratio, clip_range=0.5, backend=policy_backend[0]
+    )
+    first = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+    second = torch.autograd.grad(loss, leaf)[0]
+    assert torch.equal(first, second)
+
+
+def test_the_gradient_goes_to_model_output_alone(policy_backend: tuple[str, str]) -> None:
+    problem = make(policy_backend)
+    leaves = [t.clone().requires_grad_() for t in problem.positional[:5]]
+    weights, reference = (
+        torch.ones_like(problem.old_log_prob).requires_grad_(),
+        leaves[0].detach().clone().requires_grad_(),
+    )
+    options = {"weights": weights, "ref_model_output": reference, "kl_coef": 0.1, "backend": policy_backend[0]}
+    weighted_policy_loss(*leaves, problem.transition, **options).loss.backward()
+    assert leaves[0].grad is not None
+    assert [t.grad for t in (*leaves[1:], weights, reference)] == [None] * 6
+    fixed = weighted_policy_loss(problem.model_output, *problem.positional[1:], backend=policy_backend[0])
+    assert not fixed.loss.requires_grad
+
+
+def test_one_column_of_coefficients_serves_the_batch(policy_backend: tuple[str, str]) -> None:
+    problem = make(policy_backend)
+    one = flow_sde(0.6, 0.5, sigma_max=SIGMA_MAX).to(problem.sample.device)
+    many = Transition(one.coefficients.expand(6, BATCH))
+    found = [run(replace(problem, transition=t), policy_backend, clip_range=0.9) for t in (one, many)]
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("layout", ["image", "packed", "image_odd"])
+def test_equal_inputs_give_equal_bits_with_any_number_of_threads(
+    layout: str, ratio: str, policy_backend: tuple[str, str], threads: Callable
+) -> None:
+    shape, channel_dim = LAYOUTS[layout]
+    if layout == "image":  # large enough for the work to be shared out
+        shape = (BATCH, 16, 64, 64)
+    device = policy_backend[1]
+    transition = SAMPLERS["flow_sde"]().to(device)
+    old, output, sample = (torch.randn(shape, device=device) for _ in range(3))
+    output = old + 0.01 * output
+    noise = torch.randn(shape, device=device)
+    found = []
+    for count in (1, 2, 2, 1):
+        threads(count)
+        options = {"channel_dim": channel_dim, "backend": policy_backend[0]}
+        prev, log_prob = sample_transition(old, sample, transition, noise=noise, **options)
+        advantages = torch.tensor([1.0, -1.0, 2.0, -2.0], device=device)
+        problem = Problem(output, sample, prev, log_prob, advantages, transition, channel_dim)
+        loss, gradient, metrics = run(problem, policy_backend, ratio=ratio, clip_range=0.5)
+        found.append([prev, log_prob, loss, gradient, *metrics.values()])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_backends_agree_to_rounding() -> None:
+    for ratio in RATIOS:
+        problem = make(("naive", "cpu"), "video", drift=0.01)
+        weights = patch_weights(problem, [3, 6, 7])
+        naive, auto = (
+            run(problem, (name, "cpu"), weights=weights, ratio=ratio, clip_range=0.3) for name in ("naive", "auto")
+        )
+        torch.testing.assert_close(auto[0], naive[0], rtol=2e-6, atol=1e-6)
+        close(auto[1], naive[1].double(), 2e-6)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("with_kl", [True, False])
+def test_gradcheck_of_the_definition(ratio: str, with_kl: bool) -> None:
+    shape = (BATCH, 2, 4, 2)
+    output, sample, prev, reference = torch.randn(4, *shape, dtype=torch.float64)
+    transition = SAMPLERS["dance_sde"]()
+    _, old = sample_transition(output, sample, transition, noise=torch.zeros_like(sample))
+    prev = sample + 0.1 * prev
+    old = torch.randn(BATCH, 4, 2, dtype=torch.float64) * 0.1
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
+    options = {"ref_model_output": reference, "kl_coef": 0.3} if with_kl else {}
+    weights = torch.rand(BATCH, 2, 1, dtype=torch.float64)
+
+    def loss(output: Tensor) -> Tensor:
+        return weighted_policy_loss(
+            output,
+            sample,
+            prev,
+            old,
+            advantages,
+            transition,
+            weights=weights,
+            ratio=ratio,
+            clip_range=(1.0, 1e6),
+            **options,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, output.requires_grad_())
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_peak_memory_is_one_gradient(ratio: str, peak_memory: Callable) -> None:
+    shape = (8, 16, 64, 64)
+    output, sample = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    transition = flow_sde(0.8, 0.7, sigma_max=SIGMA_MAX)
+    prev, log_prob = sample_transition(output, sample, transition)
+    weights, advantages = torch.ones(8, 32, 32), torch.ones(8)
+
+    def step() -> Tensor:
+        loss = weighted_policy_loss(
+            output, sample, prev, log_prob, advantages, transition, weights=weights, ratio=ratio, clip_range=0.5
+        ).loss
+        return torch.autograd.grad(loss, output)[0]
+
+    assert peak_memory(step) <= output.nbytes + 4096
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("layout", ["image_odd", "packed", "video"])
+@pytest.mark.parametrize("per_location", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operators_pass_opcheck(dtype: torch.dtype, per_location: bool, layout: str) -> None:
+    problem = make(("native", "cpu"), layout, drift=0.01)
+    channel_dim = problem.channel_dim % problem.sample.ndim
+    weights = patch_weights(problem, locations(*LAYOUTS[layout]))
+    tolerance = {"rtol": 1e-2, "atol": 1e-5} if dtype == torch.bfloat16 else {}
+    for memory in ("contiguous", "channels_last", "transposed"):
+        output = MEMORY[memory](problem.model_output.to(dtype))
+        sample, prev = (MEMORY[memory](t) for t in (problem.sample, problem.prev_sample))
+        tail = (problem.transition.coefficients, weights, output + 0.1, channel_dim, per_location, 0.5, 1.5, 5.0, 0.1)
+        arguments = (output.detach().requires_grad_(), sample, prev, problem.old_log_prob, problem.advantages, *tail)
+        torch.library.opcheck(torch.ops.star_kernels.weighted_policy_loss.default, arguments, **tolerance)
+        detached = (output.detach(), *arguments[1:])
+        _, _, slope = torch.ops.star_kernels.weighted_policy_loss(*detached)
+        if not per_location:
+            torch.library.opcheck(
+                torch.ops.star_kernels.weighted_policy_loss_backward.default,
+                (torch.tensor(1.0), slope, *detached),
+                test_utils=("test_schema", "test_faketensor"),
+            )
+        torch.library.opcheck(
+            torch.ops.star_kernels.sample_transition.default,
+            (output.detach(), sample, torch.randn_like(sample), problem.transition.coefficients, channel_dim),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("per_location", [True, False])
+def test_no_result_of_the_operator_is_left_unwritten(per_location: bool, poisoned: None) -> None:
+    problem = make(("native", "cpu"))
+    tail = (problem.transition.coefficients, None, None, 1, per_location, 0.5, 1.5, 5.0, 0.0)
+    for result in torch.ops.star_kernels.weighted_policy_loss(*problem.positional[:5], *tail):
+        assert bool(result.isfinite().all())
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("backend", ["auto", "native"])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_to_one_graph_and_stays_right_when_values_and_shape_change(compiler: str, backend: str) -> None:
+    def step(
+        output: Tensor,
+        sample: Tensor,
+        prev: Tensor,
+        old: Tensor,
+        advantages: Tensor,
+        transition: Transition,
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        result = weighted_policy_loss(
+            output, sample, prev, old, advantages, transition, weights=weights, clip_range=0.5, backend=backend
+        )
+        return result.loss, result.metrics["ratio_mean"]
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    for seed, height in enumerate((8, 8, 12, 16, 20) if compiler == "aot_eager" else (8, 8)):
+        output, sample, prev = torch.randn(3, BATCH, 4, height, 8, generator=torch.Generator().manual_seed(seed))
+        transition = flow_sde(SIGMA, SIGMA_NEXT, noise_level=0.5 + 0.1 * seed, sigma_max=SIGMA_MAX)
+        old, weights = torch.full((BATCH, height, 8), -9.0), torch.rand(BATCH, height // 2, 4)
+        found = []
+        for function in (step, compiled):
+            leaf = output.clone().requires_grad_()
+            loss, ratio = function(leaf, sample, prev, old, torch.ones(BATCH), transition, weights)
+            found.append([loss, ratio, torch.autograd.grad(loss, leaf)[0]])
+        for eager, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the first height, and any height
+    assert not torch._dynamo.utils.counters["graph_break"]

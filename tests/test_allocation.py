@@ -1,0 +1,197 @@
+"""Weights keep a mean of one, whatever the map, and degenerate maps touch nobody else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from star_kernels import allocate
+
+MANY = settings(max_examples=80, deadline=None)
+SHAPES = st.one_of(
+    st.tuples(st.integers(1, 4), st.integers(1, 70)),
+    st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40)),
+)
+
+
+def sizes(maps: torch.Tensor, over: str) -> tuple[int, ...]:
+    return (-2, -1) if over == "trajectory" else (-1,)
+
+
+@st.composite
+def problems(draw: Any) -> tuple[torch.Tensor, float, str, float | None]:
+    shape = draw(SHAPES)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    maps = torch.rand(shape, generator=generator)
+    maps = maps ** draw(st.sampled_from([0.5, 1, 4, 30]))
+    if draw(st.booleans()):
+        maps = maps * (torch.rand(shape, generator=generator) < 0.3)  # zeros, whole samples of them at times
+    maps = maps * 10.0 ** draw(st.sampled_from([-30, -8, 0, 8, 30]))
+    over = draw(st.sampled_from(["step", "trajectory"])) if len(shape) == 3 else "step"
+    cap = draw(st.one_of(st.none(), st.sampled_from([1.01, 1.5, 2.0, 3.0]), st.floats(1.01, 20)))
+    return maps, draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])), over, cap
+
+
+@MANY
+@given(problems())
+def test_weights_are_not_negative_and_of_mean_one(problem: tuple) -> None:
+    maps, strength, over, cap = problem
+    weights = allocate(maps, strength=strength, over=over, cap=cap)
+    assert weights.shape == maps.shape
+    assert weights.dtype == torch.float32
+    assert bool((weights >= 0).all())
+    mean = weights.double().mean(dim=sizes(maps, over))
+    torch.testing.assert_close(mean, torch.ones_like(mean), rtol=0, atol=1e-5)
+    if cap is not None:
+        assert float(weights.max()) <= cap * (1 + 1e-6)
+
+
+@MANY
+@given(problems())
+def test_order_is_kept(problem: tuple) -> None:
+    maps, strength, over, cap = problem
+    weights = allocate(maps, strength=strength, over=over, cap=cap)
+    order = maps.flatten(-len(sizes(maps, over))).argsort(dim=-1)
+    ordered = weights.flatten(-len(sizes(maps, over))).gather(-1, order)
+    assert bool((ordered.diff(dim=-1) >= -1e-5 * ordered[..., 1:].abs() - 1e-6).all())
+
+
+@MANY
+@given(problems(), st.sampled_from([2.0**-20, 2.0**-3, 8.0, 2.0**10]))
+def test_scale_of_the_map_does_not_matter(problem: tuple, factor: float) -> None:
+    maps, strength, over, cap = problem
+    maps = maps.clamp(max=1e30) * (maps > 1e-20)  # so that a power of two is exact
+    expected = allocate(maps, strength=strength, over=over, cap=cap)
+    assert torch.equal(allocate(maps * factor, strength=strength, over=over, cap=cap), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e30, 3e38])
+def test_tiny_and_huge_maps_are_in_proportion(scale: float) -> None:
+    maps = torch.tensor([[1.0, 2.0, 3.0, 6.0] * 8]) / 6 * scale
+    expected = torch.tensor([[1 / 3, 2 / 3, 1.0, 2.0] * 8])
+    # Subnormal numbers carry few digits.
+    torch.testing.assert_close(allocate(maps), expected, rtol=0.2 if scale < 1e-40 else 1e-5, atol=0)
+
+
+@pytest.mark.parametrize("over", ["step", "trajectory"])
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_strength_zero_gives_exactly_ones(over: str, cap: float | None) -> None:
+    maps = torch.rand(3, 4, 77) * 1e3
+    assert torch.equal(allocate(maps, strength=0, over=over, cap=cap), torch.ones_like(maps))
+
+
+@pytest.mark.parametrize("over", ["step", "trajectory"])
+@pytest.mark.parametrize("value", [1e-30, 0.1, 1 / 3, 7.0, 1e30])
+def test_a_flat_map_gives_ones(over: str, value: float) -> None:
+    weights = allocate(torch.full((2, 3, 1357), value), over=over)
+    torch.testing.assert_close(weights, torch.ones_like(weights), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_the_formula(strength: float) -> None:
+    maps = torch.rand(3, 4, 50, dtype=torch.float64)
+    for over, dims in (("step", (2,)), ("trajectory", (1, 2))):
+        expected = (1 - strength) + strength * maps / maps.mean(dim=dims, keepdim=True)
+        torch.testing.assert_close(allocate(maps, strength=strength, over=over), expected)
+
+
+def test_a_trajectory_gives_steps_their_own_mass_and_a_step_none() -> None:
+    maps = torch.rand(2, 3, 40) * torch.tensor([1.0, 2.0, 5.0])[:, None]
+    mass = maps.double().mean(dim=2)
+    by_trajectory = allocate(maps, over="trajectory").double().mean(dim=2)
+    torch.testing.assert_close(by_trajectory, mass / mass.mean(dim=1, keepdim=True), rtol=1e-5, atol=0)
+    by_step = allocate(maps, over="step").double().mean(dim=2)
+    torch.testing.assert_close(by_step, torch.ones_like(by_step), rtol=1e-5, atol=0)
+
+
+def test_steps_are_allocated_one_by_one_as_samples_are() -> None:
+    maps = torch.rand(2, 3, 40)
+    assert torch.equal(allocate(maps).flatten(0, 1), allocate(maps.flatten(0, 1)))
+
+
+@pytest.mark.parametrize("bad", [0.0, torch.nan, torch.inf, -torch.inf, -1e-3], ids=str)
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_degenerate_map_gives_ones_and_reaches_no_other_sample(
+    bad: float, everywhere: bool, cap: float | None
+) -> None:
+    maps = torch.rand(3, 50)
+    clean = allocate(maps, cap=cap)
+    maps[1, slice(None) if everywhere or bad == 0 else 7] = bad
+    weights = allocate(maps, cap=cap)
+    assert torch.equal(weights[1], torch.ones(50))
+    assert torch.equal(weights[[0, 2]], clean[[0, 2]])
+
+
+def test_a_degenerate_step_costs_a_trajectory_its_allocation_but_a_step_only_itself() -> None:
+    maps = torch.rand(2, 3, 20)
+    maps[0, 1, 4] = torch.nan
+    assert torch.equal(allocate(maps, over="trajectory")[0], torch.ones(3, 20))
+    assert torch.equal(allocate(maps)[0, 1], torch.ones(20))
+    assert torch.equal(allocate(maps)[0, 0], allocate(maps[:, :1])[0, 0])
+
+
+@pytest.mark.parametrize("cap", [1.001, 1.5, 2.0, 7.9, 8.0, 9.0, 1e6])
+@pytest.mark.parametrize("spread", ["one", "two", "few", "all"])
+def test_a_cap_is_kept_with_mean_one(spread: str, cap: float) -> None:
+    maps = torch.zeros(1, 8)
+    maps[0, : {"one": 1, "two": 2, "few": 5, "all": 8}[spread]] = torch.tensor([64.0, 16, 4, 2, 1, 1, 1, 1])[
+        : {"one": 1, "two": 2, "few": 5, "all": 8}[spread]
+    ]
+    weights = allocate(maps, cap=cap)
+    assert float(weights.max()) <= cap * (1 + 1e-6)
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0), rtol=1e-6, atol=0)
+    below = weights[(weights < cap * (1 - 1e-6)) & (maps > 0)]
+    share = below / maps[(weights < cap * (1 - 1e-6)) & (maps > 0)]
+    if len(share):  # what the cap takes goes to the others in proportion
+        torch.testing.assert_close(share, share[:1].expand_as(share), rtol=1e-5, atol=0)
+
+
+def test_all_mass_on_one_position_leaves_the_rest_to_equal_parts() -> None:
+    maps = torch.zeros(1, 5)
+    maps[0, 3] = 0.2
+    torch.testing.assert_close(allocate(maps, cap=3.0), torch.tensor([[0.5, 0.5, 0.5, 3.0, 0.5]]))
+
+
+def test_a_cap_that_nothing_reaches_changes_nothing() -> None:
+    maps = torch.rand(2, 60) + 0.5
+    torch.testing.assert_close(allocate(maps, cap=10.0), allocate(maps), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_narrow_maps_give_float32_weights(dtype: torch.dtype) -> None:
+    maps = torch.rand(2, 4096).to(dtype)
+    weights = allocate(maps)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.double(), allocate(maps.double()), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_detached() -> None:
+    assert not allocate(torch.rand(2, 5, requires_grad=True)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("maps", "options", "error", "message"),
+    [
+        ([[1.0]], {}, TypeError, "maps must be a floating-point tensor, got list"),
+        (torch.ones(2, 3, dtype=torch.int64), {}, TypeError, "maps must be a floating-point tensor, got torch.int64"),
+        (torch.ones(3), {}, ValueError, r"maps must have shape \[B, P\] or \[B, Steps, P\].*got \[3\]"),
+        (torch.ones(2, 0), {}, ValueError, r"maps must have shape .*none of them 0, got \[2, 0\]"),
+        (torch.ones(1, 1, 1, 1), {}, ValueError, r"maps must have shape .*got \[1, 1, 1, 1\]"),
+        (torch.ones(2, 3), {"over": "trajectory"}, ValueError, r"maps must have shape \[B, Steps, P\].*got \[2, 3\]"),
+        (torch.ones(2, 3), {"over": "space"}, ValueError, "over must be 'step' or 'trajectory', got 'space'"),
+        (torch.ones(2, 3), {"strength": -0.1}, ValueError, "strength must lie between 0 and 1, got -0.1"),
+        (torch.ones(2, 3), {"strength": 1.1}, ValueError, "strength must lie between 0 and 1, got 1.1"),
+        (torch.ones(2, 3), {"strength": torch.nan}, ValueError, "strength must lie between 0 and 1, got nan"),
+        (torch.ones(2, 3), {"cap": 1.0}, ValueError, "cap must be finite and above 1, got 1.0"),
+        (torch.ones(2, 3), {"cap": torch.inf}, ValueError, "cap must be finite and above 1, got inf"),
+        (torch.ones(2, 3), {"cap": torch.nan}, ValueError, "cap must be finite and above 1, got nan"),
+    ],
+)
+def test_bad_input_is_named(maps: Any, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        allocate(maps, **options)

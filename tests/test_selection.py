@@ -1,0 +1,183 @@
+"""Which tokens a selection holds, however it is made, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from star_kernels import TokenSelection
+
+MANY = settings(max_examples=60, deadline=None)
+
+
+def per_key(selection: TokenSelection, length: int) -> torch.Tensor:
+    """The weight of each position of a sequence, [B, G, S]: what a selection means."""
+    dense = torch.zeros(selection.batch, selection.groups, length)
+    for b in range(selection.batch):
+        for t in range(selection.tokens):
+            if selection.index[b, t] >= 0:
+                dense[b, :, selection.index[b, t]] += selection.weight[b, :, t]
+    return dense
+
+
+def test_positions_of_one_group() -> None:
+    selection = TokenSelection.from_positions([[1029, 1030], [1101]])
+    assert (selection.batch, selection.groups, selection.tokens) == (2, 1, 2)
+    assert selection.index.tolist() == [[1029, 1030], [1101, -1]]
+    assert selection.weight.tolist() == [[[1.0, 1.0]], [[1.0, 0.0]]]
+    assert selection.index.dtype == torch.int32
+    assert selection.weight.dtype == torch.float32
+    assert selection.last == 1101
+
+
+def test_positions_of_several_groups_share_the_slots() -> None:
+    selection = TokenSelection.from_positions([[[1029], [1030]], [[1101], []]])
+    assert (selection.batch, selection.groups) == (2, 2)
+    dense = per_key(selection, 1200)
+    assert dense.nonzero().tolist() == [[0, 0, 1029], [0, 1, 1030], [1, 0, 1101]]
+
+
+@pytest.mark.parametrize("positions", [[[]], [[], []], [[[], []]], [[[], []], [[], [3]]]])
+def test_empty_groups_and_sequences_are_allowed(positions: list) -> None:
+    selection = TokenSelection.from_positions(positions)
+    assert selection.tokens >= 1
+    assert int(per_key(selection, 5).sum()) == sum(len(g) for row in positions for g in row if isinstance(g, list))
+
+
+groups_of = st.lists(st.integers(0, 30), max_size=5)
+
+
+@MANY
+@given(
+    st.integers(1, 3).flatmap(lambda g: st.lists(st.lists(groups_of, min_size=g, max_size=g), min_size=1, max_size=4))
+)
+def test_positions_become_one_weight_for_each_mention(positions: list[list[list[int]]]) -> None:
+    dense = per_key(TokenSelection.from_positions(positions), 31)
+    for b, row in enumerate(positions):
+        for g, group in enumerate(row):
+            assert dense[b, g].tolist() == [float(group.count(p)) for p in range(31)]
+
+
+@MANY
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 20), st.integers(0, 1000), st.booleans())
+def test_a_mask_becomes_its_own_weights(batch: int, groups: int, length: int, seed: int, boolean: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(batch, groups, length, generator=generator)
+    mask = mask < 0.3 if boolean else mask * (mask < 0.4)
+    selection = TokenSelection.from_mask(mask)
+    assert torch.equal(per_key(selection, length), mask.float())
+    assert selection.tokens == max(1, int((mask != 0).any(dim=1).sum(dim=1).max()))
+    assert torch.equal(per_key(TokenSelection.from_mask(mask[:, 0]), length), mask[:, :1].float())
+
+
+def test_an_empty_mask_selects_nothing() -> None:
+    selection = TokenSelection.from_mask(torch.zeros(2, 7, dtype=torch.bool))
+    assert selection.index.tolist() == [[-1], [-1]]
+    assert selection.last == -1
+
+
+@MANY
+@given(st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=3), st.integers(0, 50))
+def test_shift_moves_used_slots_alone(positions: list[list[int]], offset: int) -> None:
+    moved = TokenSelection.from_positions(positions).shift(offset)
+    assert torch.equal(per_key(moved, 60), per_key(TokenSelection.from_positions(positions), 60).roll(offset, 2))
+    assert torch.equal(moved.index == -1, TokenSelection.from_positions(positions).index == -1)
+    assert moved.last == int(moved.index.max())
+    back = moved.shift(-offset)
+    assert torch.equal(back.index, TokenSelection.from_positions(positions).index)
+
+
+def test_moving_keeps_the_selection() -> None:
+    selection = TokenSelection.from_positions([[3, 5], [7]])
+    moved = selection.to("cpu")
+    assert torch.equal(moved.index, selection.index)
+    assert torch.equal(moved.weight, selection.weight)
+    assert moved.last == selection.last
+    assert selection.to("meta").device.type == "meta"
+
+
+def test_a_selection_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        TokenSelection.from_positions([[1]]).index = torch.zeros(1, 1, dtype=torch.int32)  # type: ignore[misc]
+
+
+INDEX = torch.tensor([[1, -1]], dtype=torch.int32)
+WEIGHT = torch.ones(1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("index", "weight", "error", "message"),
+    [
+        (INDEX.long(), WEIGHT, TypeError, "index must be a int32 tensor, got torch.int64"),
+        ([[1, -1]], WEIGHT, TypeError, "index must be a int32 tensor, got list"),
+        (INDEX, WEIGHT.double(), TypeError, "weight must be a float32 tensor, got torch.float64"),
+        (INDEX, None, TypeError, "weight must be a float32 tensor, got NoneType"),
+        (INDEX[0], WEIGHT, ValueError, r"index must have shape \[B, T\].*got \[2\]"),
+        (INDEX[:, :0], WEIGHT[..., :0], ValueError, r"index must have shape \[B, T\].*got \[1, 0\]"),
+        (INDEX, WEIGHT[0], ValueError, r"weight must have shape \[B, G, T\] = \[1, G, 2\], got \[1, 2\]"),
+        (INDEX, torch.ones(2, 1, 2), ValueError, r"weight must have shape .*got \[2, 1, 2\]"),
+        (INDEX, torch.ones(1, 0, 2), ValueError, r"weight must have shape .*got \[1, 0, 2\]"),
+        (INDEX, torch.ones(1, 1, 3), ValueError, r"weight must have shape .*got \[1, 1, 3\]"),
+        (INDEX, WEIGHT.to("meta"), ValueError, "weight must be on the device of index, cpu, got meta"),
+        (INDEX - 1, WEIGHT, ValueError, "index must hold positions of at least 0, or -1 .*got -2"),
+        (INDEX, -WEIGHT, ValueError, "weight must be finite and not negative, got -1.0"),
+        (INDEX, WEIGHT * torch.nan, ValueError, "weight must be finite and not negative, got nan"),
+        (INDEX, WEIGHT * torch.inf, ValueError, "weight must be finite and not negative, got inf"),
+    ],
+)
+def test_bad_fields_are_named(index: Any, weight: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        TokenSelection(index, weight)
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        ([], "positions must be a non-empty list"),
+        ("abc", "positions must be a non-empty list"),
+        (torch.ones(2), "positions must be a non-empty list"),
+        ([[1, -1]], r"positions\[0\] must hold token positions of at least 0, got \[1, -1\]"),
+        ([[1], [[1], [2]]], r"positions must give every sequence the same number of groups.*1.*positions\[1\] has 2"),
+        ([[[1], 2]], r"positions\[0\] must hold token positions"),
+        ([[1.5]], r"positions\[0\] must hold token positions"),
+        ([[True]], r"positions\[0\] must hold token positions"),
+    ],
+)
+def test_bad_positions_are_named(positions: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenSelection.from_positions(positions)
+
+
+def test_a_position_beyond_32_bits_is_named() -> None:
+    with pytest.raises(ValueError, match="position"):
+        TokenSelection.from_positions([[2**40]])
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (
+            torch.ones(2, 3, dtype=torch.int64),
+            TypeError,
+            "mask must be a bool or floating-point tensor, got torch.int64",
+        ),
+        ([[True]], TypeError, "mask must be a bool or floating-point tensor, got list"),
+        (torch.ones(3), ValueError, r"mask must have shape \[B, S\] or \[B, G, S\].*got \[3\]"),
+        (torch.ones(2, 0), ValueError, r"mask must have shape .*got \[2, 0\]"),
+        (torch.ones(1, 1, 1, 1), ValueError, r"mask must have shape .*got \[1, 1, 1, 1\]"),
+        (-torch.ones(1, 2), ValueError, "weight must be finite and not negative, got -1.0"),
+        (torch.full((1, 2), torch.nan), ValueError, "weight must be finite and not negative, got nan"),
+    ],
+)
+def test_bad_masks_are_named(mask: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        TokenSelection.from_mask(mask)
+
+
+def test_a_shift_below_zero_is_named() -> None:
+    with pytest.raises(ValueError, match="offset must leave every position at 0 or more, got -3"):
+        TokenSelection.from_positions([[2, 5]]).shift(-3)
