@@ -72,12 +72,13 @@ def measure_case(shape: Shape, dtype: torch.dtype, device: torch.device, budget:
         "dtype": name,
         "backend": backend_of(inputs),
         "clock": clock.name,
+        "disturbed_calls": times.disturbed,
         "reference": "sdpa",
         "times": {
             v.name: {"label": v.label, **times.figure(v.name).as_dict(), "map_error": errors.get(v.name)}
             for v in variants
         },
-        "relative": {v.name: times.ratio(v.name, "sdpa").median for v in variants},
+        "relative": {v.name: times.ratio(v.name, "sdpa").as_dict() for v in variants},
         "ratios": {key: {"label": label, **times.ratio(a, b).as_dict()} for key, (label, a, b) in ratios.items()},
         "notes": [
             f"backend: {backend_of(inputs)}; {SELECTED} selected tokens",

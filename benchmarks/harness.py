@@ -50,33 +50,46 @@ class Figure:
 class Times:
     """The samples of every round; a variant may have sat some out.
 
-    Rounds in which another program took the processor from a call are left out, provided that enough are left: what
-    they tell is how the operating system shares a machine. A ratio is formed within a round, so that drift cancels.
+    Calls from which another program took the processor are left out, provided that enough are left without them: what
+    they tell is how the operating system shares a machine. Ratios are formed within a round, so that drift cancels.
     """
 
     ENOUGH = 8
 
     def __init__(self, names: Sequence[str], rounds: list[dict[str, Sample]]) -> None:
         self.names = list(names)
-        calm = [r for r in rounds if not any(sample.disturbed for sample in r.values())]
-        everyone = set(names) == {name for r in calm for name in r}
-        self.rounds = calm if len(calm) >= self.ENOUGH and everyone else rounds
-        disturbed = len(rounds) - len(calm)
-        self.note = ""
-        if disturbed:
-            used = "left out" if self.rounds is calm else "all used, as too few are left without them"
-            self.note = f"other programs took the processor in {disturbed} of {len(rounds)} rounds: {used}"
+        self.rounds = rounds
 
     def figure(self, name: str) -> Figure:
-        return summarise([r[name].seconds for r in self.rounds if name in r])
+        return self._summarise([(r[name],) for r in self.rounds if name in r], lambda s: s[0].seconds)
 
     def ratio(self, numerator: str, denominator: str) -> Figure:
         """Of the two times of each round in which both ran."""
         pairs = [(r[numerator], r[denominator]) for r in self.rounds if numerator in r and denominator in r]
-        return summarise([a.seconds / b.seconds for a, b in pairs])
+        return self._summarise(pairs, lambda s: s[0].seconds / s[1].seconds)
 
     def fastest(self, names: Sequence[str]) -> str:
         return min(names, key=lambda name: self.figure(name).median)
+
+    @property
+    def disturbed(self) -> float:
+        """The share of calls from which another program took the processor."""
+        samples = [sample for r in self.rounds for sample in r.values()]
+        return sum(sample.disturbed for sample in samples) / len(samples)
+
+    @property
+    def note(self) -> str:
+        """What to know of the figures: empty on a machine of one's own."""
+        if self.disturbed < 0.05:
+            return ""
+        return (
+            f"other programs took the processor in {self.disturbed:.0%} of the calls; such calls are left out where "
+            f"{self.ENOUGH} remain"
+        )
+
+    def _summarise(self, rows: list[tuple[Sample, ...]], value: Callable[[tuple[Sample, ...]], float]) -> Figure:
+        calm = [row for row in rows if not any(sample.disturbed for sample in row)]
+        return summarise([value(row) for row in (calm if len(calm) >= self.ENOUGH else rows)])
 
 
 def interleave(

@@ -39,7 +39,8 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     environment = result["environment"]
     figure.suptitle(
         f"Cost of attention maps and spatial weights on {environment['device_name']}, "
-        f"{environment['threads']} threads, torch {environment['versions']['torch']}",
+        f"{environment['threads']} threads, torch {environment['versions']['torch']}\n"
+        "shorter is better; medians with the 20th and 80th percentile",
         fontsize=13,
     )
     handles = [Patch(color=colour, label=label) for label, colour in LEGEND.items()]
@@ -51,21 +52,29 @@ def draw(path: Path, result: dict[str, Any]) -> None:
 
 def _panel(axis: Axes, part: str, case: dict[str, Any]) -> None:
     names = [name for name in case["times"] if name not in HIDDEN][::-1]
-    values = [case["relative"][name] for name in names]
+    relative = [case["relative"][name] for name in names]
+    values = [row["median"] for row in relative]
+    spread = [[r["median"] - r["p20"] for r in relative], [r["p80"] - r["median"] for r in relative]]
     colours = [COLOURS.get(name, PYTORCH if name.startswith("sdpa") else OTHER) for name in names]
-    axis.barh(range(len(names)), values, color=colours, height=0.7)
+    axis.barh(range(len(names)), values, color=colours, height=0.66)
+    axis.errorbar(values, range(len(names)), xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=3)
     axis.set_yticks(range(len(names)), [textwrap.fill(case["times"][name]["label"], 36) for name in names], fontsize=10)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    top = max(values)
-    axis.set_xlim(0, 1.28 * top)
+    top = max(row["p80"] for row in relative)
+    axis.set_xlim(0, 1.42 * top)
     for y, name in enumerate(names):
         row = case["times"][name]
         axis.text(
-            values[y] + 0.01 * top, y, f"{_times(values[y])}  ({_duration(row['median'])})", va="center", fontsize=10
+            max(1.0, relative[y]["p80"]) + 0.02 * top,
+            y,
+            f"{_times(values[y])}  ({_duration(row['median'])})",
+            va="center",
+            fontsize=10.5,
         )
     reference = case["times"][case["reference"]]["label"]
     axis.set_xlabel(f"time relative to '{reference}' (1 = dotted line)", fontsize=10)
-    axis.set_title(textwrap.fill(f"{part}: {case['title']}", 84), fontsize=10.5, loc="left")
+    title = textwrap.fill(f"{part}: {case['title']}", 78)
+    axis.set_title(title, fontsize=10.5, fontweight="bold", loc="left", x=-0.55)
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -63,9 +63,10 @@ def measure_case(
         "shape": list(shape),
         "dtype": name,
         "clock": clock.name,
+        "disturbed_calls": times.disturbed,
         "reference": "ours",
         "times": {v.name: {"label": v.label, **times.figure(v.name).as_dict()} for v in found},
-        "relative": {v.name: times.ratio(v.name, "ours").median for v in found},
+        "relative": {v.name: times.ratio(v.name, "ours").as_dict() for v in found},
         "ratios": {
             **{key: {"label": label, **times.ratio(a, b).as_dict()} for key, (label, a, b) in ratios.items()},
             **{MEMORY[key][0]: {"label": MEMORY[key][1], "median": value} for key, value in memory.items()},

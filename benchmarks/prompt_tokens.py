@@ -57,7 +57,9 @@ def load_tokenizer(path: Path | None, prompts: list[str]) -> PreTrainedTokenizer
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # transformers raises many kinds
-        raise PromptError(f"--tokenizer: no tokenizer could be loaded from {path}: {error}") from error
+        raise PromptError(
+            f"--tokenizer: no tokenizer could be loaded from {path}: {str(error).splitlines()[0]}"
+        ) from error
     if not tokenizer.is_fast:
         raise PromptError(f"--tokenizer: {path} has no fast tokenizer, which the character offsets need")
     if tokenizer.pad_token is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def _times(case: dict[str, Any]) -> list[str]:
     for name, row in case["times"].items():
         milliseconds = "".join(f"{_significant(1e3 * row[key]):>10}" for key in ("median", "p20", "p80"))
         error = f"{row['map_error']:.0e}" if row.get("map_error") else ""
-        relative = f"{case['relative'][name]:.3f}"
+        relative = f"{case['relative'][name]['median']:.3f}"
         lines.append(f"  {row['label']:<41}{milliseconds}{relative:>10}{error:>11}{row['count']:>5}")
     about = "; map error: relative RMS against the definition in float32" if with_error else ""
     return [*lines, f"  (relative: to '{reference}'{about})"]
@@ -60,7 +61,11 @@ def _ratios(case: dict[str, Any]) -> list[str]:
 
 
 def _notes(case: dict[str, Any]) -> list[str]:
-    return [f"  {note}"[:WIDTH] for note in case["notes"]]
+    return [
+        line
+        for note in case["notes"]
+        for line in textwrap.wrap(note, WIDTH - 2, initial_indent="  ", subsequent_indent="    ")
+    ]
 
 
 def _significant(milliseconds: float) -> str:

@@ -20,12 +20,15 @@ STAR_INLINE int64_t grid_position(const PolicyArguments& a, int64_t position) {
   return (frame / (a.location[0] / a.grid[0]) * a.grid[1] + grid_row) * a.grid[2] + grid_column;
 }
 
+// The larger of two numbers; a NaN is larger than any.
+STAR_INLINE double maximum(double x, double y) { return y > x || y != y ? y : x; }
+
 // The terms of one ratio: a location's, or a whole sample's.
 STAR_INLINE Surrogate add_ratio(Sums& sums, float log_ratio, float advantage, float weight, const PolicyArguments& a) {
   const Surrogate s = clipped_surrogate(log_ratio, advantage, a.clip_low, a.clip_high);
   sums.loss += static_cast<double>(weight) * s.loss;
   sums.ratio += s.ratio;
-  if (!(s.ratio <= sums.ratio_max)) sums.ratio_max = s.ratio;  // a NaN is a maximum
+  sums.ratio_max = maximum(sums.ratio_max, s.ratio);
   sums.clipped += s.ratio < a.clip_low || s.ratio > a.clip_high;
   sums.squared_log_ratio += static_cast<double>(log_ratio) * log_ratio;
   return s;
@@ -35,7 +38,7 @@ STAR_INLINE void merge(Sums& into, const Sums& from) {
   into.log_ratio += from.log_ratio;
   into.loss += from.loss;
   into.ratio += from.ratio;
-  if (!(from.ratio_max <= into.ratio_max)) into.ratio_max = from.ratio_max;
+  into.ratio_max = maximum(into.ratio_max, from.ratio_max);
   into.clipped += from.clipped;
   into.squared_log_ratio += from.squared_log_ratio;
   into.squared_difference += from.squared_difference;
@@ -50,6 +53,7 @@ STAR_INLINE void finish_sample(const PolicyArguments& a, int64_t b, Sums& sums) 
     const Surrogate s = add_ratio(sums, static_cast<float>(mean), advantage, 1.0f, a);
     a.slope[b] = static_cast<float>(s.slope / static_cast<double>(a.batch));
   }
+  if (a.per_location) a.slope[b] = 0.0f;  // not read, but not left unwritten
   if (a.reference.data) {
     const Coefficients k = coefficients_of(a.coefficients, a.columns, b);
     const double elements = static_cast<double>(a.positions) * static_cast<double>(a.channels);

@@ -26,14 +26,10 @@ def report() -> list[tuple[str, str]]:
     lines.append(("GPU", _gpu()))
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
-        dtypes = (torch.float32, torch.bfloat16, torch.float16)
-        probes = {dtype: torch.empty(1, 1, 1, 64, dtype=dtype, device=device) for dtype in dtypes}
-        for operation, choose in (("attention", choose_backend), ("policy loss", choose_policy_backend)):
-            chosen = {str(dtype).removeprefix("torch."): choose(probe) for dtype, probe in probes.items()}
-            if len(set(chosen.values())) == 1:
-                lines.append((f"{operation} on {device}", next(iter(chosen.values()))))
-            else:
-                lines += [(f"{operation} on {device}, {dtype}", backend) for dtype, backend in chosen.items()]
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            name = f"{device}, {str(dtype).removeprefix('torch.')}"
+            lines.append((f"attention, {name}", choose_backend(device, dtype, head_dim=64)))
+            lines.append((f"policy loss, {name}", choose_policy_backend(torch.empty(0, dtype=dtype, device=device))))
     return lines
 
 

@@ -58,7 +58,9 @@ def _cap(weights: Tensor, cap: float) -> Tensor:
     fits = (factor * ordered <= cap) & (factor > 0)  # capping the k largest leaves the next one within the cap
     first = fits.to(torch.uint8).argmax(dim=-1, keepdim=True)
     possible = fits.any(dim=-1, keepdim=True)
-    capped = (weights * torch.where(possible, factor.gather(-1, first), 1.0)).clamp(max=cap)
+    capped = torch.where(possible, weights * factor.gather(-1, first), torch.where(weights > 0, cap, 0.0)).clamp(
+        max=cap
+    )
     # Where all mass lies on positions at the cap, zeros share what is left in equal parts.
     below = capped < cap
     left = (n - capped.sum(dim=-1, keepdim=True)) / below.sum(dim=-1, keepdim=True).clamp(min=1)

@@ -38,6 +38,15 @@ def cuda() -> Any | None:
     return load("libstar_kernels_cuda.so")[0]
 
 
+@torch.compiler.assume_constant_result
+def problem(device: str) -> str:
+    """What keeps the compiled kernels from a kind of device, if anything; a missing CPU library warns once."""
+    if device not in ("cpu", "cuda"):
+        return f"they do not serve {device}"
+    found = cpu() if device == "cpu" else cuda()
+    return "" if found is not None else load(f"libstar_kernels_{device}.so")[1]
+
+
 @cache
 def load(name: str) -> tuple[Any | None, str]:
     """A library of ``star_kernels/lib``, or None and what stands in the way."""

@@ -49,10 +49,13 @@ class Operator:
             torch.library.register_autograd(
                 f"star_kernels::{name}", backward, setup_context=setup_context, lib=_library
             )
-            members = {"forward": implementation, "setup_context": setup_context, "backward": backward}
-            self._function = type(
-                name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in members.items()}
-            )
+            members: dict[str, Any] = {
+                "forward": implementation,
+                "setup_context": setup_context,
+                "backward": backward,
+            }
+            methods = {key: staticmethod(value) for key, value in members.items()}
+            self._function = type(name, (torch.autograd.Function,), methods)
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or _observed():

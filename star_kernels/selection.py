@@ -82,7 +82,7 @@ class TokenSelection:
                     f"positions[{b}] has {len(row)}"
                 )
             for group in row:
-                if not _is_flat(group) or any(p < 0 for p in group):
+                if not _is_flat(group) or any(not 0 <= p < 2**31 for p in group):
                     raise ValueError(f"positions[{b}] must hold token positions of at least 0, got {group!r}")
         slots = max(1, max(sum(map(len, row)) for row in grouped))
         index = torch.full((len(grouped), slots), EMPTY, dtype=torch.int32)

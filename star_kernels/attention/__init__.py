@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from star_kernels.attention import naive, ops
-from star_kernels.attention.checks import check_key_mask, check_lse, check_qkv, check_selection, resolve_rows
+from star_kernels.attention.checks import (
+    check_key_mask,
+    check_lse,
+    check_qkv,
+    check_selection,
+    resolve_rows,
+    resolve_scale,
+)
 from star_kernels.selection import TokenSelection
 
 __all__ = ["AttentionOutput", "attention", "attention_maps"]
 
-BACKENDS = ("auto", "naive", "vendor")
+BACKENDS = ("auto", "naive", "vendor", "triton")
+TRITON_HEAD_DIM = 128
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
@@ -58,8 +68,9 @@ def attention(
         layout: "bhsd" or "bshd".
         reduce_heads: average the maps over heads; else they are ``[B, G, H, R]``.
         return_lse: also return the natural log-sum-exp of the scaled scores, float32 ``[B, H, Sq]``.
-        backend: "auto"; "vendor" (PyTorch's flash attention and a map kernel that reads its log-sum-exp); or "naive"
-            (the definition, which materialises all probabilities).
+        backend: "auto"; "triton" (CUDA: maps in the epilogue of the flash pass); "vendor" (CPU: PyTorch's flash
+            attention and a map kernel that reads its log-sum-exp); or "naive" (the definition, which materialises
+            all probabilities).
 
     Returns:
         ``(out, maps, lse)``: out like query, maps float32 ``[B, G, R]``.
@@ -74,11 +85,16 @@ def attention(
     check_selection(selection, query, length=key.shape[2])
     check_key_mask(key_mask, query, key.shape[2])
     start, length = resolve_rows(rows, query.shape[2])
-    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = resolve_scale(scale, query.shape[3])
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    device, dtype, head_dim = query.device.type, query.dtype, query.shape[3]
     if backend == "auto":
-        backend = choose_backend(query)
+        backend = choose_backend(device, dtype, head_dim)
+    elif problem := obstacle(backend, device, dtype, head_dim):
+        raise ValueError(
+            f"backend {backend!r} cannot run here: {problem}; got {dtype}, head dimension {head_dim}, on {device}"
+        )
     index, weight = selection.index, selection.weight
     if backend == "naive":
         out, maps, lse = naive.attention(
@@ -133,7 +149,7 @@ def attention_maps(
     check_lse(lse, query)
     check_key_mask(key_mask, query, key.shape[2])
     start, length = resolve_rows(rows, dense.shape[2])
-    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = resolve_scale(scale, query.shape[3])
     if backend not in ("auto", "naive"):
         raise ValueError(f"backend must be auto or naive, got {backend!r}")
     if backend == "naive" or query.dtype == torch.float64:
@@ -165,11 +181,42 @@ def attention_maps(
     return maps
 
 
-def choose_backend(query: Tensor) -> str:
-    """What "auto" means for these inputs."""
-    if query.device.type == "cpu" and query.dtype != torch.float64:
+@torch.compiler.assume_constant_result
+def choose_backend(device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """What "auto" means for these inputs. Where a GPU gets the plain definition, it warns once."""
+    if dtype == torch.float64:
+        return "naive"
+    if device == "cpu":
         return "vendor"
+    problem = obstacle("triton", device, dtype, head_dim)
+    if problem is None:
+        return "triton"
+    _warn_naive(f"{problem}; got {dtype}, head dimension {head_dim}, on {device}")
     return "naive"
+
+
+def obstacle(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What keeps a backend from these inputs, if anything."""
+    if backend == "naive":
+        return None
+    if dtype == torch.float64:
+        return "it has no float64"
+    if backend == "vendor":
+        return None if device == "cpu" else "it serves the CPU"
+    if device != "cuda":
+        return "it serves CUDA tensors"
+    if head_dim > TRITON_HEAD_DIM:
+        return f"its head dimension goes up to {TRITON_HEAD_DIM}"
+    return ops.triton_problem()
+
+
+@cache
+def _warn_naive(problem: str) -> None:
+    warnings.warn(
+        f"star_kernels.attention materialises all probabilities: backend 'triton' cannot run here: {problem}",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _sequence_axis(layout: str) -> int:

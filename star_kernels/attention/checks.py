@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -88,3 +90,14 @@ def resolve_rows(rows: slice | tuple[int, int] | None, length: int) -> tuple[int
     if start < 0 or count <= 0 or start + count > length:
         raise ValueError(f"rows must lie within {length} positions, got (start, length) = {rows}")
     return start, count
+
+
+def resolve_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of the scores, 1 / sqrt(D) by default."""
+    if scale is None:
+        return float(head_dim**-0.5)
+    if not isinstance(scale, int | float) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a number, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,6 +12,15 @@ from torch import Tensor
 from star_kernels import native
 from star_kernels.attention import maps_gradient, naive, vendor
 from star_kernels.operators import Operator
+
+NATIVE_HEAD_DIM = 1024  # csrc/cpu/kernels.h; a longer head takes PyTorch's operations
+
+
+@cache
+def triton_problem() -> str | None:
+    """What keeps the Triton kernels from running, if anything."""
+    return None if find_spec("triton") else "the package triton is not installed"
+
 
 _MAPS = "Tensor index, Tensor weight, Tensor? key_mask, int start, int rows, float scale, bool reduce_heads"
 
@@ -27,6 +38,14 @@ def attention(
     reduce_heads: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        from star_kernels.attention import triton_forward
+
+        out, maps, lse = triton_forward.attention(
+            query, key, value, index, weight, key_mask, (start, rows), scale, reduce_heads
+        )
+        assert maps is not None  # only a call without a selection has none
+        return out, maps, lse
     query, key, value = _unit_strides(query, key, value)
     out, lse = vendor.forward(query, key, value, key_mask, scale)
     return out, attention_maps(query, key, lse, index, weight, key_mask, start, rows, scale, reduce_heads, False), lse
@@ -46,7 +65,10 @@ def attention_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = _unit_strides(query, key, value)
-    out, lse = vendor.forward(query, key, value, key_mask, scale)
+    if backend == "triton":
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    else:
+        out, lse = vendor.forward(query, key, value, key_mask, scale)
     return out, _empty_maps(query, weight, rows, reduce_heads), lse
 
 
@@ -68,6 +90,13 @@ def attention_backward(
     reduce_heads: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        from star_kernels.attention import triton_backward
+
+        saved = (query, key, value, out, lse, index, weight, key_mask)
+        return triton_backward.attention_backward(
+            grad_out, grad_maps, grad_lse, *saved, (start, rows), scale, reduce_heads
+        )
     query, key, value = _unit_strides(query, key, value)
     sparse = None
     if grad_maps is not None:
@@ -107,7 +136,14 @@ def attention_maps(
     reduce_heads: bool,
     text_to_image: bool,
 ) -> Tensor:
-    library = native.cpu() if query.device.type == "cpu" else None
+    if query.device.type == "cuda" and triton_problem() is None:
+        from star_kernels.attention import triton_maps
+
+        return triton_maps.attention_maps(
+            query, key, lse, index, weight, key_mask, (start, rows), scale, reduce_heads, text_to_image
+        )
+    serves = query.device.type == "cpu" and query.shape[3] <= NATIVE_HEAD_DIM
+    library = native.cpu() if serves else None
     if library is None:
         return naive.attention_maps(
             query, key, lse, index, weight, key_mask, (start, rows), scale, reduce_heads, text_to_image

@@ -79,7 +79,7 @@ def sample_transition(
         raise ValueError("generator must be None where noise is given, got both")
     else:
         check_latent("noise", noise, model_output)
-    arguments = (model_output.detach(), sample.detach(), noise, transition.coefficients, channel_dim)
+    arguments = (model_output.detach(), sample.detach(), noise.detach(), transition.coefficients, channel_dim)
     if _resolve_backend(backend, model_output) == "naive":
         return naive.sample_transition(*arguments)
     prev_sample, log_prob = ops.SAMPLE_TRANSITION(*arguments)
@@ -189,8 +189,4 @@ def _obstacle(model_output: Tensor) -> str:
     """What keeps the compiled kernels from these inputs, if anything."""
     if model_output.dtype == torch.float64:
         return "they have no float64"
-    if model_output.device.type == "cpu":
-        return "" if native.cpu() is not None else native.load("libstar_kernels_cpu.so")[1]
-    if model_output.device.type == "cuda":
-        return "" if native.cuda() is not None else native.load("libstar_kernels_cuda.so")[1]
-    return f"they do not serve {model_output.device.type}"
+    return native.problem(model_output.device.type)

@@ -18,6 +18,8 @@ def resolve_channel_dim(channel_dim: int, model_output: Tensor) -> int:
             "model_output must have 3 to 5 dimensions, none of them 0, such as [B, C, H, W], [B, C, F, H, W] or "
             f"[B, S, C], got {list(model_output.shape)}"
         )
+    if not isinstance(channel_dim, int):
+        raise TypeError(f"channel_dim must be an integer, got {channel_dim!r}")
     resolved = channel_dim + model_output.ndim if channel_dim < 0 else channel_dim
     if not 1 <= resolved < model_output.ndim:
         raise ValueError(
@@ -101,7 +103,15 @@ def _check_weights(weights: Tensor, shape: list[int], model_output: Tensor) -> N
 
 def check_clip(clip_range: float | tuple[float, float], advantage_clip: float, kl_coef: float) -> tuple[float, float]:
     """The bounds of the ratio, 1 - low and 1 + high."""
-    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    pair = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    if not all(isinstance(bound, int | float) for bound in pair):
+        raise TypeError(f"clip_range must be a number or a tuple (below, above) of two, got {clip_range!r}")
+    if len(pair) != 2:
+        raise ValueError(f"clip_range must be a number or a tuple (below, above) of two, got {clip_range!r}")
+    for name, value in (("advantage_clip", advantage_clip), ("kl_coef", kl_coef)):
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    low, high = pair
     if not (0 <= low <= 1 and high >= 0):
         raise ValueError(f"clip_range must be at least 0, its lower half at most 1, got {clip_range}")
     if not advantage_clip > 0:

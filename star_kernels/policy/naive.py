@@ -59,7 +59,11 @@ def weighted_policy_loss(
     ratio = torch.exp(log_ratio)
     advantage = advantages.clamp(-advantage_clip, advantage_clip)
     advantage = advantage.reshape(-1, *[1] * (ratio.ndim - 1))
-    surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(clip_low, clip_high))
+    # max(-A rho, -A clip(rho)), written so that a ratio that overflows and is clipped has no gradient, not 0 * inf.
+    free, bounded = -advantage * ratio, -advantage * ratio.clamp(clip_low, clip_high)
+    outside = (ratio < clip_low) | (ratio > clip_high)
+    bounds = outside & (bounded > free)
+    surrogate = torch.where(bounds, bounded.detach(), -advantage * torch.exp(log_ratio.masked_fill(bounds, 0.0)))
     policy_loss = (weight * surrogate).mean()
     loss, kl_loss = policy_loss, torch.zeros_like(policy_loss)
     if ref_model_output is not None:
@@ -67,8 +71,7 @@ def weighted_policy_loss(
         difference = _wide(model_output) - _wide(ref_model_output)
         kl_loss = (kl_scale * b.square() * difference.square()).mean()
         loss = policy_loss + kl_coef * kl_loss
-    clipped = (ratio < clip_low) | (ratio > clip_high)
-    metrics = (ratio.mean(), ratio.max(), clipped.to(ratio.dtype).mean(), 0.5 * log_ratio.square().mean())
+    metrics = (ratio.mean(), ratio.max(), outside.to(ratio.dtype).mean(), 0.5 * log_ratio.square().mean())
     return loss, torch.stack([*metrics, policy_loss, kl_loss]).detach()
 
 

@@ -149,7 +149,7 @@ def _collapsible(tensor: Tensor, channel_dim: int) -> Tensor:
             continue
         stride = tensor.stride(d)
         if expected is not None and stride != expected:
-            return tensor.contiguous()
+            return tensor.movedim(channel_dim, 1).contiguous().movedim(1, channel_dim)
         expected = stride * size
     return tensor
 

@@ -92,7 +92,11 @@ def flow_sde(
     """
     sigma, sigma_next = _sigmas(sigma, sigma_next)
     _positive("noise_level", noise_level)
-    top = torch.as_tensor(sigma_max, dtype=torch.float64, device=sigma.device)
+    if isinstance(sigma_max, Tensor) and sigma_max.device != sigma.device:
+        raise ValueError(f"sigma_max must be on the device of sigma, {sigma.device}, got {sigma_max.device}")
+    top = _column(
+        "sigma_max", torch.as_tensor(sigma_max, dtype=torch.float64, device=sigma.device), sigma, widens=False
+    )
     _in_range("sigma_max", top, (top > 0) & (top < 1), "lie strictly between 0 and 1")
     s = noise_level * torch.sqrt(sigma / (1 - torch.where(sigma == 1, top, sigma)))
     return _gaussian(sigma, sigma_next, s)
@@ -141,8 +145,10 @@ def flow_matching(sigma: Tensor | float, *, weight: Tensor | float | None = None
     sigma = torch.as_tensor(sigma, dtype=torch.float64)
     sigma = _column("sigma", sigma, sigma)
     _in_range("sigma", sigma, (sigma > 0) & (sigma <= 1), "be above 0 and at most 1")
-    w = torch.ones_like(sigma) if weight is None else torch.as_tensor(weight, dtype=torch.float64, device=sigma.device)
-    w = _column("weight", w, sigma).expand_as(sigma)
+    if isinstance(weight, Tensor) and weight.device != sigma.device:
+        raise ValueError(f"weight must be on the device of sigma, {sigma.device}, got {weight.device}")
+    w = torch.as_tensor(1.0 if weight is None else weight, dtype=torch.float64, device=sigma.device)
+    _, w = torch.broadcast_tensors(sigma, _column("weight", w, sigma, widens=False))
     _in_range("weight", w, (w > 0) & w.isfinite(), "be positive and finite")
     zero = torch.zeros_like(w)
     return _stack(zero, zero + 1, torch.rsqrt(2 * w), w, zero, w)
@@ -169,12 +175,11 @@ def _stack(*rows: Tensor) -> Transition:
 
 def _sigmas(sigma: Tensor | float, sigma_next: Tensor | float) -> tuple[Tensor, Tensor]:
     """Both as float64 ``[B]`` (or ``[1]``) on one device, in range."""
-    first, then = torch.as_tensor(sigma), torch.as_tensor(sigma_next)
-    if isinstance(sigma, Tensor) and isinstance(sigma_next, Tensor) and first.device != then.device:
-        raise ValueError(f"sigma_next must be on the device of sigma, {first.device}, got {then.device}")
-    device = first.device if isinstance(sigma, Tensor) else then.device
-    first = first.to(device, torch.float64)
-    then = _column("sigma_next", then.to(device, torch.float64), first)
+    if isinstance(sigma, Tensor) and isinstance(sigma_next, Tensor) and sigma.device != sigma_next.device:
+        raise ValueError(f"sigma_next must be on the device of sigma, {sigma.device}, got {sigma_next.device}")
+    device = next((s.device for s in (sigma, sigma_next) if isinstance(s, Tensor)), None)
+    first = torch.as_tensor(sigma, dtype=torch.float64, device=device)
+    then = _column("sigma_next", torch.as_tensor(sigma_next, dtype=torch.float64, device=device), first)
     first = _column("sigma", first, first)
     first, then = torch.broadcast_tensors(first, then)
     _in_range("sigma", first, (first > 0) & (first <= 1), "be above 0 and at most 1")
@@ -182,8 +187,11 @@ def _sigmas(sigma: Tensor | float, sigma_next: Tensor | float) -> tuple[Tensor, 
     return first, then
 
 
-def _column(name: str, value: Tensor, sigma: Tensor) -> Tensor:
-    """``[]`` or ``[B]`` as ``[1]`` or ``[B]``."""
+def _column(name: str, value: Tensor, sigma: Tensor, *, widens: bool = True) -> Tensor:
+    """``[]`` or ``[B]`` as ``[1]`` or ``[B]``; B is sigma's, or may be its own where sigma is one number."""
+    if not widens and value.numel() not in (1, sigma.numel()):
+        shape = f"[] or [B] = [{sigma.numel()}]"
+        raise ValueError(f"{name} must be a float or have shape {shape}, got {list(value.shape)}")
     if (
         value.ndim > 1
         or (value.ndim == 1 and sigma.ndim == 1 and 1 < len(value) != len(sigma) > 1)

@@ -91,6 +91,7 @@ def make(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> 
     tensors = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
     selection = TokenSelection.from_positions(case.positions)
     weight = selection.weight * (0.25 + torch.rand(selection.weight.shape, generator=generator))
+    weight = weight.masked_fill((selection.index == -1)[:, None], 9.0)  # the weight of an empty slot counts for nothing
     selection = TokenSelection(selection.index, weight).to(device)
     mask = None
     if case.masked:

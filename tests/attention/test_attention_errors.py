@@ -120,6 +120,15 @@ def test_an_index_past_the_sequence_is_caught_below_the_checks_as_well() -> None
         torch.ops.star_kernels.attention(Q, K, K, far.index, far.weight, None, 0, 7, 0.3, True, "vendor")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_definition_refuses_an_index_past_the_sequence_by_the_same_name(dtype: torch.dtype) -> None:
+    query, key, far = Q.to(dtype), K.to(dtype), TokenSelection.from_positions([[1], [9]])
+    with pytest.raises(ValueError, match=r"selection\.index must be below the length of the sequence, 9, got 9"):
+        attention(query, key, key, far, backend="naive")
+    with pytest.raises(ValueError, match=r"selection\.index must be below the length of the sequence, 9, got 9"):
+        attention_maps(query, key, LSE.to(dtype), far, backend="naive")
+
+
 def test_an_operator_refuses_rows_outside_the_sequence() -> None:
     arguments = (Q, K, LSE, SELECTION.index, SELECTION.weight, None)
     for start, rows in ((5, 3), (-1, 3)):

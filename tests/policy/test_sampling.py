@@ -134,7 +134,7 @@ def test_a_generator_makes_draws_repeatable(policy_backend: tuple[str, str]) -> 
 def test_16_bit_latents_get_the_noise_of_float32_ones(policy_backend: tuple[str, str]) -> None:
     backend, device = policy_backend
     zeros = torch.zeros(2, 4, 16, 16, device=device)
-    transition = coefficients(0.0, 0.0, 1.0).to(device)
+    transition = coefficients(0.0, 0.0, 3.0).to(device)
     draws = []
     for dtype in (torch.float32, torch.bfloat16):
         generator = torch.Generator(device).manual_seed(1)

@@ -105,7 +105,9 @@ def test_a_batch_is_its_samples_one_by_one(dtype: torch.dtype) -> None:
         assert torch.equal(together.coefficients, torch.cat(apart, dim=1))
 
 
-@pytest.mark.parametrize(("sigma", "following"), [(torch.tensor([0.875, 0.75]), 0.25), (0.875, torch.tensor([0.25, 0.5]))])
+@pytest.mark.parametrize(
+    ("sigma", "following"), [(torch.tensor([0.875, 0.75]), 0.25), (0.875, torch.tensor([0.25, 0.5]))]
+)
 def test_one_sigma_serves_a_batch(sigma: Tensor | float, following: Tensor | float) -> None:
     both = torch.broadcast_tensors(torch.as_tensor(sigma), torch.as_tensor(following))
     for make in (flow_cps, dance_sde):
