@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from clocks import Clock, CudaClock, Sample
@@ -42,6 +42,7 @@ class Figure:
     low: float
     high: float
     count: int
+    calm: bool = True  # no other program took the processor meanwhile
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -54,7 +55,7 @@ class Times:
     they tell is how the operating system shares a machine. Ratios are formed within a round, so that drift cancels.
     """
 
-    ENOUGH = 8
+    ENOUGH = 5
 
     def __init__(self, names: Sequence[str], rounds: list[dict[str, Sample]]) -> None:
         self.names = list(names)
@@ -89,7 +90,8 @@ class Times:
 
     def _summarise(self, rows: list[tuple[Sample, ...]], value: Callable[[tuple[Sample, ...]], float]) -> Figure:
         calm = [row for row in rows if not any(sample.disturbed for sample in row)]
-        return summarise([value(row) for row in (calm if len(calm) >= self.ENOUGH else rows)])
+        chosen = calm if len(calm) >= self.ENOUGH else rows
+        return replace(summarise([value(row) for row in chosen]), calm=len(chosen) == len(calm))
 
 
 def interleave(

@@ -29,6 +29,8 @@ def text(result: dict[str, Any], outcomes: list[Outcome]) -> str:
     if outcomes:
         lines += ["", "THRESHOLDS"]
         lines += [f"  {outcome}" for outcome in outcomes]
+    if not all(outcome.calm for outcome in outcomes):
+        lines.append("  busy: other programs took the processor meanwhile; repeat on a machine of its own")
     return "\n".join(lines)
 
 

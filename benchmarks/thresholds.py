@@ -45,6 +45,7 @@ class Outcome:
     low: float | None  # the 95 % interval of the measured median
     high: float | None
     passed: bool
+    calm: bool  # false: other programs took the processor meanwhile, so the verdict may be theirs
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,6 +56,8 @@ class Outcome:
             value = f"{self.measured:.4g}"
             if self.low is not None and self.high is not None:
                 value += f" [{self.low:.4g}, {self.high:.4g}]"
+            if not self.calm:
+                value += " busy"
         verdict = "ok  " if self.passed else "FAIL"
         return f"{verdict} {self.case:<22} {self.ratio:<29} {self.limit:<8} {value}"
 
@@ -85,5 +88,13 @@ def _judge(threshold: Threshold, case: dict[str, Any]) -> Outcome:
     name = f"{case['name']} {case['dtype']}".strip()
     limit = f"{threshold.sense} {threshold.limit:g}"
     return Outcome(
-        threshold.part, name, threshold.ratio, limit, measured, figure.get("low"), figure.get("high"), passed
+        threshold.part,
+        name,
+        threshold.ratio,
+        limit,
+        measured,
+        figure.get("low"),
+        figure.get("high"),
+        passed,
+        figure.get("calm", True),
     )

@@ -136,14 +136,13 @@ def attention_maps(
     reduce_heads: bool,
     text_to_image: bool,
 ) -> Tensor:
-    if query.device.type == "cuda" and triton_problem() is None:
+    if query.is_cuda and triton_problem() is None:
         from star_kernels.attention import triton_maps
 
         return triton_maps.attention_maps(
             query, key, lse, index, weight, key_mask, (start, rows), scale, reduce_heads, text_to_image
         )
-    serves = query.device.type == "cpu" and query.shape[3] <= NATIVE_HEAD_DIM
-    library = native.cpu() if serves else None
+    library = native.cpu() if query.is_cpu and query.size(3) <= NATIVE_HEAD_DIM else None
     if library is None:
         return naive.attention_maps(
             query, key, lse, index, weight, key_mask, (start, rows), scale, reduce_heads, text_to_image
@@ -243,7 +242,7 @@ def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
 
 def _empty_maps(query: Tensor, weight: Tensor, rows: int, reduce_heads: bool) -> Tensor:
     batch, groups, _ = weight.shape
-    shape = (batch, groups, rows) if reduce_heads else (batch, groups, query.shape[1], rows)
+    shape = (batch, groups, rows) if reduce_heads else (batch, groups, query.size(1), rows)
     return torch.empty(shape, dtype=torch.float32, device=query.device)
 
 

@@ -42,6 +42,7 @@ CASES = {
     "head_dim_96": Case((1, 2, 33, 65, 96), [[64, 1]]),
     "head_dim_128": Case((1, 2, 130, 129, 128), [[128, 127, 0]]),
     "head_dim_odd": Case((1, 2, 19, 21, 13), [[20, 1]]),
+    "parallel": Case((2, 4, 300, 300, 32), [list(range(16)), [7, 299]], reduce_heads=True),  # work for two threads
     "thousand": Case((1, 1, 1000, 1000, 24), [[999, 998, 0]], rows=slice(3, 997)),
     "joint_1357": Case((1, 1, 1357, 1357, 64), [[1024, 1030, 1356]], rows=(0, 1024)),
     "cross": Case((2, 3, 100, 37, 32), [[36, 2], [1]]),
@@ -461,7 +462,7 @@ def test_auto_agrees_with_the_definition_in_float64() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["mask_some", "groups_per_head", "repeated_tokens", "thousand"])
+@pytest.mark.parametrize("name", ["mask_some", "groups_per_head", "parallel", "thousand"])
 def test_equal_inputs_give_equal_bits_with_any_number_of_threads(
     name: str, dtype: torch.dtype, attention_backend: tuple[str, str], threads: Callable
 ) -> None:

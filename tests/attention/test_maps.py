@@ -19,6 +19,7 @@ CASES = {
     "plain": ((2, 3, 63, 63, 32), None, "", "bhsd", True, None),
     "tiny": ((2, 1, 1, 1, 8), None, "", "bhsd", True, None),
     "odd_lengths": ((1, 2, 1000, 257, 24), None, "", "bhsd", True, None),
+    "parallel": ((2, 4, 300, 310, 32), None, "", "bhsd", True, None),  # work for two threads
     "joint_1357": ((1, 1, 1357, 1357, 64), (3, 1024), "", "bhsd", True, None),
     "head_dim_8": ((1, 2, 65, 33, 8), None, "", "bhsd", True, None),
     "head_dim_128": ((1, 2, 65, 130, 128), slice(1, -1), "", "bhsd", False, None),
@@ -209,7 +210,7 @@ def test_equal_inputs_give_equal_bits_with_any_number_of_threads(
     direction: str, maps_backend: tuple[str, str], threads: Callable
 ) -> None:
     backend, device = maps_backend
-    inputs = Inputs(CASES["odd_lengths"], torch.float32, device, direction, slots=40)
+    inputs = Inputs(CASES["parallel"], torch.float32, device, direction, slots=40)
     found = []
     for count in (1, 2, 2, 1):
         threads(count)

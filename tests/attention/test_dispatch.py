@@ -1,0 +1,61 @@
+"""Which backend "auto" takes, and what the operators promise of it before anything runs."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from star_kernels import TokenSelection, attention
+from star_kernels.attention import choose_backend, obstacle, ops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_auto_takes_the_fused_kernels_of_the_device(dtype):
+    assert choose_backend("cpu", dtype, 64) == "vendor"
+    pytest.importorskip("triton")
+    assert choose_backend("cuda", dtype, 128) == "triton"
+
+
+def test_float64_runs_the_definition():
+    assert choose_backend("cpu", torch.float64, 64) == choose_backend("cuda", torch.float64, 64) == "naive"
+
+
+def test_a_gpu_that_must_take_the_definition_says_so_once(monkeypatch, recwarn):
+    monkeypatch.setattr(ops, "triton_problem", lambda: "the package triton is missing")
+    assert choose_backend("cuda", torch.bfloat16, 61) == "naive"
+    assert choose_backend("cuda", torch.bfloat16, 61) == "naive"
+    messages = [str(w.message) for w in recwarn]
+    assert len(messages) == 1
+    assert "triton is missing" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "head_dim", "reason"),
+    [("triton", "cpu", 64, "CUDA"), ("vendor", "cuda", 64, "CPU"), ("triton", "cuda", 256, "128")],
+)
+def test_a_backend_that_cannot_run_says_why(backend, device, head_dim, reason):
+    assert reason in obstacle(backend, device, torch.bfloat16, head_dim)
+
+
+def test_an_explicit_backend_that_cannot_run_is_an_error():
+    query = torch.randn(1, 1, 4, 16)
+    with pytest.raises(ValueError, match="backend 'triton' cannot run here.*CUDA"):
+        attention(query, query, query, TokenSelection.from_positions([[1]]), backend="triton")
+
+
+@pytest.mark.parametrize("reduce_heads", [True, False])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_shapes_and_layout_of_the_triton_operator_are_known_without_a_gpu(layout, reduce_heads):
+    with FakeTensorMode():
+        shape = (2, 3, 130, 64) if layout == "bhsd" else (2, 130, 3, 64)
+        query = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        query = query if layout == "bhsd" else query.transpose(1, 2)
+        index = torch.empty(2, 5, dtype=torch.int32, device="cuda")
+        weight = torch.empty(2, 2, 5, device="cuda")
+        arguments = (query, query, query, index, weight, None, 10, 100, 0.125, reduce_heads, "triton")
+        out, maps, lse = ops.ATTENTION(*arguments)
+        assert out.shape == query.shape
+        assert out.stride() == query.stride()
+        assert maps.shape == ((2, 2, 100) if reduce_heads else (2, 2, 3, 100))
+        assert maps.dtype == lse.dtype == torch.float32
+        assert lse.shape == (2, 3, 130)
+        assert maps.device.type == lse.device.type == "cuda"
