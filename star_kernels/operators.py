@@ -49,13 +49,7 @@ class Operator:
             torch.library.register_autograd(
                 f"star_kernels::{name}", backward, setup_context=setup_context, lib=_library
             )
-            members: dict[str, Any] = {
-                "forward": implementation,
-                "setup_context": setup_context,
-                "backward": backward,
-            }
-            methods = {key: staticmethod(value) for key, value in members.items()}
-            self._function = type(name, (torch.autograd.Function,), methods)
+            self._function = _function(name, implementation, setup_context, backward)
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or _observed():
@@ -71,6 +65,19 @@ class Operator:
                 return self.overload(*arguments)
             return self._function.apply(*arguments)
         return self._implementation(*arguments)
+
+
+def _function(name: str, implementation: Any, setup_context: Any, backward: Any) -> Any:
+    """The autograd.Function of an operator. It calls setup_context itself: PyTorch would bind the arguments by their
+    signature first, which costs more than all the rest of the call."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = implementation(*arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members)
 
 
 def _observed() -> bool:

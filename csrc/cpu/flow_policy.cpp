@@ -113,7 +113,20 @@ void tile_weights(const PolicyArguments& a, const Tile& tile, float* out) {
     for (int64_t i = 0; i < tile.n; ++i) out[i] = weights[tile.first + i];
     return;
   }
-  for (int64_t i = 0; i < tile.n; ++i) out[i] = weights[grid_position(a, tile.first + i)];
+  const int64_t columns = a.location[2], patch = columns / a.grid[2];
+  for (int64_t i = 0; i < tile.n;) {  // one row of the latent at a time
+    const int64_t position = tile.first + i, column = position % columns;
+    const int64_t end = i + columns - column < tile.n ? i + columns - column : tile.n;
+    const float* row = weights + grid_position(a, position - column);
+    int64_t cell = column / patch, used = column % patch;
+    for (; i < end; ++i) {
+      out[i] = row[cell];
+      if (++used == patch) {
+        used = 0;
+        ++cell;
+      }
+    }
+  }
 }
 
 double sum_squared_difference(const PolicyArguments& a, const Tile& tile, bool packed, Buffers& buffers) {
