@@ -51,7 +51,7 @@ def size_for(device: torch.device, batch: int | None, quick: bool) -> Size:
         return Size(blocks=1, latent=8, text=32, groups=1, group=2, steps=2)
     if device.type == "cuda":
         return Size(blocks=24, latent=64, text=333, groups=groups, group=2, steps=4)
-    return Size(blocks=2, latent=32, text=128, groups=groups, group=2, steps=2)
+    return Size(blocks=2, latent=32, text=77, groups=groups, group=2, steps=2)
 
 
 def build(size: Size, dtype: torch.dtype, device: torch.device) -> Any:

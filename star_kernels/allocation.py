@@ -71,7 +71,7 @@ def _check(maps: Tensor, strength: float, over: str, cap: float | None) -> None:
     if not isinstance(maps, Tensor) or not maps.is_floating_point():
         got = maps.dtype if isinstance(maps, Tensor) else type(maps).__name__
         raise TypeError(f"maps must be a floating-point tensor, got {got}")
-    if over not in _MEANS:
+    if not isinstance(over, str) or over not in _MEANS:
         raise ValueError(f"over must be 'step' or 'trajectory', got {over!r}")
     if maps.ndim not in (2, 3) or 0 in maps.shape:
         raise ValueError(f"maps must have shape [B, P] or [B, Steps, P], none of them 0, got {list(maps.shape)}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _library = torch.library.Library("star_kernels", "DEF")
 _PLAIN = (Tensor, nn.Parameter)
@@ -76,7 +77,7 @@ def _function(name: str, implementation: Any, setup_context: Any, backward: Any)
         setup_context(ctx, arguments, output)
         return output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
     return type(name, (torch.autograd.Function,), members)
 
 

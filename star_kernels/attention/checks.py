@@ -84,7 +84,11 @@ def resolve_rows(rows: slice | tuple[int, int] | None, length: int) -> tuple[int
         if step != 1 or count <= 0:
             raise ValueError(f"rows must be a non-empty slice of step 1 within {length} positions, got {rows}")
         return start, count
-    if not (isinstance(rows, tuple) and len(rows) == 2 and all(isinstance(n, int | torch.SymInt) for n in rows)):
+    if not (
+        isinstance(rows, tuple)
+        and len(rows) == 2
+        and all(isinstance(n, int | torch.SymInt) and not isinstance(n, bool) for n in rows)
+    ):
         raise TypeError(f"rows must be a slice or a tuple (start, length) of two integers, got {rows!r}")
     start, count = rows
     if start < 0 or count <= 0 or start + count > length:

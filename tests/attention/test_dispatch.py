@@ -38,7 +38,7 @@ def test_a_backend_that_cannot_run_says_why(backend, device, head_dim, reason):
 
 def test_an_explicit_backend_that_cannot_run_is_an_error():
     query = torch.randn(1, 1, 4, 16)
-    with pytest.raises(ValueError, match="backend 'triton' cannot run here.*CUDA"):
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot run here.*CUDA"):
         attention(query, query, query, TokenSelection.from_positions([[1]]), backend="triton")
 
 
