@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _library = torch.library.Library("star_kernels", "DEF")
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class Operator:
@@ -55,13 +55,10 @@ class Operator:
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or _observed():
             return self.overload(*arguments)
-        differentiate = False
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                if type(argument) not in _PLAIN:
-                    return self.overload(*arguments)
-                differentiate = differentiate or argument.requires_grad
-        if differentiate and torch.is_grad_enabled():
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        if not _PLAIN.issuperset(map(type, tensors)):
+            return self.overload(*arguments)
+        if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
             if self._function is None:
                 return self.overload(*arguments)
             return self._function.apply(*arguments)

@@ -45,7 +45,7 @@ struct MapsArguments {
   int threads;
 };
 
-constexpr int64_t kTileRows = 32;
+constexpr int64_t kTileRows = 64;
 constexpr int64_t kMaxHeadDim = 1024;
 constexpr int64_t kTilePositions = 512;
 

@@ -48,7 +48,7 @@ def attention(
         return out, maps, lse
     query, key, value = _unit_strides(query, key, value)
     out, lse = vendor.forward(query, key, value, key_mask, scale)
-    return out, attention_maps(query, key, lse, index, weight, key_mask, start, rows, scale, reduce_heads, False), lse
+    return out, _maps(query, key, lse, index, weight, key_mask, start, rows, scale, reduce_heads, False), lse
 
 
 def attention_fake(
@@ -142,13 +142,30 @@ def attention_maps(
         return triton_maps.attention_maps(
             query, key, lse, index, weight, key_mask, (start, rows), scale, reduce_heads, text_to_image
         )
+    query, key = _unit_strides(query, key)
+    return _maps(query, key, lse, index, weight, key_mask, start, rows, scale, reduce_heads, text_to_image)
+
+
+def _maps(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    key_mask: Tensor | None,
+    start: int,
+    rows: int,
+    scale: float,
+    reduce_heads: bool,
+    text_to_image: bool,
+) -> Tensor:
+    """The maps of tensors with unit strides, by the compiled kernel where there is one."""
     library = native.cpu() if query.is_cpu and query.size(3) <= NATIVE_HEAD_DIM else None
     if library is None:
         return naive.attention_maps(
             query, key, lse, index, weight, key_mask, (start, rows), scale, reduce_heads, text_to_image
         )
     maps = _empty_maps(query, weight, rows, reduce_heads)
-    query, key = _unit_strides(query, key)
     if key_mask is not None:
         key_mask = key_mask.contiguous()
     index, weight = index.contiguous(), weight.contiguous()
@@ -232,6 +249,8 @@ def _differentiate_maps(ctx: Any, grad_maps: Tensor) -> tuple[Tensor | None, ...
 
 def _unit_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, copied where their last dimension is not contiguous."""
+    if all([t.stride(-1) == 1 for t in tensors]):
+        return tensors
     return tuple([t if t.stride(-1) == 1 else t.contiguous() for t in tensors])
 
 
