@@ -68,6 +68,7 @@ int threads_for(int64_t work, int64_t grain, int64_t threads) {
   return static_cast<int>(useful < threads ? useful : threads);
 }
 
+constexpr float kLargest = 3.402823466e38f;
 constexpr int64_t kMapsGrain = int64_t{1} << 19;    // multiply-adds, about 30 microseconds
 constexpr int64_t kLatentGrain = int64_t{1} << 15;  // elements, about 30 microseconds
 
@@ -127,6 +128,17 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
   kernels().attention_maps(a);
 }
 
+void check_weights(const PolicyArguments& a) {
+  const int64_t count = a.weights ? a.batch * a.grid[0] * a.grid[1] * a.grid[2] : 0;
+  bool good = true;
+  for (int64_t i = 0; i < count; ++i) good &= a.weights[i] >= 0.0f && a.weights[i] <= kLargest;
+  for (int64_t i = 0; i < count && !good; ++i) {
+    if (!(a.weights[i] >= 0.0f && a.weights[i] <= kLargest)) {
+      TVM_FFI_THROW(ValueError) << "weights must be finite and not negative, got " << a.weights[i];
+    }
+  }
+}
+
 void policy_forward(ffi::TensorView model_output, ffi::TensorView sample, ffi::TensorView prev_sample,
                     ffi::TensorView old_log_prob, ffi::TensorView advantages, ffi::TensorView coefficients,
                     ffi::Optional<ffi::TensorView> weights, ffi::Optional<ffi::TensorView> reference,
@@ -137,6 +149,7 @@ void policy_forward(ffi::TensorView model_output, ffi::TensorView sample, ffi::T
       policy_arguments(model_output, sample, prev_sample, old_log_prob, advantages, coefficients, weights, reference,
                        channel_dim, per_location, clip_low, clip_high, advantage_clip, kl_coef);
   a.threads = threads_for(model_output.numel(), kLatentGrain, threads);
+  check_weights(a);
   a.loss = floats("loss", loss, 1);
   a.metrics = floats("metrics", metrics, 6);
   a.slope = floats("slope", slope, a.batch);

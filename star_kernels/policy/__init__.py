@@ -14,6 +14,7 @@ from star_kernels.policy.checks import (
     check_latent,
     check_objective,
     check_transition,
+    check_weight_values,
     resolve_channel_dim,
 )
 from star_kernels.policy.transitions import Transition, dance_sde, flow_cps, flow_matching, flow_sde
@@ -142,18 +143,17 @@ def weighted_policy_loss(
     clip_low, clip_high = check_clip(clip_range, advantage_clip, kl_coef)
     if ref_model_output is not None:
         check_latent("ref_model_output", ref_model_output, model_output)
-        ref_model_output = ref_model_output.detach()
     elif kl_coef:
         raise ValueError(f"ref_model_output must be given where kl_coef is not 0, got None and kl_coef {kl_coef}")
     arguments = (
         model_output,
-        sample.detach(),
-        prev_sample.detach(),
-        old_log_prob.detach(),
-        advantages.detach(),
+        _constant(sample),
+        _constant(prev_sample),
+        _constant(old_log_prob),
+        _constant(advantages),
         transition.coefficients,
-        None if weights is None else weights.detach(),
-        ref_model_output,
+        None if weights is None else _constant(weights),
+        None if ref_model_output is None else _constant(ref_model_output),
         channel_dim,
         ratio == "location",
         clip_low,
@@ -162,10 +162,16 @@ def weighted_policy_loss(
         kl_coef,
     )
     if _resolve_backend(backend, model_output) == "naive":
+        if weights is not None:
+            check_weight_values(weights)
         loss, metrics = naive.weighted_policy_loss(*arguments)
     else:
         loss, metrics, _ = ops.WEIGHTED_POLICY_LOSS(*arguments)
     return PolicyLoss(loss, dict(zip(naive.METRICS, metrics.unbind(), strict=True)))
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def choose_backend(model_output: Tensor) -> str:

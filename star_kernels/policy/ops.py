@@ -142,6 +142,8 @@ def _prepare(
 
 def _collapsible(tensor: Tensor, channel_dim: int) -> Tensor:
     """The tensor, copied if its locations do not follow one another at one stride."""
+    if tensor.is_contiguous() and channel_dim in (1, tensor.ndim - 1):
+        return tensor
     expected: int | None = None
     for d in range(tensor.ndim - 1, 0, -1):
         size = tensor.shape[d]
