@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _library = torch.library.Library("star_kernels", "DEF")
-_PLAIN = frozenset((Tensor, nn.Parameter))
+_PLAIN = frozenset((Tensor, nn.Parameter, int, float, bool, str, type(None)))
 
 
 class Operator:
@@ -55,10 +55,9 @@ class Operator:
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or _observed():
             return self.overload(*arguments)
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-        if not _PLAIN.issuperset(map(type, tensors)):
+        if not _PLAIN.issuperset(map(type, arguments)):
             return self.overload(*arguments)
-        if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             if self._function is None:
                 return self.overload(*arguments)
             return self._function.apply(*arguments)
