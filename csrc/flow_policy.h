@@ -31,7 +31,7 @@ struct Coefficients {
   float kl_scale;
 };
 
-// `batch_stride` is 0 where one column serves the whole batch.
+// One column of the table, which has `columns` of them.
 STAR_INLINE Coefficients load_coefficients(const float* table, int64_t columns, int64_t column) {
   const float* p = table + column;
   return {p[kMeanSample * columns], p[kMeanOutput * columns], p[kStd * columns],

@@ -123,27 +123,9 @@ def attention_backward_fake(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def attention_maps(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    key_mask: Tensor | None,
-    start: int,
-    rows: int,
-    scale: float,
-    reduce_heads: bool,
-    text_to_image: bool,
-) -> Tensor:
-    if query.is_cuda and triton_problem() is None:
-        from star_kernels.attention import triton_maps
-
-        return triton_maps.attention_maps(
-            query, key, lse, index, weight, key_mask, (start, rows), scale, reduce_heads, text_to_image
-        )
+def attention_maps(query: Tensor, key: Tensor, *arguments: Any) -> Tensor:
     query, key = _unit_strides(query, key)
-    return _maps(query, key, lse, index, weight, key_mask, start, rows, scale, reduce_heads, text_to_image)
+    return _maps(query, key, *arguments)
 
 
 def _maps(
@@ -160,6 +142,12 @@ def _maps(
     text_to_image: bool,
 ) -> Tensor:
     """The maps of tensors with unit strides, by the compiled kernel where there is one."""
+    if query.is_cuda and triton_problem() is None:
+        from star_kernels.attention import triton_maps
+
+        return triton_maps.attention_maps(
+            query, key, lse, index, weight, key_mask, (start, rows), scale, reduce_heads, text_to_image
+        )
     library = native.cpu() if query.is_cpu and query.size(3) <= NATIVE_HEAD_DIM else None
     if library is None:
         return naive.attention_maps(

@@ -27,16 +27,14 @@ def weighted_policy_loss(*objective: Any) -> tuple[Tensor, Tensor, Tensor]:
     model_output = prepared[0]
     results = _results(model_output)
     if model_output.device.type == "cuda":
-        library = native.cuda()
+        library = _library(model_output)
         batch, positions = model_output.shape[0], model_output.numel() // model_output.shape[0]
         positions //= model_output.shape[prepared[8]]
-        size = library.policy_workspace_bytes(batch, positions)  # type: ignore[union-attr]
+        size = library.policy_workspace_bytes(batch, positions)
         partial = torch.empty(size, dtype=torch.uint8, device=model_output.device)
-        library.policy_forward(  # type: ignore[union-attr]
-            *prepared, partial, native.zero_counter(model_output.device), *results
-        )
+        library.policy_forward(*prepared, partial, native.zero_counter(model_output.device), *results)
     else:
-        native.cpu().policy_forward(*prepared, native.threads(), *results)  # type: ignore[union-attr]
+        _library(model_output).policy_forward(*prepared, native.threads(), *results)
     return results
 
 
@@ -44,11 +42,9 @@ def weighted_policy_loss_backward(grad_loss: Tensor, slope: Tensor, *objective: 
     prepared = _prepare(*objective)
     gradient = torch.empty_like(prepared[0])
     if gradient.device.type == "cuda":
-        native.cuda().policy_backward(*prepared, grad_loss, slope, gradient)  # type: ignore[union-attr]
+        _library(gradient).policy_backward(*prepared, grad_loss, slope, gradient)
     else:
-        native.cpu().policy_backward(  # type: ignore[union-attr]
-            *prepared, native.threads(), grad_loss, slope, gradient
-        )
+        _library(gradient).policy_backward(*prepared, native.threads(), grad_loss, slope, gradient)
     return gradient
 
 
@@ -58,11 +54,9 @@ def sample_transition(
     results = sample_transition_fake(model_output, sample, noise, coefficients, channel_dim)
     latents = (_collapsible(t, channel_dim) for t in (model_output, sample, noise))
     if model_output.device.type == "cuda":
-        native.cuda().sample_transition(  # type: ignore[union-attr]
-            *latents, coefficients.contiguous(), channel_dim, *results
-        )
+        _library(model_output).sample_transition(*latents, coefficients.contiguous(), channel_dim, *results)
     else:
-        native.cpu().sample_transition(  # type: ignore[union-attr]
+        _library(model_output).sample_transition(
             *latents, coefficients.contiguous(), channel_dim, native.threads(), *results
         )
     return results
@@ -104,6 +98,11 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -
         ctx.kl_coef,
     )
     return (gradient, *(None,) * (_INPUTS - 1))
+
+
+def _library(tensor: Tensor) -> Any:
+    """The compiled functions for the tensor's device; the caller has made sure that they are there."""
+    return native.cuda() if tensor.is_cuda else native.cpu()
 
 
 def _results(model_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
