@@ -1,5 +1,6 @@
 # make test      everything in a fresh environment, then the tests
 # make overhead  the same, then the benchmark behind README's numbers
+# make gpu       on a machine with a GPU: its tests, sanitizers, tuning and benchmarks; OUT=DIR takes the results
 # make lint      formatting, lint, types
 #
 # They make .venv once, with the pinned set of constraints.txt. VENV=DIR uses an existing environment instead, with the
@@ -15,13 +16,17 @@ STAMP := $(VENV)/.star-kernels
 PYTHON := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: test overhead lint clean
+.PHONY: test overhead gpu lint clean
 
 test: $(STAMP)
 	$(PYTHON) -m pytest
 
 overhead: $(STAMP)
 	$(PYTHON) benchmarks/overhead.py $(ARGS)
+
+OUT ?= benchmarks/results
+gpu: $(STAMP)
+	$(PYTHON) benchmarks/gpu.py --out $(OUT)
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

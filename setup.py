@@ -36,7 +36,9 @@ INSTRUCTION_SETS = {  # name -> flags, float lanes of a vector register
     "avx2": (["-mavx2", "-mfma", "-mf16c"], 8),
     "avx512": (["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"], 16),
 }
-CPU_KERNELS = {"attention_maps": "fast", "flow_policy": "off"}  # file -> -ffp-contract, see csrc/flow_policy.h
+# file -> -ffp-contract, see csrc/flow_policy.h
+CPU_KERNELS = {"attention_maps": "fast", "flow_policy": "off", "nft": "fast"}
+CUDA_KERNELS = ("policy_forward", "policy_backward", "nft", "sample_transition")
 CUDA_ARCHITECTURES = ("80", "90a", "100a")
 
 
@@ -134,7 +136,7 @@ def cuda_rules() -> str:
     names = f'-DSTAR_CUDA_ARCHITECTURES="{" ".join(f"sm_{arch}" for arch in architectures)}"'
     exports = ["-std=c++17", "-O1", host, f"-I{SOURCES}", *include, names]
     edges = [
-        edge("flow_policy.o", SOURCES / "cuda" / "flow_policy.cu", kernel),
+        *(edge(f"{name}.o", SOURCES / "cuda" / f"{name}.cu", kernel) for name in CUDA_KERNELS),
         edge("exports.o", SOURCES / "cuda" / "exports.cpp", exports),
     ]
     return rules(nvcc, edges, ["-shared", "--cudart=static", *link], depfile="-MD -MF")

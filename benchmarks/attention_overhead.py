@@ -31,13 +31,13 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One case for each shape and dtype.
 
-    On a CPU the large shapes run in float32 alone unless dtypes are asked for: without bfloat16 instructions one call
-    of the materialised way takes a minute there.
+    Only the first shape runs in both dtypes unless some are asked for. The others run in what the device is used with:
+    without bfloat16 instructions one call of the materialised way takes a minute on a CPU.
     """
     cases = []
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
     for number, shape in enumerate(shapes_for(device, batch, quick)):
-        both = number == 0 or device.type == "cuda"
-        for dtype in dtypes or ([torch.float32, torch.bfloat16] if both else [torch.float32]):
+        for dtype in dtypes or ([torch.float32, torch.bfloat16] if number == 0 else [usual]):
             limit = budget if number == 0 else replace(budget, seconds=budget.seconds / 2)
             cases.append(measure_case(shape, dtype, device, limit))
     return cases
@@ -66,6 +66,7 @@ def measure_case(shape: Shape, dtype: torch.dtype, device: torch.device, budget:
     }
     return {
         "name": shape.name,
+        "batch": shape.batch,
         "title": f"{shape}, {name}",
         "shape": asdict(shape),
         "selected_tokens": SELECTED,

@@ -1,8 +1,9 @@
 """What attention maps and spatial weights cost: python benchmarks/overhead.py
 
-Three parts, on a GPU if there is one and else on the CPU: attention with maps against attention without and against
-other ways to get maps; the weighted policy loss against Flow-GRPO's arithmetic in PyTorch; and a whole
-rollout-and-update step with and without STAR. Prints tables, and writes JSON and a plot to benchmarks/results.
+On a GPU if there is one and else on the CPU: attention with maps against attention without and against other ways to
+get maps; on a GPU its backward pass against PyTorch's; the weighted policy loss against Flow-GRPO's arithmetic in
+PyTorch; a transformer's forward pass with and without capture; and a whole rollout-and-update step with and without
+STAR. Prints tables, and writes JSON and a plot to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory is chatty
 
+import attention_backward
 import attention_overhead
 import environment
 import plot
@@ -26,9 +28,10 @@ import torch
 from harness import Budget
 from thresholds import evaluate
 
-PARTS = ("attention", "policy", "end-to-end")
-SECONDS = {"attention": 36.0, "policy": 12.0, "end-to-end": 75.0}  # of each comparison, after its checks
-RECORDED = ("only", "device", "dtype", "repetitions", "batch", "quick")
+PARTS = ("attention", "backward", "policy", "capture", "end-to-end")
+# Of each comparison, after its checks.
+SECONDS = {"attention": 36.0, "backward": 12.0, "policy": 12.0, "capture": 40.0, "end-to-end": 75.0}
+RECORDED = ("only", "device", "dtype", "repetitions", "seconds", "batch", "quick")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,6 +79,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated; each part has its default")
     parser.add_argument("--repetitions", type=_positive, help="rounds of each comparison, instead of a time limit")
+    parser.add_argument("--seconds", type=_positive, help="time of each comparison, instead of each part's own")
     parser.add_argument("--batch", type=_positive, help="batch size, instead of each part's own")
     parser.add_argument("--prompts", type=Path, help='prompts, one a line, or JSON lines with a "prompt" each')
     parser.add_argument("--tokenizer", type=Path, help="folder of a fast tokenizer (default: trained on the prompts)")
@@ -105,19 +109,26 @@ def _runs(
     def budget(part: str) -> Budget:
         if options.repetitions:
             return Budget(options.repetitions, float("inf"))
-        return Budget(3, 1.0) if options.quick else Budget(1000, SECONDS[part])
+        return Budget(3, 1.0) if options.quick else Budget(1000, options.seconds or SECONDS[part])
 
     def end_to_end() -> list[dict[str, Any]]:
         from end_to_end import measure
 
         return measure(*common("end-to-end"), prompts=options.texts, tokenizer=options.loaded_tokenizer)
 
+    def capture() -> list[dict[str, Any]]:
+        from capture_overhead import measure
+
+        return measure(*common("capture"))
+
     def common(part: str) -> tuple[Any, ...]:
         return device, dtypes, options.batch, budget(part), options.quick
 
     return {
         "attention": lambda: attention_overhead.measure(*common("attention")),
+        "backward": lambda: attention_backward.measure(*common("backward")),
         "policy": lambda: policy_overhead.measure(*common("policy")),
+        "capture": capture,
         "end-to-end": end_to_end,
     }
 

@@ -22,6 +22,7 @@ COLOURS = {
     "ours_without": OURS,
     "star": OURS,
     "plain": PYTORCH,
+    "captured": OURS,
 }
 LEGEND = {"star-kernels": OURS, "the baseline: PyTorch without maps, or plain Flow-GRPO": PYTORCH, "other ways": OTHER}
 COLUMNS = 2

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from clocks import kernel_clock
-from harness import Budget, Progress, interleave
+from harness import Budget, Progress, Variant, interleave
 from policy_variants import Inputs, flow_grpo, make_inputs, ours, variants
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 SHAPE = (8, 16, 64, 64)
+LARGE_SHAPE = (64, 16, 128, 128)  # bound by memory, on a GPU
 QUICK_SHAPE = (2, 16, 16, 16)
 # float32: the same sums in another order. 16 bits: the gradient is rounded once, so a last bit may differ.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -31,7 +32,10 @@ def measure(
         shape = (batch, *shape[1:])
     settle_allocator(device)
     name = "smoke test" if quick else "policy loss"
-    return [measure_case(name, shape, dtype, device, budget) for dtype in dtypes or [torch.float32, torch.bfloat16]]
+    cases = [measure_case(name, shape, dtype, device, budget) for dtype in dtypes or [torch.float32, torch.bfloat16]]
+    if device.type == "cuda" and not quick:
+        cases += [measure_bandwidth(LARGE_SHAPE, dtype, device, budget) for dtype in dtypes or [torch.float32]]
+    return cases
 
 
 def measure_case(
@@ -57,6 +61,7 @@ def measure_case(
     }
     memory = {v.name: peak_memory(v.run, device) / gradient_bytes for v in found[:3]}
     problem = f"torch.compile did not run: {problem}" if problem else ""
+    calls = device_calls(found[0].run) if device.type == "cuda" else {}
     return {
         "name": case,
         "title": f"batch {shape[0]} of {'x'.join(map(str, shape[1:]))}, {name} model output, forward and backward",
@@ -70,10 +75,59 @@ def measure_case(
         "ratios": {
             **{key: {"label": label, **times.ratio(a, b).as_dict()} for key, (label, a, b) in ratios.items()},
             **{MEMORY[key][0]: {"label": MEMORY[key][1], "median": value} for key, value in memory.items()},
+            **calls,
         },
         "gradient_bytes": gradient_bytes,
         "differences": errors,
         "notes": [*filter(None, (problem, times.note))],
+    }
+
+
+def measure_bandwidth(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, budget: Budget
+) -> dict[str, Any]:
+    """Ours against a plain copy that moves as many bytes: three latents read twice, and a gradient written."""
+    name = str(dtype).removeprefix("torch.")
+    inputs = make_inputs(shape, dtype, device)
+    latents = (inputs.model_output, inputs.sample, inputs.prev_sample)
+    moved = 2 * sum(t.nbytes for t in latents) + inputs.model_output.nbytes
+    source = torch.randint(256, (moved // 2,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found = [
+        Variant("ours", "ours, no weights", lambda: ours(inputs, None)),
+        Variant("copy", "a copy of as many bytes", lambda: target.copy_(source)),
+    ]
+    clock = kernel_clock(device)
+    times = interleave(found, clock, budget, f"policy loss, bandwidth · {name}", warm_up=3)
+    label = "time of the copy / ours: the share of its bandwidth"
+    return {
+        "name": "policy loss, large",
+        "title": f"batch {shape[0]} of {'x'.join(map(str, shape[1:]))}, {name} model output, forward and backward",
+        "shape": list(shape),
+        "dtype": name,
+        "clock": clock.name,
+        "disturbed_calls": times.disturbed,
+        "reference": "copy",
+        "bytes_moved": moved,
+        "times": {v.name: {"label": v.label, **times.figure(v.name).as_dict()} for v in found},
+        "relative": {v.name: times.ratio(v.name, "copy").as_dict() for v in found},
+        "ratios": {"copy_over_ours": {"label": label, **times.ratio("copy", "ours").as_dict()}},
+        "notes": [*filter(None, (times.note,))],
+    }
+
+
+def device_calls(run: Any) -> dict[str, dict[str, Any]]:
+    """Kernel launches and waits for the device of one forward and backward pass, as the profiler sees them."""
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        run()
+    names = [event.name() for event in profiler.profiler.kineto_results.events()]
+    launches = sum("LaunchKernel" in name for name in names)
+    waits = sum("Synchronize" in name for name in names) - 1  # the profiler's own, at its end
+    return {
+        "launches": {"label": "kernel launches, forward and backward", "median": launches},
+        "synchronisations": {"label": "waits for the device, forward and backward", "median": max(0, waits)},
     }
 
 

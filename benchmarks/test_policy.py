@@ -1,14 +1,28 @@
-"""pytest benchmarks/test_policy.py: the policy loss with its gradient, ours and Flow-GRPO's arithmetic in PyTorch."""
+"""pytest benchmarks/test_policy.py: the policy losses with their gradients, ours and in eager PyTorch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from policy_family import pairs
 from policy_overhead import SHAPE, check_equal, settle_allocator
 from policy_variants import make_inputs, variants
 from pytest_benchmark.fixture import BenchmarkFixture
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def time(benchmark: BenchmarkFixture, group: str, run: Callable[[], Any]) -> None:
+    def call() -> None:
+        run()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = group
+    benchmark.pedantic(call, rounds=20, warmup_rounds=3)
 
 
 @pytest.mark.parametrize("name", ["ours", "ours_weighted", "eager", "compiled"])
@@ -18,11 +32,16 @@ def test_policy_loss_speed(benchmark: BenchmarkFixture, dtype: torch.dtype, name
     inputs = make_inputs(SHAPE, dtype, DEVICE)
     check_equal(inputs)
     run = next(v.run for v in variants(inputs, compiled=name == "compiled") if v.name == name)
+    time(benchmark, f"policy loss, batch {SHAPE[0]}, {dtype}", run)
 
-    def call() -> None:
-        run()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
 
-    benchmark.group = f"policy loss, batch {SHAPE[0]}, {dtype}"
-    benchmark.pedantic(call, rounds=20, warmup_rounds=3)
+@pytest.mark.parametrize("side", ["ours", "eager"])
+@pytest.mark.parametrize("objective", ["sampling", "location", "kl", "guard", "nft", "matching"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_objective_speed(benchmark: BenchmarkFixture, dtype: torch.dtype, objective: str, side: str) -> None:
+    settle_allocator(DEVICE)
+    ours, eager = pairs(make_inputs(SHAPE, dtype, DEVICE))[objective]
+    for got, expected in zip(ours(), eager(), strict=True):
+        error = float((got.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-2))
+        assert error <= (1e-4 if dtype == torch.float32 else 1e-2), f"ours and the eager arithmetic differ by {error}"
+    time(benchmark, f"{objective}, batch {SHAPE[0]}, {dtype}", ours if side == "ours" else eager)

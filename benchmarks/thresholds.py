@@ -6,12 +6,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 ANY = ""
-ATTENTION, LOSS, STEP = "SD3.5-M 512²", "policy loss", "SD3.5-M step"  # names of cases; --quick has others
+# Names of cases; --quick has others.
+ATTENTION, LARGE, FLUX = "SD3.5-M 512²", "SD3.5-M 1024²", "FLUX 1024²"
+LOSS, BANDWIDTH = "policy loss", "policy loss, large"
+FORWARD, STEP = "SD3.5-M 1024² forward", "SD3.5-M step"
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """A limit on a ratio of a part's cases; ``device`` and ``case`` narrow it down."""
+    """A limit on a ratio of a part's cases; ``device``, ``case`` and ``dtype`` narrow it down."""
 
     part: str
     ratio: str
@@ -19,18 +22,35 @@ class Threshold:
     limit: float
     device: str = ANY
     case: str = ANY
+    dtype: str = ANY
 
 
 THRESHOLDS = (
+    *(
+        Threshold("attention", "overhead", "<=", 1.005, device="cuda", case=case, dtype="bfloat16")
+        for case in (ATTENTION, LARGE)
+    ),
+    *(
+        Threshold("attention", "distance_to_floor", "<=", limit, device="cuda", case=case, dtype="bfloat16")
+        for case, limit in ((ATTENTION, 1.0), (LARGE, 1.0), (FLUX, 1.01))
+    ),
+    *(Threshold("backward", "backward_over_flash", "<=", 1.0, device="cuda", case=case) for case in (ATTENTION, LARGE)),
+    Threshold("policy", "eager_over_ours", ">=", 10.0, device="cuda", case=LOSS),
+    Threshold("policy", "compiled_over_ours", ">=", 2.0, device="cuda", case=LOSS),
+    Threshold("policy", "copy_over_ours", ">=", 0.85, device="cuda", case=BANDWIDTH),
+    Threshold("policy", "launches", "<=", 3, device="cuda", case=LOSS),
+    Threshold("policy", "synchronisations", "<=", 0, device="cuda", case=LOSS),
     Threshold("attention", "overhead", "<=", 1.01, device="cpu", case=ATTENTION),
     Threshold("attention", "materialised_over_ours", ">=", 3.0, case=ATTENTION),
-    Threshold("policy", "eager_over_ours", ">=", 4.0, case=LOSS),
-    Threshold("policy", "eager_over_ours_weighted", ">=", 4.0, case=LOSS),
+    Threshold("policy", "eager_over_ours", ">=", 4.0, device="cpu", case=LOSS),
+    Threshold("policy", "eager_over_ours_weighted", ">=", 4.0, device="cpu", case=LOSS),
     Threshold("policy", "compiled_over_ours", ">", 1.0, case=LOSS),
     Threshold("policy", "compiled_over_ours_weighted", ">", 1.0, case=LOSS),
     # A gradient and the few numbers that come with it: loss, metrics, one slope a sample.
     Threshold("policy", "memory_over_gradient", "<=", 1.001, case=LOSS),
     Threshold("policy", "memory_over_gradient_weighted", "<=", 1.001, case=LOSS),
+    Threshold("capture", "capture_over_plain", "<=", 1.015, device="cpu", case=FORWARD),
+    Threshold("capture", "capture_memory", "<=", 1.01, case=FORWARD),
     Threshold("end-to-end", "star_over_plain", "<=", 1.02, case=STEP),
 )
 
@@ -59,7 +79,7 @@ class Outcome:
             if not self.calm:
                 value += " busy"
         verdict = "ok  " if self.passed else "FAIL"
-        return f"{verdict} {self.case:<22} {self.ratio:<29} {self.limit:<8} {value}"
+        return f"{verdict} {self.case:<33} {self.ratio:<29} {self.limit:<8} {value}"
 
 
 def evaluate(parts: dict[str, list[dict[str, Any]]], device: str) -> list[Outcome]:
@@ -69,7 +89,7 @@ def evaluate(parts: dict[str, list[dict[str, Any]]], device: str) -> list[Outcom
         if threshold.device not in (ANY, device):
             continue
         for case in parts.get(threshold.part, []):
-            if threshold.case in (ANY, case["name"]):
+            if threshold.case in (ANY, case["name"]) and threshold.dtype in (ANY, case["dtype"]):
                 outcomes.append(_judge(threshold, case))
     return outcomes
 
@@ -85,7 +105,8 @@ def _judge(threshold: Threshold, case: dict[str, Any]) -> Outcome:
             ">": measured > threshold.limit,
         }[threshold.sense]
     )
-    name = f"{case['name']} {case['dtype']}".strip()
+    batch = f"batch {case['batch']}" if case.get("batch") else ""
+    name = " ".join(filter(None, (case["name"], batch, case["dtype"])))
     limit = f"{threshold.sense} {threshold.limit:g}"
     return Outcome(
         threshold.part,

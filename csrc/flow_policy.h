@@ -67,6 +67,16 @@ STAR_INLINE float log_prob(const Coefficients& c, float sum_of_squares, float in
   return add(c.offset, -multiply(c.scale, multiply(sum_of_squares, inverse_channels)));
 }
 
+// GRPO-Guard (arXiv 2510.22319) adds scale * mean over channels of (mean - mean_old)^2 to a log-ratio, which takes out
+// its expectation, and multiplies it by 1 / (2 scale std), which takes out its dependence on the noise scale. With r
+// the residual and v_old the old output, d/dv [scale b^2 (v - v_old)^2 - scale r^2] = 2 scale b (r + b (v - v_old)):
+// the gradient is that of the log-probability with the residual of v_old in place of r.
+STAR_INLINE float guard_shift(const Coefficients& c, float sum_of_squares, float inverse_channels) {
+  return c.scale * c.mean_output * c.mean_output * (sum_of_squares * inverse_channels);
+}
+
+STAR_INLINE float guard_factor(const Coefficients& c) { return 1.0f / (2.0f * c.scale * c.std); }
+
 // d log_prob / d output, as a factor of the residual.
 STAR_INLINE float log_prob_slope(const Coefficients& c, float inverse_channels) {
   return 2.0f * c.scale * c.mean_output * inverse_channels;
@@ -88,10 +98,6 @@ STAR_INLINE Surrogate clipped_surrogate(float log_ratio, float advantage, float 
   // A NaN ratio takes the second branch of neither test and must stay visible.
   const float loss = free_loss >= clipped_loss || free_loss != free_loss ? free_loss : clipped_loss;
   return {ratio, loss, acts || free_loss != free_loss ? free_loss : 0.0f};
-}
-
-STAR_INLINE float clamp_advantage(float advantage, float limit) {
-  return advantage < -limit ? -limit : (advantage > limit ? limit : advantage);
 }
 
 }  // namespace star

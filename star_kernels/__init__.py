@@ -10,6 +10,7 @@ from star_kernels.policy import (
     flow_matching,
     flow_sde,
     sample_transition,
+    weighted_nft_loss,
     weighted_policy_loss,
 )
 from star_kernels.selection import TokenSelection
@@ -27,5 +28,6 @@ __all__ = [
     "flow_matching",
     "flow_sde",
     "sample_transition",
+    "weighted_nft_loss",
     "weighted_policy_loss",
 ]

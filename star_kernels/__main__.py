@@ -8,8 +8,8 @@ from importlib import metadata
 import torch
 
 from star_kernels import native
-from star_kernels.attention import choose_backend
-from star_kernels.policy import choose_backend as choose_policy_backend
+from star_kernels.attention import choose_backend, tuning, vendor
+from star_kernels.policy.backends import choose_backend as choose_policy_backend
 
 _PACKAGES = ("star-kernels", "torch", "triton", "apache-tvm-ffi", "diffusers", "transformers")
 
@@ -28,8 +28,25 @@ def report() -> list[tuple[str, str]]:
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             name = f"{device}, {str(dtype).removeprefix('torch.')}"
-            lines.append((f"attention, {name}", choose_backend(device, dtype, head_dim=64)))
-            lines.append((f"policy loss, {name}", choose_policy_backend(torch.empty(0, dtype=dtype, device=device))))
+            lines += [(f"attention, {name}{more}", value) for more, value in _attention(device, dtype)]
+            lines.append((f"policy loss, {name}", choose_policy_backend(device, dtype)))
+    return lines
+
+
+def _attention(device: str, dtype: torch.dtype) -> list[tuple[str, str]]:
+    """What "auto" means; on a GPU for each head dimension in use, at the lengths of a 1024² image with its text."""
+    if device == "cpu":
+        return [("", choose_backend(device, dtype, head_dim=64))]
+    lines = []
+    for head_dim in (64, 128):
+        value = choose_backend(device, dtype, head_dim)
+        if value == "auto":
+            plan = tuning.plan(torch.device(device), dtype, head_dim, 4429, 4429)
+            source = "measured" if plan.measured else "not measured on this device"
+            value = f"{plan.forward} forward, {plan.backward} backward ({source})"
+            if "flash" in (plan.forward, plan.backward):
+                value += f", flash is {vendor.flash_implementation()}"
+        lines.append((f", heads of {head_dim}", value))
     return lines
 
 

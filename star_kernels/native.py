@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).with_name("lib")
-_POLICY = ("policy_forward", "policy_backward", "sample_transition")
+_POLICY = ("policy_forward", "policy_backward", "nft_forward", "nft_backward", "sample_transition")
 FUNCTIONS = {
     "libstar_kernels_cpu.so": (*_POLICY, "attention_maps", "isa", "runnable_isas"),
-    "libstar_kernels_cuda.so": (*_POLICY, "policy_workspace_bytes", "architectures"),
+    "libstar_kernels_cuda.so": (*_POLICY, "policy_workspace_bytes", "nft_workspace_bytes", "architectures"),
 }
 
 

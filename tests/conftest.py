@@ -19,9 +19,11 @@ ATTENTION_BACKENDS = [("naive", "cpu"), ("vendor", "cpu")]
 MAPS_BACKENDS = [("naive", "cpu"), ("auto", "cpu")]  # of attention_maps
 POLICY_BACKENDS = [("naive", "cpu"), ("native", "cpu")]
 if torch.cuda.is_available():
-    ATTENTION_BACKENDS += [("auto", "cuda")]
+    ATTENTION_BACKENDS += [("triton", "cuda")]  # the vendors' kernels have a file of their own: they take less
     MAPS_BACKENDS += [("auto", "cuda")]
-    POLICY_BACKENDS += [("auto", "cuda")]
+    POLICY_BACKENDS += [("triton", "cuda")]
+    if not star_kernels.native.problem("cuda"):
+        POLICY_BACKENDS += [("native", "cuda")]
 
 _BACKENDS = {
     "attention_backend": ATTENTION_BACKENDS,
@@ -39,12 +41,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "native: needs the compiled CPU library")
+    config.addinivalue_line("markers", "gpu: runs on a GPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(value[1] == "cuda" for value in _backends_of(item)):
+            item.add_marker(pytest.mark.gpu)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    backend = getattr(item, "callspec", None) and item.callspec.params.get("policy_backend", ("", ""))[0]
-    if (item.get_closest_marker("native") or backend == "native") and not _has_native():
+    native = item.get_closest_marker("native") or ("native", "cpu") in _backends_of(item)
+    if native and not _has_native():
         pytest.skip("the compiled CPU library is not here")
+
+
+def _backends_of(item: pytest.Item) -> list[tuple[str, str]]:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return [parameters[name] for name in _BACKENDS if name in parameters]
 
 
 def _has_native() -> bool:

@@ -19,13 +19,15 @@ struct Kernels {
   void (*attention_maps)(const MapsArguments&);
   void (*policy_forward)(const PolicyArguments&);
   void (*policy_backward)(const PolicyArguments&);
+  void (*nft_forward)(const NftArguments&);
+  void (*nft_backward)(const NftArguments&);
   void (*sample_transition)(const SampleArguments&);
 };
 
-#define STAR_KERNELS_OF(isa)                                                                        \
-  Kernels {                                                                                         \
-    #isa, isa::maps_scratch_floats, isa::attention_maps, isa::policy_forward, isa::policy_backward, \
-        isa::sample_transition                                                                      \
+#define STAR_KERNELS_OF(isa)                                                                                          \
+  Kernels {                                                                                                           \
+    #isa, isa::maps_scratch_floats, isa::attention_maps, isa::policy_forward, isa::policy_backward, isa::nft_forward, \
+        isa::nft_backward, isa::sample_transition                                                                     \
   }
 
 // What was compiled and this processor can run, best first.
@@ -128,7 +130,7 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
   kernels().attention_maps(a);
 }
 
-void check_weights(const PolicyArguments& a) {
+void check_weights(const Objective& a) {
   const int64_t count = a.weights ? a.batch * a.grid[0] * a.grid[1] * a.grid[2] : 0;
   bool good = true;
   for (int64_t i = 0; i < count; ++i) good &= a.weights[i] >= 0.0f && a.weights[i] <= kLargest;
@@ -139,48 +141,40 @@ void check_weights(const PolicyArguments& a) {
   }
 }
 
-void policy_forward(ffi::TensorView model_output, ffi::TensorView sample, ffi::TensorView prev_sample,
-                    ffi::TensorView old_log_prob, ffi::TensorView advantages, ffi::TensorView coefficients,
-                    ffi::Optional<ffi::TensorView> weights, ffi::Optional<ffi::TensorView> reference,
-                    int64_t channel_dim, bool per_location, double clip_low, double clip_high, double advantage_clip,
-                    double kl_coef, int64_t threads, ffi::TensorView loss, ffi::TensorView metrics,
-                    ffi::TensorView slope) {
-  PolicyArguments a =
-      policy_arguments(model_output, sample, prev_sample, old_log_prob, advantages, coefficients, weights, reference,
-                       channel_dim, per_location, clip_low, clip_high, advantage_clip, kl_coef);
-  a.threads = threads_for(model_output.numel(), kLatentGrain, threads);
+template <typename Arguments>
+void read_threads(Reader& in, Call<Arguments>& call) {
+  call.arguments.threads = threads_for(call.model_output.numel(), kLatentGrain, in.integer("threads"));
+}
+
+template <typename Kind>
+void run_forward(Reader& in, Call<typename Kind::Arguments> call, void (*kernel)(const typename Kind::Arguments&)) {
+  auto& a = call.arguments;
+  read_threads(in, call);
+  read_forward_results<Kind>(in, call);
   check_weights(a);
-  a.loss = floats("loss", loss, 1);
-  a.metrics = floats("metrics", metrics, 6);
-  a.slope = floats("slope", slope, a.batch);
   const int64_t tiles = (a.positions + kTilePositions - 1) / kTilePositions;
-  std::vector<Sums> partial(static_cast<size_t>(a.batch * tiles));
+  std::vector<double> partial(static_cast<size_t>(a.batch * tiles * Kind::kSums));
   a.partial = partial.data();
-  kernels().policy_forward(a);
+  kernel(a);
 }
 
-void policy_backward(ffi::TensorView model_output, ffi::TensorView sample, ffi::TensorView prev_sample,
-                     ffi::TensorView old_log_prob, ffi::TensorView advantages, ffi::TensorView coefficients,
-                     ffi::Optional<ffi::TensorView> weights, ffi::Optional<ffi::TensorView> reference,
-                     int64_t channel_dim, bool per_location, double clip_low, double clip_high, double advantage_clip,
-                     double kl_coef, int64_t threads, ffi::TensorView grad_loss, ffi::TensorView slope,
-                     ffi::TensorView gradient) {
-  PolicyArguments a =
-      policy_arguments(model_output, sample, prev_sample, old_log_prob, advantages, coefficients, weights, reference,
-                       channel_dim, per_location, clip_low, clip_high, advantage_clip, kl_coef);
-  a.threads = threads_for(model_output.numel(), kLatentGrain, threads);
-  a.grad_loss = floats("grad_loss", grad_loss, 1);
-  a.slope = floats("slope", slope, a.batch);
-  a.gradient = latent_view("gradient", gradient, model_output, channel_dim);
-  kernels().policy_backward(a);
+template <typename Kind>
+void run_backward(Reader& in, Call<typename Kind::Arguments> call, void (*kernel)(const typename Kind::Arguments&)) {
+  read_threads(in, call);
+  read_backward_results<Kind>(in, call);
+  kernel(call.arguments);
 }
 
-void sample_transition(ffi::TensorView model_output, ffi::TensorView sample, ffi::TensorView noise,
-                       ffi::TensorView coefficients, int64_t channel_dim, int64_t threads, ffi::TensorView prev_sample,
-                       ffi::TensorView log_prob) {
-  SampleArguments a = sample_arguments(model_output, sample, noise, coefficients, channel_dim, prev_sample, log_prob);
-  a.threads = threads_for(model_output.numel(), kLatentGrain, threads);
-  kernels().sample_transition(a);
+void policy_forward(Reader& in) { run_forward<Policy>(in, read_policy(in), kernels().policy_forward); }
+void policy_backward(Reader& in) { run_backward<Policy>(in, read_policy(in), kernels().policy_backward); }
+void nft_forward(Reader& in) { run_forward<Nft>(in, read_nft(in), kernels().nft_forward); }
+void nft_backward(Reader& in) { run_backward<Nft>(in, read_nft(in), kernels().nft_backward); }
+
+void sample_transition(Reader& in) {
+  Call<SampleArguments> call = read_sample(in);
+  read_threads(in, call);
+  read_sample_results(in, call);
+  kernels().sample_transition(call.arguments);
 }
 
 ffi::String isa() { return kernels().isa; }
@@ -194,9 +188,11 @@ ffi::String runnable_isas() {
 }  // namespace
 }  // namespace star
 
+STAR_EXPORT(policy_forward)
+STAR_EXPORT(policy_backward)
+STAR_EXPORT(nft_forward)
+STAR_EXPORT(nft_backward)
+STAR_EXPORT(sample_transition)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_maps, star::attention_maps);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(policy_forward, star::policy_forward);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(policy_backward, star::policy_backward);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample_transition, star::sample_transition);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(isa, star::isa);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(runnable_isas, star::runnable_isas);

@@ -55,6 +55,8 @@ constexpr int64_t kTilePositions = 512;
   void attention_maps(const MapsArguments& arguments);         \
   void policy_forward(const PolicyArguments& arguments);       \
   void policy_backward(const PolicyArguments& arguments);      \
+  void nft_forward(const NftArguments& arguments);             \
+  void nft_backward(const NftArguments& arguments);            \
   void sample_transition(const SampleArguments& arguments);    \
   }
 

@@ -43,62 +43,63 @@ void check_launch(const char* kernel) {
   if (error != cudaSuccess) TVM_FFI_THROW(RuntimeError) << kernel << ": " << cudaGetErrorString(error);
 }
 
-void check_grid(int64_t batch) {
-  if (batch > 65535) TVM_FFI_THROW(ValueError) << "model_output must have a batch of at most 65535, got " << batch;
+// A block's index and a position have 32 bits.
+template <typename Arguments>
+void check_size(const Arguments& a) {
+  constexpr int64_t kMost = 2147483647;
+  check(a.channels <= kMost && a.positions <= kMost && cuda::most_tiles(a.batch, a.positions) <= kMost, "model_output",
+        "have fewer elements");
 }
 
-// `partial` is workspace: policy_workspace_bytes(...) bytes, of which nothing is read that was not written.
-void policy_forward(ffi::TensorView model_output, ffi::TensorView sample, ffi::TensorView prev_sample,
-                    ffi::TensorView old_log_prob, ffi::TensorView advantages, ffi::TensorView coefficients,
-                    ffi::Optional<ffi::TensorView> weights, ffi::Optional<ffi::TensorView> reference,
-                    int64_t channel_dim, bool per_location, double clip_low, double clip_high, double advantage_clip,
-                    double kl_coef, ffi::TensorView partial, ffi::TensorView counter, ffi::TensorView loss,
-                    ffi::TensorView metrics, ffi::TensorView slope) {
-  PolicyArguments a =
-      policy_arguments(model_output, sample, prev_sample, old_log_prob, advantages, coefficients, weights, reference,
-                       channel_dim, per_location, clip_low, clip_high, advantage_clip, kl_coef);
-  check_grid(a.batch);
-  a.loss = floats("loss", loss, 1);
-  a.metrics = floats("metrics", metrics, 6);
-  a.slope = floats("slope", slope, a.batch);
-  const int64_t sums = a.batch * cuda::tiles_of(a.positions);
-  a.partial = dense_data<Sums>("partial", partial, kDLUInt, 8, sums * static_cast<int64_t>(sizeof(Sums)));
-  const DeviceGuard guard(model_output);
-  unsigned* zero = dense_data<unsigned>("counter", counter, kDLInt, 32, 1);
-  cuda::policy_forward(a, zero, current_stream(model_output));
-  check_launch("policy_forward");
+template <typename Arguments>
+void run(const char* name, const Call<Arguments>& call, void (*kernel)(const Arguments&, cudaStream_t)) {
+  check_size(call.arguments);
+  const DeviceGuard guard(call.model_output);
+  kernel(call.arguments, current_stream(call.model_output));
+  check_launch(name);
 }
 
-void policy_backward(ffi::TensorView model_output, ffi::TensorView sample, ffi::TensorView prev_sample,
-                     ffi::TensorView old_log_prob, ffi::TensorView advantages, ffi::TensorView coefficients,
-                     ffi::Optional<ffi::TensorView> weights, ffi::Optional<ffi::TensorView> reference,
-                     int64_t channel_dim, bool per_location, double clip_low, double clip_high, double advantage_clip,
-                     double kl_coef, ffi::TensorView grad_loss, ffi::TensorView slope, ffi::TensorView gradient) {
-  PolicyArguments a =
-      policy_arguments(model_output, sample, prev_sample, old_log_prob, advantages, coefficients, weights, reference,
-                       channel_dim, per_location, clip_low, clip_high, advantage_clip, kl_coef);
-  check_grid(a.batch);
-  a.grad_loss = floats("grad_loss", grad_loss, 1);
-  a.slope = floats("slope", slope, a.batch);
-  a.gradient = latent_view("gradient", gradient, model_output, channel_dim);
-  const DeviceGuard guard(model_output);
-  cuda::policy_backward(a, current_stream(model_output));
-  check_launch("policy_backward");
+template <typename Kind>
+int64_t workspace_bytes(int64_t batch, int64_t positions) {
+  return cuda::most_tiles(batch, positions) * Kind::kSums * static_cast<int64_t>(sizeof(double));
 }
 
-void sample_transition(ffi::TensorView model_output, ffi::TensorView sample, ffi::TensorView noise,
-                       ffi::TensorView coefficients, int64_t channel_dim, ffi::TensorView prev_sample,
-                       ffi::TensorView log_prob) {
-  const SampleArguments a =
-      sample_arguments(model_output, sample, noise, coefficients, channel_dim, prev_sample, log_prob);
-  check_grid(a.batch);
-  const DeviceGuard guard(model_output);
-  cuda::sample_transition(a, current_stream(model_output));
-  check_launch("sample_transition");
+// `partial` is workspace of workspace_bytes(...), of which nothing is read that was not written.
+template <typename Kind>
+void run_forward(const char* name, Reader& in, Call<typename Kind::Arguments> call,
+                 void (*kernel)(const typename Kind::Arguments&, unsigned*, cudaStream_t)) {
+  auto& a = call.arguments;
+  const int64_t bytes = workspace_bytes<Kind>(a.batch, a.positions);
+  a.partial = reinterpret_cast<double*>(dense_data<uint8_t>("partial", in.tensor("partial"), kDLUInt, 8, bytes));
+  unsigned* counter = dense_data<unsigned>("counter", in.tensor("counter"), kDLInt, 32, 1);
+  read_forward_results<Kind>(in, call);
+  check_size(a);
+  const DeviceGuard guard(call.model_output);
+  kernel(a, counter, current_stream(call.model_output));
+  check_launch(name);
 }
 
-int64_t policy_workspace_bytes(int64_t batch, int64_t positions) {
-  return batch * cuda::tiles_of(positions) * static_cast<int64_t>(sizeof(Sums));
+template <typename Kind>
+void run_backward(const char* name, Reader& in, Call<typename Kind::Arguments> call,
+                  void (*kernel)(const typename Kind::Arguments&, cudaStream_t)) {
+  read_backward_results<Kind>(in, call);
+  run(name, call, kernel);
+}
+
+void policy_forward(Reader& in) { run_forward<Policy>("policy_forward", in, read_policy(in), cuda::policy_forward); }
+
+void policy_backward(Reader& in) {
+  run_backward<Policy>("policy_backward", in, read_policy(in), cuda::policy_backward);
+}
+
+void nft_forward(Reader& in) { run_forward<Nft>("nft_forward", in, read_nft(in), cuda::nft_forward); }
+
+void nft_backward(Reader& in) { run_backward<Nft>("nft_backward", in, read_nft(in), cuda::nft_backward); }
+
+void sample_transition(Reader& in) {
+  Call<SampleArguments> call = read_sample(in);
+  read_sample_results(in, call);
+  run("sample_transition", call, cuda::sample_transition);
 }
 
 ffi::String architectures() { return STAR_CUDA_ARCHITECTURES; }
@@ -106,8 +107,11 @@ ffi::String architectures() { return STAR_CUDA_ARCHITECTURES; }
 }  // namespace
 }  // namespace star
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(policy_forward, star::policy_forward);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(policy_backward, star::policy_backward);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample_transition, star::sample_transition);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(policy_workspace_bytes, star::policy_workspace_bytes);
+STAR_EXPORT(policy_forward)
+STAR_EXPORT(policy_backward)
+STAR_EXPORT(nft_forward)
+STAR_EXPORT(nft_backward)
+STAR_EXPORT(sample_transition)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(policy_workspace_bytes, star::workspace_bytes<star::Policy>);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(nft_workspace_bytes, star::workspace_bytes<star::Nft>);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(architectures, star::architectures);

@@ -5,19 +5,20 @@
 
 #include <cstdint>
 
-#include "arguments.h"
+#include "nft_sums.h"
+#include "policy_sums.h"
 
 namespace star {
 namespace cuda {
 
-constexpr int kTilePositions = 256;  // one thread a position
-
-// Tiles of a latent: `PolicyArguments::partial` holds that many sums for each sample.
-int64_t tiles_of(int64_t positions);
+// The most tiles that a forward pass cuts a batch into: `Objective::partial` holds the sums of each.
+int64_t most_tiles(int64_t batch, int64_t positions);
 
 // `counter` is one unsigned integer on the device that is 0 before the call and 0 again after it.
 void policy_forward(const PolicyArguments& arguments, unsigned* counter, cudaStream_t stream);
 void policy_backward(const PolicyArguments& arguments, cudaStream_t stream);
+void nft_forward(const NftArguments& arguments, unsigned* counter, cudaStream_t stream);
+void nft_backward(const NftArguments& arguments, cudaStream_t stream);
 void sample_transition(const SampleArguments& arguments, cudaStream_t stream);
 
 }  // namespace cuda

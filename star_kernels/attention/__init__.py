@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from star_kernels.attention import naive, ops
+from star_kernels.attention import naive, ops, tuning, vendor
 from star_kernels.attention.checks import (
     check_key_mask,
     check_lse,
@@ -22,8 +22,7 @@ from star_kernels.selection import TokenSelection
 
 __all__ = ["AttentionOutput", "attention", "attention_maps"]
 
-BACKENDS = ("auto", "naive", "vendor", "triton")
-TRITON_HEAD_DIM = 128
+BACKENDS = ("auto", "naive", "triton", "vendor", *vendor.KERNELS)
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
@@ -68,9 +67,10 @@ def attention(
         layout: "bhsd" or "bshd".
         reduce_heads: average the maps over heads; else they are ``[B, G, H, R]``.
         return_lse: also return the natural log-sum-exp of the scaled scores, float32 ``[B, H, Sq]``.
-        backend: "auto"; "triton" (CUDA: maps in the epilogue of the flash pass); "vendor" (CPU: PyTorch's flash
-            attention and a map kernel that reads its log-sum-exp); or "naive" (the definition, which materialises
-            all probabilities).
+        backend: "auto"; "vendor" (PyTorch's fused attention, and a map kernel that reads its log-sum-exp); on CUDA
+            "triton" (maps in the epilogue of the flash pass), or one of PyTorch's kernels, "cudnn", "flash" or
+            "efficient"; or "naive" (the definition, which materialises all probabilities). On CUDA "auto" takes what
+            :mod:`star_kernels.attention.tuning` says.
 
     Returns:
         ``(out, maps, lse)``: out like query, maps float32 ``[B, G, R]``.
@@ -91,7 +91,7 @@ def attention(
     device, dtype, head_dim = query.device.type, query.dtype, query.shape[3]
     if backend == "auto":
         backend = choose_backend(device, dtype, head_dim)
-    elif problem := obstacle(backend, device, dtype, head_dim):
+    elif problem := obstacle(backend, device, dtype, head_dim, key_mask is not None):
         raise ValueError(
             f"backend {backend!r} cannot run here: {problem}; got {dtype}, head dimension {head_dim}, on {device}"
         )
@@ -183,37 +183,45 @@ def attention_maps(
 
 @torch.compiler.assume_constant_result
 def choose_backend(device: str, dtype: torch.dtype, head_dim: int) -> str:
-    """What "auto" means for these inputs. Where a GPU gets the plain definition, it warns once."""
+    """What "auto" means for these inputs; on a GPU "auto" again, for the operator to look up the sizes.
+
+    Where a GPU gets the plain definition, it warns once.
+    """
     if dtype == torch.float64:
         return "naive"
     if device == "cpu":
         return "vendor"
-    problem = obstacle("triton", device, dtype, head_dim)
+    problem = obstacle("auto", device, dtype, head_dim)
     if problem is None:
-        return "triton"
+        return "auto"
     _warn_naive(f"{problem}; got {dtype}, head dimension {head_dim}, on {device}")
     return "naive"
 
 
-def obstacle(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def obstacle(backend: str, device: str, dtype: torch.dtype, head_dim: int, masked: bool = False) -> str | None:
     """What keeps a backend from these inputs, if anything."""
     if backend == "naive":
         return None
     if dtype == torch.float64:
         return "it has no float64"
-    if backend == "vendor":
-        return None if device == "cpu" else "it serves the CPU"
+    if backend == "vendor" and device == "cpu":
+        return None
     if device != "cuda":
         return "it serves CUDA tensors"
-    if head_dim > TRITON_HEAD_DIM:
-        return f"its head dimension goes up to {TRITON_HEAD_DIM}"
-    return ops.triton_problem()
+    if problem := ops.triton_problem():  # its map kernel and its backward pass are everyone's
+        return problem
+    if masked and backend not in ("auto", "triton"):
+        return "it takes no key_mask"
+    if backend in ("auto", "vendor"):
+        problems = [obstacle(b, device, dtype, head_dim) for b in ("triton", *vendor.KERNELS)[backend == "vendor" :]]
+        return None if None in problems else problems[0]
+    return tuning.obstacle(backend, dtype, head_dim)
 
 
 @cache
 def _warn_naive(problem: str) -> None:
     warnings.warn(
-        f"star_kernels.attention materialises all probabilities: backend 'triton' cannot run here: {problem}",
+        f"star_kernels.attention materialises all probabilities: no other backend can run here: {problem}",
         UserWarning,
         stacklevel=3,
     )

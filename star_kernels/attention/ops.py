@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from star_kernels import native
-from star_kernels.attention import maps_gradient, naive, vendor
+from star_kernels.attention import maps_gradient, naive, tuning, vendor
+from star_kernels.attention.tuning import Plan
 from star_kernels.operators import Operator
 
 NATIVE_HEAD_DIM = 1024  # csrc/cpu/kernels.h; a longer head takes PyTorch's operations
@@ -38,16 +39,23 @@ def attention(
     reduce_heads: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "triton":
-        from star_kernels.attention import triton_forward
+    if query.is_cuda:
+        plan = _plan(backend, query, key, key_mask)
+        if plan.forward == "triton":
+            from star_kernels.attention import triton_forward
 
-        out, maps, lse = triton_forward.attention(
-            query, key, value, index, weight, key_mask, (start, rows), scale, reduce_heads
-        )
-        assert maps is not None  # only a call without a selection has none
-        return out, maps, lse
-    query, key, value = _unit_strides(query, key, value)
-    out, lse = vendor.forward(query, key, value, key_mask, scale)
+            out, maps, lse = triton_forward.attention(
+                query, key, value, index, weight, key_mask, (start, rows), scale, reduce_heads, config=plan.forward_tile
+            )
+            assert maps is not None  # only a call without a selection has none
+            return out, maps, lse
+        q, k, v = _aligned(query, key, value)
+        out, lse = vendor.cuda_forward(plan.forward, q, k, v, scale)
+        out, lse = _laid_out(out, query), lse.contiguous()
+        query, key, value = _unit_strides(query, key, value)
+    else:
+        query, key, value = _unit_strides(query, key, value)
+        out, lse = vendor.forward(query, key, value, key_mask, scale)
     return out, _maps(query, key, lse, index, weight, key_mask, start, rows, scale, reduce_heads, False), lse
 
 
@@ -65,7 +73,7 @@ def attention_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = _unit_strides(query, key, value)
-    if backend == "triton":
+    if query.is_cuda:
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     else:
         out, lse = vendor.forward(query, key, value, key_mask, scale)
@@ -90,12 +98,17 @@ def attention_backward(
     reduce_heads: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "triton":
+    if query.is_cuda:
+        plan = _plan(backend, query, key, key_mask)
+        if plan.backward != "triton" and grad_out is not None and grad_maps is None and grad_lse is None:
+            upstream, q, k, v, out = _aligned(grad_out, query, key, value, out)
+            dq, dk, dv = vendor.cuda_backward(plan.backward, upstream, q, k, v, out, lse, scale)
+            return _laid_out(dq, query), _laid_out(dk, key), _laid_out(dv, value)
         from star_kernels.attention import triton_backward
 
         saved = (query, key, value, out, lse, index, weight, key_mask)
         return triton_backward.attention_backward(
-            grad_out, grad_maps, grad_lse, *saved, (start, rows), scale, reduce_heads
+            grad_out, grad_maps, grad_lse, *saved, (start, rows), scale, reduce_heads, config=plan.backward_config
         )
     query, key, value = _unit_strides(query, key, value)
     sparse = None
@@ -233,6 +246,37 @@ def _differentiate_maps(ctx: Any, grad_maps: Tensor) -> tuple[Tensor | None, ...
         grad_maps, *ctx.saved_tensors, ctx.start, ctx.rows, ctx.scale, ctx.reduce_heads, ctx.text_to_image
     )
     return (*grads, *(None,) * 8)
+
+
+def _plan(backend: str, query: Tensor, key: Tensor, key_mask: Tensor | None) -> Plan:
+    """The kernels of a call on a GPU."""
+    if backend == "triton" or key_mask is not None:
+        return Plan("triton", "triton")
+    if backend in vendor.KERNELS:
+        return Plan(backend, backend)
+    dtype, head_dim = query.dtype, query.size(3)
+    chosen = tuning.plan(query.device, dtype, head_dim, query.size(2), key.size(2))
+    if backend == "vendor":
+        return tuning.vendor_plan(chosen, dtype, head_dim, torch.cuda.get_device_capability(query.device))
+    return chosen
+
+
+def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, copied where a row of theirs does not begin at a multiple of 16 bytes."""
+    return tuple([t if _is_aligned(t) else t.contiguous() for t in tensors])
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    step = 16 // tensor.element_size()
+    steps_well = all(stride % step == 0 for stride in tensor.stride()[:-1])
+    return tensor.stride(-1) == 1 and steps_well and tensor.data_ptr() % 16 == 0
+
+
+def _laid_out(result: Tensor, like: Tensor) -> Tensor:
+    """The result in the memory layout that the operator's fake implementation promises, that of ``like``."""
+    (like,) = _unit_strides(like)
+    expected = torch.empty_like(like, device="meta")
+    return result if result.stride() == expected.stride() else torch.empty_like(like).copy_(result)
 
 
 def _unit_strides(*tensors: Tensor) -> tuple[Tensor, ...]:

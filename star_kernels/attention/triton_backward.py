@@ -30,11 +30,38 @@ from star_kernels.attention.triton_maps import (
     store_rows,
 )
 
+SCATTER = 256  # positions of a program of scatter_kernel; tiles of keys divide it
 
-@triton.jit
-def _base2(b_lse):
-    """Log-sum-exp in base 2; a row without any key gets +inf, so that its probabilities are zero and not NaN."""
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+
+@triton.jit(do_not_specialize=[*SIZES, "padded_queries", "padded_keys", "heads"])
+def scatter_kernel(
+    p_index, p_weight, p_grad_maps, p_table, p_grads, stride_gb, stride_gg, stride_gh, stride_gr,
+    padded_queries, padded_keys, row_start, row_length, tokens, heads, share, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the maps' gradient multiplies, dense and padded with zeros, so that the other kernels read it unmasked.
+
+    table[b, g, j]: the weights of all slots that select key j. grads[b, g, h, i]: share * the gradient of row i.
+    """
+    o_b = tl.program_id(2).to(tl.int64)
+    o_g = tl.program_id(1).to(tl.int64)
+    o_bg = o_b * tl.num_programs(1) + o_g
+    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b_table = tl.zeros([BLOCK], dtype=tl.float32)
+    for t0 in tl.range(0, tokens, BLOCK_T, num_stages=1):
+        o_t = t0 + tl.arange(0, BLOCK_T)
+        b_index = tl.load(p_index + o_b * tokens + o_t, mask=o_t < tokens, other=-1)
+        b_w = tl.load(p_weight + o_bg * tokens + o_t, mask=o_t < tokens, other=0.0)
+        b_table += tl.sum(tl.where(b_index[None, :] == o_n[:, None], b_w[None, :], 0.0), axis=1)
+    tl.store(p_table + o_bg * padded_keys + o_n, b_table, mask=o_n < padded_keys)
+    o_r = o_n - row_start
+    m_r = (o_r >= 0) & (o_r < row_length)
+    p_grad_maps += o_b * stride_gb + o_g * stride_gg + o_r.to(tl.int64) * stride_gr
+    p_grads += o_bg * heads * padded_queries + o_n
+    for _ in range(0, heads):
+        b_g = tl.load(p_grad_maps, mask=m_r, other=0.0)
+        tl.store(p_grads, b_g * share, mask=o_n < padded_queries)
+        p_grad_maps += stride_gh
+        p_grads += padded_queries
 
 
 @triton.jit
@@ -48,14 +75,11 @@ def _add_map_term(
     p_index,
     p_weight,
     p_mask,
-    p_grad_maps,  # of this batch entry and head
+    p_grads,  # of this batch entry and head, from the first row
     stride_gg,
-    stride_gr,
-    o_r,  # [BLOCK_M]
-    m_r,
     tokens,
+    keys,
     groups,
-    share,
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -66,15 +90,18 @@ def _add_map_term(
     for t0 in tl.range(0, tokens, BLOCK_T, num_stages=1):
         o_t = t0 + tl.arange(0, BLOCK_T)
         b_p, b_k = attend_tokens(
-            b_q, b_lse, p_k, stride_ks, p_weight, p_index, p_mask, o_t, tokens, scale_log2,
+            b_q, b_lse, p_k, stride_ks, p_weight, p_index, p_mask, o_t, tokens, keys, scale_log2,
             HEAD_DIM, BLOCK_D, HAS_MASK, False,
         )  # fmt: skip
         b_gw = tl.zeros([BLOCK_M, BLOCK_T], dtype=tl.float32)
-        for g in tl.range(0, groups, num_stages=1):
-            b_g = tl.load(p_grad_maps + g * stride_gg + o_r * stride_gr, mask=m_r, other=0.0)
-            b_w = tl.load(p_weight + g * tokens + o_t, mask=o_t < tokens, other=0.0)
+        p_g, p_w = p_grads + tl.arange(0, BLOCK_M), p_weight + o_t
+        for _ in tl.range(0, groups, num_stages=1):
+            b_g = tl.load(p_g)
+            b_w = tl.load(p_w, mask=o_t < tokens, other=0.0)
             b_gw += b_g[:, None] * b_w[None, :]
-        b_gw *= b_p * share
+            p_g += stride_gg
+            p_w += tokens
+        b_gw *= b_p
         b_delta += tl.sum(b_gw, axis=1)
         b_acc = tl.dot(b_gw.to(b_k.dtype), b_k, b_acc, input_precision="ieee")
     return b_acc, b_delta
@@ -121,11 +148,11 @@ def _query_step(
 
 @triton.jit(do_not_specialize=SIZES)
 def query_kernel(
-    p_q, p_k, p_v, p_out, p_do, p_dq, p_lse, p_delta, p_grad_lse, p_grad_maps, p_index, p_weight, p_mask,
+    p_q, p_k, p_v, p_out, p_do, p_dq, p_lse, p_lse2, p_delta, p_grad_lse, p_grads, p_index, p_weight, p_mask,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_dob, stride_doh, stride_dos, stride_dqb, stride_dqh, stride_dqs,
-    stride_gb, stride_gg, stride_gh, stride_gr,
-    queries, keys, row_start, row_length, tokens, groups, share, scale, scale_log2,
+    stride_gb, stride_gg, stride_gh,
+    queries, keys, row_start, row_length, tokens, groups, scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MAPS: tl.constexpr, GRAD_LSE: tl.constexpr, HAS_MASK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -140,24 +167,26 @@ def query_kernel(
     p_mask += o_b * keys
     o_lse = (o_b * tl.num_programs(1) + o_h) * queries + o_row
 
-    b_do = load_rows(p_do + o_b * stride_dob + o_h * stride_doh, stride_dos, o_row, m_m, HEAD_DIM, BLOCK_D, True)
-    b_out = load_rows(p_out + o_b * stride_ob + o_h * stride_oh, stride_os, o_row, m_m, HEAD_DIM, BLOCK_D, True)
-    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1)
-    if GRAD_LSE:
-        b_delta -= tl.load(p_grad_lse + o_lse, mask=m_m, other=0.0)
     b_q = load_rows(p_q + o_b * stride_qb + o_h * stride_qh, stride_qs, o_row, m_m, HEAD_DIM, BLOCK_D, True)
-    b_lse = _base2(tl.load(p_lse + o_lse, mask=m_m, other=float("inf")))
+    b_lse = tl.load(p_lse + o_lse, mask=m_m, other=float("inf"))
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)  # without keys P is zero, and not NaN
+    b_delta = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     if MAPS:
         if (first < row_start + row_length) & (first + BLOCK_M > row_start):
-            o_r = o_m - row_start
-            m_r = (o_r >= 0) & (o_r < row_length)
+            p_grads += o_b * stride_gb + o_h * stride_gh + first
             b_acc, b_delta = _add_map_term(
                 b_acc, b_delta, b_q, b_lse, p_k, stride_ks, p_index + o_b * tokens, p_weight + o_b * groups * tokens,
-                p_mask, p_grad_maps + o_b * stride_gb + o_h * stride_gh, stride_gg, stride_gr, o_r, m_r,
-                tokens, groups, share, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, HAS_MASK,
+                p_mask, p_grads, stride_gg, tokens, keys, groups, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, HAS_MASK,
             )  # fmt: skip
-    tl.store(p_delta + o_lse, b_delta, mask=m_m)
+    b_do = load_rows(p_do + o_b * stride_dob + o_h * stride_doh, stride_dos, o_row, m_m, HEAD_DIM, BLOCK_D, True)
+    b_out = load_rows(p_out + o_b * stride_ob + o_h * stride_oh, stride_os, o_row, m_m, HEAD_DIM, BLOCK_D, True)
+    b_delta += tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1)
+    if GRAD_LSE:
+        b_delta -= tl.load(p_grad_lse + o_lse, mask=m_m, other=0.0)
+    o_statistic = (o_b * tl.num_programs(1) + o_h) * tl.num_programs(0) * BLOCK_M + o_row
+    tl.store(p_lse2 + o_statistic, b_lse)  # rows past the end as well: +inf and 0
+    tl.store(p_delta + o_statistic, b_delta)
 
     full = keys // BLOCK_N
     if not EVEN:
@@ -185,20 +214,16 @@ def _key_value_loop(
     b_v,  # [BLOCK_N, BLOCK_D]
     p_q,
     p_do,
-    p_lse,
+    p_lse2,  # of this batch entry and head
     p_delta,
-    p_grad_maps,  # of this batch entry and head
-    p_table,  # of this batch entry
+    p_grads,
+    p_table,  # of this batch entry, from the first key
     selected,
     stride_qs,
     stride_dos,
     stride_gg,
-    stride_gr,
-    o_n,  # [BLOCK_N]
     queries,
-    keys,
-    row_start,
-    row_length,
+    padded_keys,
     groups,
     scale_log2,
     HEAD_DIM: tl.constexpr,
@@ -216,20 +241,21 @@ def _key_value_loop(
         o_row = tl.minimum(o_tile, queries - 1 - first)  # rows past the end repeat the last: finite, and P is 0 there
         b_q = load_rows(p_q, stride_qs, o_row, o_row, HEAD_DIM, BLOCK_D, False)
         b_do = load_rows(p_do, stride_dos, o_row, o_row, HEAD_DIM, BLOCK_D, False)
-        b_lse = _base2(tl.load(p_lse + o_m, mask=o_m < queries, other=float("inf")))
-        b_delta = tl.load(p_delta + o_m, mask=o_m < queries, other=0.0)
+        b_lse = tl.load(p_lse2 + o_m)
+        b_delta = tl.load(p_delta + o_m)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee") - b_delta[None, :]
         if MAPS:
             if selected != 0.0:
-                o_r = o_m - row_start
-                m_r = (o_r >= 0) & (o_r < row_length)
-                for g in tl.range(0, groups, num_stages=1):
-                    b_g = tl.load(p_grad_maps + g * stride_gg + o_r * stride_gr, mask=m_r, other=0.0)
-                    b_w = tl.load(p_table + g * keys + o_n, mask=o_n < keys, other=0.0)
+                p_g, p_w = p_grads + first, p_table
+                for _ in tl.range(0, groups, num_stages=1):
+                    b_g = tl.load(p_g + o_tile)
+                    b_w = tl.load(p_w + tl.arange(0, BLOCK_N))
                     b_dp += b_w[:, None] * b_g[None, :]
+                    p_g += stride_gg
+                    p_w += padded_keys
         b_dk = tl.dot((b_p * b_dp).to(b_q.dtype), b_q, b_dk, input_precision="ieee")
         p_q += BLOCK_M * stride_qs
         p_do += BLOCK_M * stride_dos
@@ -238,33 +264,36 @@ def _key_value_loop(
 
 @triton.jit(do_not_specialize=SIZES)
 def key_value_kernel(
-    p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_delta, p_grad_maps, p_table, p_mask,
+    p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse2, p_delta, p_grads, p_table, p_mask,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
-    stride_gb, stride_gg, stride_gh, stride_gr,
-    queries, keys, row_start, row_length, groups, scale, scale_log2,
+    stride_gb, stride_gg, stride_gh,
+    queries, padded_queries, keys, padded_keys, groups, scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MAPS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     o_b = tl.program_id(2).to(tl.int64)
     o_h = tl.program_id(1).to(tl.int64)
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) * BLOCK_N
+    o_n = first + tl.arange(0, BLOCK_N)
     o_key = o_n.to(tl.int64)
     m_n = o_n < keys
-    o_lse = (o_b * tl.num_programs(1) + o_h) * queries
+    o_statistic = (o_b * tl.num_programs(1) + o_h) * padded_queries
     p_q += o_b * stride_qb + o_h * stride_qh
     p_do += o_b * stride_dob + o_h * stride_doh
     b_k = load_rows(p_k + o_b * stride_kb + o_h * stride_kh, stride_ks, o_key, m_n, HEAD_DIM, BLOCK_D, True)
     b_v = load_rows(p_v + o_b * stride_vb + o_h * stride_vh, stride_vs, o_key, m_n, HEAD_DIM, BLOCK_D, True)
     selected = 0.0
     if MAPS:
-        p_grad_maps += o_b * stride_gb + o_h * stride_gh
-        p_table += o_b * groups * keys
-        for g in range(0, groups):
-            selected += tl.sum(tl.load(p_table + g * keys + o_n, mask=m_n, other=0.0), axis=0)
+        p_grads += o_b * stride_gb + o_h * stride_gh
+        p_table += o_b * groups * padded_keys + first
+        p_w = p_table
+        for _ in range(0, groups):  # weights of both signs may add up to zero
+            selected += tl.sum(tl.abs(tl.load(p_w + tl.arange(0, BLOCK_N))), axis=0)
+            p_w += padded_keys
     b_dk, b_dv = _key_value_loop(
-        b_k, b_v, p_q, p_do, p_lse + o_lse, p_delta + o_lse, p_grad_maps, p_table, selected, stride_qs, stride_dos,
-        stride_gg, stride_gr, o_n, queries, keys, row_start, row_length, groups, scale_log2,
+        b_k, b_v, p_q, p_do, p_lse2 + o_statistic, p_delta + o_statistic, p_grads, p_table, selected,
+        stride_qs, stride_dos, stride_gg, queries, padded_keys, groups, scale_log2,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, MAPS,
     )  # fmt: skip
     if HAS_MASK:  # a masked key's column may hold anything; it reaches no other key
@@ -275,22 +304,6 @@ def key_value_kernel(
     p_dv += o_b * stride_dvb + o_h * stride_dvh
     store_rows(b_dk * scale, p_dk, stride_dks, o_key, m_n, HEAD_DIM, BLOCK_D)
     store_rows(b_dv, p_dv, stride_dvs, o_key, m_n, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=["keys", "tokens", "share"])
-def table_kernel(p_index, p_weight, p_table, keys, tokens, share, BLOCK_N: tl.constexpr):
-    """table[b, g, j] = share * the weights of all slots that select key j, for every key."""
-    groups = tl.num_programs(1)
-    o_b = tl.program_id(2).to(tl.int64)
-    o_bg = o_b * groups + tl.program_id(1)
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b_table = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for t0 in tl.range(0, tokens, BLOCK_T, num_stages=1):
-        o_t = t0 + tl.arange(0, BLOCK_T)
-        b_index = tl.load(p_index + o_b * tokens + o_t, mask=o_t < tokens, other=-1)
-        b_w = tl.load(p_weight + o_bg * tokens + o_t, mask=o_t < tokens, other=0.0)
-        b_table += tl.sum(tl.where(b_index[None, :] == o_n[:, None], b_w[None, :], 0.0), axis=1)
-    tl.store(p_table + o_bg * keys + o_n, b_table * share, mask=o_n < keys)
 
 
 def attention_backward(
@@ -337,34 +350,41 @@ def attention_backward(
     shape = dict(HEAD_DIM=head_dim, BLOCK_D=padded(head_dim))
     with torch.cuda.device_of(query):
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        lse, delta = lse.contiguous(), torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
+        tiles = triton.cdiv(queries, config.query.block_m)
+        padded_queries = tiles * config.query.block_m
+        lse2, delta = torch.empty(2, batch, heads, padded_queries, dtype=torch.float32, device=query.device)
         mask = mask_argument(key_mask, query)
-        table, groups, tokens = None, 1, 1
-        map_strides: tuple[int, ...] = (0, 0, 0, 0)
+        table, grads, groups, tokens = None, None, 1, 1
+        padded_keys = triton.cdiv(keys, SCATTER) * SCATTER
+        strides: tuple[int, ...] = (0, 0, 0)
         if grad_maps is not None and index is not None and weight is not None:
             index, weight = index.contiguous(), weight.contiguous()
             groups, tokens = weight.shape[1:]
             if reduce_heads:
-                grad_maps = grad_maps[:, :, None].expand(-1, -1, heads, -1)
-            map_strides = grad_maps.stride()
-            table = torch.empty(batch, groups, keys, dtype=torch.float32, device=query.device)
-            table_kernel[triton.cdiv(keys, 256), groups, batch](index, weight, table, keys, tokens, share, BLOCK_N=256)
+                grad_maps = grad_maps[:, :, None]
+            table = weight.new_empty(batch, groups, padded_keys)
+            grads = weight.new_empty(batch, groups, grad_maps.shape[2], padded_queries)
+            scatter_kernel[triton.cdiv(max(padded_keys, padded_queries), SCATTER), groups, batch](
+                index, weight, grad_maps, table, grads, *grad_maps.stride(), padded_queries, padded_keys, start, length,
+                tokens, grads.shape[2], share, BLOCK=SCATTER,
+            )  # fmt: skip
+            strides = grads.expand(-1, -1, heads, -1).stride()[:3]
         tile = config.query
-        query_kernel[triton.cdiv(queries, tile.block_m), heads, batch](
-            query, key, value, out, grad_out, grad_query, lse, delta,
-            None if grad_lse is None else grad_lse.contiguous(), grad_maps, index, weight, mask,
+        query_kernel[tiles, heads, batch](
+            query, key, value, out, grad_out, grad_query, lse.contiguous(), lse2, delta,
+            None if grad_lse is None else grad_lse.contiguous(), grads, index, weight, mask,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
-            *grad_query.stride()[:3], *map_strides,
-            queries, keys, start, length, tokens, groups, share, scale, scale * LOG2E.value,
+            *grad_query.stride()[:3], *strides,
+            queries, keys, start, length, tokens, groups, scale, scale * LOG2E.value,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MAPS=has_maps, GRAD_LSE=grad_lse is not None,
             HAS_MASK=has_mask, EVEN=keys % tile.block_n == 0, **shape, **tile.launch,
         )  # fmt: skip
         tile = config.key_value
         key_value_kernel[triton.cdiv(keys, tile.block_n), heads, batch](
-            query, key, value, grad_out, grad_key, grad_value, lse, delta, grad_maps, table, mask,
+            query, key, value, grad_out, grad_key, grad_value, lse2, delta, grads, table, mask,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3],
-            *grad_key.stride()[:3], *grad_value.stride()[:3], *map_strides,
-            queries, keys, start, length, groups, scale, scale * LOG2E.value,
+            *grad_key.stride()[:3], *grad_value.stride()[:3], *strides,
+            queries, padded_queries, keys, padded_keys, groups, scale, scale * LOG2E.value,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MAPS=has_maps, HAS_MASK=has_mask, **shape, **tile.launch,
         )  # fmt: skip
     return grad_query, grad_key, grad_value

@@ -26,14 +26,17 @@ class Tile:
 
     @property
     def launch(self) -> dict[str, int]:
-        """Options of a Triton launch."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        """Options of a Triton launch; fused multiply-adds are said to be wanted, as versions differ in their default."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """The two launches of the backward pass: one owns rows of queries, the other rows of keys."""
+    """The two launches of the backward pass: one owns rows of queries, the other rows of keys.
+
+    The first prepares rows for the second, as many as whole tiles hold: its ``block_m`` is a multiple of the other's.
+    """
 
     query: Tile
     key_value: Tile

@@ -120,7 +120,7 @@ def forward_kernel(
         if (first < row_start + row_length) & (first + BLOCK_M > row_start):
             store_maps(
                 b_q, b_lse, p_k, stride_ks, p_lse, p_index, p_weight, p_mask, p_maps, p_partial, p_counter,
-                o_b, row_start, row_length, tokens, groups, scale_log2,
+                o_b, row_start, row_length, tokens, keys, groups, scale_log2,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, REDUCE, HAS_MASK, False,
             )  # fmt: skip
 

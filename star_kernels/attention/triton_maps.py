@@ -58,15 +58,19 @@ def attend_tokens(
     p_mask,
     o_t,  # [BLOCK_T]
     tokens,
+    length,  # of the sequence that the tokens are from
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_MASK: tl.constexpr,
     TOKEN_LSE: tl.constexpr,
 ):
-    """Probabilities [ROWS, BLOCK_T] of a chunk of selected tokens, zero in empty slots, and those tokens' rows."""
+    """Probabilities [ROWS, BLOCK_T] of a chunk of selected tokens, zero in empty slots, and those tokens' rows.
+
+    A position past the sequence counts as an empty slot: compiled callers check no values, and memory stays memory.
+    """
     b_index = tl.load(p_index + o_t, mask=o_t < tokens, other=-1)
-    m_t = b_index >= 0
+    m_t = (b_index >= 0) & (b_index < length)
     b_index = tl.where(m_t, b_index, 0).to(tl.int64)
     b_gathered = load_rows(p_gathered, stride_gathered, b_index, m_t, HEAD_DIM, BLOCK_D, True)
     b_s = tl.dot(b_dense, tl.trans(b_gathered), input_precision="ieee")  # [ROWS, BLOCK_T]
@@ -97,6 +101,7 @@ def store_maps(
     row_start,
     row_length,
     tokens,
+    length,  # of the sequence that the tokens are from
     groups,
     scale_log2,
     HEAD_DIM: tl.constexpr,
@@ -109,7 +114,7 @@ def store_maps(
 ):
     """Writes the maps of row tile program_id(0) and head program_id(1); with REDUCE their mean over all heads."""
     heads = tl.num_programs(1)
-    o_h = tl.program_id(1)
+    o_h = tl.program_id(1).to(tl.int64)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_r = o_m - row_start
     m_r = (o_r >= 0) & (o_r < row_length)
@@ -123,7 +128,7 @@ def store_maps(
             o_t = t0 + tl.arange(0, BLOCK_T)
             b_p, _ = attend_tokens(
                 b_dense, b_lse, p_gathered, stride_gathered, p_token_lse, p_index, p_mask, o_t, tokens,
-                scale_log2, HEAD_DIM, BLOCK_D, HAS_MASK, TOKEN_LSE,
+                length, scale_log2, HEAD_DIM, BLOCK_D, HAS_MASK, TOKEN_LSE,
             )  # fmt: skip
             m_w = (o_g < groups)[:, None] & (o_t < tokens)[None, :]
             b_w = tl.load(p_weight + o_g[:, None] * tokens + o_t[None, :], mask=m_w, other=0.0)  # [BLOCK_G, BLOCK_T]
@@ -184,11 +189,13 @@ def maps_kernel(
     else:
         b_lse = tl.load(p_lse + o_row, mask=m_m, other=0.0) * LOG2E
     p_mask += o_b * keys
+    length = keys
     if TOKEN_LSE:
+        length = queries
         p_mask += row_start  # the map's rows count from 0 here
     store_maps(
         b_dense, b_lse, p_gathered + o_b * stride_gb + o_h * stride_gh, stride_gs, p_lse, p_index, p_weight, p_mask,
-        p_maps, p_partial, p_counter, o_b, 0, row_length, tokens, groups, scale_log2,
+        p_maps, p_partial, p_counter, o_b, 0, row_length, tokens, length, groups, scale_log2,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, REDUCE, HAS_MASK, TOKEN_LSE,
     )  # fmt: skip
 

@@ -1,16 +1,37 @@
 """PyTorch's own fused attention, with its log-sum-exp. The only file that touches these private operators.
 
-A backend is a pair of functions in layout [B, H, S, D]: ``forward`` gives the output and the natural log-sum-exp, and
-``backward`` takes a gradient for each of the two.
+A kernel is a pair of functions in layout [B, H, S, D]: the forward one gives the output and the natural log-sum-exp,
+the backward one takes a gradient of the output (the CPU's of the log-sum-exp too).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+KERNELS = ("cudnn", "flash", "efficient")  # of CUDA
+LSE_ALIGNMENT = 32  # rows that the efficient kernel's log-sum-exp is padded to
 
 _CPU_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+# Arguments of the operators that are called by position, as torch 2.11 to 2.13 have them.
+_ARGUMENTS = {
+    "_scaled_dot_product_flash_attention": "query key value dropout_p is_causal return_debug_mask scale",
+    "_scaled_dot_product_flash_attention_backward": "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q "
+    "max_k dropout_p is_causal philox_seed philox_offset scale",
+    "_scaled_dot_product_cudnn_attention": "query key value attn_bias compute_log_sumexp dropout_p is_causal "
+    "return_debug_mask scale",
+    "_scaled_dot_product_cudnn_attention_backward": "grad_out query key value out logsumexp philox_seed philox_offset "
+    "attn_bias cum_seq_q cum_seq_k max_q max_k dropout_p is_causal scale",
+    "_scaled_dot_product_efficient_attention": "query key value attn_bias compute_log_sumexp dropout_p is_causal scale",
+    "_scaled_dot_product_efficient_attention_backward": "grad_out_ query key value attn_bias out logsumexp philox_seed "
+    "philox_offset dropout_p grad_input_mask is_causal scale",
+}
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -44,13 +65,109 @@ def backward(
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.float()
     width = query.shape[-1]
     if grad_lse is not None:
-        query, key, value = (torch.nn.functional.pad(t, (0, 1)) for t in (query, key, value))
+        query, key, value = (F.pad(t, (0, 1)) for t in (query, key, value))
         out = torch.cat([out, -grad_lse[..., None]], dim=-1)
-        grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
+        grad_out = F.pad(grad_out, (0, 1), value=1.0)
     grads = _CPU_BACKWARD(
         grad_out, query, key, value, out, lse, 0.0, False, attn_mask=_additive(key_mask, query.dtype), scale=scale
     )
     return tuple(g[..., :width] for g in grads)
+
+
+def cuda_forward(kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention by one of KERNELS: the output, in a layout of its own, and its log-sum-exp, float32 [B, H, Sq]."""
+    results: Any
+    if kernel == "flash":
+        results = _operator("flash_attention")(query, key, value, 0.0, False, False, scale=scale)
+    elif kernel == "cudnn":
+        results = _operator("cudnn_attention")(query, key, value, None, True, 0.0, False, False, scale=scale)
+    else:
+        results = _operator("efficient_attention")(query, key, value, None, True, 0.0, False, scale=scale)
+    out, lse = results[:2]
+    if lse.ndim == 4:  # cuDNN's has one column
+        lse = lse.squeeze(-1)
+    return out, lse.narrow(2, 0, query.shape[2])
+
+
+def cuda_backward(
+    kernel: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the output by one of KERNELS, whichever kernel gave output and log-sum-exp."""
+    saved = (grad_out, query, key, value)
+    lengths = (query.shape[2], key.shape[2])
+    seed, offset = _no_dropout(query.device)
+    grads: Any
+    if kernel == "flash":
+        grads = _operator("flash_attention_backward")(
+            *saved, out, lse.contiguous(), None, None, *lengths, 0.0, False, seed, offset, scale=scale
+        )
+    elif kernel == "cudnn":
+        grads = _operator("cudnn_attention_backward")(
+            *saved,
+            out,
+            lse.contiguous().unsqueeze(-1),
+            seed,
+            offset,
+            None,
+            None,
+            None,
+            *lengths,
+            0.0,
+            False,
+            scale=scale,
+        )
+    else:
+        padding = -lse.shape[2] % LSE_ALIGNMENT
+        lse = F.pad(lse, (0, padding), value=float("inf"))  # as the kernel's own forward pass leaves them
+        wanted = [True, True, True, False]
+        grads = _operator("efficient_attention_backward")(
+            *saved, None, out, lse.contiguous(), seed, offset, 0.0, wanted, False, scale=scale
+        )
+    return grads[0], grads[1], grads[2]
+
+
+def limits(kernel: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What keeps one of KERNELS from these inputs, if anything."""
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    if kernel != "efficient" and not narrow:
+        return "it takes float16 and bfloat16"
+    multiple = 8 if narrow else 4
+    if head_dim % multiple:
+        return f"its head dimension is a multiple of {multiple}"
+    most = {"cudnn": 128, "flash": 256, "efficient": 65536}[kernel]
+    if head_dim > most:
+        return f"its head dimension goes up to {most}"
+    return None
+
+
+def flash_implementation() -> str:
+    """Which flash attention PyTorch runs: FA2, or what ``activate_flash_attention_impl`` (torch 2.13) put there."""
+    current: Callable[[], str | None] | None = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return (current() if current is not None else None) or "FA2"
+
+
+@cache
+def _operator(name: str) -> Any:
+    """A private operator, whose signature is the one that it is called with.
+
+    Raises:
+        RuntimeError: this torch has another.
+    """
+    name = f"_scaled_dot_product_{name}"
+    operator = getattr(torch.ops.aten, name).default
+    arguments = " ".join(argument.name for argument in operator._schema.arguments)
+    if arguments != _ARGUMENTS[name]:
+        raise RuntimeError(
+            f"torch {torch.__version__} has another {name} than star_kernels knows: it takes {arguments}, expected "
+            f"{_ARGUMENTS[name]}; use backend='triton'"
+        )
+    return operator
+
+
+@cache
+def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The state of a random generator that is not used."""
+    return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.uint64, device=device)
 
 
 def _additive(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

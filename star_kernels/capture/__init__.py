@@ -1,6 +1,6 @@
-"""Attention maps of a diffusers transformer, taken from the forward pass that runs anyway.
+"""Attention maps of a diffusers model, taken from the forward pass that runs anyway.
 
-So far SD3 and SD3.5; each model family is one file beside this one.
+Each model family is one file beside this one; docs/adding-a-model.md says how to add another.
 """
 
 from __future__ import annotations
@@ -9,124 +9,97 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from star_kernels.capture import sd3
-from star_kernels.selection import EMPTY, TokenSelection
+from star_kernels.capture import cross_attention, flux, qwen_image, sd3
+from star_kernels.capture.family import (
+    Family,
+    Grid,
+    ImageTokens,
+    find_or_explain,
+    register_family,
+    unwrapped,
+)
+from star_kernels.capture.handle import HALVES, MapCapture
+from star_kernels.selection import TokenSelection
 
-__all__ = ["MapCapture", "capture_maps"]
+__all__ = ["Family", "ImageTokens", "MapCapture", "attach_maps", "capture_maps", "register_family"]
 
-_FAMILIES = {"SD3Transformer2DModel": sd3}
-_HALVES = ("last", "first", None)
-
-
-class MapCapture:
-    """The maps of the latest forward pass: the mean over the chosen blocks and their heads."""
-
-    def __init__(self, selection: TokenSelection, blocks: int, cfg: str | None) -> None:
-        self.selection = selection
-        self._blocks = blocks
-        self._cfg = cfg
-        self._batch_selection = _for_whole_batch(selection, cfg)
-        self._sum: Tensor | None = None
-        self._grid: tuple[int, int] = (0, 0)
-        self._seen = 0
-
-    @property
-    def value(self) -> Tensor:
-        """float32 ``[B, G, h, w]`` on the patch grid, detached; B is the batch of the selection.
-
-        Raises:
-            RuntimeError: no forward pass has gone through all the chosen blocks yet.
-        """
-        if self._sum is None or self._seen != self._blocks:
-            raise RuntimeError(
-                f"no maps yet: {self._seen} of {self._blocks} chosen blocks have run; call the transformer inside "
-                "capture_maps before reading value"
-            )
-        return (self._sum / self._blocks).unflatten(-1, self._grid)
-
-    def begin(self, grid: tuple[int, int]) -> None:
-        """A forward pass starts, on a patch grid of (rows, columns)."""
-        self._sum, self._seen, self._grid = None, 0, grid
-
-    def batch_selection(self, batch: int) -> TokenSelection:
-        """The selection for all samples of a forward pass; the half that is not wanted selects nothing."""
-        expected = self._batch_selection.batch
-        if batch != expected:
-            halves = (
-                "" if self._cfg is None else f" (twice the selection's {self.selection.batch}, for cfg={self._cfg!r})"
-            )
-            raise ValueError(f"the transformer must be called with a batch of {expected}{halves}, got {batch}")
-        return self._batch_selection
-
-    def add(self, maps: Tensor) -> None:
-        """One block's maps ``[batch, G, R]``."""
-        wanted = self.selection.batch
-        maps = maps.detach()[-wanted:] if self._cfg == "last" else maps.detach()[:wanted]
-        self._sum = maps if self._sum is None else self._sum + maps
-        self._seen += 1
+register_family("SD3Transformer2DModel", sd3.FAMILY)
+register_family("FluxTransformer2DModel", flux.FLUX)
+register_family("Flux2Transformer2DModel", flux.FLUX2)
+register_family("QwenImageTransformer2DModel", qwen_image.FAMILY)
+register_family("UNet2DConditionModel", cross_attention.UNET)
+register_family("PixArtTransformer2DModel", cross_attention.PIXART)
 
 
-@contextmanager
-def capture_maps(
+def attach_maps(
     transformer: nn.Module,
-    selection: TokenSelection,
+    selection: TokenSelection | None = None,
     *,
-    blocks: str | Sequence[int] = "all",
+    blocks: str | Sequence[int] = "default",
     cfg: str | None = "last",
-) -> Iterator[MapCapture]:
-    """Collects text-image attention maps of every forward pass of a diffusers transformer inside the context.
+    rows: tuple[int, int] | None = None,
+    grid: Grid | None = None,
+    detach: bool = True,
+) -> MapCapture:
+    """Collects text-image attention maps of every forward pass of a diffusers model, until ``remove()``.
 
-    The blocks' attention runs through :func:`star_kernels.attention`; outputs are those of exact attention, and on
-    leaving the context the model is as it was.
+    The blocks' attention runs through :func:`star_kernels.attention`; outputs and gradients are those of exact
+    attention. LoRA, quantised layers, ``fully_shard``, gradient checkpointing and ``torch.compile`` keep working.
 
     Args:
-        transformer: an ``SD3Transformer2DModel``.
-        selection: positions in the joint sequence (SD3: image tokens first, then text), on the model's device.
-        blocks: "all", or indices of the transformer blocks to average over.
+        transformer: SD3, SD3.5, FLUX.1, FLUX.2, Qwen-Image, PixArt, the UNets of SD and SDXL, a class registered with
+            :func:`register_family`, or, with ``rows`` and ``grid``, any model whose attention modules have
+            processors that call ``F.scaled_dot_product_attention``, by themselves or through diffusers' dispatcher.
+        selection: the tokens, on the model's device, by position in the sequence of keys: SD3 [image, text]; FLUX and
+            Qwen-Image [text, image]; cross-attention the text alone. None captures nothing until it is set.
+        blocks: "all", "default" (where a measurement says which localise best; all so far), or indices of the
+            attention modules to average over.
         cfg: which half of a batch doubled for classifier-free guidance is conditional: "last" as in diffusers'
             pipelines, "first", or None for a batch that is not doubled.
-
-    Yields:
-        A :class:`MapCapture`; its ``value`` is ``[B, G, h, w]`` after a forward pass.
+        rows: range of the image's queries as (start, length), where the family's own is not wanted.
+        grid: rows and columns of the image that those queries form.
+        detach: False keeps the maps differentiable, for losses on them. They then hold the graph of the pass until
+            the next one or ``take()``.
 
     Raises:
         TypeError, ValueError: a model, block, selection or option that is not supported; the message names it.
     """
-    family = _FAMILIES.get(type(_unwrapped(transformer)).__name__)
-    if family is None:
-        raise TypeError(f"transformer must be one of {', '.join(_FAMILIES)}, got {type(transformer).__name__}")
-    if not isinstance(selection, TokenSelection):
-        raise TypeError(f"selection must be a TokenSelection, got {type(selection).__name__}")
-    if cfg not in _HALVES:
+    if cfg not in HALVES:
         raise ValueError(f"cfg must be 'last', 'first' or None, got {cfg!r}")
-    model = _unwrapped(transformer)
-    attentions = family.attentions(model)
-    chosen = _choose(blocks, len(attentions))
-    capture = MapCapture(selection, len(chosen), cfg)
-
-    def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        capture.begin(family.grid(model, args, kwargs))
-
-    originals = [(attentions[i], attentions[i].processor) for i in chosen]
-    for _, processor in originals:
-        family.check_processor(processor)
-    handle = model.register_forward_pre_hook(start, with_kwargs=True)
+    for name, pair in (("rows", rows), ("grid", grid)):
+        if pair is not None and not (len(pair) == 2 and all(isinstance(n, int) and n >= 0 for n in pair)):
+            raise ValueError(f"{name} must be a pair of integers of at least 0, got {pair!r}")
+    model = unwrapped(transformer)
+    given = None if rows is None or grid is None else ImageTokens(rows, grid)
+    family = find_or_explain(model, given)
+    found = family.attentions(model)
+    chosen = [found[i] for i in _choose(family.default_blocks if blocks == "default" else blocks, len(found))]
+    names = {id(module): name for name, module in model.named_modules()}
+    for attention in chosen:
+        _check_processor(family, names[id(attention)], attention.processor)
+    attentions = {names[id(attention)]: attention for attention in chosen}
+    capture = MapCapture(model, family, attentions, rows=rows, grid=grid, cfg=cfg, detach=detach)
     try:
-        for attention, processor in originals:
-            attention.processor = family.CapturingProcessor(processor, capture)
+        capture.selection = selection
+    except BaseException:
+        capture.remove()
+        raise
+    return capture
+
+
+@contextmanager
+def capture_maps(transformer: nn.Module, selection: TokenSelection, **options: Any) -> Iterator[MapCapture]:
+    """:func:`attach_maps` for the length of a context, with the same options.
+
+    On leaving it, also by an exception, the model is as it was.
+
+    Yields:
+        A :class:`MapCapture`; its ``value`` is ``[B, G, h, w]`` after a forward pass.
+    """
+    with attach_maps(transformer, selection, **options) as capture:
         yield capture
-    finally:
-        handle.remove()
-        for attention, processor in originals:
-            attention.processor = processor
-
-
-def _unwrapped(transformer: nn.Module) -> Any:
-    """The module under torch.compile's wrapper."""
-    return getattr(transformer, "_orig_mod", transformer)
 
 
 def _choose(blocks: str | Sequence[int], count: int) -> list[int]:
@@ -135,14 +108,11 @@ def _choose(blocks: str | Sequence[int], count: int) -> list[int]:
     indices = [] if isinstance(blocks, str) else list(blocks)
     good = all(isinstance(i, int) and -count <= i < count for i in indices)
     if not indices or not good or len({i % count for i in indices}) != len(indices):
-        raise ValueError(f"blocks must be 'all' or distinct indices below {count}, got {blocks!r}")
+        raise ValueError(f"blocks must be 'all', 'default' or distinct indices below {count}, got {blocks!r}")
     return [i % count for i in indices]
 
 
-def _for_whole_batch(selection: TokenSelection, cfg: str | None) -> TokenSelection:
-    if cfg is None:
-        return selection
-    index, weight = torch.full_like(selection.index, EMPTY), torch.zeros_like(selection.weight)
-    halves = [(index, weight), (selection.index, selection.weight)]
-    (index, first_weight), (last_index, weight) = halves if cfg == "last" else halves[::-1]
-    return TokenSelection(torch.cat([index, last_index]), torch.cat([first_weight, weight]))
+def _check_processor(family: Family, name: str, processor: Any) -> None:
+    got = type(processor).__name__
+    if family.processors and got not in family.processors:
+        raise TypeError(f"{name} must have an attention processor {' or '.join(family.processors)}, got {got}")

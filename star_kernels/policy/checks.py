@@ -56,18 +56,13 @@ def check_transition(transition: Transition, model_output: Tensor) -> None:
     _check_device("transition", transition.coefficients, model_output)
 
 
-def check_objective(
-    model_output: Tensor,
-    channel_dim: int,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    weights: Tensor | None,
-    ratio: str,
+def check_old_log_prob(
+    old_log_prob: Tensor, model_output: Tensor, channel_dim: int, weights: Tensor | None, ratio: str
 ) -> None:
-    """Old log-probabilities, advantages and weights fit the latent and the kind of ratio."""
+    """Old log-probabilities fit the latent, the weights and the kind of ratio."""
     if ratio not in ("sample", "location"):
         raise ValueError(f"ratio must be 'sample' or 'location', got {ratio!r}")
-    batch, *locations = (n for d, n in enumerate(model_output.shape) if d != channel_dim)
+    batch, *locations = _locations(model_output, channel_dim)
     _check_float("old_log_prob", old_log_prob, model_output)
     if list(old_log_prob.shape) != [batch, *locations]:
         scalar = list(old_log_prob.shape) == [batch]
@@ -77,11 +72,56 @@ def check_objective(
                 f"old_log_prob must have shape [B, *locations] = {[batch, *locations]}, "
                 f"got {list(old_log_prob.shape)}{reason}"
             )
-    _check_float("advantages", advantages, model_output)
-    if list(advantages.shape) != [batch]:
-        raise ValueError(f"advantages must have shape [B] = [{batch}], got {list(advantages.shape)}")
+
+
+def check_numbers(name: str, numbers: Tensor | None, model_output: Tensor) -> None:
+    """One float32 number for each sample, or None."""
+    if numbers is None:
+        return
+    _check_float(name, numbers, model_output)
+    batch = model_output.shape[0]
+    if list(numbers.shape) != [batch]:
+        raise ValueError(f"{name} must have shape [B] = [{batch}], got {list(numbers.shape)}")
+
+
+def check_mask(mask: Tensor | None, model_output: Tensor, channel_dim: int) -> None:
+    """Bool, one for each location; on a CPU each sample keeps at least one."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, true where a location counts, got {got}")
+    shape = _locations(model_output, channel_dim)
+    if list(mask.shape) != shape:
+        raise ValueError(f"mask must have shape [B, *locations] = {shape}, got {list(mask.shape)}")
+    _check_device("mask", mask, model_output)
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        empty = ~mask.flatten(1).any(dim=1)
+        if bool(empty.any()):
+            raise ValueError(
+                f"mask must keep a location of every sample, got none for sample {int(empty.nonzero()[0])}"
+            )
+
+
+def check_weights(weights: Tensor | None, model_output: Tensor, channel_dim: int) -> None:
+    """Shape of the weights: that of the locations, or of a coarser grid that divides theirs."""
     if weights is not None:
-        _check_weights(weights, [batch, *locations], model_output)
+        _check_weights(weights, _locations(model_output, channel_dim), model_output)
+
+
+def check_reference(reference: Tensor | None, model_output: Tensor, kl_coef: float) -> None:
+    """A reference model's output goes with a KL coefficient."""
+    if reference is not None:
+        check_latent("ref_model_output", reference, model_output)
+    elif kl_coef:
+        raise ValueError(f"ref_model_output must be given where kl_coef is not 0, got None and kl_coef {kl_coef}")
+
+
+def check_reduction(reduction: str) -> bool:
+    """Whether each sample keeps its own loss."""
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    return reduction == "none"
 
 
 def _check_weights(weights: Tensor, shape: list[int], model_output: Tensor) -> None:
@@ -96,32 +136,50 @@ def _check_weights(weights: Tensor, shape: list[int], model_output: Tensor) -> N
         raise ValueError(f"weights must have shape [B, *locations] = {shape}{coarser}, got {list(weights.shape)}")
 
 
-def check_weight_values(weights: Tensor) -> None:
+def check_weight_values(weights: Tensor | None) -> None:
     """Weights are finite and not negative. The compiled CPU kernel checks this itself; a GPU is not waited for."""
-    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+    if weights is not None and weights.device.type == "cpu" and not torch.compiler.is_compiling():
         good = (weights >= 0) & weights.isfinite()
         if not bool(good.all()):
             raise ValueError(f"weights must be finite and not negative, got {float(weights[~good][0])}")
 
 
-def check_clip(clip_range: float | tuple[float, float], advantage_clip: float, kl_coef: float) -> tuple[float, float]:
+def check_clip(clip_range: float | tuple[float, float]) -> tuple[float, float]:
     """The bounds of the ratio, 1 - low and 1 + high."""
     pair = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
     if not all(isinstance(bound, int | float) for bound in pair):
         raise TypeError(f"clip_range must be a number or a tuple (below, above) of two, got {clip_range!r}")
     if len(pair) != 2:
         raise ValueError(f"clip_range must be a number or a tuple (below, above) of two, got {clip_range!r}")
-    for name, value in (("advantage_clip", advantage_clip), ("kl_coef", kl_coef)):
-        if not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number, got {value!r}")
     low, high = pair
     if not (0 <= low <= 1 and high >= 0):
         raise ValueError(f"clip_range must be at least 0, its lower half at most 1, got {clip_range}")
+    return 1.0 - low, 1.0 + high
+
+
+def check_coefficients(advantage_clip: float, kl_coef: float) -> None:
+    for name, value in (("advantage_clip", advantage_clip), ("kl_coef", kl_coef)):
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     if not advantage_clip > 0:
         raise ValueError(f"advantage_clip must be positive, got {advantage_clip}")
     if not 0 <= kl_coef < float("inf"):
         raise ValueError(f"kl_coef must be finite and at least 0, got {kl_coef}")
-    return 1.0 - low, 1.0 + high
+
+
+def check_beta(beta: float, advantage_clip: float) -> None:
+    """DiffusionNFT's beta, and an advantage clip that can be divided by."""
+    if not isinstance(beta, int | float):
+        raise TypeError(f"beta must be a number, got {beta!r}")
+    if not 0 < beta < float("inf"):
+        raise ValueError(f"beta must be positive and finite, got {beta}")
+    if not advantage_clip < float("inf"):
+        raise ValueError(f"advantage_clip must be finite, got {advantage_clip}")
+
+
+def _locations(model_output: Tensor, channel_dim: int) -> list[int]:
+    """The shape without the channels: [B, *locations]."""
+    return [n for d, n in enumerate(model_output.shape) if d != channel_dim]
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:

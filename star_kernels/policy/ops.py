@@ -1,11 +1,12 @@
 """The policy operators as PyTorch sees them: schema, shapes, autograd. Arguments are validated by the callers.
 
-The forward pass keeps one number per sample for the backward pass, which recomputes the residuals from the inputs:
+The forward pass keeps a few numbers per sample for the backward pass, which recomputes the residuals from the inputs:
 no more memory is read than when a gradient is written early and scaled later, and none is held in between.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,130 +14,155 @@ from torch import Tensor
 
 from star_kernels import native
 from star_kernels.operators import Operator
+from star_kernels.policy import naive
 
-_OBJECTIVE = (
+# Tensors, then scalars, in the order of star_kernels.policy.naive and of the compiled functions.
+_POLICY_TENSORS = (
     "Tensor model_output, Tensor sample, Tensor prev_sample, Tensor old_log_prob, Tensor advantages, "
-    "Tensor coefficients, Tensor? weights, Tensor? ref_model_output, int channel_dim, bool per_location, "
-    "float clip_low, float clip_high, float advantage_clip, float kl_coef"
+    "Tensor coefficients, Tensor? weights, Tensor? mask, Tensor? step_weights, Tensor? old_model_output, "
+    "Tensor? ref_model_output"
 )
-_INPUTS = _OBJECTIVE.count(",") + 1
+_POLICY_SCALARS = (
+    "int channel_dim, bool per_location, bool weighted_kl, bool per_sample, float clip_low, float clip_high, "
+    "float advantage_clip, float kl_coef"
+)
+_POLICY_LATENTS = (0, 1, 2, 9, 10)  # tensors of the latent's shape
+_POLICY_STATISTICS = 2  # rows of [., B]: d loss / d log-ratio; one over the number of locations that count
+_NFT_TENSORS = (
+    "Tensor model_output, Tensor old_model_output, Tensor target, Tensor advantages, Tensor sigma, Tensor? weights, "
+    "Tensor? mask, Tensor? step_weights, Tensor? ref_model_output"
+)
+_NFT_SCALARS = (
+    "int channel_dim, bool adaptive, bool weighted_kl, bool per_sample, float beta, float advantage_clip, float kl_coef"
+)
+_NFT_LATENTS = (0, 1, 2, 8)
+_NFT_STATISTICS = 3  # factors of the errors of both implicit policies; one over the number of locations that count
 
 
-def weighted_policy_loss(*objective: Any) -> tuple[Tensor, Tensor, Tensor]:
-    prepared = _prepare(*objective)
-    model_output = prepared[0]
-    results = _results(model_output)
-    if model_output.device.type == "cuda":
-        library = _library(model_output)
-        batch, positions = model_output.shape[0], model_output.numel() // model_output.shape[0]
-        positions //= model_output.shape[prepared[8]]
-        size = library.policy_workspace_bytes(batch, positions)
+class _Objective:
+    """The operators of one objective, forward and backward, and what differs between objectives."""
+
+    def __init__(
+        self, name: str, function: str, tensors: str, scalars: str, latents: tuple[int, ...], metrics: int, rows: int
+    ) -> None:
+        self._function, self._latents, self._metrics, self._rows = function, latents, metrics, rows
+        self._tensors = tensors.count(",") + 1
+        self._inputs = self._tensors + scalars.count(",") + 2  # and the backend
+        self._per_sample = self._tensors + [s.split()[-1] for s in scalars.split(", ")].index("per_sample")
+        arguments = f"{tensors}, {scalars}, str backend"
+        self.backward: Operator = Operator(
+            f"{name}_backward(Tensor grad_loss, Tensor statistics, {arguments}) -> Tensor",
+            self._run_backward,
+            self._shape_backward,
+            devices=_DEVICES,
+        )
+        self.forward: Operator = Operator(
+            f"{name}({arguments}) -> (Tensor loss, Tensor metrics, Tensor statistics)",
+            self._run,
+            self._shapes,
+            setup_context=self._save,
+            backward=self._differentiate,
+            devices=_DEVICES,
+        )
+
+    def _run(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *objective, backend = self._prepare(arguments)
+        results = self._shapes(*arguments)
+        _call(f"{self._function}_forward", backend, objective, results, self._workspace(objective, backend))
+        return results
+
+    def _workspace(self, objective: list[Any], backend: str) -> tuple[Tensor, ...]:
+        """Of the CUDA kernel: room for the sums of its tiles, and a counter that tells the last of them that it is."""
+        model_output = objective[0]
+        if backend != "native" or not model_output.is_cuda:
+            return ()
+        batch = model_output.shape[0]
+        positions = model_output.numel() // (batch * model_output.shape[objective[self._tensors]])
+        size = getattr(native.cuda(), f"{self._function}_workspace_bytes")(batch, positions)
         partial = torch.empty(size, dtype=torch.uint8, device=model_output.device)
-        library.policy_forward(*prepared, partial, native.zero_counter(model_output.device), *results)
-    else:
-        _library(model_output).policy_forward(*prepared, native.threads(), *results)
-    return results
+        return partial, native.zero_counter(model_output.device)
 
+    def _shapes(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, metrics and statistics, unwritten."""
+        model_output, batch = arguments[0], arguments[0].shape[0]
+        loss = (batch,) if arguments[self._per_sample] else ()
+        shapes = (loss, (self._metrics,), (self._rows, batch))
+        loss, metrics, statistics = (model_output.new_empty(shape, dtype=torch.float32) for shape in shapes)
+        return loss, metrics, statistics
 
-def weighted_policy_loss_backward(grad_loss: Tensor, slope: Tensor, *objective: Any) -> Tensor:
-    prepared = _prepare(*objective)
-    gradient = torch.empty_like(prepared[0])
-    if gradient.device.type == "cuda":
-        _library(gradient).policy_backward(*prepared, grad_loss, slope, gradient)
-    else:
-        _library(gradient).policy_backward(*prepared, native.threads(), grad_loss, slope, gradient)
-    return gradient
+    def _run_backward(self, grad_loss: Tensor, statistics: Tensor, *arguments: Any) -> Tensor:
+        *objective, backend = self._prepare(arguments)
+        gradient = torch.empty_like(objective[0])
+        results = (grad_loss.contiguous(), statistics, gradient)
+        _call(f"{self._function}_backward", backend, objective, results)
+        return gradient
+
+    def _shape_backward(self, grad_loss: Tensor, statistics: Tensor, *arguments: Any) -> Tensor:
+        return torch.empty_like(_collapsible(arguments[0], arguments[self._tensors]))
+
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[2], *inputs[: self._tensors])
+        ctx.scalars = inputs[self._tensors :]
+        ctx.mark_non_differentiable(output[1], output[2])
+        ctx.set_materialize_grads(False)
+
+    def _differentiate(self, ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * self._inputs
+        gradient = self.backward(grad_loss, *ctx.saved_tensors, *ctx.scalars)
+        return (gradient, *(None,) * (self._inputs - 1))
+
+    def _prepare(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments in layouts that the kernels can walk."""
+        channel_dim = arguments[self._tensors]
+        prepared = list(arguments)
+        for i in range(self._tensors):
+            tensor = arguments[i]
+            if tensor is not None:
+                prepared[i] = _collapsible(tensor, channel_dim) if i in self._latents else tensor.contiguous()
+        return tuple(prepared)
 
 
 def sample_transition(
-    model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int
+    model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    results = sample_transition_fake(model_output, sample, noise, coefficients, channel_dim)
+    results = sample_transition_fake(model_output, sample, noise, coefficients, channel_dim, backend)
     latents = (_collapsible(t, channel_dim) for t in (model_output, sample, noise))
-    if model_output.device.type == "cuda":
-        _library(model_output).sample_transition(*latents, coefficients.contiguous(), channel_dim, *results)
-    else:
-        _library(model_output).sample_transition(
-            *latents, coefficients.contiguous(), channel_dim, native.threads(), *results
-        )
+    _call("sample_transition", backend, [*latents, coefficients.contiguous(), channel_dim], results)
     return results
 
 
-def weighted_policy_loss_fake(model_output: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(model_output)
-
-
-def weighted_policy_loss_backward_fake(grad_loss: Tensor, slope: Tensor, *objective: Any) -> Tensor:
-    return torch.empty_like(_collapsible(objective[0], objective[8]))
-
-
 def sample_transition_fake(
-    model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int
+    model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     locations = [n for d, n in enumerate(model_output.shape) if d != channel_dim]
     return torch.empty_like(_collapsible(sample, channel_dim)), model_output.new_empty(locations, dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.channel_dim, ctx.per_location, ctx.clip_low, ctx.clip_high, ctx.advantage_clip, ctx.kl_coef = inputs
-    ctx.save_for_backward(output[2], *tensors)
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.set_materialize_grads(False)
+def _call(
+    function: str,
+    backend: str,
+    arguments: list[Any],
+    results: tuple[Tensor, ...],
+    workspace: tuple[Tensor, ...] = (),
+) -> None:
+    """A kernel of the backend, which writes the results."""
+    if backend == "triton":
+        _triton(function)(*arguments, *results)
+    elif arguments[0].is_cuda:
+        getattr(native.cuda(), function)(*arguments, *workspace, *results)
+    else:
+        getattr(native.cpu(), function)(*arguments, native.threads(), *results)
 
 
-def _differentiate(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * _INPUTS
-    gradient = WEIGHTED_POLICY_LOSS_BACKWARD(
-        grad_loss,
-        *ctx.saved_tensors,
-        ctx.channel_dim,
-        ctx.per_location,
-        ctx.clip_low,
-        ctx.clip_high,
-        ctx.advantage_clip,
-        ctx.kl_coef,
-    )
-    return (gradient, *(None,) * (_INPUTS - 1))
+def _triton(function: str) -> Callable[..., None]:
+    from star_kernels.policy import triton_loss, triton_nft, triton_sampling
 
-
-def _library(tensor: Tensor) -> Any:
-    """The compiled functions for the tensor's device; the caller has made sure that they are there."""
-    return native.cuda() if tensor.is_cuda else native.cpu()
-
-
-def _results(model_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, metrics and the slope of each sample, unwritten."""
-    shapes = ((), (6,), (model_output.shape[0],))
-    loss, metrics, slope = (model_output.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return loss, metrics, slope
-
-
-def _prepare(
-    model_output: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    coefficients: Tensor,
-    weights: Tensor | None,
-    ref_model_output: Tensor | None,
-    channel_dim: int,
-    *scalars: Any,
-) -> tuple[Any, ...]:
-    """The objective's arguments as the compiled functions take them: in layouts that they can walk."""
-    return (
-        _collapsible(model_output, channel_dim),
-        _collapsible(sample, channel_dim),
-        _collapsible(prev_sample, channel_dim),
-        old_log_prob.contiguous(),
-        advantages.contiguous(),
-        coefficients.contiguous(),
-        None if weights is None else weights.contiguous(),
-        None if ref_model_output is None else _collapsible(ref_model_output, channel_dim),
-        channel_dim,
-        *scalars,
-    )
+    for module in (triton_loss, triton_nft, triton_sampling):
+        if hasattr(module, function):
+            kernel: Callable[..., None] = getattr(module, function)
+            return kernel
+    raise AttributeError(function)
 
 
 def _collapsible(tensor: Tensor, channel_dim: int) -> Tensor:
@@ -156,23 +182,23 @@ def _collapsible(tensor: Tensor, channel_dim: int) -> Tensor:
 
 
 _DEVICES = ("CPU", "CUDA")
-WEIGHTED_POLICY_LOSS_BACKWARD = Operator(
-    f"weighted_policy_loss_backward(Tensor grad_loss, Tensor slope, {_OBJECTIVE}) -> Tensor",
-    weighted_policy_loss_backward,
-    weighted_policy_loss_backward_fake,
-    devices=_DEVICES,
+_POLICY = _Objective(
+    "weighted_policy_loss",
+    "policy",
+    _POLICY_TENSORS,
+    _POLICY_SCALARS,
+    _POLICY_LATENTS,
+    len(naive.METRICS),
+    _POLICY_STATISTICS,
 )
-WEIGHTED_POLICY_LOSS = Operator(
-    f"weighted_policy_loss({_OBJECTIVE}) -> (Tensor loss, Tensor metrics, Tensor slope)",
-    weighted_policy_loss,
-    weighted_policy_loss_fake,
-    setup_context=_save,
-    backward=_differentiate,
-    devices=_DEVICES,
+_NFT = _Objective(
+    "weighted_nft_loss", "nft", _NFT_TENSORS, _NFT_SCALARS, _NFT_LATENTS, len(naive.NFT_METRICS), _NFT_STATISTICS
 )
+WEIGHTED_POLICY_LOSS, WEIGHTED_POLICY_LOSS_BACKWARD = _POLICY.forward, _POLICY.backward
+WEIGHTED_NFT_LOSS, WEIGHTED_NFT_LOSS_BACKWARD = _NFT.forward, _NFT.backward
 SAMPLE_TRANSITION = Operator(
-    "sample_transition(Tensor model_output, Tensor sample, Tensor noise, Tensor coefficients, int channel_dim) "
-    "-> (Tensor prev_sample, Tensor log_prob)",
+    "sample_transition(Tensor model_output, Tensor sample, Tensor noise, Tensor coefficients, int channel_dim, "
+    "str backend) -> (Tensor prev_sample, Tensor log_prob)",
     sample_transition,
     sample_transition_fake,
     devices=_DEVICES,

@@ -48,7 +48,7 @@ SHARED = [
     ({"rows": 3}, TypeError, "rows must be a slice or a tuple .*got 3"),
     ({"layout": "sbhd"}, ValueError, "layout must be 'bhsd' or 'bshd', got 'sbhd'"),
     ({"layout": "bshd"}, ValueError, r"key must agree with query in batch, heads .*got \[2, 3, 9, 8\]"),
-    ({"backend": "cudnn"}, ValueError, "backend must be .*auto.*got 'cudnn'"),
+    ({"backend": "xformers"}, ValueError, "backend must be .*auto.*got 'xformers'"),
     ({"backend": None}, ValueError, "backend must be .*auto.*got None"),
     ({"scale": "large"}, (TypeError, ValueError), "scale .*large"),
     ({"scale": torch.nan}, ValueError, "scale .*nan"),

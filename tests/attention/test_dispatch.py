@@ -5,14 +5,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from star_kernels import TokenSelection, attention
-from star_kernels.attention import choose_backend, obstacle, ops
+from star_kernels.attention import choose_backend, obstacle, ops, tuning
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_auto_takes_the_fused_kernels_of_the_device(dtype):
     assert choose_backend("cpu", dtype, 64) == "vendor"
     pytest.importorskip("triton")
-    assert choose_backend("cuda", dtype, 128) == "triton"
+    assert choose_backend("cuda", dtype, 128) == "auto"  # the operator looks up the sizes
 
 
 def test_float64_runs_the_definition():
@@ -30,10 +30,31 @@ def test_a_gpu_that_must_take_the_definition_says_so_once(monkeypatch, recwarn):
 
 @pytest.mark.parametrize(
     ("backend", "device", "head_dim", "reason"),
-    [("triton", "cpu", 64, "CUDA"), ("vendor", "cuda", 64, "CPU"), ("triton", "cuda", 256, "128")],
+    [
+        ("triton", "cpu", 64, "CUDA"),
+        ("flash", "cpu", 64, "CUDA"),
+        ("triton", "cuda", 1000, f"{tuning.TRITON_HEAD_DIM}"),
+        ("cudnn", "cuda", 256, "128"),
+        ("flash", "cuda", 61, "multiple of 8"),
+    ],
 )
 def test_a_backend_that_cannot_run_says_why(backend, device, head_dim, reason):
+    pytest.importorskip("triton")
     assert reason in obstacle(backend, device, torch.bfloat16, head_dim)
+
+
+@pytest.mark.parametrize("backend", ["vendor", "cudnn", "flash", "efficient"])
+def test_the_vendors_take_no_key_mask_on_a_gpu(backend):
+    pytest.importorskip("triton")
+    assert obstacle(backend, "cuda", torch.bfloat16, 64) is None
+    assert "key_mask" in obstacle(backend, "cuda", torch.bfloat16, 64, masked=True)
+    assert obstacle("vendor", "cpu", torch.float32, 64, masked=True) is None
+
+
+def test_every_head_dimension_that_some_kernel_takes_is_served():
+    pytest.importorskip("triton")
+    assert obstacle("auto", "cuda", torch.bfloat16, 512) is None  # efficient
+    assert obstacle("auto", "cuda", torch.bfloat16, 513) is not None
 
 
 def test_an_explicit_backend_that_cannot_run_is_an_error():

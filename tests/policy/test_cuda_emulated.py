@@ -1,11 +1,16 @@
-"""The CUDA kernels' logic without a GPU: csrc/cuda compiled for the host, a host thread for each thread of a block."""
+"""The CUDA kernels' logic without a GPU: csrc/cuda compiled for the host, with a fiber for each thread of a block."""
 
-import re
+from __future__ import annotations
+
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import star_kernels as sk
 from star_kernels import native
@@ -13,10 +18,11 @@ from star_kernels.policy import naive
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = Path(__file__).with_name("cuda_emulation")
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The CUDA library's functions, on CPU tensors."""
     tvm_ffi_cpp = pytest.importorskip("tvm_ffi.cpp")
     if shutil.which("c++") is None:
@@ -24,136 +30,278 @@ def emulated(tmp_path_factory):
     import tvm_ffi
 
     folder = tmp_path_factory.mktemp("emulated")
-    source = (ROOT / "csrc/cuda/flow_policy.cu").read_text()
-    source, launches = re.subn(r"(\w+)<<<(.*?)>>>\(", r"emulate(\1, \2)(", source)
-    assert launches == 3
-    (folder / "flow_policy.cpp").write_text(source)
+    sources = [ROOT / "csrc/cuda/exports.cpp", EMULATION / "probe.cpp"]
+    for kernel in (ROOT / "csrc/cuda").glob("*.cu"):
+        sources.append(folder / f"{kernel.stem}.cpp")
+        shutil.copyfile(kernel, sources[-1])
+    launch = (ROOT / "csrc/cuda/launch.h").read_text()
+    native_launch, launcher = (
+        "kernel<<<t.blocks, t.threads, 0, stream>>>(",
+        "emulation::launch(kernel, t.blocks, t.threads, 0, stream)(",
+    )
+    assert launch.count("<<<") == launch.count(native_launch) == 1
+    (folder / "include/cuda").mkdir(parents=True)
+    (folder / "include/cuda/launch.h").write_text(launch.replace(native_launch, launcher))
     library = tvm_ffi_cpp.build(
         name="emulated",
-        cpp_files=[str(folder / "flow_policy.cpp"), str(ROOT / "csrc/cuda/exports.cpp")],
-        extra_cflags=["-O1", "-ffp-contract=off", "-pthread"],
-        extra_include_paths=[str(EMULATION), str(ROOT / "csrc")],
+        cpp_files=[str(source) for source in sources],
+        extra_cflags=["-O1", "-ffp-contract=off", "-Wno-unknown-pragmas"],
+        extra_include_paths=[str(folder / "include"), str(EMULATION), str(ROOT / "csrc")],
         build_directory=str(folder),
     )
     return tvm_ffi.load_module(library)
 
 
-class Case:
-    """Random inputs of one shape, with the old log-probability of a slightly different model."""
-
-    def __init__(self, shape, channel_dim, *, dtype=torch.float32, weights=None, kl=False, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*size):
-            return torch.randn(*size, generator=generator)
-
-        batch = shape[0]
-        self.channel_dim = channel_dim
-        self.model_output = normal(*shape).to(dtype)
-        self.sample = normal(*shape)
-        self.coefficients = sk.flow_sde(
-            torch.linspace(0.9, 0.4, batch), torch.linspace(0.8, 0.3, batch), sigma_max=0.95
-        ).coefficients
-        self.noise = normal(*shape)
-        moved = self.model_output.float() + 1e-3 * normal(*shape)
-        self.prev_sample, self.old_log_prob = naive.sample_transition(
-            moved, self.sample, self.noise, self.coefficients, channel_dim
-        )
-        self.advantages = normal(batch)
-        locations = [n for d, n in enumerate(shape) if d != channel_dim]
-        self.weights = None
-        if weights is not None:
-            self.weights = torch.rand(batch, *(n // weights for n in locations[1:]), generator=generator)
-        self.reference = normal(*shape).to(dtype) if kl else None
-
-    def objective(self, per_location):
-        return (
-            self.model_output,
-            self.sample,
-            self.prev_sample,
-            self.old_log_prob,
-            self.advantages,
-            self.coefficients,
-            self.weights,
-            self.reference,
-            self.channel_dim,
-            per_location,
-            0.99,
-            1.02,
-            5.0,
-            0.04,
-        )
-
-    def expected(self, per_location):
-        """Loss, metrics and gradient of the definition, in float64."""
-        objective = [
-            t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-            for t in self.objective(per_location)
-        ]
-        objective[0].requires_grad_()
-        loss, metrics = naive.weighted_policy_loss(*objective)
-        return loss.detach(), metrics, torch.autograd.grad(loss, objective[0])[0]
-
-
-CASES = {
-    "two tiles and a bit": Case((3, 4, 19, 30), 1, weights=1, kl=True),
-    "patch grid": Case((2, 5, 8, 12), 1, weights=2),
-    "packed": Case((2, 300, 7), 2, weights=1),
-    "video": Case((2, 3, 4, 6, 8), 1, weights=2, kl=True),
-    "bfloat16": Case((1, 16, 9, 7), 1, dtype=torch.bfloat16, weights=1),
-    "float16, one position": Case((5, 2, 1, 1), 1, dtype=torch.float16),
-    "more samples than threads": Case((300, 1, 2, 1), 1),
+LAYOUTS = {  # shape, channel dimension, grid of the weights
+    "tiles and a bit": ((3, 4, 19, 32), 1, (19, 32)),
+    "patch grid": ((2, 5, 8, 12), 1, (4, 3)),
+    "rows shorter than they are aligned": ((2, 3, 8, 18), 1, (4, 9)),
+    "rows shorter than a run": ((2, 3, 24, 2), 1, (12, 1)),
+    "odd": ((2, 3, 7, 9), 1, (7, 3)),
+    "video": ((2, 6, 4, 6, 8), 1, (2, 3, 4)),
+    "many channels": ((1, 37, 4, 8), 1, (2, 8)),
+    "packed": ((2, 70, 64), 2, (70,)),
+    "packed wide": ((2, 5, 1100), 2, (5,)),
+    "packed narrow": ((2, 300, 7), 2, (300,)),
+    "channels innermost": ((2, 6, 8, 24), 3, (3, 2)),
+    "one position": ((5, 2, 1, 1), 1, (1, 1)),
+    "more samples than threads": ((300, 1, 2, 1), 1, (1, 1)),
 }
+DTYPES = {"float32": (F32, F32), "bfloat16": (BF16, F32), "float16 alone": (F16, F16), "mixed": (F32, BF16)}
+VECTOR = ["tiles and a bit", "patch grid", "video", "many channels", "packed", "channels innermost"]  # with float32
 
 
-@pytest.mark.parametrize("per_location", [False, True], ids=["sample", "location"])
-@pytest.mark.parametrize("name", CASES)
-def test_loss_metrics_and_gradient_are_those_of_the_definition(emulated, name, per_location):
-    case = CASES[name]
-    objective = case.objective(per_location)
-    batch = case.model_output.shape[0]
-    positions = case.old_log_prob[0].numel()
-    partial = torch.full((emulated.policy_workspace_bytes(batch, positions),), 255, dtype=torch.uint8)
-    counter = torch.zeros(1, dtype=torch.int32)
-    loss, metrics, slope = torch.tensor(torch.nan), torch.full((6,), torch.nan), torch.full((batch,), torch.nan)
-    emulated.policy_forward(*objective, partial, counter, loss, metrics, slope)
-    gradient = torch.full_like(case.model_output, torch.nan)
-    emulated.policy_backward(*objective, torch.tensor(0.5), slope, gradient)
+@dataclass(frozen=True)
+class Problem:
+    """A step of a rollout, options of the objective included."""
 
-    expected_loss, expected_metrics, expected_gradient = case.expected(per_location)
-    assert counter.item() == 0
-    torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(metrics.double(), expected_metrics, rtol=1e-5, atol=1e-7)
-    error = (gradient.double() - 0.5 * expected_gradient).norm() / (0.5 * expected_gradient).norm()
-    rounding = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[gradient.dtype]
-    assert error < rounding
+    output: Tensor
+    sample: Tensor
+    noise: Tensor
+    prev: Tensor
+    old_log_prob: Tensor
+    advantages: Tensor
+    coefficients: Tensor
+    weights: Tensor | None
+    mask: Tensor | None
+    step_weights: Tensor | None
+    old: Tensor
+    reference: Tensor | None
+    channel_dim: int
+    guard: bool
+    per_sample: bool
+
+    def policy(self, per_location: bool) -> list[Any]:
+        """Arguments of the clipped loss, in order."""
+        old = self.old if self.guard else None
+        extras = (self.weights, self.mask, self.step_weights, old, self.reference)
+        scalars = (per_location, self.guard, self.per_sample, 0.99, 1.02, 5.0, 0.04)
+        step = (self.output, self.sample, self.prev, self.old_log_prob, self.advantages, self.coefficients)
+        return [*step, *extras, self.channel_dim, *scalars]
+
+    def nft(self, adaptive: bool) -> list[Any]:
+        """Arguments of DiffusionNFT's loss, in order."""
+        sigma = torch.linspace(0.9, 0.2, len(self.advantages))
+        extras = (self.weights, self.mask, self.step_weights, self.reference)
+        scalars = (adaptive, self.guard, self.per_sample, 0.7, 2.0, 0.1)
+        return [self.output, self.old, self.prev, self.advantages, sigma, *extras, self.channel_dim, *scalars]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(value) for name, value in tensors.items()})
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_sampling_equals_the_cpu_kernel_and_the_ratio_of_an_unchanged_model_is_one(emulated, name):
-    case = CASES[name]
-    results = []
-    for library, threads in ((emulated, ()), (native.cpu(), (1,))):
-        prev_sample, log_prob = torch.full_like(case.sample, torch.nan), torch.full_like(case.old_log_prob, torch.nan)
-        library.sample_transition(
-            case.model_output,
-            case.sample,
-            case.noise,
-            case.coefficients,
-            case.channel_dim,
-            *threads,
-            prev_sample,
-            log_prob,
-        )
-        results.append((prev_sample, log_prob))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0)
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-6)
+def make(layout: str, dtypes: str = "float32", extras: bool = False) -> Problem:
+    shape, channel_dim, grid = LAYOUTS[layout]
+    dtype, latents = DTYPES[dtypes]
+    generator = torch.Generator().manual_seed(0)
 
-    case_objective = list(case.objective(False))
-    case_objective[2], case_objective[3] = results[0]
-    batch, positions = case.model_output.shape[0], case.old_log_prob[0].numel()
-    partial = torch.empty(emulated.policy_workspace_bytes(batch, positions), dtype=torch.uint8)
-    loss, metrics, slope = torch.empty(()), torch.empty(6), torch.empty(batch)
-    emulated.policy_forward(*case_objective, partial, torch.zeros(1, dtype=torch.int32), loss, metrics, slope)
-    assert metrics[0].item() == 1.0
-    assert metrics[1].item() == 1.0
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*(size or shape), generator=generator)
+
+    batch, locations = shape[0], [n for d, n in enumerate(shape) if d not in (0, channel_dim)]
+    sigma = torch.linspace(0.9, 0.4, batch)
+    coefficients = sk.flow_sde(sigma, sigma - 0.1, sigma_max=0.95).coefficients
+    output, sample, noise = normal().to(dtype), normal().to(latents), normal()
+    old = (output.float() + 1e-3 * normal()).to(dtype)
+    prev, old_log_prob = naive.sample_transition(old, sample, noise, coefficients, channel_dim)
+    mask = torch.rand(batch, *locations, generator=generator) < 0.7
+    mask[-1:] &= batch == 1  # the last sample keeps nothing
+    return Problem(
+        output, sample, noise, prev, old_log_prob, normal(batch), coefficients,
+        weights=torch.rand(batch, *grid, generator=generator) if extras else None,
+        mask=mask if extras else None,
+        step_weights=torch.rand(batch, generator=generator) + 0.5 if extras else None,
+        old=old,
+        reference=(output.float() + 0.1 * normal()).to(dtype) if extras else None,
+        channel_dim=channel_dim, guard=extras, per_sample=extras,
+    )  # fmt: skip
+
+
+def exact(loss: Callable[..., tuple[Tensor, Tensor]], arguments: list[Any], upstream: Tensor) -> tuple[Tensor, ...]:
+    """Loss, metrics and gradient of the definition, in float64."""
+    wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments]
+    wide[0].requires_grad_()
+    value, metrics = loss(*wide)
+    (gradient,) = torch.autograd.grad(value, wide[0], upstream.double())
+    return value.detach(), metrics, gradient
+
+
+def run(emulated: Any, name: str, arguments: list[Any], upstream: Tensor) -> tuple[Tensor, ...]:
+    """The same of the kernels: one launch each, every result written, the counter left at zero."""
+    output, batch = arguments[0], len(upstream) if upstream.ndim else arguments[0].shape[0]
+    channel_dim = next(value for value in arguments if isinstance(value, int))
+    positions = output.numel() // (batch * output.shape[channel_dim])
+    metrics, rows = {"policy": (naive.METRICS, 2), "nft": (naive.NFT_METRICS, 3)}[name]
+    bytes_needed = getattr(emulated, f"{name}_workspace_bytes")(batch, positions)
+    workspace = torch.full((bytes_needed,), 255, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
+    loss, summary = torch.full_like(upstream, torch.nan), torch.full((len(metrics),), torch.nan)
+    statistics, gradient = torch.full((rows, batch), torch.nan), torch.full_like(output, torch.nan)
+    launches = emulated.launches()
+    getattr(emulated, f"{name}_forward")(*arguments, *workspace, loss, summary, statistics)
+    getattr(emulated, f"{name}_backward")(*arguments, upstream, statistics, gradient)
+    assert emulated.launches() == launches + 2
+    assert workspace[1].item() == 0
+    assert bool(statistics.isfinite().all()) or bool(output.isnan().any())
+    return loss, summary, gradient
+
+
+def upstream_of(problem: Problem) -> Tensor:
+    return torch.linspace(0.5, 1.5, len(problem.advantages)) if problem.per_sample else torch.tensor(0.5)
+
+
+def assert_exact(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], scale: float = 1.0) -> None:
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-6, atol=1e-7 * scale)
+    torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-5, atol=1e-7)
+    error = (found[2].double() - expected[2]).norm() / expected[2].norm()
+    assert error < {F32: 1e-6, F16: 2**-11, BF16: 2**-8}[found[2].dtype]
+
+
+def spoilt(problem: Problem) -> Problem:
+    """The problem with NaN wherever the mask drops a location."""
+    if problem.mask is None:
+        return problem
+    keep = {problem.mask.ndim: problem.mask, problem.output.ndim: problem.mask.unsqueeze(problem.channel_dim)}
+    names = ("output", "sample", "prev", "old_log_prob", "old", "reference")
+    tensors = {name: getattr(problem, name) for name in names if getattr(problem, name) is not None}
+    return replace(problem, **{n: t.masked_fill(~keep[t.ndim], torch.nan) for n, t in tensors.items()})
+
+
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "every option"])
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_metrics_and_gradient_are_those_of_the_definition(
+    emulated: Any, layout: str, dtypes: str, extras: bool
+) -> None:
+    problem = make(layout, dtypes, extras)
+    upstream = upstream_of(problem)
+    for per_location in (False, True):
+        expected = exact(naive.weighted_policy_loss, problem.policy(per_location), upstream)
+        found = run(emulated, "policy", spoilt(problem).policy(per_location), upstream)
+        assert_exact(found, expected)
+        expected = exact(naive.weighted_nft_loss, problem.nft(per_location), upstream)
+        assert_exact(run(emulated, "nft", spoilt(problem).nft(per_location), upstream), expected)
+        if extras:
+            dropped = ~problem.mask.unsqueeze(problem.channel_dim).expand_as(found[2])
+            assert not found[2][dropped].any()
+
+
+OPTIONS = ["weights", "mask", "step_weights", "reference", "guard", "per_sample"]
+
+
+@pytest.mark.parametrize("layout", ["patch grid", "packed"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_each_option_alone(emulated: Any, option: str, layout: str) -> None:
+    problem, every = make(layout), make(layout, extras=True)
+    problem = replace(problem, **{option: getattr(every, option)})
+    upstream = upstream_of(problem)
+    for flag in (False, True):
+        expected = exact(naive.weighted_policy_loss, problem.policy(flag), upstream)
+        assert_exact(run(emulated, "policy", spoilt(problem).policy(flag), upstream), expected)
+        expected = exact(naive.weighted_nft_loss, problem.nft(flag), upstream)
+        assert_exact(run(emulated, "nft", spoilt(problem).nft(flag), upstream), expected)
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The tensor at an address that allows no more than one element at a time."""
+    storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    return storage[1:].view(tensor.shape).copy_(tensor)
+
+
+def strided(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_aligned_latents_are_read_16_bytes_at_a_time_and_others_give_the_same(emulated: Any, layout: str) -> None:
+    latents = ("output", "sample", "prev", "old", "reference")
+    for dtypes in ("float32", "float16 alone"):
+        problem = make(layout, dtypes, extras=True)
+        variants = [problem, problem.map(misaligned)]
+        variants.append(replace(problem, **{name: strided(getattr(problem, name)) for name in latents}))
+        upstream, found = upstream_of(problem), []
+        for variant in variants:
+            before = emulated.wide_loads()
+            results = [run(emulated, "policy", variant.policy(flag), upstream) for flag in (False, True)]
+            results += [run(emulated, "nft", variant.nft(flag), upstream) for flag in (False, True)]
+            wide = emulated.wide_loads() > before
+            if dtypes == "float32":
+                assert wide == (layout in VECTOR and variant is problem)
+            found.append(results)
+        for other in found[1:]:
+            for got, want in zip(other, found[0], strict=True):
+                torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close(got[2], want[2], rtol=1e-3 if dtypes != "float32" else 1e-5, atol=1e-8)
+
+
+def sampled(library: Any, problem: Problem, *threads: int) -> tuple[Tensor, Tensor]:
+    prev, log_prob = torch.full_like(problem.sample, torch.nan), torch.full_like(problem.old_log_prob, torch.nan)
+    latents = (problem.output, problem.sample, problem.noise)
+    library.sample_transition(*latents, problem.coefficients, problem.channel_dim, *threads, prev, log_prob)
+    return prev, log_prob
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sampling_equals_the_cpu_kernel_and_the_ratio_of_an_unchanged_model_is_one(
+    emulated: Any, layout: str, dtypes: str
+) -> None:
+    problem = make(layout, dtypes)
+    prev, log_prob = sampled(emulated, problem)
+    cpu_prev, cpu_log_prob = sampled(native.cpu(), problem, 1)
+    assert torch.equal(prev, cpu_prev)
+    torch.testing.assert_close(log_prob, cpu_log_prob, rtol=1e-6, atol=1e-6)
+    for drawn in (problem, problem.map(misaligned), replace(problem, noise=problem.noise.to(problem.sample.dtype))):
+        prev, log_prob = sampled(emulated, drawn)
+        step = replace(problem, prev=prev, old_log_prob=log_prob, old=problem.output.clone())
+        for variant in (step, step.map(misaligned), replace(step, guard=True)):
+            for per_location in (False, True):
+                _, metrics, _ = run(emulated, "policy", variant.policy(per_location), torch.tensor(1.0))
+                assert metrics[0].item() == metrics[1].item() == 1.0
+
+
+def test_uniform_weights_give_the_bits_of_none(emulated: Any) -> None:
+    for layout in ("tiles and a bit", "packed"):
+        problem = make(layout)
+        uniform = replace(problem, weights=torch.ones_like(problem.old_log_prob))
+        for flag in (False, True):
+            for name in ("policy", "nft"):
+                both = [run(emulated, name, getattr(p, name)(flag), torch.tensor(1.0)) for p in (problem, uniform)]
+                assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+def test_a_nan_in_one_sample_stays_visible_and_out_of_the_others_gradients(emulated: Any) -> None:
+    for layout in ("tiles and a bit", "packed"):
+        problem = make(layout)
+        broken = replace(problem, output=problem.output.clone())
+        broken.output[1].view(-1)[5] = torch.nan
+        for flag in (False, True):
+            for name in ("policy", "nft"):
+                clean, found = (
+                    run(emulated, name, getattr(p, name)(flag), torch.tensor(1.0)) for p in (problem, broken)
+                )
+                assert found[0].isnan()
+                assert found[1][:2].isnan().all()
+                assert found[2][1].isnan().any()
+                assert torch.equal(found[2][0], clean[2][0])

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from star_kernels import dance_sde, flow_cps, flow_matching, flow_sde, sample_transition, weighted_policy_loss
+from star_kernels import (
+    dance_sde,
+    flow_cps,
+    flow_matching,
+    flow_sde,
+    sample_transition,
+    weighted_nft_loss,
+    weighted_policy_loss,
+)
 
 NAN, INF = torch.nan, torch.inf
 LATENT = torch.zeros(2, 4, 6, 8)
@@ -137,13 +145,68 @@ LOSS_ERRORS = [
 ]
 
 
+NO_MASK = torch.ones(2, 6, 8, dtype=torch.bool)
+OBJECTIVE_ERRORS = [  # of both losses
+    (
+        "mask",
+        torch.ones(2, 6, 8),
+        TypeError,
+        "mask must be a bool tensor, true .* counts, got torch.float32",
+    ),
+    ("mask", NO_MASK[:, :3], ValueError, r"mask must have shape \[B, \*locations\] = \[2, 6, 8\], got \[2, 3, 8\]"),
+    ("mask", NO_MASK.to("meta"), ValueError, "mask must be on the device of model_output, cpu, got meta"),
+    (
+        "mask",
+        NO_MASK & torch.tensor([True, False]).view(2, 1, 1),
+        ValueError,
+        "mask must keep a location of every sample, got none for sample 1",
+    ),
+    ("step_weights", torch.ones(3), ValueError, r"step_weights must have shape \[B\] = \[2\], got \[3\]"),
+    ("step_weights", 0.5, TypeError, "step_weights must be a float32 tensor, got float"),
+    ("reduction", "sum", ValueError, "reduction must be 'mean' or 'none', got 'sum'"),
+    ("old_model_output", LATENT[:1], ValueError, r"old_model_output must have the shape of model_output.*got \[1, 4"),
+]
+NFT_ERRORS = [
+    ("target", LATENT[:, :2], ValueError, r"target must have the shape of model_output.*got \[2, 2, 6, 8\]"),
+    ("sigma", 0.5, TypeError, "sigma must be a float32 tensor, got float"),
+    ("sigma", torch.ones(3), ValueError, r"sigma must have shape \[B\] = \[2\], got \[3\]"),
+    ("beta", 0.0, ValueError, "beta must be positive and finite, got 0.0"),
+    ("beta", NAN, ValueError, "beta must be positive and finite, got nan"),
+    ("beta", None, TypeError, "beta must be a number, got None"),
+    ("advantage_clip", INF, ValueError, "advantage_clip must be finite, got inf"),
+]
+GOOD_NFT = {
+    **dict.fromkeys(("model_output", "old_model_output", "target"), LATENT),
+    "advantages": ONES,
+    "sigma": ONES / 2,
+}
+SHARED = (
+    "model_output",
+    "advantages",
+    "weights",
+    "advantage_clip",
+    "kl_coef",
+    "ref_model_output",
+    "channel_dim",
+    "backend",
+)
+
+
 def ids(rows: list) -> list[str]:
     return [f"{name}-{number}" for number, (name, *_) in enumerate(rows)]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "error", "message"), LATENT_ERRORS + LOSS_ERRORS, ids=ids(LATENT_ERRORS + LOSS_ERRORS)
-)
+FOR_POLICY = LATENT_ERRORS + LOSS_ERRORS + OBJECTIVE_ERRORS
+FOR_NFT = [row for row in LATENT_ERRORS + LOSS_ERRORS if row[0] in SHARED] + OBJECTIVE_ERRORS + NFT_ERRORS
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), FOR_NFT, ids=ids(FOR_NFT))
+def test_bad_input_to_the_nft_loss_is_named(name: str, value: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        weighted_nft_loss(**{**GOOD_NFT, name: value})
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), FOR_POLICY, ids=ids(FOR_POLICY))
 def test_bad_input_to_the_loss_is_named(name: str, value: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         weighted_policy_loss(**{**GOOD, name: value})
@@ -158,6 +221,7 @@ def test_bad_input_to_sampling_is_named(name: str, value: Any, error: type, mess
 def test_good_input_is_accepted() -> None:
     weighted_policy_loss(**GOOD)
     weighted_policy_loss(**GOOD, weights=weights(0.0), clip_range=(0.1, 5.0), kl_coef=0.0)
+    weighted_nft_loss(**GOOD_NFT)
     sample_transition(LATENT, LATENT, STEP)
 
 

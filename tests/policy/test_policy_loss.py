@@ -4,193 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
+from problems import (
+    BATCH,
+    LAYOUTS,
+    MEMORY,
+    RATIOS,
+    SAMPLERS,
+    SIGMA_MAX,
+    Problem,
+    close,
+    column,
+    locations,
+    log_density,
+    make,
+    patch_weights,
+    run,
+    upsampled,
+    written_loss,
+)
 from torch import Tensor
 
-from star_kernels import (
-    Transition,
-    dance_sde,
-    flow_cps,
-    flow_matching,
-    flow_sde,
-    sample_transition,
-    weighted_policy_loss,
-)
-
-BATCH = 4
-SIGMA = torch.tensor([1.0, 0.9, 0.6, 0.3])
-SIGMA_NEXT = torch.tensor([0.93, 0.8, 0.5, 0.15])
-SIGMA_MAX = 0.94
-SAMPLERS: dict[str, Callable[[], Transition]] = {
-    "flow_sde": lambda: flow_sde(SIGMA, SIGMA_NEXT, noise_level=0.7, sigma_max=SIGMA_MAX),
-    "flow_cps": lambda: flow_cps(SIGMA, SIGMA_NEXT, noise_level=0.8),
-    "dance_sde": lambda: dance_sde(SIGMA, SIGMA_NEXT, eta=0.3),
-    "flow_matching": lambda: flow_matching(SIGMA, weight=1 / SIGMA),
-}
-# shape, channel dimension
-LAYOUTS = {
-    "image": ((BATCH, 16, 24, 20), 1),
-    "image_odd": ((BATCH, 3, 37, 31), 1),
-    "one_channel": ((BATCH, 1, 30, 20), 1),
-    "one_position": ((BATCH, 5, 1, 1), 1),
-    "many_channels": ((BATCH, 1100, 3, 3), 1),
-    "rows": ((BATCH, 4, 65), 1),
-    "packed": ((BATCH, 130, 64), -1),
-    "packed_wide": ((BATCH, 7, 1100), 2),
-    "channels_innermost": ((BATCH, 24, 20, 16), -1),
-    "video": ((BATCH, 4, 3, 12, 14), 1),
-    "video_frames_first": ((BATCH, 3, 4, 12, 14), 2),
-    "channels_between": ((BATCH, 12, 4, 14), 2),
-}
-RATIOS = ["sample", "location"]
-
-
-def locations(shape: tuple[int, ...], channel_dim: int) -> list[int]:
-    return [n for d, n in enumerate(shape) if d not in (0, channel_dim % len(shape))]
-
-
-@dataclass
-class Problem:
-    model_output: Tensor
-    sample: Tensor
-    prev_sample: Tensor
-    old_log_prob: Tensor  # [B, *locations]
-    advantages: Tensor
-    transition: Transition
-    channel_dim: int
-
-    @property
-    def positional(self) -> tuple:
-        return (
-            self.model_output,
-            self.sample,
-            self.prev_sample,
-            self.old_log_prob,
-            self.advantages,
-            self.transition,
-        )
-
-
-def make(
-    backend: tuple[str, str], layout: str = "image", sampler: str = "flow_sde", drift: float = 0.02, seed: int = 0
-) -> Problem:
-    """A rollout by one model, and the output of another that has drifted from it."""
-    device = backend[1]
-    shape, channel_dim = LAYOUTS[layout]
-    generator = torch.Generator().manual_seed(seed)
-    old, change, sample, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(4))
-    transition = SAMPLERS[sampler]().to(device)
-    prev_sample, log_prob = sample_transition(
-        old, sample, transition, noise=noise, channel_dim=channel_dim, backend="naive"
-    )
-    advantages = torch.tensor([1.5, -0.7, 9.0, -0.2], device=device)
-    return Problem(old + drift * change, sample, prev_sample, log_prob, advantages, transition, channel_dim)
-
-
-def run(
-    problem: Problem, backend: tuple[str, str], upstream: float = 1.0, **options: Any
-) -> tuple[Tensor, Tensor, dict]:
-    """Loss, gradient and metrics."""
-    leaf = problem.model_output.detach().requires_grad_()
-    problem = replace(problem, model_output=leaf)
-    loss, metrics = weighted_policy_loss(
-        *problem.positional, channel_dim=problem.channel_dim, backend=backend[0], **options
-    )
-    assert loss.shape == ()
-    (loss * upstream).backward()
-    return loss.detach(), leaf.grad, metrics
-
-
-def column(values: Tensor, like: Tensor) -> Tensor:
-    return values.double().to(like.device).view(-1, *[1] * (like.ndim - 1))
-
-
-def log_density(sampler: str, v: Tensor, x: Tensor, prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p of each element, the mean, and s of the KL term, as the samplers' papers write them."""
-    sigma, following = column(SIGMA, x), column(SIGMA_NEXT, x)
-    dt = following - sigma
-    if sampler == "flow_matching":
-        weight = 1 / sigma
-        return -weight * (v - prev) ** 2, v, torch.sqrt(1 / (2 * weight))
-    if sampler == "flow_cps":
-        s = following * math.sin(0.8 * math.pi / 2)
-        x0, x1 = x - sigma * v, x + (1 - sigma) * v
-        mean = (1 - following) * x0 + torch.sqrt(following**2 - s**2) * x1
-        return -((prev - mean) ** 2), mean, s
-    if sampler == "dance_sde":
-        s = torch.full_like(sigma, 0.3)
-        score = -(x - (1 - sigma) * (x - sigma * v)) / sigma**2
-        mean = x + v * dt - 0.5 * s**2 * dt * score
-    else:
-        s = 0.7 * torch.sqrt(sigma / (1 - torch.where(sigma == 1, SIGMA_MAX, sigma)))
-        mean = x * (1 + s**2 * dt / (2 * sigma)) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
-    std = s * torch.sqrt(-dt)
-    return -((prev - mean) ** 2) / (2 * std**2) - torch.log(std) - math.log(math.sqrt(2 * math.pi)), mean, s
-
-
-def written_loss(
-    problem: Problem,
-    sampler: str,
-    *,
-    weights: Tensor | None = None,
-    ratio: str = "sample",
-    clip_range: float = 1e-4,
-    reference: Tensor | None = None,
-    kl_coef: float = 0.0,
-    upstream: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Flow-GRPO's loss and gradient in float64; with weights, the spatially resolved objective."""
-    v = problem.model_output.detach().double().requires_grad_()
-    x, prev = problem.sample.double(), problem.prev_sample.double()
-    log_prob, mean, s = log_density(sampler, v, x, prev)
-    rest = tuple(range(1, v.ndim))
-    advantages = problem.advantages.double().clamp(-5, 5)
-    if weights is None and ratio == "sample":  # Flow-GRPO as it stands
-        rho = torch.exp(log_prob.mean(dim=rest) - problem.old_log_prob.double().flatten(1).mean(dim=1))
-        unclipped = -advantages * rho
-        clipped = -advantages * torch.clamp(rho, 1.0 - clip_range, 1.0 + clip_range)
-        loss = torch.mean(torch.maximum(unclipped, clipped))
-    else:
-        delta = log_prob.mean(dim=problem.channel_dim) - problem.old_log_prob.double()
-        w = torch.ones_like(delta) if weights is None else weights.double()
-        if ratio == "sample":
-            rho, w = torch.exp((w * delta).flatten(1).mean(dim=1)), torch.ones(BATCH, dtype=torch.float64)
-        else:
-            rho = torch.exp(delta)
-            advantages = column(advantages, rho)
-        unclipped = -advantages * rho
-        clipped = -advantages * torch.clamp(rho, 1.0 - clip_range, 1.0 + clip_range)
-        loss = torch.mean(w.to(rho.device) * torch.maximum(unclipped, clipped))
-    if reference is not None:
-        _, reference_mean, _ = log_density(sampler, reference.double(), x, prev)
-        kl = ((mean - reference_mean) ** 2).mean(dim=rest, keepdim=True) / (2 * s**2)
-        loss = loss + kl_coef * torch.mean(kl)
-    (loss * upstream).backward()
-    return loss.detach(), v.grad
-
-
-def close(got: Tensor, exact: Tensor, tolerance: float) -> None:
-    """Relative to the size of the exact tensor."""
-    assert bool(got.isfinite().all())
-    error = float((got.double() - exact).norm() / exact.norm())
-    assert error <= tolerance, f"relative error {error:.3g}"
-
-
-def patch_weights(problem: Problem, grid: list[int]) -> Tensor:
-    weights = torch.rand(BATCH, *grid, generator=torch.Generator().manual_seed(7))
-    weights = weights * (weights > 0.2)
-    weights.flatten(1)[:, 0] = 1.0  # not all of them zero
-    return (weights / weights.mean(dim=tuple(range(1, weights.ndim)), keepdim=True)).to(problem.model_output.device)
-
-
-def upsampled(weights: Tensor, size: list[int]) -> Tensor:
-    for d, n in enumerate(size, start=1):
-        weights = weights.repeat_interleave(n // weights.shape[d], dim=d)
-    return weights
+from star_kernels import Transition, flow_sde, sample_transition, weighted_policy_loss
 
 
 @pytest.mark.parametrize("scalar", [True, False], ids=["old_of_sample", "old_of_location"])
@@ -264,18 +102,6 @@ def test_weights_on_a_patch_grid_equal_the_upsampled_ones(
         found = [run(problem, policy_backend, weights=w, ratio=ratio, clip_range=0.5) for w in (coarse, fine)]
         assert torch.equal(found[0][0], found[1][0])
         assert torch.equal(found[0][1], found[1][1])
-
-
-MEMORY = {
-    "contiguous": lambda t: t,
-    "channels_last": lambda t: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t,
-    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "batch_last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
-    "sliced": lambda t: torch.cat([torch.full_like(t, torch.nan), t, torch.full_like(t, torch.nan)], -1)[
-        ..., t.shape[-1] : 2 * t.shape[-1]
-    ],
-    "strided": lambda t: torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0],
-}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -622,96 +448,3 @@ def test_gradcheck_of_the_definition(ratio: str, with_kl: bool) -> None:
         ).loss
 
     assert torch.autograd.gradcheck(loss, output.requires_grad_())
-
-
-@pytest.mark.native
-@pytest.mark.parametrize("ratio", RATIOS)
-def test_peak_memory_is_one_gradient(ratio: str, peak_memory: Callable) -> None:
-    shape = (8, 16, 64, 64)
-    output, sample = torch.randn(shape, requires_grad=True), torch.randn(shape)
-    transition = flow_sde(0.8, 0.7, sigma_max=SIGMA_MAX)
-    prev, log_prob = sample_transition(output, sample, transition)
-    weights, advantages = torch.ones(8, 32, 32), torch.ones(8)
-
-    def step() -> Tensor:
-        loss = weighted_policy_loss(
-            output, sample, prev, log_prob, advantages, transition, weights=weights, ratio=ratio, clip_range=0.5
-        ).loss
-        return torch.autograd.grad(loss, output)[0]
-
-    assert peak_memory(step) <= output.nbytes + 4096
-
-
-@pytest.mark.native
-@pytest.mark.parametrize("layout", ["image_odd", "packed", "video"])
-@pytest.mark.parametrize("per_location", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_operators_pass_opcheck(dtype: torch.dtype, per_location: bool, layout: str) -> None:
-    problem = make(("native", "cpu"), layout, drift=0.01)
-    channel_dim = problem.channel_dim % problem.sample.ndim
-    weights = patch_weights(problem, locations(*LAYOUTS[layout]))
-    tolerance = {"rtol": 1e-2, "atol": 1e-5} if dtype == torch.bfloat16 else {}
-    for memory in ("contiguous", "channels_last", "transposed"):
-        output = MEMORY[memory](problem.model_output.to(dtype))
-        sample, prev = (MEMORY[memory](t) for t in (problem.sample, problem.prev_sample))
-        tail = (problem.transition.coefficients, weights, output + 0.1, channel_dim, per_location, 0.5, 1.5, 5.0, 0.1)
-        arguments = (output.detach().requires_grad_(), sample, prev, problem.old_log_prob, problem.advantages, *tail)
-        torch.library.opcheck(torch.ops.star_kernels.weighted_policy_loss.default, arguments, **tolerance)
-        detached = (output.detach(), *arguments[1:])
-        _, _, slope = torch.ops.star_kernels.weighted_policy_loss(*detached)
-        if not per_location:
-            torch.library.opcheck(
-                torch.ops.star_kernels.weighted_policy_loss_backward.default,
-                (torch.tensor(1.0), slope, *detached),
-                test_utils=("test_schema", "test_faketensor"),
-            )
-        torch.library.opcheck(
-            torch.ops.star_kernels.sample_transition.default,
-            (output.detach(), sample, torch.randn_like(sample), problem.transition.coefficients, channel_dim),
-            test_utils=("test_schema", "test_faketensor"),
-        )
-
-
-@pytest.mark.native
-@pytest.mark.parametrize("per_location", [True, False])
-def test_no_result_of_the_operator_is_left_unwritten(per_location: bool, poisoned: None) -> None:
-    problem = make(("native", "cpu"))
-    tail = (problem.transition.coefficients, None, None, 1, per_location, 0.5, 1.5, 5.0, 0.0)
-    for result in torch.ops.star_kernels.weighted_policy_loss(*problem.positional[:5], *tail):
-        assert bool(result.isfinite().all())
-
-
-@pytest.mark.native
-@pytest.mark.parametrize("backend", ["auto", "native"])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiles_to_one_graph_and_stays_right_when_values_and_shape_change(compiler: str, backend: str) -> None:
-    def step(
-        output: Tensor,
-        sample: Tensor,
-        prev: Tensor,
-        old: Tensor,
-        advantages: Tensor,
-        transition: Transition,
-        weights: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        result = weighted_policy_loss(
-            output, sample, prev, old, advantages, transition, weights=weights, clip_range=0.5, backend=backend
-        )
-        return result.loss, result.metrics["ratio_mean"]
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(step, fullgraph=True, backend=compiler)
-    for seed, height in enumerate((8, 8, 12, 16, 20) if compiler == "aot_eager" else (8, 8)):
-        output, sample, prev = torch.randn(3, BATCH, 4, height, 8, generator=torch.Generator().manual_seed(seed))
-        transition = flow_sde(SIGMA, SIGMA_NEXT, noise_level=0.5 + 0.1 * seed, sigma_max=SIGMA_MAX)
-        old, weights = torch.full((BATCH, height, 8), -9.0), torch.rand(BATCH, height // 2, 4)
-        found = []
-        for function in (step, compiled):
-            leaf = output.clone().requires_grad_()
-            loss, ratio = function(leaf, sample, prev, old, torch.ones(BATCH), transition, weights)
-            found.append([loss, ratio, torch.autograd.grad(loss, leaf)[0]])
-        for eager, got in zip(*found, strict=True):
-            torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-7)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the first height, and any height
-    assert not torch._dynamo.utils.counters["graph_break"]

@@ -1,23 +1,28 @@
-// As much of CUDA as csrc/cuda needs to run on a CPU: a thread of the host for each thread of a block, blocks in turn.
+// As much of CUDA as csrc/cuda needs to run on a CPU: a fiber for each thread of a block, blocks in turn.
+//
+// A fiber runs until it waits for others, so that a missing barrier shows as data not yet written; every other block
+// runs its threads in reverse, so that it shows in both directions.
 #pragma once
 
-#include <pthread.h>
+#include <ucontext.h>
 
-#include <atomic>
-#include <thread>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
 #include <vector>
 
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
+#define __forceinline__ inline
+#define __noinline__
+#define __grid_constant__
+#define __launch_bounds__(...)
 #define __shared__ static  // one block runs at a time
 #define kDLCUDA kDLCPU     // tensors come from the host
 #define STAR_CUDA_ARCHITECTURES "host"
-
-struct dim3 {
-  unsigned x, y;
-  explicit dim3(unsigned x, unsigned y = 1) : x(x), y(y) {}
-};
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
@@ -26,34 +31,134 @@ inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 inline void cudaGetDevice(int* device) { *device = 0; }
 inline void cudaSetDevice(int) {}
 
-inline thread_local dim3 threadIdx{0}, blockIdx{0}, gridDim{0};
-inline pthread_barrier_t block_barrier;
+struct Index {
+  unsigned x;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
-inline void __syncthreads() { pthread_barrier_wait(&block_barrier); }
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+namespace emulation {
+
+[[noreturn]] inline void fail(const char* problem) {
+  std::fprintf(stderr, "CUDA emulation: %s\n", problem);
+  std::abort();
+}
+
+constexpr unsigned kMostThreads = 1024, kStack = 1 << 16, kMostTurns = 10000000;
+
+struct Barrier {
+  unsigned arrived = 0, generation = 0;
+};
+
+struct Block {
+  ucontext_t scheduler;
+  std::vector<ucontext_t> contexts = std::vector<ucontext_t>(kMostThreads);
+  std::vector<char> stacks = std::vector<char>(size_t{kMostThreads} * kStack);
+  std::vector<bool> done = std::vector<bool>(kMostThreads);
+  std::function<void()> kernel;
+  unsigned threads = 0;
+  Barrier all, warps[kMostThreads / 32];
+  char exchanged[2][kMostThreads][8];
+  unsigned exchanges[kMostThreads];
+};
+
+inline Block block;
+inline int64_t wide_loads = 0;  // of 16 bytes, by one thread
+inline int64_t launches = 0;
+
+}  // namespace emulation
+
+inline Index threadIdx, blockIdx;
+
+namespace emulation {
+
+inline void wait(Barrier& barrier, unsigned count) {
+  const unsigned generation = barrier.generation, self = threadIdx.x;
+  if (++barrier.arrived == count) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  for (unsigned turns = 0; barrier.generation == generation; ++turns) {
+    if (turns == kMostTurns) fail("a barrier that some thread does not reach");
+    swapcontext(&block.contexts[self], &block.scheduler);
+  }
+}
+
+inline void enter() {
+  block.kernel();
+  block.done[threadIdx.x] = true;
+  setcontext(&block.scheduler);
+}
+
+inline void run_block(bool reversed) {
+  for (unsigned t = 0; t < block.threads; ++t) {
+    getcontext(&block.contexts[t]);
+    block.contexts[t].uc_stack.ss_sp = block.stacks.data() + size_t{t} * kStack;
+    block.contexts[t].uc_stack.ss_size = kStack;
+    makecontext(&block.contexts[t], enter, 0);
+    block.done[t] = false;
+    block.exchanges[t] = 0;
+  }
+  for (bool running = true; running;) {
+    running = false;
+    for (unsigned i = 0; i < block.threads; ++i) {
+      const unsigned t = reversed ? block.threads - 1 - i : i;
+      if (block.done[t]) continue;
+      running = true;
+      threadIdx.x = t;
+      swapcontext(&block.scheduler, &block.contexts[t]);
+    }
+  }
+}
+
+// Another lane's value.
+template <typename T>
+T exchange(T value, unsigned source) {
+  static_assert(sizeof(T) <= 8);
+  const unsigned self = threadIdx.x, parity = block.exchanges[self]++ % 2;
+  std::memcpy(block.exchanged[parity][self], &value, sizeof value);
+  wait(block.warps[self / 32], 32);
+  std::memcpy(&value, block.exchanged[parity][source], sizeof value);
+  return value;
+}
+
+template <typename Kernel>
+auto launch(Kernel kernel, unsigned blocks, unsigned threads, int, cudaStream_t) {
+  return [=](auto... arguments) {
+    if (threads % 32 != 0 || threads > kMostThreads) fail("a block that is no whole number of warps");
+    ++launches;
+    block.threads = threads;
+    block.kernel = [=] { kernel(arguments...); };
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(blockIdx.x % 2);
+  };
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::wait(emulation::block.all, emulation::block.threads); }
+inline void __threadfence() {}
 inline unsigned atomicInc(unsigned* counter, unsigned limit) {
   const unsigned before = *counter;
   *counter = before >= limit ? 0 : before + 1;
   return before;
 }
-
-template <typename Kernel>
-auto emulate(Kernel kernel, dim3 grid, unsigned threads, int, cudaStream_t) {
-  return [=](auto... arguments) {
-    pthread_barrier_init(&block_barrier, nullptr, threads);
-    std::vector<std::thread> block;
-    for (unsigned t = 0; t < threads; ++t) {
-      block.emplace_back([=] {
-        threadIdx = dim3(t);
-        gridDim = grid;
-        for (unsigned i = 0; i < grid.x * grid.y; ++i) {
-          blockIdx = dim3(i % grid.x, i / grid.x);
-          kernel(arguments...);
-          __syncthreads();  // the next block uses the same shared memory
-        }
-      });
-    }
-    for (std::thread& thread : block) thread.join();
-    pthread_barrier_destroy(&block_barrier);
-  };
+template <typename T>
+T __ldg(const T* pointer) {
+  if (reinterpret_cast<uintptr_t>(pointer) % sizeof(T) != 0) emulation::fail("a misaligned load");
+  emulation::wide_loads += sizeof(T) == 16;
+  return *pointer;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, unsigned mask) {
+  return emulation::exchange(value, threadIdx.x ^ mask);
+}
+template <typename T>
+T __shfl_down_sync(unsigned, T value, unsigned distance) {
+  const unsigned lane = threadIdx.x % 32;
+  return emulation::exchange(value, lane + distance < 32 ? threadIdx.x + distance : threadIdx.x);
 }

@@ -1,0 +1,197 @@
+// The gradient of the policy loss, from the inputs and a few numbers of each sample: nothing of the latent's size is
+// kept between the passes.
+//
+// With a ratio for each location the gradient waits for the sum over all channels. Latents [C, P] then have a kernel of
+// their own, in which a thread keeps its residuals of kKept channels in registers: other channels, and packed latents,
+// are read a second time, from the cache.
+#include <cstdint>
+
+#include "cuda/gradient.h"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/policy.h"
+
+namespace star {
+namespace cuda {
+namespace {
+
+constexpr int kKept = 16;
+
+// What the gradient at the positions of a run is made of.
+template <typename Access>
+struct Factors {
+  float residual[Access::kSlots], kl[Access::kSlots];
+  bool keep[Access::kSlots];
+};
+
+// `sums` is read where locations have ratios.
+template <typename Access>
+__device__ __forceinline__ Factors<Access> factors_of(const PolicyArguments& a, const Coefficients& k, unsigned b,
+                                                      unsigned position, const Sums<Access>& sums) {
+  constexpr int kSlots = Access::kSlots;
+  float weights[kSlots], log_ratio[kSlots];
+  Factors<Access> factors;
+  load_weights<kSlots>(a, b, position, weights);
+  load_mask<kSlots>(a, b, position, factors.keep);
+  const float common = gradient_factor(a, k, b), kl = a.reference.data ? kl_gradient_factor(a, k, b) : 0.0f;
+  const float advantage = clamp_advantage(__ldg(a.advantages + b), a.advantage_clip);
+  if (a.per_location) log_ratios<Access>(a, k, b, position, sums, log_ratio);
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    factors.residual[i] = weights[i] * common;
+    factors.kl[i] = a.weighted_kl ? weights[i] * kl : kl;
+    if (a.per_location) {
+      factors.residual[i] *= clipped_surrogate(log_ratio[i], advantage, a.clip_low, a.clip_high).slope;
+    }
+  }
+  return factors;
+}
+
+// Whether the general kernel serves ratios of locations.
+template <typename Access>
+constexpr bool kServesLocations = Access::kPacked || !Access::kVector;
+
+template <typename Access>
+__global__ void __launch_bounds__(kThreads, 2)
+    policy_backward_kernel(const __grid_constant__ PolicyArguments a, const __grid_constant__ Tiling t) {
+  struct Runs {
+    LatentRun<Access> x, prev;
+    OutputRun<Access> v, output, reference;
+  };
+  const Place place = place_of(t, a.positions);
+  const unsigned b = place.b;
+  const Coefficients k = coefficients_of(a.coefficients, a.columns, b);
+  const View& output = a.old_output.data ? a.old_output : a.model_output;  // of the residual, see guard_shift
+  const Access access(a.model_output);
+  for_each_position<Access>(t, place, [&](unsigned position, unsigned lane, bool active) {
+    Sums<Access> sums{};
+    if constexpr (kServesLocations<Access>) {
+      if (a.per_location) sums = channel_sums(access, a, k, t, b, position, lane, active, View());
+    }
+    if (!active) return;
+    const Factors<Access> factors = factors_of<Access>(a, k, b, position, sums);
+    const auto load = [&](int c) {
+      Runs runs;
+      runs.x = load_latent(access, a.sample, b, position, c);
+      runs.v = load_output(access, output, b, position, c);
+      runs.prev = load_latent(access, a.prev_sample, b, position, c);
+      if (a.reference.data) {
+        runs.output = load_output(access, a.model_output, b, position, c);
+        runs.reference = load_output(access, a.reference, b, position, c);
+      }
+      return runs;
+    };
+    const auto use = [&](int c, const Runs& runs) {
+      float gradient[Access::kRun];
+#pragma unroll
+      for (int i = 0; i < Access::kRun; ++i) {
+        gradient[i] = factors.residual[Access::kPacked ? 0 : i] *
+                      residual(k, access.value(runs.x, i), access.value(runs.v, i), access.value(runs.prev, i));
+      }
+      if (a.reference.data) add_kl_gradient(access, runs.output, runs.reference, factors.kl, gradient);
+      store_gradient(access, a, b, position, c, factors.keep, gradient);
+    };
+    for_each_run<Access>(t, a.channels, lane, load, use);
+  });
+}
+
+// A ratio for each location, latents [C, P].
+template <typename Access>
+__global__ void __launch_bounds__(kThreads / 2, 3)
+    policy_location_backward_kernel(const __grid_constant__ PolicyArguments a, const __grid_constant__ Tiling t) {
+  constexpr int kRun = Access::kRun, kInFlight = 16 / kRun;
+  const Place place = place_of(t, a.positions);
+  const unsigned b = place.b, position = place.first + threadIdx.x * kRun;
+  if (position >= place.end) return;
+  const int channels = static_cast<int>(a.channels);
+  const bool has_old = a.old_output.data;
+  const Coefficients k = coefficients_of(a.coefficients, a.columns, b);
+  const Access access(a.model_output);
+  struct Runs {
+    LatentRun<Access> x, prev;
+    OutputRun<Access> v, old;
+  };
+  const auto load = [&](int c) {
+    Runs runs;
+    runs.x = load_latent(access, a.sample, b, position, c);
+    runs.v = load_output(access, a.model_output, b, position, c);
+    runs.prev = load_latent(access, a.prev_sample, b, position, c);
+    if (has_old) runs.old = load_output(access, a.old_output, b, position, c);
+    return runs;
+  };
+  Sums<Access> sums{};
+  // The residual of the gradient, see guard_shift.
+  const auto add_run = [&](const Runs& runs, float (&residuals)[kRun]) {
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      const float r = residual(k, access.value(runs.x, j), access.value(runs.v, j), access.value(runs.prev, j));
+      sums.residual[j] = add(sums.residual[j], multiply(r, r));
+      residuals[j] = r;
+    }
+    if (!has_old) return;
+    add_squared_differences(access, runs.v, runs.old, sums.change);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      residuals[j] = residual(k, access.value(runs.x, j), access.value(runs.old, j), access.value(runs.prev, j));
+    }
+  };
+  float kept[kKept][kRun], again[kRun];
+#pragma unroll
+  for (int first = 0; first < kKept; first += kInFlight) {
+    if (first >= channels) break;
+    Runs runs[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      runs[i] = load(first + i < channels ? first + i : channels - 1);  // a branch would keep the loads apart
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (first + i < channels) add_run(runs[i], kept[first + i]);
+    }
+  }
+#pragma unroll 1
+  for (int c = kKept; c < channels; ++c) add_run(load(c), again);
+
+  const Factors<Access> factors = factors_of<Access>(a, k, b, position, sums);
+  const auto store = [&](int c, const float (&residuals)[kRun]) {
+    float gradient[kRun];
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) gradient[j] = factors.residual[j] * residuals[j];
+    if (a.reference.data) {
+      const OutputRun<Access> v = load_output(access, a.model_output, b, position, c);
+      add_kl_gradient(access, v, load_output(access, a.reference, b, position, c), factors.kl, gradient);
+    }
+    store_gradient(access, a, b, position, c, factors.keep, gradient);
+  };
+#pragma unroll
+  for (int c = 0; c < kKept; ++c) {
+    if (c < channels) store(c, kept[c]);
+  }
+#pragma unroll 1
+  for (int c = kKept; c < channels; ++c) {
+    add_run(load(c), again);
+    store(c, again);
+  }
+}
+
+}  // namespace
+
+void policy_backward(const PolicyArguments& a, cudaStream_t stream) {
+  const Latents latents = policy_latents(a);
+  const auto run = [&](auto type) {
+    using Access = typename decltype(type)::type;
+    launch(policy_backward_kernel<Access>, tiling_of<Access>(latents), stream, a);
+  };
+  if (!a.per_location || latents.packed) return with_access<8>(latents, run);
+  with_types<false, 4>(latents, [&](auto type) {
+    using Access = typename decltype(type)::type;
+    if constexpr (Access::kVector) {
+      launch(policy_location_backward_kernel<Access>, tiling_of<Access>(latents, 2 * kThreads), stream, a);
+    } else {
+      run(type);
+    }
+  });
+}
+
+}  // namespace cuda
+}  // namespace star

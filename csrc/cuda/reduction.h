@@ -1,0 +1,113 @@
+// The end of a forward kernel: a block leaves the sums of its tile, and the last block to finish (a counter that
+// returns to zero by itself) adds them up in a fixed order, so that equal inputs give equal bits.
+//
+// A thread's sums are float32 over a few positions; from there on they are float64, one warp for each sum: some ten
+// additions a block, which costs nothing even where float64 runs at 1/64 of the rate.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/tiling.h"
+#include "objective.h"
+
+namespace star {
+namespace cuda {
+
+constexpr int kWarps = kThreads / 32;
+
+// Adds up `width` neighbouring lanes, the sum being in the first of them. Every lane of the warp takes part.
+template <int kLargest, int kSize>
+__device__ __forceinline__ void merge_lanes(double (&sums)[kSize], unsigned width) {
+  for (unsigned distance = width / 2; distance > 0; distance /= 2) {
+    double other[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) other[i] = __shfl_down_sync(kAllLanes, sums[i], distance);
+    merge<kLargest>(sums, other);
+  }
+}
+
+// Writes the first `used` sums over the block's threads to partial[sum][block].
+template <typename Kind>
+__device__ __forceinline__ void store_tile(const Tiling& t, const float (&terms)[Kind::kSums], int used,
+                                           double* partial) {
+  __shared__ float shared[Kind::kSums][kThreads];
+#pragma unroll
+  for (int i = 0; i < Kind::kSums; ++i) {
+    if (i < used) shared[i][threadIdx.x] = terms[i];
+  }
+  __syncthreads();
+  const unsigned lane = threadIdx.x % 32;
+  for (int i = static_cast<int>(threadIdx.x / 32); i < used; i += static_cast<int>(t.threads / 32)) {
+    double sum[1] = {shared[i][lane]};
+    const bool largest = i == Kind::kLargestSum;
+    for (unsigned thread = lane + 32; thread < t.threads; thread += 32) {
+      const double other = shared[i][thread];
+      sum[0] = largest ? maximum(sum[0], other) : sum[0] + other;
+    }
+    if (largest) {
+      merge_lanes<0>(sum, 32);
+    } else {
+      merge_lanes<-1>(sum, 32);
+    }
+    if (lane == 0) partial[static_cast<int64_t>(i) * t.blocks + blockIdx.x] = sum[0];
+  }
+}
+
+// Whether this block is the last to get here. What the others wrote before is then visible.
+__device__ __forceinline__ bool is_last_block(const Tiling& t, unsigned* counter) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicInc(counter, t.blocks - 1) == t.blocks - 1;
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+// The last block's work: a few threads for each sample add up its tiles, and the block the samples. A function of its
+// own: it is the same for every kind of access, and it is long.
+template <typename Kind>
+__device__ __noinline__ void finish_forward(const Tiling& t, const typename Kind::Arguments& a, int used) {
+  double total[Kind::kMetrics] = {};
+  const unsigned member = threadIdx.x & (t.finish - 1), group = threadIdx.x / t.finish;
+  for (int64_t base = 0; base < a.batch; base += t.threads / t.finish) {
+    const int64_t b = base + group;
+    double sums[Kind::kSums] = {};
+    for (unsigned tile = member; b < a.batch && tile < t.tiles; tile += t.finish) {
+      double other[Kind::kSums];
+#pragma unroll
+      for (int i = 0; i < Kind::kSums; ++i) {
+        other[i] = i < used ? a.partial[i * static_cast<int64_t>(t.blocks) + b * t.tiles + tile] : 0.0;
+      }
+      merge<Kind::kLargestSum>(sums, other);
+    }
+    merge_lanes<Kind::kLargestSum>(sums, t.finish);
+    if (b < a.batch && member == 0) {
+      double metrics[Kind::kMetrics];
+      finish_sample(a, b, sums, metrics);
+      merge<Kind::kLargestMetric>(total, metrics);
+    }
+  }
+  __shared__ double shared[kWarps][Kind::kMetrics];
+  merge_lanes<Kind::kLargestMetric>(total, 32);
+  if (threadIdx.x % 32 == 0) {
+    for (int i = 0; i < Kind::kMetrics; ++i) shared[threadIdx.x / 32][i] = total[i];
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (unsigned warp = 1; warp < t.threads / 32; ++warp) merge<Kind::kLargestMetric>(total, shared[warp]);
+  finish_batch<Kind::kLargestMetric>(a, total);
+}
+
+// All of it. Sums from `used` on are zero in every thread.
+template <typename Kind>
+__device__ __forceinline__ void reduce(const Tiling& t, const typename Kind::Arguments& a,
+                                       const float (&terms)[Kind::kSums], int used, unsigned* counter) {
+  store_tile<Kind>(t, terms, used, a.partial);
+  if (is_last_block(t, counter)) finish_forward<Kind>(t, a, used);
+}
+
+}  // namespace cuda
+}  // namespace star

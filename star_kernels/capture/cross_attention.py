@@ -1,0 +1,45 @@
+"""Cross-attention: SD 1, 2 and SDXL's UNets, and PixArt. Keys are the text tokens, from 0; queries are the image.
+
+A UNet attends at several resolutions, each half of the one above, rounded up.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from star_kernels.capture.family import Family, Grid, ImageTokens
+
+_PROCESSORS = ("AttnProcessor2_0", "FusedAttnProcessor2_0")
+
+
+def unet_attentions(model: Any) -> list[Any]:
+    parts = [*model.down_blocks, model.mid_block, *model.up_blocks]
+    modules = [named for part in parts if part is not None for named in part.named_modules()]
+    return [module for name, module in modules if name.endswith("attn2")]
+
+
+def unet_image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
+    return ImageTokens(rows=None, grid=partial(_at_resolution, tuple(arguments["sample"].shape[-2:])))
+
+
+def _at_resolution(latent: Grid, queries: int) -> Grid:
+    rows, columns = latent
+    while rows * columns > queries:
+        rows, columns = (rows + 1) // 2, (columns + 1) // 2
+    if rows * columns != queries:
+        raise ValueError(f"a latent of {latent[0]} x {latent[1]} has no resolution with {queries} positions")
+    return rows, columns
+
+
+def pixart_attentions(model: Any) -> list[Any]:
+    return [block.attn2 for block in model.transformer_blocks]
+
+
+def pixart_image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
+    rows, columns = arguments["hidden_states"].shape[-2:]
+    return ImageTokens(rows=None, grid=(rows // model.config.patch_size, columns // model.config.patch_size))
+
+
+UNET = Family(unet_attentions, unet_image, processors=_PROCESSORS)
+PIXART = Family(pixart_attentions, pixart_image, processors=_PROCESSORS)

@@ -1,0 +1,280 @@
+"""Pictures of attention maps and of weights: over an image, over denoising steps, for each phrase, between two runs.
+
+Needs the extra ``figures`` (matplotlib). Every function returns a ``matplotlib.figure.Figure``, which a notebook shows
+and ``figure.savefig("maps.png")`` writes. Maps may be tensors on any device or arrays; images are PIL images, uint8
+arrays ``[H, W, 3]``, or tensors ``[3, H, W]`` between 0 and 1. Colours: cividis for amounts and PuOr for differences,
+both of which the colour-blind can read.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+__all__ = ["difference", "overlay", "phrases", "strip", "weights"]
+
+AMOUNT, CHANGE = "cividis", "PuOr"
+PANEL = 2.2  # inches of a panel's side
+VEIL = 0.85  # opacity of the map where it is largest
+
+Array = NDArray[np.float64]
+
+
+def overlay(image: Any, values: Tensor | ArrayLike, *, title: str = "", top: float | None = None) -> Figure:
+    """A map over the image that it belongs to: the more attention, the more of the map's colour.
+
+    Args:
+        image: the picture, of any size.
+        values: ``[h, w]``, not negative.
+        title: what the map shows.
+        top: the value of the brightest colour; the map's largest by default.
+    """
+    grid = _map("values", values, 2)
+    figure, axes, bar = _panels(1, 1)
+    norm = Normalize(0.0, _top(grid, top))
+    _draw_over(axes[0, 0], picture(image), grid, norm)
+    axes[0, 0].set_title(_wrapped(title), fontsize=9)
+    _colour_bar(figure, bar, norm, AMOUNT, "attention")
+    return figure
+
+
+def strip(
+    maps: Tensor | ArrayLike,
+    *,
+    images: Sequence[Any] | None = None,
+    labels: Sequence[str] | None = None,
+    title: str = "",
+    columns: int = 10,
+) -> Figure:
+    """Maps of a trajectory side by side, all on one scale.
+
+    Args:
+        maps: ``[Steps, h, w]``, not negative.
+        images: one picture for each step, or one for all, to lay the maps over.
+        labels: one a step, such as ``["sigma = 0.90", ...]``; the step's number by default.
+        columns: panels in a row.
+    """
+    grids = _map("maps", maps, 3)
+    names = _labels("labels", labels, len(grids), "step")
+    pictures = _pictures(images, len(grids))
+    figure, axes, bar = _panels(len(grids), columns)
+    norm = Normalize(0.0, _top(grids, None))
+    for axis, grid, name, image in zip(axes.flat, grids, names, pictures, strict=False):
+        _draw_over(axis, image, grid, norm)
+        axis.set_title(_wrapped(name, 18), fontsize=9)
+    figure.suptitle(_wrapped(title, 90), fontsize=11)
+    _colour_bar(figure, bar, norm, AMOUNT, "attention")
+    return figure
+
+
+def phrases(image: Any, maps: Tensor | ArrayLike, names: Sequence[str], *, title: str = "", columns: int = 5) -> Figure:
+    """One panel for each phrase: its map over the image. Each has a scale of its own, whose top stands below it.
+
+    Args:
+        maps: ``[G, h, w]``, not negative.
+        names: the G phrases.
+    """
+    grids = _map("maps", maps, 3)
+    labels = _labels("names", names, len(grids), "phrase")
+    figure, axes, bar = _panels(len(grids), columns)
+    shared = picture(image)
+    for axis, grid, name in zip(axes.flat, grids, labels, strict=False):
+        top = _top(grid, None)
+        _draw_over(axis, shared, grid, Normalize(0.0, top))
+        axis.set_title(_wrapped(name, 22), fontsize=9)
+        axis.set_xlabel(f"up to {top:.2g}", fontsize=8)
+    figure.suptitle(_wrapped(title, 90), fontsize=11)
+    _colour_bar(figure, bar, Normalize(0.0, 1.0), AMOUNT, "share of the panel's top")
+    return figure
+
+
+def difference(
+    before: Tensor | ArrayLike,
+    after: Tensor | ArrayLike,
+    *,
+    names: tuple[str, str] = ("before", "after"),
+    labels: Sequence[str] | None = None,
+    title: str = "",
+) -> Figure:
+    """Two runs' maps above one another, and below them the second less the first.
+
+    Args:
+        before, after: ``[Steps, h, w]`` or ``[h, w]``, of the same shape.
+        names: of the two runs.
+        labels: one a step.
+    """
+    first, second = (_map(name, m, None) for name, m in (("before", before), ("after", after)))
+    if first.shape != second.shape:
+        raise ValueError(f"after must have the shape of before, {list(first.shape)}, got {list(second.shape)}")
+    first, second = (m[None] if m.ndim == 2 else m for m in (first, second))
+    steps = _labels("labels", labels, len(first), "step")
+    figure, axes, bar = _panels(3 * len(first), len(first), bars=2)
+    amount = Normalize(0.0, _top(np.stack([first, second]), None))
+    change = _symmetric(second - first)
+    for column, name in enumerate(steps):
+        for row, (grid, norm, colours) in enumerate(
+            ((first, amount, AMOUNT), (second, amount, AMOUNT), (second - first, change, CHANGE))
+        ):
+            axes[row, column].imshow(grid[column], norm=norm, cmap=colours, interpolation="nearest")
+        axes[0, column].set_title(_wrapped(name, 18), fontsize=9)
+    for row, name in enumerate((*names, f"{names[1]} less {names[0]}")):
+        axes[row, 0].set_ylabel(_wrapped(name, 20), fontsize=9)
+    figure.suptitle(_wrapped(title, 90), fontsize=11)
+    _colour_bar(figure, bar[0], amount, AMOUNT, "attention")
+    _colour_bar(figure, bar[1], change, CHANGE, "difference")
+    return figure
+
+
+def weights(
+    values: Tensor | ArrayLike, *, image: Any = None, labels: Sequence[str] | None = None, title: str = ""
+) -> Figure:
+    """Weights over space and time: a panel for each step, coloured around one, and each step's share of the update.
+
+    Args:
+        values: ``[Steps, h, w]``, mean one over all of it (or over each step).
+        image: a picture to put first.
+        labels: one a step.
+    """
+    grids = _map("values", values, 3)
+    names = _labels("labels", labels, len(grids), "step")
+    extra = 0 if image is None else 1
+    count = len(grids) + extra
+    figure = Figure(figsize=(PANEL * count + 1.2, 2 * PANEL + 0.6), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    upper, lower = parts
+    axes = upper.subplots(1, count, squeeze=False)
+    norm = TwoSlopeNorm(1.0, 0.0, max(2.0, float(np.nanmax(grids))))
+    if image is not None:
+        axes[0, 0].imshow(picture(image))
+        axes[0, 0].set_title("image", fontsize=9)
+    for axis, grid, name in zip(axes.flat[extra:], grids, names, strict=True):
+        axis.imshow(grid, norm=norm, cmap=CHANGE, interpolation="nearest")
+        axis.set_title(_wrapped(name, 18), fontsize=9)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    bar = upper.colorbar(ScalarMappable(norm, CHANGE), ax=axes.ravel().tolist(), shrink=0.8)
+    bar.set_label("weight (1 = plain)", fontsize=8)
+    means = grids.reshape(len(grids), -1).mean(axis=1)
+    axis = lower.subplots()
+    axis.bar(range(len(means)), means, color="#0072B2")
+    axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+    axis.set_xticks(range(len(means)), [_wrapped(name, 12) for name in names], fontsize=8)
+    axis.set_ylabel("mean weight of the step", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(_wrapped(title, 90), fontsize=11)
+    return figure
+
+
+def picture(image: Any) -> NDArray[np.uint8]:
+    """An image as uint8 ``[H, W, 3]``.
+
+    Raises:
+        TypeError, ValueError: something that is no image.
+    """
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f"image must be a tensor [3, H, W], got {list(image.shape)}")
+        wide = image.detach().cpu().float()
+        if not image.dtype.is_floating_point:
+            wide = wide / 255
+        return np.asarray((wide.clamp(0, 1) * 255).round().permute(1, 2, 0).to(torch.uint8))
+    if hasattr(image, "convert"):  # of PIL
+        return np.asarray(image.convert("RGB"), dtype=np.uint8)
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise TypeError(
+            "image must be a PIL image, a uint8 array [H, W, 3] or a tensor [3, H, W], got "
+            f"{type(image).__name__} of {array.dtype}, shape {list(array.shape)}"
+        )
+    return array
+
+
+def _draw_over(axis: Axes, image: NDArray[np.uint8] | None, grid: Array, norm: Normalize) -> None:
+    """The map alone, or over the image in grey, with an opacity that grows with the map."""
+    if image is None:
+        axis.imshow(grid, norm=norm, cmap=AMOUNT, interpolation="nearest")
+        return
+    height, width = image.shape[:2]
+    grey = image.astype(np.float64).mean(axis=2) / 255
+    axis.imshow(grey, cmap="gray", vmin=0.0, vmax=1.0, extent=(0, width, height, 0))
+    opacity = np.clip(np.asarray(norm(np.nan_to_num(grid))), 0.0, 1.0) * VEIL
+    axis.imshow(grid, norm=norm, cmap=AMOUNT, alpha=opacity, extent=(0, width, height, 0), interpolation="nearest")
+
+
+def _panels(count: int, columns: int, bars: int = 1) -> tuple[Figure, NDArray[Any], Any]:
+    """A figure with a grid of panels, without ticks, and places for colour bars on its right."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    size = (max(PANEL * columns, 3.0) + 1.2 * bars, (PANEL + 0.35) * rows + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    ratios = [1.0] * columns + [0.08] * bars
+    grid = figure.add_gridspec(rows, columns + bars, width_ratios=ratios)
+    axes = np.empty((rows, columns), dtype=object)
+    for i in range(rows * columns):
+        axis = figure.add_subplot(grid[i // columns, i % columns])
+        axis.set(xticks=[], yticks=[])
+        axis.set_visible(i < count)
+        axes[i // columns, i % columns] = axis
+    places = [figure.add_subplot(grid[:, columns + b]) for b in range(bars)]
+    return figure, axes, places[0] if bars == 1 else places
+
+
+def _colour_bar(figure: Figure, place: Axes, norm: Normalize, colours: str | Colormap, label: str) -> None:
+    bar = figure.colorbar(ScalarMappable(norm, colours), cax=place)
+    bar.set_label(label, fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+
+
+def _map(name: str, values: Tensor | ArrayLike, dimensions: int | None) -> Array:
+    """A map as float64, of the stated number of dimensions (2 or 3 if None)."""
+    array = np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=np.float64)
+    wanted = (2, 3) if dimensions is None else (dimensions,)
+    if array.ndim not in wanted or 0 in array.shape:
+        shapes = " or ".join({2: "[h, w]", 3: "[N, h, w]"}[d] for d in wanted)
+        raise ValueError(f"{name} must have shape {shapes}, none of them 0, got {list(array.shape)}")
+    return array
+
+
+def _labels(name: str, labels: Sequence[str] | None, count: int, word: str) -> list[str]:
+    if labels is None:
+        return [f"{word} {i}" for i in range(count)]
+    if isinstance(labels, str) or len(labels) != count:
+        raise ValueError(f"{name} must be {count} strings, one for each map, got {labels!r}")
+    return list(labels)
+
+
+def _pictures(images: Sequence[Any] | None, count: int) -> list[NDArray[np.uint8] | None]:
+    if images is None:
+        return [None] * count
+    if not isinstance(images, (list, tuple)):
+        return [picture(images)] * count
+    if len(images) != count:
+        raise ValueError(f"images must be one picture, or {count}, one for each map, got {len(images)}")
+    return [picture(image) for image in images]
+
+
+def _top(values: Array, top: float | None) -> float:
+    """The value of the brightest colour: never 0, so that an empty map is dark all over."""
+    if top is not None:
+        return top
+    largest = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
+    return largest if largest > 0 else 1.0
+
+
+def _symmetric(values: Array) -> Normalize:
+    reach = float(np.nanmax(np.abs(values))) or 1.0
+    return Normalize(-reach, reach)
+
+
+def _wrapped(text: str, width: int = 60) -> str:
+    return textwrap.fill(text, width)

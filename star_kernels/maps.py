@@ -1,0 +1,205 @@
+"""``python -m star_kernels.maps``: where the words of a prompt live in the image that a pipeline draws for it.
+
+Runs a text-to-image pipeline of diffusers (a local folder, or the id of one on the hub), takes the attention maps of
+the core words at every denoising step, and writes to a folder: the image; a strip of maps over the steps; a panel for
+each phrase; ``maps.npy``, float32 [Steps, G, h, w]; and ``maps.json`` with the settings and figures of every map.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Drawing(NamedTuple):
+    """An image, the maps behind it, and what they are of."""
+
+    image: Any  # PIL
+    maps: Tensor  # float32 [Steps, G, h, w]
+    names: tuple[str, ...]  # of the G groups
+    noise: list[float]  # sigma of each step, where the scheduler has one
+
+
+def draw(
+    pipeline: Any,
+    prompt: str,
+    *,
+    phrases: list[str] | None = None,
+    blocks: str | list[int] = "default",
+    **call: Any,
+) -> Drawing:
+    """Runs a pipeline for one prompt and takes the maps of every step.
+
+    Args:
+        pipeline: a text-to-image pipeline that :func:`star_kernels.prompts.regions_of` knows.
+        prompt: what to draw.
+        phrases: the phrases to follow, each of which the prompt must contain; its core content by default.
+        blocks: as for :func:`star_kernels.capture.attach_maps`.
+        call: further arguments of the pipeline's call, such as ``height`` and ``num_inference_steps``.
+
+    Raises:
+        TypeError, ValueError: a pipeline or phrase that is not supported; the message names it.
+    """
+    from star_kernels import prompts
+    from star_kernels.capture import attach_maps
+
+    core = prompts.core_content(prompt, phrases or "auto")
+    regions = prompts.regions_of(pipeline, max_sequence_length=call.get("max_sequence_length"))
+    model = getattr(pipeline, "transformer", None) or pipeline.unet
+    selection, names = prompts.select_tokens(
+        [core], regions, groups="phrase", image_tokens=_image_tokens(pipeline, model, call)
+    )
+    found: list[Tensor] = []
+    noise: list[float] = []
+
+    def after_pass(module: Any, arguments: Any, output: Any) -> None:
+        capture.enabled = False  # a second pass of a step is the unconditional one
+
+    def after_step(pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+        found.append(capture.take()[0].cpu())
+        sigmas = getattr(pipe.scheduler, "sigmas", None)
+        noise.append(float(sigmas[step]) if sigmas is not None else math.nan)
+        capture.enabled = True
+        return state
+
+    device = next(model.parameters()).device
+    halves = "last" if _doubles(pipeline, call) else None
+    with attach_maps(model, selection.to(device), blocks=blocks, cfg=halves) as capture:
+        hook = model.register_forward_hook(after_pass)
+        try:
+            result = pipeline(prompt=prompt, callback_on_step_end=after_step, **call)
+        finally:
+            hook.remove()
+    return Drawing(result.images[0], torch.stack(found), names[0], noise)
+
+
+def write(drawing: Drawing, prompt: str, folder: Path, settings: dict[str, Any]) -> list[Path]:
+    """Writes the pictures, the maps and their figures; the files written."""
+    import numpy as np
+
+    from star_kernels import figures
+
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = [f"step {i}" if math.isnan(s) else f"sigma {s:.2f}" for i, s in enumerate(drawing.noise)]
+    whole = drawing.maps.sum(dim=1)  # the mass on all phrases together
+    strip = figures.strip(whole, images=drawing.image, labels=labels, title=f"{prompt}\n{', '.join(drawing.names)}")
+    panels = figures.phrases(drawing.image, drawing.maps.mean(dim=0), drawing.names, title=prompt)
+    paths = [folder / name for name in ("image.png", "strip.png", "phrases.png", "maps.npy", "maps.json")]
+    drawing.image.save(paths[0])
+    strip.savefig(paths[1], dpi=120)
+    panels.savefig(paths[2], dpi=120)
+    np.save(paths[3], drawing.maps.numpy())
+    steps = [
+        {"step": i, "sigma": None if math.isnan(s) else round(s, 6), "groups": [_figures(m) for m in maps]}
+        for i, (s, maps) in enumerate(zip(drawing.noise, drawing.maps, strict=True))
+    ]
+    record = {**settings, "prompt": prompt, "groups": list(drawing.names), "shape": list(drawing.maps.shape)}
+    paths[4].write_text(json.dumps({**record, "steps": steps}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return paths
+
+
+def _figures(values: Tensor) -> dict[str, float]:
+    """Mean and largest attention mass of a map, and how many of its positions it spreads over (exp of its entropy)."""
+    share = (values / values.sum().clamp(min=1e-30)).flatten().double()
+    spread = float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum()))
+    return {
+        "mean": round(float(values.mean()), 8),
+        "largest": round(float(values.max()), 8),
+        "spread": round(spread, 3),
+    }
+
+
+def _image_tokens(pipeline: Any, model: Any, call: dict[str, Any]) -> int:
+    """Tokens of the image, rows times columns of patches."""
+    scale = pipeline.vae_scale_factor
+    patch = getattr(model.config, "patch_size", 1) or 1
+    side = getattr(pipeline, "default_sample_size", None) or model.config.sample_size
+    height, width = (int(call.get(name) or side * scale) for name in ("height", "width"))
+    return (height // scale // patch) * (width // scale // patch)
+
+
+def _doubles(pipeline: Any, call: dict[str, Any]) -> bool:
+    """Whether a step is one forward pass of a batch doubled for classifier-free guidance."""
+    if not any("StableDiffusion" in cls.__name__ for cls in type(pipeline).__mro__):
+        return False  # guidance is distilled into the model, or a pass of its own
+    return float(call.get("guidance_scale", 7.0)) > 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        from diffusers import DiffusionPipeline
+
+        import star_kernels.figures  # noqa: F401  before anything is drawn
+    except ImportError as missing:
+        print(f"star_kernels.maps needs the extras diffusers and figures: {missing}", file=sys.stderr)
+        return 2
+    dtype = DTYPES[options.dtype or ("bfloat16" if options.device != "cpu" else "float32")]
+    local = Path(options.model).is_dir()
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype, local_files_only=local)
+    except (OSError, ValueError) as problem:
+        print(f"--model: {options.model!r} is no folder of a pipeline and none of the hub: {problem}", file=sys.stderr)
+        return 2
+    pipeline.to(options.device)
+    pipeline.set_progress_bar_config(disable=None)
+    call = {
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+        "height": options.height,
+        "width": options.width,
+    }
+    call = {name: value for name, value in call.items() if value is not None}
+    generator = torch.Generator("cpu").manual_seed(options.seed)
+    try:
+        drawing = draw(
+            pipeline, options.prompt, phrases=options.phrase, blocks=options.blocks, generator=generator, **call
+        )
+    except (TypeError, ValueError) as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    settings = {"model": options.model, "seed": options.seed, "dtype": str(dtype).removeprefix("torch."), **call}
+    for path in write(drawing, options.prompt, options.out, settings):
+        print(path)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m star_kernels.maps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder of a pipeline, or its id on the hub")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--out", required=True, type=Path, help="folder for the pictures and the JSON")
+    parser.add_argument("--phrase", action="append", help="a phrase of the prompt to follow; may be repeated")
+    parser.add_argument("--blocks", type=_blocks, default="default", help='"all", "default" or indices such as 8,9,10')
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
+    parser.add_argument("--height", type=int, help="of the image, in pixels")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    return parser
+
+
+def _blocks(text: str) -> str | list[int]:
+    if text in ("all", "default"):
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'must be "all", "default" or indices such as 8,9,10, got {text!r}') from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

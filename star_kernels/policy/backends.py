@@ -1,0 +1,67 @@
+"""Which implementation of the policy operators serves which tensors."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from star_kernels import native
+
+BACKENDS = ("auto", "naive", "native", "triton")
+
+
+@torch.compiler.assume_constant_result
+def choose_backend(device: str, dtype: torch.dtype) -> str:
+    """What "auto" means: compiled kernels; on a GPU without them Triton's; else plain PyTorch, with one warning."""
+    if dtype == torch.float64:
+        return "naive"
+    for backend in ("native", "triton"):
+        if not obstacle(backend, device, dtype):
+            return backend
+    if device == "cuda":
+        _warn_naive(f"{obstacle('native', device, dtype)}, and {obstacle('triton', device, dtype)}")
+    return "naive"
+
+
+def resolve_backend(backend: str, model_output: Tensor) -> str:
+    """The backend that runs, of those named in BACKENDS."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    device, dtype = model_output.device.type, model_output.dtype
+    if backend == "auto":
+        return choose_backend(device, dtype)
+    if problem := obstacle(backend, device, dtype):
+        raise ValueError(f"backend {backend!r} cannot run here: {problem}; got {dtype} on {device}")
+    return backend
+
+
+@torch.compiler.assume_constant_result
+def obstacle(backend: str, device: str, dtype: torch.dtype) -> str:
+    """What keeps a backend from these inputs, if anything."""
+    if backend == "naive":
+        return ""
+    if dtype == torch.float64:
+        return "it has no float64"
+    if backend == "native":
+        return native.problem(device)
+    if device != "cuda":
+        return "it serves CUDA tensors"
+    return _triton_problem()
+
+
+@cache
+def _triton_problem() -> str:
+    return "" if find_spec("triton") else "the package triton is not installed"
+
+
+@cache
+def _warn_naive(problem: str) -> None:
+    warnings.warn(
+        f"star_kernels runs the policy loss in plain PyTorch, some thirty launches a call: {problem}",
+        UserWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,236 @@
+"""The policy losses of the family: clipped ratios of transitions, and DiffusionNFT's forward process."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from star_kernels.policy import naive, ops
+from star_kernels.policy.backends import resolve_backend
+from star_kernels.policy.checks import (
+    check_beta,
+    check_clip,
+    check_coefficients,
+    check_latent,
+    check_mask,
+    check_numbers,
+    check_old_log_prob,
+    check_reduction,
+    check_reference,
+    check_transition,
+    check_weight_values,
+    check_weights,
+    resolve_channel_dim,
+)
+from star_kernels.policy.transitions import Transition
+
+
+class PolicyLoss(NamedTuple):
+    """A loss, and detached 0-dimensional metrics that cost no wait for a device until they are read."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def weighted_policy_loss(
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    transition: Transition,
+    *,
+    weights: Tensor | None = None,
+    ratio: str = "sample",
+    clip_range: float | tuple[float, float] = 1e-4,
+    advantage_clip: float = 5.0,
+    ref_model_output: Tensor | None = None,
+    kl_coef: float = 0.0,
+    weighted_kl: bool = False,
+    old_model_output: Tensor | None = None,
+    step_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    channel_dim: int = 1,
+    backend: str = "auto",
+) -> PolicyLoss:
+    """Flow-GRPO's clipped policy loss, with the advantage allocated over latent positions by ``weights``.
+
+    With d_p the channel-mean log-ratio at position p and W the weights (mean one, from :func:`star_kernels.allocate`):
+
+    * ``ratio="sample"``: ``rho = exp(mean_p W_p d_p)``, one clip per sample. Without weights this is Flow-GRPO
+      (arXiv 2505.05470), and advantage-weighted matching with the transition :func:`flow_matching`.
+    * ``ratio="location"``: ``rho_p = exp(d_p)``, ``loss = mean_p W_p max(-A rho_p, -A clip(rho_p))``. A position's
+      log-ratio is about sqrt(P) wider than a sample's, so the clip range must be.
+
+    The gradient goes to ``model_output`` alone.
+
+    Args:
+        model_output: velocity of the model in training, ``[B, C, H, W]``, ``[B, C, F, H, W]`` or packed ``[B, S, C]``
+            with ``channel_dim=-1``; float32, float16 or bfloat16. Arithmetic is float32; float64 runs the definition.
+        sample, prev_sample: the latents before and after the step, of that shape.
+        old_log_prob: float32 ``[B, *locations]`` from :func:`sample_transition`; without weights and with
+            ``ratio="sample"`` also ``[B]``, its mean over locations.
+        advantages: float32 ``[B]``, clamped to ``+-advantage_clip``.
+        transition: the sampler's coefficients, see :func:`flow_sde`.
+        weights: float32 ``[B, *locations]``, or on a coarser (patch) grid that divides the latent's; not negative.
+        clip_range: half-width of the ratio's trust region, or (below, above) one.
+        ref_model_output: velocity of the reference model; adds ``kl_coef * mean(kl_scale (mean - mean_ref)^2)``.
+        weighted_kl: whether the weights act on that penalty too.
+        old_model_output: velocity of the rollout's model; turns on GRPO-Guard's normalisation of the ratio
+            (arXiv 2510.22319): ``d_p <- (d_p + scale (mean - mean_old)^2) / (2 scale std)``, so that the log-ratio
+            has mean zero and the same width at every step. The paper's balance of the steps is
+            ``step_weights = 1 / (sigma - sigma_next)``.
+        step_weights: float32 ``[B]``, a factor of each sample's policy loss (not of its KL penalty).
+        mask: bool ``[B, *locations]``, true where a location counts, as for the padding of packed latents. All means
+            are over those locations, and weights have mean one over them.
+        reduction: "mean" over the batch, or "none": the loss is ``[B]``.
+        channel_dim: the dimension that log-probabilities are averaged over.
+        backend: "auto", "native" (compiled kernels), "triton" (on CUDA) or "naive" (plain PyTorch).
+
+    Returns:
+        ``(loss, metrics)``: the float32 loss, and ``ratio_mean``, ``ratio_max``, ``clip_fraction`` (ratios outside the
+        clip range), ``approx_kl`` (half the mean squared log-ratio), ``policy_loss`` and ``kl_loss`` (before
+        ``kl_coef``), over the batch.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or range; the message names it. Values
+            of tensors on a GPU are not looked at: there a sample whose mask is empty contributes nothing.
+    """
+    channel_dim = resolve_channel_dim(channel_dim, model_output)
+    check_latent("sample", sample, model_output)
+    check_latent("prev_sample", prev_sample, model_output)
+    check_transition(transition, model_output)
+    check_old_log_prob(old_log_prob, model_output, channel_dim, weights, ratio)
+    check_numbers("advantages", advantages, model_output)
+    clip_low, clip_high = check_clip(clip_range)
+    if old_model_output is not None:
+        check_latent("old_model_output", old_model_output, model_output)
+    per_sample = _check_common(
+        model_output, channel_dim, weights, mask, step_weights, ref_model_output, advantage_clip, kl_coef, reduction
+    )
+    arguments: tuple[Any, ...] = (
+        model_output,
+        *map(_constant, (sample, prev_sample, old_log_prob, advantages, transition.coefficients)),
+        *map(_constant, (weights, mask, step_weights, old_model_output, ref_model_output)),
+        channel_dim,
+        ratio == "location",
+        weighted_kl,
+        per_sample,
+        clip_low,
+        clip_high,
+        advantage_clip,
+        kl_coef,
+    )
+    backend = resolve_backend(backend, model_output)
+    if backend == "naive":
+        check_weight_values(weights)
+        loss, metrics = naive.weighted_policy_loss(*arguments)
+    else:
+        loss, metrics, _ = ops.WEIGHTED_POLICY_LOSS(*arguments, backend)
+    return PolicyLoss(loss, dict(zip(naive.METRICS, metrics.unbind(), strict=True)))
+
+
+def weighted_nft_loss(
+    model_output: Tensor,
+    old_model_output: Tensor,
+    target: Tensor,
+    advantages: Tensor,
+    sigma: Tensor,
+    *,
+    weights: Tensor | None = None,
+    beta: float = 1.0,
+    adaptive: bool = True,
+    advantage_clip: float = 5.0,
+    ref_model_output: Tensor | None = None,
+    kl_coef: float = 0.0,
+    weighted_kl: bool = False,
+    step_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    channel_dim: int = 1,
+    backend: str = "auto",
+) -> PolicyLoss:
+    """DiffusionNFT's loss of the forward process (arXiv 2509.16117), with weights for the latent positions.
+
+    With the implicit policies ``v+ = v_old + beta (v - v_old)`` and ``v- = v_old - beta (v - v_old)``, W the weights
+    (mean one), and ``r = (clip(A / advantage_clip, -1, 1) + 1) / 2``:
+
+        loss = advantage_clip / beta * mean_b [ r E(v+) + (1 - r) E(v-) ],   E(u) = mean_p W_p mean_c (u - target)^2
+
+    With ``adaptive``, as in the paper's experiments, E is that of the image, ``x0 = x - sigma u``, divided by its own
+    mean absolute error (over all positions, without gradient, at least 1e-5). The gradient goes to ``model_output``
+    alone.
+
+    Args:
+        model_output: velocity of the model in training at a noised image, shapes as in :func:`weighted_policy_loss`.
+        old_model_output: velocity of the model that drew the images, of that shape.
+        target: the velocity of the noised image, ``eps - x0``, of that shape.
+        advantages: float32 ``[B]``.
+        sigma: float32 ``[B]``, the noise level; read with ``adaptive``.
+        weights, mask, step_weights, reduction, channel_dim, backend: as in :func:`weighted_policy_loss`.
+        beta: how far the implicit policies lie from the old one, positive.
+        advantage_clip: the advantage at which a sample is wholly good, positive.
+        ref_model_output: velocity of the reference model; adds ``kl_coef * mean((v - v_ref)^2)``.
+        weighted_kl: whether the weights act on that penalty too.
+
+    Returns:
+        ``(loss, metrics)``: the float32 loss, and ``positive_loss`` and ``negative_loss`` (the means of E),
+        ``deviation`` (mean of ``(v - v_old)^2``), ``policy_loss`` and ``kl_loss`` (before ``kl_coef``).
+
+    Raises:
+        TypeError, ValueError: as :func:`weighted_policy_loss`.
+    """
+    channel_dim = resolve_channel_dim(channel_dim, model_output)
+    check_latent("old_model_output", old_model_output, model_output)
+    check_latent("target", target, model_output)
+    check_numbers("advantages", advantages, model_output)
+    check_numbers("sigma", sigma, model_output)
+    per_sample = _check_common(
+        model_output, channel_dim, weights, mask, step_weights, ref_model_output, advantage_clip, kl_coef, reduction
+    )
+    check_beta(beta, advantage_clip)
+    arguments: tuple[Any, ...] = (
+        model_output,
+        *map(_constant, (old_model_output, target, advantages, sigma)),
+        *map(_constant, (weights, mask, step_weights, ref_model_output)),
+        channel_dim,
+        adaptive,
+        weighted_kl,
+        per_sample,
+        beta,
+        advantage_clip,
+        kl_coef,
+    )
+    backend = resolve_backend(backend, model_output)
+    if backend == "naive":
+        check_weight_values(weights)
+        loss, metrics = naive.weighted_nft_loss(*arguments)
+    else:
+        loss, metrics, _ = ops.WEIGHTED_NFT_LOSS(*arguments, backend)
+    return PolicyLoss(loss, dict(zip(naive.NFT_METRICS, metrics.unbind(), strict=True)))
+
+
+def _check_common(
+    model_output: Tensor,
+    channel_dim: int,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    step_weights: Tensor | None,
+    ref_model_output: Tensor | None,
+    advantage_clip: float,
+    kl_coef: float,
+    reduction: str,
+) -> bool:
+    """What the objectives share; whether each sample keeps its own loss."""
+    check_weights(weights, model_output, channel_dim)
+    check_mask(mask, model_output, channel_dim)
+    check_numbers("step_weights", step_weights, model_output)
+    check_coefficients(advantage_clip, kl_coef)
+    check_reference(ref_model_output, model_output, kl_coef)
+    return check_reduction(reduction)
+
+
+def _constant(tensor: Tensor | None) -> Tensor | None:
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor

@@ -1,0 +1,55 @@
+"""The sampling step, which draws the next latent and gives its log-probability at every location."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from star_kernels.policy import naive, ops
+from star_kernels.policy.backends import resolve_backend
+from star_kernels.policy.checks import check_latent, check_transition, resolve_channel_dim
+from star_kernels.policy.transitions import Transition
+
+
+def sample_transition(
+    model_output: Tensor,
+    sample: Tensor,
+    transition: Transition,
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    channel_dim: int = 1,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One denoising step: draws ``prev ~ N(a x + b v, std^2)`` and gives its log-probability at every location.
+
+    The log-probability is that of the value returned, after rounding to the sample's dtype, so that the policy ratio
+    of an unchanged model is exactly one. Not differentiable.
+
+    Args:
+        model_output: velocity ``[B, C, H, W]``, ``[B, C, F, H, W]`` or packed ``[B, S, C]`` with ``channel_dim=-1``.
+        sample: the current latent, of that shape; both float32, float16 or bfloat16 (float32 latents are advised).
+        transition: the sampler's coefficients, see :func:`flow_sde`.
+        noise: standard normal, of that shape; drawn in float32 with ``generator`` if not given.
+        channel_dim: the dimension that log-probabilities are averaged over.
+        backend: "auto", "native" (compiled kernels), "triton" (on CUDA) or "naive" (plain PyTorch).
+
+    Returns:
+        ``(prev_sample, log_prob)``: like sample, and float32 ``[B, *locations]``.
+    """
+    channel_dim = resolve_channel_dim(channel_dim, model_output)
+    check_latent("sample", sample, model_output)
+    check_transition(transition, model_output)
+    if noise is None:
+        wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        noise = torch.randn(sample.shape, generator=generator, dtype=wide, device=sample.device)
+    elif generator is not None:
+        raise ValueError("generator must be None where noise is given, got both")
+    else:
+        check_latent("noise", noise, model_output)
+    arguments = (model_output.detach(), sample.detach(), noise.detach(), transition.coefficients, channel_dim)
+    backend = resolve_backend(backend, model_output)
+    if backend == "naive":
+        return naive.sample_transition(*arguments)
+    prev_sample, log_prob = ops.SAMPLE_TRANSITION(*arguments, backend)
+    return prev_sample, log_prob

@@ -1,0 +1,31 @@
+"""From a prompt to the tokens of the words that matter: core content, token positions, TokenSelection.
+
+``select_tokens`` is the whole way in one call. Its parts: a source gives the :class:`Core` of a prompt as character
+spans (``core_content`` chooses among them), a :class:`TextRegion` says which tokens of which encoder stand where in the
+joint sequence (``regions_of`` reads them from a diffusers pipeline), ``token_positions`` maps one to the other.
+"""
+
+from star_kernels.prompts.content import core_content
+from star_kernels.prompts.core import Core, Phrase
+from star_kernels.prompts.geneval import geneval
+from star_kernels.prompts.phrases import phrases
+from star_kernels.prompts.quotes import quoted_text
+from star_kernels.prompts.regions import regions_of
+from star_kernels.prompts.select import PromptSelection, select_tokens
+from star_kernels.prompts.tokens import TextRegion, token_positions
+from star_kernels.prompts.words import content_words
+
+__all__ = [
+    "Core",
+    "Phrase",
+    "PromptSelection",
+    "TextRegion",
+    "content_words",
+    "core_content",
+    "geneval",
+    "phrases",
+    "quoted_text",
+    "regions_of",
+    "select_tokens",
+    "token_positions",
+]

@@ -1,0 +1,142 @@
+"""The core content of GenEval's prompts, from their metadata.
+
+GenEval (Ghosh et al., 2023, arXiv 2310.11513) writes its prompts by template: "a photo of" and objects, each a count or
+an article, a colour, a class; two objects are joined by "and" or by a relation. Its plurals add "s" or "es" to whatever
+word ("benchs", "knifes", "sheeps"); the regular ones are accepted as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from star_kernels.prompts.core import Core, Phrase, Span, check_prompt
+from star_kernels.prompts.phrases import occurrences
+
+_NUMBER_WORDS = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen twenty
+"""
+_NUMBERS = _NUMBER_WORDS.split()
+_IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "foot": "feet"}
+
+
+@dataclass(frozen=True)
+class _Object:
+    """One entry of "include"."""
+
+    noun: str
+    count: int
+    color: str | None
+    relation: str | None
+
+    def parts(self) -> list[list[str]]:
+        """What the prompt says of the object, in this order; each part in all its forms, the longest first."""
+        counts = [[_NUMBERS[self.count] if self.count < len(_NUMBERS) else str(self.count), str(self.count)]]
+        colors = [[self.color]] if self.color else []
+        return (counts if self.count > 1 else []) + colors + [_forms(self.noun)]
+
+
+def geneval(prompt: str, metadata: Mapping[str, Any]) -> Core:
+    """The objects of a GenEval prompt with their counts and colours, then the words of the relations.
+
+    Args:
+        prompt: a prompt by GenEval's template, or another one that holds the same words.
+        metadata: a line of GenEval's file: "include" lists the objects as {"class", "count", "color", "position"}.
+            "exclude" tells the evaluation what must not be seen and is no core content.
+
+    Returns:
+        A phrase for each object, in the order of "include" ("red bench", "two clocks"), then one for each relation
+        ("left of").
+
+    Raises:
+        TypeError, ValueError: metadata is not in that format, or names a word that the prompt does not hold.
+    """
+    check_prompt(prompt)
+    objects = _read(metadata)
+    taken: list[Span] = []
+    found: dict[int, list[Span]] = {}
+    # "hot dog" takes its words before "dog" looks for one, and "orange bus" before "orange".
+    for i in sorted(range(len(objects)), key=lambda i: -len(f"{objects[i].color or ''} {objects[i].noun}")):
+        found[i] = _find(prompt, objects[i], taken)
+        taken += found[i]
+    named = [found[i] for i in range(len(objects))]
+    for item in objects:
+        if item.relation:
+            spans = [_free(prompt, [item.relation], taken, item)]
+            taken += spans
+            named.append(spans)
+    phrases = [Phrase(" ".join(prompt[start:stop] for start, stop in spans), tuple(spans)) for spans in named]
+    return Core(prompt, tuple(phrases))
+
+
+def _find(prompt: str, item: _Object, taken: list[Span]) -> list[Span]:
+    """The object's words side by side, else each where it is first free."""
+    for words in product(*item.parts()):
+        for start, stop in occurrences(prompt, " ".join(words)):
+            if not _overlaps((start, stop), taken):
+                return _split(prompt, start, words)
+    spans: list[Span] = []
+    for forms in item.parts():
+        spans.append(_free(prompt, forms, taken + spans, item))
+    return spans
+
+
+def _split(prompt: str, start: int, words: tuple[str, ...]) -> list[Span]:
+    """Spans of words that follow each other from ``start``."""
+    spans = []
+    for word in words:
+        span = next(span for span in occurrences(prompt, word) if span[0] >= start)
+        spans.append(span)
+        start = span[1]
+    return spans
+
+
+def _free(prompt: str, forms: list[str], taken: list[Span], item: _Object) -> Span:
+    for form in forms:
+        for span in occurrences(prompt, form):
+            if not _overlaps(span, taken):
+                return span
+    raise ValueError(f"metadata names {forms[-1]!r} for {item.noun!r}, which the prompt does not hold: {prompt!r}")
+
+
+def _overlaps(span: Span, others: list[Span]) -> bool:
+    return any(span[0] < stop and start < span[1] for start, stop in others)
+
+
+def _forms(noun: str) -> list[str]:
+    """A class name's plurals, GenEval's among them, and the name itself."""
+    head, last = noun[: noun.rfind(" ") + 1], noun[noun.rfind(" ") + 1 :]
+    plurals = [last + "es", last + "s"]
+    if last.endswith("y"):
+        plurals.append(last[:-1] + "ies")
+    if last.endswith(("f", "fe")):
+        plurals.append(last.removesuffix("e")[:-1] + "ves")
+    if last in _IRREGULAR:
+        plurals.append(_IRREGULAR[last])
+    return [head + form for form in (*plurals, last)]
+
+
+def _read(metadata: Mapping[str, Any]) -> list[_Object]:
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f'metadata must be a mapping with an "include" list, got {type(metadata).__name__}')
+    include = metadata.get("include")
+    if not isinstance(include, list) or not all(isinstance(entry, Mapping) for entry in include):
+        raise ValueError(f'metadata must have an "include" list of objects, got {include!r}')
+    return [_read_object(entry) for entry in include]
+
+
+def _read_object(entry: Mapping[str, Any]) -> _Object:
+    noun, count, color = entry.get("class"), entry.get("count", 1), entry.get("color")
+    position = entry.get("position")
+    good = isinstance(noun, str) and bool(noun.strip()) and isinstance(count, int) and count >= 1
+    good = good and (color is None or (isinstance(color, str) and bool(color.strip())))
+    good = good and (position is None or (bool(position) and isinstance(position[0], str)))
+    if not good:
+        raise ValueError(
+            'metadata must describe an object by a "class", a "count" of at least 1, and perhaps a "color" and a '
+            f'"position" of [relation, index], got {dict(entry)!r}'
+        )
+    return _Object(str(noun), count, color, position[0] if position else None)

@@ -1,0 +1,46 @@
+"""Phrases that the user names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from star_kernels.prompts.core import Core, Span, check_prompt, core_of
+from star_kernels.prompts.words import is_boundary
+
+
+def phrases(prompt: str, wanted: Sequence[str]) -> Core:
+    """Every occurrence of each wanted phrase, as whole words and whatever the case and the spaces between words.
+
+    Scripts that set no spaces between words (Chinese, Japanese, Thai, ...) have no word boundaries to respect.
+
+    Raises:
+        TypeError: wanted is not a list of strings.
+        ValueError: a phrase is blank, or the prompt does not hold it.
+    """
+    check_prompt(prompt)
+    if isinstance(wanted, str) or not isinstance(wanted, Sequence) or not all(isinstance(w, str) for w in wanted):
+        raise TypeError(f"phrases must be a list of strings, got {wanted!r}")
+    return core_of(prompt, [(phrase, _present(prompt, phrase)) for phrase in wanted])
+
+
+def occurrences(prompt: str, phrase: str) -> list[Span]:
+    """Where a phrase stands as whole words."""
+    pattern = r"\s+".join(map(re.escape, phrase.split()))
+    spans = []
+    at = 0
+    while match := re.compile(pattern, re.IGNORECASE).search(prompt, at):
+        whole = is_boundary(prompt, match.start()) and is_boundary(prompt, match.end())
+        if whole:
+            spans.append(match.span())
+        at = match.end() if whole else match.start() + 1
+    return spans
+
+
+def _present(prompt: str, phrase: str) -> list[Span]:
+    if not phrase.strip():
+        raise ValueError(f"phrases must not be blank, got {phrase!r}")
+    spans = occurrences(prompt, phrase)
+    if not spans:
+        raise ValueError(f"phrases must stand in the prompt, {phrase!r} does not: {prompt!r}")
+    return spans

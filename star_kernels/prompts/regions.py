@@ -1,0 +1,161 @@
+"""Where the text encoders of a diffusers pipeline put their tokens in the joint sequence.
+
+Read from diffusers 0.42; the pipelines themselves are never imported. Text positions count from the first text token:
+
+==========  ==============  ==========================================================================================
+family      joint sequence  text
+==========  ==============  ==========================================================================================
+SD3, SD3.5  image, text     77 of CLIP-L and CLIP-G, joined along channels; then T5 (256), zeros where it is absent
+FLUX.1      text, image     T5 (512); CLIP only gives the pooled embedding
+FLUX.2      text, image     chat of a system message and the prompt, padded to 512, none dropped, padding not masked
+Qwen-Image  text, image     chat without its first 34 tokens, as long as the longest prompt, at most 512
+==========  ==============  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from star_kernels.prompts.tokens import TextRegion
+
+CLIP_LENGTH = 77
+_MARK = "\ue000"  # a private character, which no template holds
+
+
+def sd3_regions(
+    tokenizer: Any, tokenizer_2: Any, tokenizer_3: Any = None, *, clip_length: int = CLIP_LENGTH, t5_length: int = 256
+) -> list[TextRegion]:
+    """Stable Diffusion 3 and 3.5: "clip_l" and "clip_g" share their positions, "t5" follows; None is left out."""
+    regions = [
+        TextRegion("clip_l", tokenizer, clip_length, after_image=True) if tokenizer else None,
+        TextRegion("clip_g", tokenizer_2, clip_length, after_image=True) if tokenizer_2 else None,
+        TextRegion("t5", tokenizer_3, t5_length, start=clip_length, after_image=True) if tokenizer_3 else None,
+    ]
+    return [region for region in regions if region]
+
+
+def flux_regions(tokenizer_2: Any, *, length: int = 512) -> list[TextRegion]:
+    """FLUX.1: "t5"."""
+    return [TextRegion("t5", tokenizer_2, length)]
+
+
+def flux2_regions(processor: Any, *, system_message: str, length: int = 512) -> list[TextRegion]:
+    """FLUX.2: "mistral", from the pipeline's processor (or tokenizer) and its system message."""
+
+    def render(prompt: str) -> str:
+        text = [{"type": "text", "text": prompt}]
+        system = {"role": "system", "content": [{"type": "text", "text": system_message}]}
+        chat = [system, {"role": "user", "content": text}]
+        return str(processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=False))
+
+    tokenizer = getattr(processor, "tokenizer", None)
+    is_processor, tokenizer = tokenizer is not None, tokenizer or processor
+    template = _template(render)
+    bos = getattr(tokenizer, "bos_token", None)
+    brings_bos = bos is not None and template["prefix"].startswith(bos)
+    # A processor adds special tokens to a chat that does not begin with them; a tokenizer never does.
+    special_tokens = is_processor and not brings_bos
+    return [TextRegion("mistral", tokenizer, length, **template, special_tokens=special_tokens, reserved=("[IMG]",))]
+
+
+def flux2_klein_regions(tokenizer: Any, *, length: int = 512) -> list[TextRegion]:
+    """FLUX.2 [klein]: "qwen3"."""
+
+    def render(prompt: str) -> str:
+        chat = [{"role": "user", "content": prompt}]
+        options = {"add_generation_prompt": True, "enable_thinking": False}
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
+
+    return [TextRegion("qwen3", tokenizer, length, **_template(render))]
+
+
+def qwen_image_regions(tokenizer: Any, *, template: str, dropped: int, length: int = 512) -> list[TextRegion]:
+    """Qwen-Image: "qwen2", from the pipeline's ``prompt_template_encode`` and ``prompt_template_encode_start_idx``."""
+    parts = _template(template.format)
+    return [TextRegion("qwen2", tokenizer, length, **parts, dropped=dropped, padded=False)]
+
+
+def regions_of(
+    pipeline: Any, *, max_sequence_length: int | None = None, encoders: Sequence[str] | None = None
+) -> list[TextRegion]:
+    """The text regions of a diffusers pipeline.
+
+    Args:
+        pipeline: a text-to-image pipeline of SD3, FLUX.1, FLUX.2 or Qwen-Image, or one of their variants that encodes
+            the prompt in the same way; its tokenizers and templates are read, no model runs.
+        max_sequence_length: what the pipeline is called with; its own default if None.
+        encoders: names of the regions to keep, such as ["t5"]; all if None.
+
+    Raises:
+        TypeError: a pipeline of another family, or a tokenizer that is not a fast one.
+        ValueError: a length below 1, or an encoder that the pipeline does not have.
+    """
+    names = [cls.__name__ for cls in type(pipeline).__mro__]
+    read = next((reader for name in names for family, reader in _FAMILIES if name in family), None)
+    if read is None:
+        known = "StableDiffusion3Pipeline, FluxPipeline, Flux2Pipeline, Flux2KleinPipeline, QwenImagePipeline"
+        raise TypeError(f"pipeline must be one of {known} and their variants, got {names[0]}; others need a TextRegion")
+    regions = read(pipeline, max_sequence_length)
+    if encoders is None:
+        return regions
+    present = [region.name for region in regions]
+    if isinstance(encoders, str) or not encoders or not set(encoders) <= set(present):
+        raise ValueError(f"encoders must be a list of some of {', '.join(present)}, got {encoders!r}")
+    return [region for region in regions if region.name in encoders]
+
+
+def _read_sd3(pipeline: Any, length: int | None) -> list[TextRegion]:
+    # Without the encoder the pipeline fills T5's positions with zeros, whatever its tokenizer.
+    t5 = pipeline.tokenizer_3 if pipeline.text_encoder_3 is not None else None
+    clip_length = pipeline.tokenizer_max_length
+    t5_length = 256 if length is None else length
+    return sd3_regions(pipeline.tokenizer, pipeline.tokenizer_2, t5, clip_length=clip_length, t5_length=t5_length)
+
+
+def _read_flux(pipeline: Any, length: int | None) -> list[TextRegion]:
+    return flux_regions(pipeline.tokenizer_2, length=512 if length is None else length)
+
+
+def _read_flux2(pipeline: Any, length: int | None) -> list[TextRegion]:
+    length = 512 if length is None else length
+    return flux2_regions(pipeline.tokenizer, system_message=pipeline.system_message, length=length)
+
+
+def _read_flux2_klein(pipeline: Any, length: int | None) -> list[TextRegion]:
+    return flux2_klein_regions(pipeline.tokenizer, length=512 if length is None else length)
+
+
+def _read_qwen_image(pipeline: Any, length: int | None) -> list[TextRegion]:
+    return qwen_image_regions(
+        pipeline.tokenizer,
+        template=pipeline.prompt_template_encode,
+        dropped=pipeline.prompt_template_encode_start_idx,
+        length=min(512 if length is None else length, pipeline.tokenizer_max_length),
+    )
+
+
+def _template(render: Callable[[str], str]) -> dict[str, Any]:
+    """What a template sets before and after a prompt, and whether it strips the prompt."""
+    before, mark, after = render(_MARK).partition(_MARK)
+    if not mark:
+        raise ValueError("the chat template must hold the prompt as it is, got one that changes or leaves it out")
+    return {"prefix": before, "suffix": after, "strips": f" {_MARK} " not in render(f" {_MARK} ")}
+
+
+_Reader = Callable[[Any, int | None], list[TextRegion]]
+_SD3 = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpainting", "PAG", "PAGImg2Img")
+_FLUX = (
+    *("", "Img2Img", "Inpaint", "Fill", "Kontext", "KontextInpaint"),
+    *("Control", "ControlImg2Img", "ControlInpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint"),
+)
+_FAMILIES: list[tuple[set[str], _Reader]] = [
+    ({f"StableDiffusion3{variant}Pipeline" for variant in _SD3}, _read_sd3),
+    ({f"Flux{variant}Pipeline" for variant in _FLUX}, _read_flux),
+    ({"Flux2Pipeline"}, _read_flux2),
+    ({f"Flux2Klein{variant}Pipeline" for variant in ("", "KV", "Inpaint")}, _read_flux2_klein),
+    (
+        {f"QwenImage{variant}Pipeline" for variant in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint")},
+        _read_qwen_image,
+    ),
+]

@@ -1,0 +1,139 @@
+"""Which kernels a GPU takes: the table, the nearest entry, and what is said where there is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from star_kernels.attention import ops, tuning, vendor
+from star_kernels.attention.triton_config import BackwardConfig, Tile
+from star_kernels.attention.tuning import Plan
+
+DEVICE = "NVIDIA H100 80GB HBM3"
+HOPPER, AMPERE = (9, 0), (8, 0)
+
+
+def entry(**changed: Any) -> dict[str, Any]:
+    return {"dtype": "bfloat16", "head_dim": 64, "size_class": 10, "forward": "triton", "backward": "flash",
+            "flash": "FA2", **changed}  # fmt: skip
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A device whose tables lie in the folder."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: DEVICE)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: HOPPER)
+    monkeypatch.setenv("STAR_KERNELS_TUNED", str(tmp_path))
+    forget()
+    yield tmp_path
+    forget()
+
+
+def forget() -> None:
+    tuning.table.cache_clear()
+    tuning._plan.cache_clear()
+
+
+def plan(length: int = 1357, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> Plan:
+    return tuning.plan(torch.device("cuda", 0), dtype, head_dim, length, length)
+
+
+def test_the_nearest_class_of_lengths_is_taken(gpu: Path) -> None:
+    tuning.write_table(gpu, DEVICE, {}, [entry(), entry(size_class=12, forward="cudnn"), entry(head_dim=128)])
+    assert tuning.size_class(1357, 1357) == 10
+    assert tuning.size_class(4429, 4429) == 12
+    assert plan(1357) == plan(200) == Plan("triton", "flash", measured=True)
+    assert plan(4429) == plan(9000) == Plan("cudnn", "flash", measured=True)
+
+
+def test_float16_and_bfloat16_stand_for_one_another_and_float32_for_itself(gpu: Path) -> None:
+    tuning.write_table(gpu, DEVICE, {}, [entry()])
+    assert plan(dtype=torch.float16).measured
+    assert not plan(dtype=torch.float32).measured
+    forget()
+    tuning.write_table(gpu, DEVICE, {}, [entry(), entry(dtype="float16", forward="cudnn")])
+    assert plan(dtype=torch.float16).forward == "cudnn"
+    assert plan(dtype=torch.bfloat16).forward == "triton"
+
+
+def test_tiles_of_an_entry_are_those_of_the_launch(gpu: Path) -> None:
+    tiles = {"forward": [128, 64, 8, 3, 128], "query": [64, 32, 4, 2], "key_value": [32, 64, 4, 2, None]}
+    tuning.write_table(gpu, DEVICE, {}, [entry(tiles=tiles)])
+    assert plan().forward_tile == Tile(128, 64, 8, 3, 128)
+    assert plan().backward_config == BackwardConfig(Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
+
+
+def test_an_entry_of_another_flash_attention_is_not_this_ones(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning.write_table(gpu, DEVICE, {}, [entry(forward="flash", flash="FA3"), entry(forward="cudnn", backward="cudnn")])
+    assert plan().forward == "cudnn"
+    monkeypatch.setattr(vendor, "flash_implementation", lambda: "FA3")
+    assert plan().forward == "flash"
+
+
+def test_an_entry_whose_kernel_does_not_take_the_call_is_passed_over(gpu: Path) -> None:
+    tuning.write_table(gpu, DEVICE, {}, [entry(dtype="float32", forward="cudnn")])
+    assert not plan(dtype=torch.float32).measured
+
+
+def test_a_table_of_another_device_is_not_this_ones(gpu: Path) -> None:
+    tuning.write_table(gpu, "NVIDIA A100-SXM4-80GB", {}, [entry(forward="cudnn")])
+    assert not plan().measured
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "capability", "kernel"),
+    [
+        (torch.bfloat16, 64, HOPPER, "triton"),
+        (torch.float16, 32, AMPERE, "triton"),
+        (torch.bfloat16, 128, HOPPER, "cudnn"),
+        (torch.bfloat16, 128, AMPERE, "flash"),
+        (torch.bfloat16, 512, HOPPER, "efficient"),
+        (torch.float32, 64, HOPPER, "triton"),
+        (torch.float32, 512, HOPPER, "efficient"),
+    ],
+)
+def test_without_a_table_the_stated_heuristic_holds(
+    dtype: torch.dtype, head_dim: int, capability: tuple[int, int], kernel: str
+) -> None:
+    assert tuning.default_plan(dtype, head_dim, capability) == Plan(kernel, kernel)
+
+
+def test_vendor_means_the_best_of_the_vendors() -> None:
+    bfloat16 = torch.bfloat16
+    assert tuning.vendor_plan(Plan("triton", "flash"), bfloat16, 64, HOPPER) == Plan("cudnn", "flash")
+    assert tuning.vendor_plan(Plan("triton", "triton"), bfloat16, 64, AMPERE) == Plan("flash", "flash")
+    assert tuning.vendor_plan(Plan("triton", "triton"), torch.float32, 64, HOPPER) == Plan("efficient", "efficient")
+
+
+def test_a_mask_takes_triton_whatever_the_table_says() -> None:
+    query = torch.empty(1, 1, 4, 8)
+    assert ops._plan("auto", query, query, torch.ones(1, 4, dtype=torch.bool)) == Plan("triton", "triton")
+    assert ops._plan("cudnn", query, query, None) == Plan("cudnn", "cudnn")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no table of tune_attention.py"),
+        ('{"entries": 3}', "is no table of tune_attention.py"),
+        (json.dumps({"entries": [entry(forward="fast")]}), "entry 0 has forward = 'fast'"),
+        (json.dumps({"entries": [entry(), entry(head_dim=None)]}), "entry 1 has head_dim = None"),
+        (json.dumps({"entries": [entry(tiles={"forward": [64]})]}), "is no table of tune_attention.py"),
+    ],
+)  # fmt: skip
+def test_a_spoilt_table_is_an_error_that_names_it(gpu: Path, content: str, message: str) -> None:
+    (gpu / f"{tuning.slug(DEVICE)}.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        plan()
+    assert str(gpu) in str(error.value)
+
+
+def test_the_tables_that_ship_can_be_read() -> None:
+    for path in tuning.FOLDER.glob("*.json"):
+        assert tuning._read(path)
+        assert path.stem == tuning.slug(json.loads(path.read_text())["device"])

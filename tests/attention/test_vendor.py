@@ -1,0 +1,213 @@
+"""PyTorch's fused attention of CUDA behind one interface, as far as a machine without a GPU can tell.
+
+The operators' shapes come from PyTorch's own fake tensors, their numbers from stand-ins with each one's conventions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from star_kernels.attention import ops, vendor
+from star_kernels.attention.tuning import Plan
+
+SHAPE = (2, 3, 50, 16)
+
+
+def tensors(device: str = "cpu", layout: str = "bhsd", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    batch, heads, length, width = SHAPE
+    shape = SHAPE if layout == "bhsd" else (batch, length, heads, width)
+    found = [torch.randn(shape, device=device, dtype=dtype) for _ in range(3)]
+    return found if layout == "bhsd" else [t.transpose(1, 2) for t in found]
+
+
+@pytest.mark.parametrize("kernel", vendor.KERNELS)
+def test_every_operator_has_the_signature_that_it_is_called_with(kernel: str) -> None:
+    vendor._operator(f"{kernel}_attention")
+    vendor._operator(f"{kernel}_attention_backward")
+
+
+def test_an_operator_with_another_signature_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vendor._ARGUMENTS, "_scaled_dot_product_flash_attention", "query key")
+    vendor._operator.cache_clear()
+    with pytest.raises(RuntimeError, match=r"another _scaled_dot_product_flash_attention than star_kernels knows"):
+        vendor._operator("flash_attention")
+
+
+@pytest.mark.parametrize("kernel", vendor.KERNELS)
+def test_every_kernel_gives_an_output_and_a_log_sum_exp_for_each_row(kernel: str) -> None:
+    with FakeTensorMode():
+        out, lse = vendor.cuda_forward(kernel, *tensors("cuda", dtype=torch.bfloat16), 0.25)
+    assert (out.shape, out.dtype) == (SHAPE, torch.bfloat16)
+    assert (lse.shape, lse.dtype) == (SHAPE[:3], torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "sliced"])
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])  # efficient's output is copied, which no fake tensor can be here
+def test_shapes_and_layouts_are_those_that_the_operator_promises(
+    kernel: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's fake kernels in the operator's implementation, against the operator's own fake implementation."""
+    monkeypatch.setattr(ops, "_maps", lambda query, key, lse, index, weight, mask, start, rows, scale, reduce, text: (
+        ops._empty_maps(query, weight, rows, reduce)
+    ))  # fmt: skip
+    monkeypatch.setattr(ops, "_is_aligned", lambda tensor: tensor.stride(-1) == 1)  # a fake tensor has no address
+    monkeypatch.setattr(vendor, "_no_dropout", lambda device: (torch.zeros(2, dtype=torch.uint64, device=device),) * 2)
+    with FakeTensorMode():
+        query, key, value = tensors("cuda", "bhsd" if layout == "sliced" else layout, torch.bfloat16)
+        if layout == "sliced":
+            query = torch.empty(2, 3, 100, 32, device="cuda", dtype=torch.bfloat16).narrow(2, 25, 50).narrow(3, 0, 16)
+        index = torch.empty(2, 5, dtype=torch.int32, device="cuda")
+        weight = torch.empty(2, 2, 5, device="cuda")
+        arguments = (index, weight, None, 0, 40, 0.25, True, kernel)
+        real, promised = (f(query, key, value, *arguments) for f in (ops.attention, ops.attention_fake))
+        for got, expected in zip(real, promised, strict=True):
+            assert (got.shape, got.stride(), got.dtype) == (expected.shape, expected.stride(), expected.dtype)
+        out, _, lse = real
+        grads = (torch.empty_like(out), None, None)
+        real, promised = (
+            f(*grads, query, key, value, out, lse, *arguments)
+            for f in (ops.attention_backward, ops.attention_backward_fake)
+        )
+        for got, expected in zip(real, promised, strict=True):
+            assert (got.shape, got.stride(), got.dtype) == (expected.shape, expected.stride(), expected.dtype)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    scores = query @ key.transpose(-1, -2) * scale
+    return torch.softmax(scores, dim=-1) @ value, torch.logsumexp(scores, dim=-1)
+
+
+def gradients(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the log-sum-exp, as the kernels have them."""
+    probability = torch.exp(query @ key.transpose(-1, -2) * scale - lse[..., None])
+    delta = (grad_out * out).sum(dim=-1, keepdim=True)
+    grad_scores = probability * (grad_out @ value.transpose(-1, -2) - delta) * scale
+    return grad_scores @ key, grad_scores.transpose(-1, -2) @ query, probability.transpose(-1, -2) @ grad_out
+
+
+class Standin:
+    """The six operators with their conventions: shapes of the log-sum-exp, order of arguments, layout of results."""
+
+    def __call__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def flash_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, debug: bool, *, scale: float
+    ):
+        assert (dropout, causal, debug) == (0.0, False, False)
+        return (*attention(q, k, v, scale), None, None, q.shape[2], k.shape[2], None, None, None)
+
+    def cudnn_attention(self, q, k, v, bias, with_lse, dropout, causal, debug, *, scale):
+        assert (bias, with_lse, dropout, causal, debug) == (None, True, 0.0, False, False)
+        out, lse = attention(q, k, v, scale)
+        return (out, lse[..., None], None, None, q.shape[2], k.shape[2], None, None, None)
+
+    def efficient_attention(self, q, k, v, bias, with_lse, dropout, causal, *, scale):
+        assert (bias, with_lse, dropout, causal) == (None, True, 0.0, False)
+        out, lse = attention(q, k, v, scale)
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
+        return out, torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=math.inf), None, None
+
+    def flash_attention_backward(
+        self, grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, seed, offset, *, scale
+    ):
+        assert (cum_q, cum_k, max_q, max_k, dropout, causal) == (None, None, q.shape[2], k.shape[2], 0.0, False)
+        assert lse.shape == q.shape[:3]
+        assert seed.dtype == offset.dtype == torch.uint64
+        return gradients(grad, q, k, v, out, lse, scale)
+
+    def cudnn_attention_backward(
+        self, grad, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout, causal, *, scale
+    ):
+        assert (bias, cum_q, cum_k, max_q, max_k) == (None, None, None, q.shape[2], k.shape[2])
+        assert (dropout, causal) == (0.0, False)
+        assert lse.shape == (*q.shape[:3], 1)
+        return gradients(grad, q, k, v, out, lse[..., 0], scale)
+
+    def efficient_attention_backward(
+        self, grad, q, k, v, bias, out, lse, seed, offset, dropout, wanted, causal, *, scale
+    ):
+        assert (bias, dropout, wanted, causal) == (None, 0.0, [True, True, True, False], False)
+        assert lse.shape[2] % 32 == 0
+        assert bool((lse[..., q.shape[2] :] == math.inf).all())
+        return (*gradients(grad, q, k, v, out, lse[..., : q.shape[2]], scale), None)
+
+
+@pytest.mark.parametrize("kernel", vendor.KERNELS)
+def test_every_kernel_gives_output_log_sum_exp_and_gradients(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vendor, "_operator", Standin())
+    leaves = [t.double().requires_grad_() for t in tensors()]
+    upstream = torch.randn(SHAPE, dtype=torch.float64)
+    expected_out, expected_lse = attention(*leaves, 0.3)
+    expected = torch.autograd.grad(expected_out, leaves, upstream)
+    detached = [t.detach() for t in leaves]
+    out, lse = vendor.cuda_forward(kernel, *detached, 0.3)
+    torch.testing.assert_close(out, expected_out.detach())
+    torch.testing.assert_close(lse, expected_lse.detach())
+    for other in vendor.KERNELS:  # any backward pass goes with any forward pass
+        got = vendor.cuda_backward(other, upstream, *detached, out, lse, 0.3)
+        for part, wanted in zip(got, expected, strict=True):
+            torch.testing.assert_close(part, wanted)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "head_dim", "reason"),
+    [
+        ("flash", torch.float32, 64, "float16 and bfloat16"),
+        ("cudnn", torch.float32, 64, "float16 and bfloat16"),
+        ("flash", torch.bfloat16, 264, "256"),
+        ("cudnn", torch.bfloat16, 136, "128"),
+        ("efficient", torch.float32, 30, "multiple of 4"),
+        ("efficient", torch.float16, 36, "multiple of 8"),
+    ],
+)
+def test_a_kernel_says_what_it_does_not_take(kernel: str, dtype: torch.dtype, head_dim: int, reason: str) -> None:
+    assert reason in vendor.limits(kernel, dtype, head_dim)
+    assert vendor.limits("efficient", torch.float32, 64) is None
+
+
+def test_rows_that_do_not_begin_at_16_bytes_are_copied() -> None:
+    whole = torch.randn(2, 3, 50, 24)
+    odd = whole[..., 1:17]
+    assert not ops._is_aligned(odd)
+    (copied,) = ops._aligned(odd)
+    assert ops._is_aligned(copied)
+    assert torch.equal(copied, odd)
+    assert ops._aligned(whole)[0] is whole
+
+
+def test_results_are_brought_into_the_promised_layout() -> None:
+    like, result = tensors(layout="bshd")[0], torch.randn(SHAPE)
+    moved = ops._laid_out(result, like)
+    assert moved.stride() == like.stride()
+    assert torch.equal(moved, result)
+    assert ops._laid_out(moved, like) is moved
+
+
+@pytest.mark.parametrize("wanted", ["maps", "lse", "nothing but the output"])
+def test_only_a_gradient_of_the_output_alone_goes_to_a_vendor(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_backward = pytest.importorskip("star_kernels.attention.triton_backward", reason="needs triton")
+    taken = []
+    monkeypatch.setattr(ops, "_plan", lambda *arguments: Plan("flash", "flash"))
+    monkeypatch.setattr(ops, "_is_aligned", lambda tensor: True)
+    monkeypatch.setattr(vendor, "cuda_backward", lambda kernel, grad, q, k, v, *rest: taken.append(kernel) or (q, k, v))
+    monkeypatch.setattr(
+        triton_backward, "attention_backward", lambda *a, **k: taken.append("triton") or (a[3], a[4], a[5])
+    )
+    with FakeTensorMode():
+        query, key, value = tensors("cuda", dtype=torch.bfloat16)
+        lse, maps = torch.empty(SHAPE[:3], device="cuda"), torch.empty(2, 1, 50, device="cuda")
+        index, weight = torch.empty(2, 3, dtype=torch.int32, device="cuda"), torch.empty(2, 1, 3, device="cuda")
+        ops.attention_backward(
+            torch.empty_like(query), maps if wanted == "maps" else None, lse if wanted == "lse" else None,
+            query, key, value, query, lse, index, weight, None, 0, 50, 0.25, True, "auto",
+        )  # fmt: skip
+    assert taken == (["flash"] if wanted == "nothing but the output" else ["triton"])

@@ -1,0 +1,136 @@
+"""The sources of core content: explicit phrases, the user's function, and the choice among them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from star_kernels.prompts import Core, Phrase, core_content, phrases
+
+PROMPT = 'A red bench and a RED  bench under a sign "Redbench", by a wi-fi mast'
+
+
+def test_every_occurrence_of_a_phrase_is_found_as_whole_words() -> None:
+    core = phrases(PROMPT, ["red bench", "wi-fi"])
+    assert core.names == ("red bench", "wi-fi")
+    assert core.words == ("red bench", "RED  bench", "wi-fi")
+
+
+def test_scripts_without_spaces_have_no_word_boundaries() -> None:
+    assert phrases("一只红色的猫坐在长椅上", ["猫", "长椅"]).spans == ((5, 6), (8, 10))
+    assert phrases("고양이가 의자에", ["고양이"]).spans == ((0, 3),)
+
+
+def test_a_letter_is_not_cut_from_its_mark() -> None:
+    with pytest.raises(ValueError, match="'cafe' does not"):
+        phrases("a cafe\u0301", ["cafe"])
+    with pytest.raises(ValueError, match="'ส' does not"):
+        phrases("แมวสีแดง", ["ส"])
+
+
+def test_a_phrase_is_text_and_no_pattern() -> None:
+    assert phrases("a (red) r.d owl", ["(red)", "r.d"]).words == ("(red)", "r.d")
+
+
+@pytest.mark.parametrize("absent", ["bench red", "ench", "green"])
+def test_an_absent_phrase_is_named(absent: str) -> None:
+    with pytest.raises(ValueError, match=f"phrases must stand in the prompt, '{absent}' does not"):
+        phrases(PROMPT, ["red bench", absent])
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_a_blank_phrase_is_an_error(blank: str) -> None:
+    with pytest.raises(ValueError, match="blank"):
+        phrases(PROMPT, [blank])
+
+
+@pytest.mark.parametrize("wanted", ["red bench", [3], None])
+def test_phrases_must_be_a_list_of_strings(wanted: Any) -> None:
+    with pytest.raises(TypeError, match="phrases must be a list of strings"):
+        phrases(PROMPT, wanted)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.sampled_from(["owl", "owls", "red", "é"]), min_size=1, max_size=10), st.data())
+def test_the_spans_of_a_phrase_are_its_words(words: list[str], data: st.DataObject) -> None:
+    length = data.draw(st.integers(1, len(words)))
+    first = data.draw(st.integers(0, len(words) - length))
+    wanted = words[first : first + length]
+    expected, at = [], 0
+    while at + length <= len(words):
+        found = words[at : at + length] == wanted
+        if found:
+            start = len("".join(word + "  " for word in words[:at]))
+            expected.append((start, start + len("  ".join(wanted))))
+        at += length if found else 1
+    assert list(phrases("  ".join(words), [" ".join(wanted).upper()]).spans) == expected
+
+
+def test_auto_is_metadata_then_quotes_then_content_words() -> None:
+    metadata = {"include": [{"class": "bench", "count": 1}]}
+    assert core_content(PROMPT, metadata=metadata).words == ("bench",)
+    assert core_content(PROMPT, metadata={}).words == ("Redbench",)
+    assert core_content(PROMPT).words == ("Redbench",)
+    assert core_content("a red bench").words == ("red", "bench")
+
+
+def test_each_source_has_a_name() -> None:
+    metadata = {"include": [{"class": "bench", "count": 1}]}
+    assert core_content(PROMPT, "quoted").words == ("Redbench",)
+    assert core_content("a red bench", "quoted").phrases == ()
+    assert "mast" in core_content(PROMPT, "words").words
+    assert core_content(PROMPT, "geneval", metadata=metadata).words == ("bench",)
+    assert core_content(PROMPT, ["mast"]).words == ("mast",)
+
+
+def test_a_function_returns_phrases_spans_or_a_core() -> None:
+    assert core_content(PROMPT, lambda prompt: ["mast", (2, 5)]).names == ("mast", "red")
+    assert core_content(PROMPT, lambda prompt: iter([])).phrases == ()
+    core = Core(PROMPT, (Phrase("bench", ((6, 11),)),))
+    assert core_content(PROMPT, lambda prompt: core) is core
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        ("mast", TypeError, "source must return a list"),
+        (None, TypeError, "source must return a list"),
+        ([3], TypeError, "got 3 among them"),
+        ([(1, 2, 3)], TypeError, r"got \(1, 2, 3\) among them"),
+        (["green"], ValueError, "'green' does not"),
+        ([(5, 5)], ValueError, r"0 <= start < stop <= \d+.*got \(5, 5\)"),
+        ([(-1, 5)], ValueError, "0 <= start"),
+        ([(0, 5000)], ValueError, "0 <= start"),
+        ([(0.0, 5)], TypeError, "pairs of integers"),
+        (Core("another"), ValueError, "got one of 'another'"),
+    ],
+)
+def test_a_function_that_returns_something_else_is_an_error(answer: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        core_content(PROMPT, lambda prompt: answer)
+
+
+def test_unknown_sources_and_missing_metadata_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"source must be one of auto, quoted, words, geneval.* got 'nouns'"):
+        core_content(PROMPT, "nouns")
+    with pytest.raises(ValueError, match="metadata must be given"):
+        core_content(PROMPT, "geneval")
+    nothing: Any = None
+    with pytest.raises(TypeError, match="prompt must be a string, got NoneType"):
+        core_content(nothing)
+
+
+def test_a_core_is_checked_and_cannot_change() -> None:
+    core = Core("a red owl", (Phrase("owl", ((6, 9),)), Phrase("red owl", ((2, 5), (6, 9)))))
+    assert core.words == ("red", "owl")
+    assert hash(core) == hash(Core("a red owl", core.phrases))
+    changed: Any = core
+    with pytest.raises(AttributeError):
+        changed.prompt = "x"
+    with pytest.raises(ValueError, match="'owl' has none"):
+        Core("a red owl", (Phrase("owl", ()),))
+    with pytest.raises(ValueError, match=r"got \(6, 10\)"):
+        Core("a red owl", (Phrase("owl", ((6, 10),)),))

@@ -1,0 +1,144 @@
+"""``python -m star_kernels.maps`` on a small SD3 pipeline with random weights, saved to a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from local_tokenizers import clip_tokenizer, t5_tokenizer
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from star_kernels import maps
+from star_kernels.capture import capture_maps
+from star_kernels.prompts import regions_of, select_tokens
+
+PROMPT = "a photo of a red bench and a blue teapot"
+SIZE = 64  # pixels: 32 x 32 latents, 16 x 16 patches
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    torch.manual_seed(0)
+    tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        projection_dim=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32,
+            pos_embed_max_size=16,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, shift_factor=0.0,
+        ),
+        text_encoder=CLIPTextModelWithProjection(clip),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(clip),
+        tokenizer_2=tokenizer,
+        text_encoder_3=T5EncoderModel(
+            T5Config(vocab_size=len(t5), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+        ),
+        tokenizer_3=t5,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("pipeline")
+    pipeline.save_pretrained(where)
+    return where
+
+
+def run(folder: Path, out: Path, *more: str) -> int:
+    command = ["--model", str(folder), "--prompt", PROMPT, "--out", str(out), "--steps", "3", "--device", "cpu", *more]
+    return maps.main(command)
+
+
+def test_the_command_writes_the_pictures_and_the_figures(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    assert run(folder, out, "--phrase", "red bench", "--phrase", "blue teapot", "--height", "64", "--width", "48") == 0
+    assert sorted(p.name for p in out.iterdir()) == ["image.png", "maps.json", "maps.npy", "phrases.png", "strip.png"]
+    assert Image.open(out / "image.png").size == (48, 64)
+    values = np.load(out / "maps.npy")
+    assert values.shape == (3, 2, 16, 12)
+    record = json.loads((out / "maps.json").read_text())
+    assert record["groups"] == ["red bench", "blue teapot"]
+    assert record["shape"] == list(values.shape)
+    assert [step["sigma"] for step in record["steps"]] == sorted((s["sigma"] for s in record["steps"]), reverse=True)
+    for step, groups in zip(record["steps"], values, strict=True):
+        for told, grid in zip(step["groups"], groups, strict=True):
+            assert told["mean"] == pytest.approx(grid.mean(), abs=1e-7)
+            assert 1 <= told["spread"] <= 16 * 12
+
+
+def test_the_core_content_is_followed_by_default(folder: Path, tmp_path: Path) -> None:
+    assert run(folder, tmp_path, "--height", "64", "--width", "64") == 0
+    groups = json.loads((tmp_path / "maps.json").read_text())["groups"]
+    assert [word for word in ("red", "bench", "blue", "teapot") if word in " ".join(groups)] == [
+        "red", "bench", "blue", "teapot",
+    ]  # fmt: skip
+
+
+def test_the_maps_are_those_of_the_conditional_pass(pipeline: Any) -> None:
+    """At the first step, from the transformer itself, called as the pipeline calls it."""
+    call = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, "guidance_scale": 5.0}
+    drawing = maps.draw(pipeline, PROMPT, phrases=["red bench"], generator=torch.Generator().manual_seed(3), **call)
+    embeddings = pipeline.encode_prompt(PROMPT, None, None, do_classifier_free_guidance=False)
+    selection = select_tokens([PROMPT], regions_of(pipeline), source=["red bench"], image_tokens=256).selection
+    latents = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(3))
+    with capture_maps(pipeline.transformer, selection, cfg=None) as captured, torch.no_grad():
+        pipeline.transformer(
+            hidden_states=latents, encoder_hidden_states=embeddings[0], pooled_projections=embeddings[2],
+            timestep=pipeline.scheduler.timesteps[:1],
+        )  # fmt: skip
+    torch.testing.assert_close(drawing.maps[0], captured.value[0], rtol=1e-4, atol=1e-6)
+    assert drawing.names == ("red bench",)
+    assert drawing.maps.shape == (2, 1, 16, 16)
+
+
+def test_equal_seeds_draw_equal_maps(folder: Path, tmp_path: Path) -> None:
+    outs = [tmp_path / name for name in ("first", "second", "third")]
+    for out, seed in zip(outs, ("7", "7", "8"), strict=True):
+        assert run(folder, out, "--seed", seed, "--height", "64", "--width", "64") == 0
+    first, second, third = (np.load(out / "maps.npy") for out in outs)
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, third)
+
+
+def test_the_model_is_left_as_it_was(pipeline: Any) -> None:
+    before = dict(pipeline.transformer.attn_processors)
+    with pytest.raises(ValueError, match="green dog"):
+        maps.draw(pipeline, PROMPT, phrases=["green dog"], num_inference_steps=1)
+    maps.draw(pipeline, PROMPT, height=SIZE, width=SIZE, num_inference_steps=1)
+    after = pipeline.transformer.attn_processors
+    assert all(after[name] is processor for name, processor in before.items())
+    assert not pipeline.transformer._forward_hooks
+    assert not pipeline.transformer._forward_pre_hooks
+
+
+def test_bad_input_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, tmp_path, "--phrase", "green dog") == 2
+    assert "green dog" in capsys.readouterr().err
+    assert run(tmp_path, tmp_path) == 2
+    assert "--model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(folder, tmp_path, "--blocks", "first")
+    assert '"all", "default" or indices' in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""Quoted text: which marks quote, and which are apostrophes, inches or strays."""
+
+from __future__ import annotations
+
+import prompt_data
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from star_kernels.prompts import quoted_text
+
+
+def between_double_quotes(prompt: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in prompt.split('"')[1::2])
+
+
+@pytest.mark.parametrize("prompt", prompt_data.WRITTEN)
+def test_the_text_between_double_quotes_is_the_core(prompt: str) -> None:
+    assert quoted_text(prompt).words == between_double_quotes(prompt)
+
+
+def test_every_prompt_of_the_file_gives_its_quoted_text() -> None:
+    prompts = prompt_data.ocr_file()
+    assert len(prompts) in (1017, 1018)  # the last line has no newline, so that some counts miss it
+    for prompt in prompts:
+        assert quoted_text(prompt).words == between_double_quotes(prompt), prompt
+
+
+@pytest.mark.parametrize(
+    ("prompt", "quoted"),
+    [
+        ("a sign \u2018Don\u2019t Panic\u2019 and “Mostly Harmless”", ["Don\u2019t Panic", "Mostly Harmless"]),
+        ("„Guten Tag“, „Witaj”, \u201aHallo\u2018", ["Guten Tag", "Witaj", "Hallo"]),
+        ("«Привет» \u2039oui\u203a", ["Привет", "oui"]),
+        ("写着「你好」和『世界』的牌子", ["你好", "世界"]),
+        ("a card \uff02全角\uff02", ["全角"]),
+        ("says 'Open Late' and 'Closed'.", ["Open Late", "Closed"]),
+    ],
+)
+def test_straight_and_typographic_quotes(prompt: str, quoted: list[str]) -> None:
+    assert list(quoted_text(prompt).words) == quoted
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "the farmer's stall and the kids' menu and James' hat at 6 o'clock",
+        "the farmer\u2019s stall and the kids\u2019 menu",
+        "a '90s rock 'n' roll bar, 'til dawn",
+        'a 5" print beside a 7" print',
+        'an unclosed "sign',
+        "an unopened” sign and an unclosed “one",
+        'nothing "" and "  " and \'\' here',
+    ],
+)
+def test_apostrophes_inches_strays_and_empty_quotes_quote_nothing(prompt: str) -> None:
+    assert quoted_text(prompt).words == ()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "quoted"),
+    [
+        ("\"She said 'Hi' twice\"", ["She said 'Hi' twice"]),
+        ("'the \"inner\" one'", ['the "inner" one']),
+        ("“outer “inner” end”", ["outer “inner” end"]),
+        ("«a «b» c» d", ["a «b» c"]),
+    ],
+)
+def test_the_outermost_quotes_count(prompt: str, quoted: list[str]) -> None:
+    assert list(quoted_text(prompt).words) == quoted
+
+
+def test_a_mark_that_another_opening_follows_is_a_stray() -> None:
+    assert quoted_text('a sign "Open and a door "Closed" shut').words == ("Closed",)
+
+
+def test_space_inside_the_quotes_is_left_out() -> None:
+    assert quoted_text('a " Wide Sign " here').spans == ((4, 13),)
+
+
+def test_a_text_quoted_twice_is_one_phrase() -> None:
+    core = quoted_text('"Open" left, "OPEN" right, "Shut" below')
+    assert core.names == ("Open", "Shut")
+    assert core.phrases[0].spans == ((1, 5), (14, 18))
+
+
+WORDS = st.lists(st.sampled_from(["rain", "o'clock", "the kids'", "5", "wi-fi", "É", "猫"]), min_size=1, max_size=4)
+MARKS = st.sampled_from(['""', "“”", "«»", "「」", "''"])
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(WORDS, MARKS, WORDS), max_size=4))
+def test_what_is_put_in_quotes_comes_out(parts: list[tuple[list[str], str, list[str]]]) -> None:
+    prompt, expected = "", []
+    for outside, marks, inside in parts:
+        text = " ".join(inside)
+        if marks == "''" and "'" in text:
+            marks = '""'
+        prompt += " ".join(outside) + " " + marks[0] + text + marks[1] + ", "
+        expected.append(text)
+    assert list(quoted_text(prompt).words) == expected

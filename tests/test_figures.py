@@ -1,0 +1,128 @@
+"""Pictures of maps and weights: a pattern shows up where it is, on scales that compare what should be compared."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from star_kernels import figures
+
+IMAGE = np.full((64, 96, 3), 200, dtype=np.uint8)
+SPOT = torch.zeros(8, 12)
+SPOT[1:3, 8:11] = 1.0  # above and right of the middle
+
+
+def drawn(figure: Figure, axis: int = 0) -> np.ndarray:
+    """What stands in one of a figure's panels, as RGB, cut out of the rendered file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    pixels = np.asarray(Image.open(buffer).convert("RGB")).astype(float)
+    box = figure.axes[axis].get_window_extent()
+    scale = 100 / figure.dpi
+    height = pixels.shape[0]
+    left, right = round(box.x0 * scale) + 3, round(box.x1 * scale) - 3
+    top, bottom = height - round(box.y1 * scale) + 3, height - round(box.y0 * scale) - 3
+    return pixels[top:bottom, left:right]
+
+
+def yellow(pixels: np.ndarray) -> np.ndarray:
+    """Where cividis is at its top: much red and green, little blue."""
+    return (pixels[..., 0] - pixels[..., 2] > 80) & (pixels[..., 1] > 150)
+
+
+def centre(mask: np.ndarray) -> tuple[float, float]:
+    """Row and column of the middle of what is true, as shares of the picture."""
+    rows, columns = np.nonzero(mask)
+    return float(rows.mean() / mask.shape[0]), float(columns.mean() / mask.shape[1])
+
+
+def test_a_pattern_shows_up_where_it_is() -> None:
+    pixels = drawn(figures.overlay(IMAGE, SPOT, title="spot"))
+    bright = yellow(pixels)
+    assert centre(bright) == pytest.approx((2 / 8, 9.5 / 12), abs=0.03)
+    assert bright.mean() == pytest.approx(6 / 96, abs=0.02)
+    dark = pixels[~bright]
+    assert np.abs(dark - dark.mean(axis=1, keepdims=True)).mean() < 5  # elsewhere the picture, in grey
+
+
+@pytest.mark.parametrize("kind", ["pil", "array", "float tensor", "byte tensor", "bfloat16 tensor"])
+def test_images_of_every_kind_give_the_same_picture(kind: str) -> None:
+    pattern = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(pattern).permute(2, 0, 1)
+    image = {
+        "pil": Image.fromarray(pattern),
+        "array": pattern,
+        "float tensor": tensor / 255,
+        "byte tensor": tensor,
+        "bfloat16 tensor": (tensor / 255).bfloat16(),
+    }[kind]
+    tolerance = 1 if kind == "bfloat16 tensor" else 0
+    assert np.abs(figures.picture(image).astype(int) - pattern).max() <= tolerance
+
+
+def test_the_panels_of_a_strip_share_one_scale() -> None:
+    maps = torch.stack([0.1 * SPOT, SPOT])
+    figure = figures.strip(maps, images=IMAGE, labels=["early", "late"], title="a strip")
+    faint, strong = (yellow(drawn(figure, i)).sum() for i in range(2))
+    assert strong > 20
+    assert faint == 0
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["early", "late"]
+
+
+def test_phrases_have_scales_of_their_own_and_say_so() -> None:
+    figure = figures.phrases(IMAGE, torch.stack([0.1 * SPOT, SPOT]), ["red bench", "green dog"])
+    assert all(yellow(drawn(figure, i)).sum() > 20 for i in range(2))
+    assert [axis.get_xlabel() for axis in figure.axes[:2]] == ["up to 0.1", "up to 1"]
+
+
+def test_a_difference_is_coloured_by_its_sign() -> None:
+    figure = figures.difference(SPOT, SPOT.roll((4, -6), dims=(0, 1)), names=("base", "tuned"))
+    pixels = drawn(figure, 2)
+    purple = (pixels[..., 2] > pixels[..., 1] + 30) & (pixels[..., 2] > pixels[..., 0] + 10)
+    orange = (pixels[..., 0] > pixels[..., 2] + 80) & (pixels[..., 1] < 120)
+    assert centre(purple) == pytest.approx((6 / 8, 3.5 / 12), abs=0.03)  # where the second run has more
+    assert centre(orange) == pytest.approx((2 / 8, 9.5 / 12), abs=0.03)
+    assert figure.axes[2].get_ylabel() == "tuned less base"
+
+
+def test_weights_show_each_step_and_its_share() -> None:
+    values = torch.stack([torch.full((4, 4), 0.5), torch.full((4, 4), 1.5)])
+    figure = figures.weights(values, image=IMAGE, labels=["first", "second"])
+    heights = [bar.get_height() for axis in figure.axes for bar in axis.patches]
+    assert heights == pytest.approx([0.5, 1.5])
+
+
+def test_empty_and_spoilt_maps_are_drawn_dark() -> None:
+    spoilt = SPOT.clone()
+    spoilt[0, 0] = torch.nan
+    for values in (torch.zeros(4, 4), spoilt, torch.full((2, 2), torch.nan)):
+        drawn(figures.overlay(IMAGE, values))
+    assert yellow(drawn(figures.overlay(IMAGE, torch.zeros(4, 4)))).sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: figures.overlay(IMAGE, torch.zeros(2, 3, 4)), r"values must have shape \[h, w\].*got \[2, 3, 4\]"),
+        (lambda: figures.strip(torch.zeros(3, 4)), r"maps must have shape \[N, h, w\].*got \[3, 4\]"),
+        (lambda: figures.strip(torch.zeros(2, 3, 4), labels=["a"]), "labels must be 2 strings.*got"),
+        (lambda: figures.strip(torch.zeros(2, 3, 4), images=[IMAGE] * 3), "images must be one picture, or 2.*got 3"),
+        (lambda: figures.difference(torch.zeros(2, 3), torch.zeros(3, 3)), r"after must have the shape of before"),
+        (lambda: figures.overlay(torch.zeros(1, 4, 4), SPOT), r"image must be a tensor \[3, H, W\], got \[1, 4, 4\]"),
+    ],
+)
+def test_bad_input_is_named(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_something_that_is_no_image_is_named() -> None:
+    with pytest.raises(TypeError, match="image must be a PIL image"):
+        figures.overlay(np.zeros((4, 4)), SPOT)
