@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 _library = torch.library.Library("star_kernels", "DEF")
 _PLAIN = frozenset((Tensor, nn.Parameter, int, float, bool, str, type(None)))
@@ -73,8 +72,29 @@ def _function(name: str, implementation: Any, setup_context: Any, backward: Any)
         setup_context(ctx, arguments, output)
         return output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+    def backward_once(ctx: Any, *gradients: Any) -> Any:
+        with torch.no_grad():
+            outputs = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return outputs
+        # create_graph=True: whoever differentiates these gradients is told, even where the upstream one is a constant.
+        return tuple([g if g is None else _Undifferentiable.apply(g.detach().requires_grad_(), name) for g in outputs])
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
     return type(name, (torch.autograd.Function,), members)
+
+
+class _Undifferentiable(torch.autograd.Function):
+    """The identity, in a graph that ends here with an error."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(f"star_kernels::{ctx.name} has no second derivative: it cannot be differentiated twice")
 
 
 def _observed() -> bool:

@@ -77,10 +77,10 @@ def test_autocast_reaches_the_model_and_not_the_loss(dtype: torch.dtype) -> None
 
 def test_a_scaled_loss_gives_scaled_gradients() -> None:
     model, (sample, *rest) = scene()
-    model = model.half()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-    output = model(sample.half())
+    with torch.autocast("cpu", dtype=torch.float16):
+        output = model(sample)
     wide = output.detach().float().requires_grad_()
     loss, _ = weighted_policy_loss(output, sample, *rest, **OPTIONS)
     expected, _ = weighted_policy_loss(wide, sample, *rest, **OPTIONS)
@@ -105,7 +105,7 @@ def test_a_second_derivative_is_an_error_that_says_so(name: str) -> None:
     else:
         loss, _ = weighted_nft_loss(leaf, sample, prev, advantages, SIGMA)
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="has no second derivative"):
         gradient.sum().backward()
 
 
