@@ -28,9 +28,11 @@ def sd3_regions(
 ) -> list[TextRegion]:
     """Stable Diffusion 3 and 3.5: "clip_l" and "clip_g" share their positions, "t5" follows; None is left out."""
     regions = [
-        TextRegion("clip_l", tokenizer, clip_length, after_image=True) if tokenizer else None,
-        TextRegion("clip_g", tokenizer_2, clip_length, after_image=True) if tokenizer_2 else None,
-        TextRegion("t5", tokenizer_3, t5_length, start=clip_length, after_image=True) if tokenizer_3 else None,
+        TextRegion("clip_l", tokenizer, clip_length, after_image=True) if tokenizer is not None else None,
+        TextRegion("clip_g", tokenizer_2, clip_length, after_image=True) if tokenizer_2 is not None else None,
+        TextRegion("t5", tokenizer_3, t5_length, start=clip_length, after_image=True)
+        if tokenizer_3 is not None
+        else None,
     ]
     return [region for region in regions if region]
 
@@ -49,8 +51,8 @@ def flux2_regions(processor: Any, *, system_message: str, length: int = 512) -> 
         chat = [system, {"role": "user", "content": text}]
         return str(processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=False))
 
-    tokenizer = getattr(processor, "tokenizer", None)
-    is_processor, tokenizer = tokenizer is not None, tokenizer or processor
+    is_processor = getattr(processor, "tokenizer", None) is not None
+    tokenizer = processor.tokenizer if is_processor else processor
     template = _template(render)
     bos = getattr(tokenizer, "bos_token", None)
     brings_bos = bos is not None and template["prefix"].startswith(bos)

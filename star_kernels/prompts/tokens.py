@@ -55,8 +55,8 @@ class TextRegion:
         if not callable(self.tokenizer) or not getattr(self.tokenizer, "is_fast", False):
             raise TypeError(
                 "tokenizer must be a fast tokenizer of transformers, which knows the characters behind its tokens "
-                "(AutoTokenizer loads one where it can; before transformers 5 CLIPTokenizerFast stands in for "
-                f"CLIPTokenizer), got {type(self.tokenizer).__name__}"
+                "(all of transformers 5 with a tokenizer.json are; in transformers 4 use CLIPTokenizerFast instead of "
+                f"CLIPTokenizer, Qwen2TokenizerFast instead of Qwen2Tokenizer), got {type(self.tokenizer).__name__}"
             )
         for name, least in (("length", 1), ("start", 0), ("dropped", 0)):
             value = getattr(self, name)

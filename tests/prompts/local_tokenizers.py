@@ -14,6 +14,7 @@ CORPUS = (
     "a photo of a red bench and a blue teapot, two lanterns left of a wooden cart under the bright evening sky",
     'a neon sign that reads "Fresh Broth Daily" above the door of a small shop, steam rising in the background',
     "the realistic photograph shows a street with people, their faces lit by warm light, set against a dark wall",
+    'the poster shouts "Stop!" and "Go!" and "Look!" at the people in the street, and "Now!" once more',
     "猫が赤いベンチに座る 一只红色的猫坐在长椅上 кошка на скамейке नमस्ते दुनिया",
 )
 END = "<|endoftext|>"

@@ -44,7 +44,7 @@ WRITTEN = (
     'A noodle cart with a paper lantern that says "Broth & Buns", rain on the street, the cook\'s hat steaming.',
     "A tug boat named \"Queen Ada's Luck\" leaves the harbour at 6 o'clock.",
     'A label "N₂O 2½ Litres" on the chemist\u2019s bottle, next to a 5 inch ruler.',
-    'The fortune cookie reads "Don\'t Look Back!", and the café\u2019s owner smiles.',
+    'The fortune cookie reads "Don\'t Look Back!" and the café\u2019s owner smiles.',
     '"Closed" on a door.',
     'A screen with the words "Load: 3.5%" in it',
 )
