@@ -10,13 +10,14 @@ import torch
 from clocks import CpuClock
 from harness import Budget, Progress, Variant, interleave
 from policy_variants import ADVANTAGE_CLIP, CLIP_RANGE, NOISE_LEVEL, flow_grpo_loss, flow_grpo_step
-from prompt_tokens import core_words, encode
+from prompt_tokens import encode
 from sd3_model import CHANNELS, Size, TextEmbeddings, build, size_for
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from star_kernels import TokenSelection, allocate, flow_sde, sample_transition, weighted_policy_loss
 from star_kernels.capture import capture_maps
+from star_kernels.prompts import TextRegion, core_content, select_tokens
 
 GUIDANCE = 4.5
 SHIFT = 3.0
@@ -63,6 +64,7 @@ class Trainer:
     ) -> None:
         self.size, self.dtype, self.device = size, dtype, device
         self.prompts, self.tokenizer = prompts, tokenizer
+        self.regions = [TextRegion("text", tokenizer, size.text, after_image=True)]
         self.transformer = build(size, dtype, device)
         self.trained = [p for p in self.transformer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
@@ -81,12 +83,11 @@ class Trainer:
         """Rollout, rewards, advantages, update. Returns the loss, summed over the trained steps."""
         generator = torch.Generator().manual_seed(number)
         chosen = [self.prompts[(number * self.size.groups + g) % len(self.prompts)] for g in range(self.size.groups)]
-        ids, positions = encode(self.tokenizer, [p for p in chosen for _ in range(self.size.group)], self.size.text)
-        text = self._doubled(ids)
+        prompts = [p for p in chosen for _ in range(self.size.group)]
+        text = self._doubled(encode(self.tokenizer, prompts, self.size.text))
         selection = None
         if arm.star:
-            joint = [[self.size.image + p for p in row] for row in positions]
-            selection = TokenSelection.from_positions(joint).to(self.device)
+            selection = select_tokens(prompts, self.regions, image_tokens=self.size.image).selection.to(self.device)
         trajectory = self.rollout(arm, text, selection, generator)
         rewards = torch.rand(self.size.groups, self.size.group, generator=generator)
         spread = rewards.std(dim=1, keepdim=True) + 1e-4
@@ -222,12 +223,12 @@ def measure(
         "relative": {v.name: times.ratio(v.name, "plain").as_dict() for v in variants},
         "ratios": {key: {"label": label, **times.ratio(a, b).as_dict()} for key, (label, a, b) in ratios.items()},
         "differences": differences,
-        "core_words": [{"prompt": prompt, "core": core_words(prompt)} for prompt in prompts[:3]],
+        "core_words": [{"prompt": prompt, "core": " ".join(core_content(prompt).words)} for prompt in prompts[:3]],
     }
     case["notes"] = [
         f"a step: {size.steps} rollout steps, of which all but the last are trained, and one AdamW step",
         *filter(None, (times.note,)),
-        *(f"core words of {prompt[:40]!r}...: {core_words(prompt)}" for prompt in prompts[:3]),
+        *(f"core words of {prompt[:40]!r}...: {' '.join(core_content(prompt).words)}" for prompt in prompts[:3]),
     ]
     return [case]
 

@@ -1,9 +1,8 @@
-"""From prompts to the token positions of the words a user cares about, through a real tokenizer's offsets."""
+"""Prompts from a file, and a real tokenizer for them."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -15,14 +14,6 @@ DEFAULT_PROMPTS = (
     'The window of a bookshop with the words "Open Late" painted in gold letters, rain running down the glass',
     "two glass teapots beside a blue clock",
 )
-_STOP_WORDS = """
-    a an the this that these those of in on at to by for with from into onto over under above below beside behind
-    against near next between left right and or is are was be being its it their his her some photo image picture
-    painting illustration
-"""
-STOP_WORDS = frozenset(_STOP_WORDS.split())
-_QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
-_WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
 
 class PromptError(ValueError):
@@ -69,36 +60,10 @@ def load_tokenizer(path: Path | None, prompts: list[str]) -> PreTrainedTokenizer
     return tokenizer
 
 
-def core_spans(prompt: str) -> list[tuple[int, int]]:
-    """Character ranges of the core content: the quoted text if there is any, else the words that are no stop words."""
-    quoted = [match.span(match.lastindex or 0) for match in _QUOTED.finditer(prompt)]
-    words = [m.span() for m in _WORD.finditer(prompt) if m.group().lower() not in STOP_WORDS]
-    return quoted or words or [(0, len(prompt))]
-
-
-def core_words(prompt: str) -> str:
-    return " ".join(prompt[start:stop] for start, stop in core_spans(prompt))
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids padded to ``length``, and the positions of each prompt's core tokens among them."""
-    encoded = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_offsets_mapping=True)
-    positions = [
-        _tokens_in(offsets, core_spans(prompt))
-        for prompt, offsets in zip(prompts, encoded["offset_mapping"], strict=True)
-    ]
-    return encoded["input_ids"], positions
-
-
-def _tokens_in(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-    """Tokens that share a character with a span; special and padding tokens have none."""
-    return [
-        token
-        for token, (first, last) in enumerate(offsets)
-        if any(first < stop and start < last for start, stop in spans)
-    ]
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int) -> list[list[int]]:
+    """Token ids, padded to ``length``."""
+    ids: list[list[int]] = tokenizer(prompts, padding="max_length", truncation=True, max_length=length)["input_ids"]
+    return ids
 
 
 def _json_prompt(line: str, path: Path, number: int) -> str:
