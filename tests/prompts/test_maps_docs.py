@@ -1,0 +1,37 @@
+"""The examples of docs/maps.md, run as they stand, on the small pipeline of the command's tests."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from test_maps_command import pipeline
+
+__all__ = ["pipeline"]  # the fixture
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "maps.md"
+
+
+def test_the_examples_run(pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    heat, guidance = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names: dict[str, Any] = {"pipeline": pipeline}
+    exec(compile(heat, str(PAGE), "exec"), names)
+    assert names["heat"].shape == (2, 16, 16)
+    assert (tmp_path / "heat.png").stat().st_size > 1000
+
+    embeddings = pipeline.encode_prompt(names["prompt"], None, None, do_classifier_free_guidance=False)
+    before = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    names |= {"latents": before, "prompt_embeds": embeddings[0].detach(), "pooled": embeddings[2].detach()}
+    names["timestep"] = torch.tensor([900.0])
+    exec(compile(guidance, str(PAGE), "exec"), names)
+    first = float(names["neglected"].detach())
+    names["latents"] = names["latents"] - 500 * names["gradient"]  # a model with random weights attends faintly
+    exec(compile(guidance, str(PAGE), "exec"), names)
+    assert float(names["neglected"].detach()) < first
