@@ -12,7 +12,7 @@ template <typename Integer>
 STAR_INLINE Integer grid_position(const Objective& a, Integer position) {
   const Integer rows = static_cast<Integer>(a.location[1]), columns = static_cast<Integer>(a.location[2]);
   const Integer grid_rows = static_cast<Integer>(a.grid[1]), grid_columns = static_cast<Integer>(a.grid[2]);
-  const Integer patch_frames = static_cast<Integer>(a.location[0] / a.grid[0]);
+  const Integer patch_frames = static_cast<Integer>(a.location[0]) / static_cast<Integer>(a.grid[0]);
   const Integer line = position / columns, column = position % columns;
   const Integer frame = line / rows, row = line % rows;
   const Integer grid_row = frame / patch_frames * grid_rows + row / (rows / grid_rows);

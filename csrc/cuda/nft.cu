@@ -37,61 +37,64 @@ __device__ __forceinline__ Runs<Access> load_runs(const Access& access, const Nf
   return runs;
 }
 
-// Sums over a lane's channels at each position of a run. The lanes of a position need not meet: all sums are linear.
+// What the positions of a run weigh: in the loss, in the KL penalty, and whether they count at all.
 template <typename Access>
-struct Sums {
-  float positive[Access::kSlots], negative[Access::kSlots], kl[Access::kSlots];
-  float positive_absolute[Access::kSlots], negative_absolute[Access::kSlots], deviation[Access::kSlots];
+struct Weights {
+  float loss[Access::kSlots], kl[Access::kSlots];
+  bool keep[Access::kSlots];
+
+  __device__ __forceinline__ Weights(const NftArguments& a, unsigned b, unsigned position) {
+    load_weights<Access::kSlots>(a, b, position, loss);
+    load_mask<Access::kSlots>(a, b, position, keep);
+#pragma unroll
+    for (int i = 0; i < Access::kSlots; ++i) kl[i] = a.weighted_kl ? loss[i] : 1.0f;
+  }
 };
 
+// Adds the terms of a run. All sums are linear, so that neither positions nor the lanes of a position need their own.
 template <typename Access>
-__device__ __forceinline__ Sums<Access> channel_sums(const Access& access, const NftArguments& a, const Tiling& t,
-                                                     unsigned b, unsigned position, unsigned lane) {
-  Sums<Access> sums{};
-  const auto load = [&](int c) { return load_runs(access, a, b, position, c); };
-  const auto use = [&](int, const Runs<Access>& runs) {
+__device__ __forceinline__ void add_terms(const Access& access, const NftArguments& a, const Runs<Access>& runs,
+                                          const Weights<Access>& weights, float (&terms)[Nft::kSums]) {
+  float sums[Nft::kCount] = {};
+#pragma unroll
+  for (int i = 0; i < Access::kRun; ++i) {
+    const int slot = Access::kPacked ? 0 : i;
+    const float old = access.value(runs.old, i);
+    const float old_error = weights.keep[slot] ? old - access.value(runs.target, i) : 0.0f;
+    const float change = weights.keep[slot] ? access.value(runs.v, i) - old : 0.0f;
+    const NftErrors e = nft_errors(old_error, change, a.beta);
+    sums[Nft::kPositive] += weights.loss[slot] * (e.positive * e.positive);
+    sums[Nft::kNegative] += weights.loss[slot] * (e.negative * e.negative);
+    sums[Nft::kPositiveAbsolute] += fabsf(e.positive);
+    sums[Nft::kNegativeAbsolute] += fabsf(e.negative);
+    sums[Nft::kDeviation] += change * change;
+  }
+  if (a.reference.data) {
 #pragma unroll
     for (int i = 0; i < Access::kRun; ++i) {
       const int slot = Access::kPacked ? 0 : i;
-      const float old = access.value(runs.old, i), change = access.value(runs.v, i) - old;
-      const NftErrors e = nft_errors(old - access.value(runs.target, i), change, a.beta);
-      sums.positive[slot] += e.positive * e.positive;
-      sums.negative[slot] += e.negative * e.negative;
-      sums.positive_absolute[slot] += fabsf(e.positive);
-      sums.negative_absolute[slot] += fabsf(e.negative);
-      sums.deviation[slot] += change * change;
+      const float difference = access.value(runs.v, i) - access.value(runs.reference, i);
+      sums[Nft::kSquaredDifference] += weights.keep[slot] ? weights.kl[slot] * (difference * difference) : 0.0f;
     }
-    if (a.reference.data) add_squared_differences(access, runs.v, runs.reference, sums.kl);
-  };
-  for_each_run<Access>(t, a.channels, lane, load, use);
-  return sums;
+  }
+#pragma unroll
+  for (int i = 0; i < Nft::kCount; ++i) terms[i] += sums[i];
 }
 
 template <typename Access>
 __global__ void __launch_bounds__(kThreads, 2)
     nft_forward_kernel(const __grid_constant__ NftArguments a, const __grid_constant__ Tiling t, unsigned* counter) {
-  constexpr int kSlots = Access::kSlots;
   const Place place = place_of(t, a.positions);
   const Access access(a.model_output);
   float terms[Nft::kSums] = {};
   for_each_position<Access>(t, place, [&](unsigned position, unsigned lane, bool active) {
     if (!active) return;
-    const Sums<Access> sums = channel_sums(access, a, t, place.b, position, lane);
-    float weights[kSlots];
-    bool keep[kSlots];
-    load_weights<kSlots>(a, place.b, position, weights);
-    load_mask<kSlots>(a, place.b, position, keep);
+    const Weights<Access> weights(a, place.b, position);
+    const auto load = [&](int c) { return load_runs(access, a, place.b, position, c); };
+    const auto use = [&](int, const Runs<Access>& runs) { add_terms(access, a, runs, weights, terms); };
+    for_each_run<Access>(t, a.channels, lane, load, use);
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      if (!keep[i]) continue;
-      terms[Nft::kPositive] += weights[i] * sums.positive[i];
-      terms[Nft::kNegative] += weights[i] * sums.negative[i];
-      terms[Nft::kSquaredDifference] += a.weighted_kl ? weights[i] * sums.kl[i] : sums.kl[i];
-      terms[Nft::kPositiveAbsolute] += sums.positive_absolute[i];
-      terms[Nft::kNegativeAbsolute] += sums.negative_absolute[i];
-      terms[Nft::kDeviation] += sums.deviation[i];
-      terms[Nft::kCount] += lane == 0 ? 1.0f : 0.0f;
-    }
+    for (int i = 0; i < Access::kSlots; ++i) terms[Nft::kCount] += weights.keep[i] && lane == 0 ? 1.0f : 0.0f;
   });
   reduce<Nft>(t, a, terms, Nft::kSums, counter);
 }
@@ -99,19 +102,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename Access>
 __global__ void __launch_bounds__(kThreads, 2)
     nft_backward_kernel(const __grid_constant__ NftArguments a, const __grid_constant__ Tiling t) {
-  constexpr int kSlots = Access::kSlots;
   const Place place = place_of(t, a.positions);
   const unsigned b = place.b;
   const NftFactors factors = gradient_factors(a, b);
   const Access access(a.model_output);
   for_each_position<Access>(t, place, [&](unsigned position, unsigned lane, bool active) {
     if (!active) return;
-    float weights[kSlots], kl[kSlots];
-    bool keep[kSlots];
-    load_weights<kSlots>(a, b, position, weights);
-    load_mask<kSlots>(a, b, position, keep);
+    Weights<Access> weights(a, b, position);
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) kl[i] = a.weighted_kl ? weights[i] * factors.kl : factors.kl;
+    for (int i = 0; i < Access::kSlots; ++i) weights.kl[i] *= factors.kl;
     const auto load = [&](int c) { return load_runs(access, a, b, position, c); };
     const auto use = [&](int c, const Runs<Access>& runs) {
       float gradient[Access::kRun];
@@ -119,10 +118,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int i = 0; i < Access::kRun; ++i) {
         const float old = access.value(runs.old, i), change = access.value(runs.v, i) - old;
         const float sum = factors.old_error * (old - access.value(runs.target, i)) + factors.change * change;
-        gradient[i] = weights[Access::kPacked ? 0 : i] * sum;
+        gradient[i] = weights.loss[Access::kPacked ? 0 : i] * sum;
       }
-      if (a.reference.data) add_kl_gradient(access, runs.v, runs.reference, kl, gradient);
-      store_gradient(access, a, b, position, c, keep, gradient);
+      if (a.reference.data) add_kl_gradient(access, runs.v, runs.reference, weights.kl, gradient);
+      store_gradient(access, a, b, position, c, weights.keep, gradient);
     };
     for_each_run<Access>(t, a.channels, lane, load, use);
   });

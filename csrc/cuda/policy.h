@@ -67,17 +67,29 @@ __device__ __forceinline__ Sums<Access> channel_sums(const Access& access, const
   return sums;
 }
 
+// What else is read for the positions of a run. None of it waits for the latents, nor they for it.
+template <typename Access>
+struct Rows {
+  float weights[Access::kSlots];
+  bool keep[Access::kSlots];
+  Run<float, Access::kSlots> old_log_prob;
+
+  __device__ __forceinline__ Rows(const PolicyArguments& a, unsigned b, unsigned position, bool with_old)
+      : old_log_prob{} {
+    if (with_old) old_log_prob = load_row<Access::kSlots>(a.old_log_prob, b, a.positions, position);
+    load_weights<Access::kSlots>(a, b, position, weights);
+    load_mask<Access::kSlots>(a, b, position, keep);
+  }
+};
+
 // The log-ratios of the positions of a run, normalised where they are those of locations.
 template <typename Access>
-__device__ __forceinline__ void log_ratios(const PolicyArguments& a, const Coefficients& k, unsigned b,
-                                           unsigned position, const Sums<Access>& sums, float (&out)[Access::kSlots]) {
-  constexpr int kSlots = Access::kSlots;
+__device__ __forceinline__ void log_ratios(const PolicyArguments& a, const Coefficients& k, const Rows<Access>& rows,
+                                           const Sums<Access>& sums, float (&out)[Access::kSlots]) {
   const float inverse_channels = 1.0f / static_cast<float>(a.channels);
-  Run<float, kSlots> old{};
-  if (!a.old_is_scalar) old = load_row<kSlots>(a.old_log_prob, b, a.positions, position);
 #pragma unroll
-  for (int i = 0; i < kSlots; ++i) {
-    out[i] = log_prob(k, sums.residual[i], inverse_channels) - old.value[i];
+  for (int i = 0; i < Access::kSlots; ++i) {
+    out[i] = log_prob(k, sums.residual[i], inverse_channels) - rows.old_log_prob.value[i];
     if (!a.old_output.data) continue;
     out[i] += guard_shift(k, sums.change[i], inverse_channels);
     if (a.per_location) out[i] *= guard_factor(k);

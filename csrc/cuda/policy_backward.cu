@@ -28,18 +28,17 @@ struct Factors {
 template <typename Access>
 __device__ __forceinline__ Factors<Access> factors_of(const PolicyArguments& a, const Coefficients& k, unsigned b,
                                                       unsigned position, const Sums<Access>& sums) {
-  constexpr int kSlots = Access::kSlots;
-  float weights[kSlots], log_ratio[kSlots];
-  Factors<Access> factors;
-  load_weights<kSlots>(a, b, position, weights);
-  load_mask<kSlots>(a, b, position, factors.keep);
+  const Rows<Access> rows(a, b, position, a.per_location);
   const float common = gradient_factor(a, k, b), kl = a.reference.data ? kl_gradient_factor(a, k, b) : 0.0f;
   const float advantage = clamp_advantage(__ldg(a.advantages + b), a.advantage_clip);
-  if (a.per_location) log_ratios<Access>(a, k, b, position, sums, log_ratio);
+  float log_ratio[Access::kSlots];
+  if (a.per_location) log_ratios(a, k, rows, sums, log_ratio);
+  Factors<Access> factors;
 #pragma unroll
-  for (int i = 0; i < kSlots; ++i) {
-    factors.residual[i] = weights[i] * common;
-    factors.kl[i] = a.weighted_kl ? weights[i] * kl : kl;
+  for (int i = 0; i < Access::kSlots; ++i) {
+    factors.residual[i] = rows.weights[i] * common;
+    factors.kl[i] = a.weighted_kl ? rows.weights[i] * kl : kl;
+    factors.keep[i] = rows.keep[i];
     if (a.per_location) {
       factors.residual[i] *= clipped_surrogate(log_ratio[i], advantage, a.clip_low, a.clip_high).slope;
     }

@@ -12,25 +12,22 @@ namespace {
 
 // Adds the terms of the positions of a run.
 template <typename Access>
-__device__ __forceinline__ void add_terms(const PolicyArguments& a, const Coefficients& k, unsigned b,
-                                          unsigned position, const Sums<Access>& sums, float (&terms)[Policy::kSums]) {
-  constexpr int kSlots = Access::kSlots;
-  float weights[kSlots], log_ratio[kSlots];
-  bool keep[kSlots];
-  load_weights<kSlots>(a, b, position, weights);
-  load_mask<kSlots>(a, b, position, keep);
-  log_ratios<Access>(a, k, b, position, sums, log_ratio);
-  const float advantage = clamp_advantage(__ldg(a.advantages + b), a.advantage_clip);
+__device__ __forceinline__ void add_terms(const PolicyArguments& a, const Coefficients& k, float advantage,
+                                          const Rows<Access>& rows, const Sums<Access>& sums,
+                                          float (&terms)[Policy::kSums]) {
+  float log_ratio[Access::kSlots];
+  log_ratios(a, k, rows, sums, log_ratio);
 #pragma unroll
-  for (int i = 0; i < kSlots; ++i) {
-    if (!keep[i]) continue;
+  for (int i = 0; i < Access::kSlots; ++i) {
+    if (!rows.keep[i]) continue;
     terms[Policy::kCount] += 1.0f;
     if (a.per_location) {
-      add_ratio(terms, log_ratio[i], advantage, weights[i], a);
+      add_ratio(terms, log_ratio[i], advantage, rows.weights[i], a);
     } else {
-      terms[Policy::kLogRatio] += weights[i] * log_ratio[i];
+      terms[Policy::kLogRatio] += rows.weights[i] * log_ratio[i];
     }
-    if (a.reference.data) terms[Policy::kSquaredDifference] += a.weighted_kl ? weights[i] * sums.kl[i] : sums.kl[i];
+    const float kl_weight = a.weighted_kl ? rows.weights[i] : 1.0f;
+    if (a.reference.data) terms[Policy::kSquaredDifference] += kl_weight * sums.kl[i];
   }
 }
 
@@ -40,11 +37,13 @@ __global__ void __launch_bounds__(kThreads, 2)
                           unsigned* counter) {
   const Place place = place_of(t, a.positions);
   const Coefficients k = coefficients_of(a.coefficients, a.columns, place.b);
+  const float advantage = clamp_advantage(__ldg(a.advantages + place.b), a.advantage_clip);
   const Access access(a.model_output);
   float terms[Policy::kSums] = {};
   for_each_position<Access>(t, place, [&](unsigned position, unsigned lane, bool active) {
+    const Rows<Access> rows(a, place.b, active ? position : place.first, !a.old_is_scalar);
     const Sums<Access> sums = channel_sums(access, a, k, t, place.b, position, lane, active, a.reference);
-    if (active && lane == 0) add_terms<Access>(a, k, place.b, position, sums, terms);
+    if (active && lane == 0) add_terms(a, k, advantage, rows, sums, terms);
   });
   reduce<Policy>(t, a, terms, a.per_location ? Policy::kSums : Policy::kSampleSums, counter);
 }

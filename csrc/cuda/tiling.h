@@ -1,7 +1,7 @@
 // How a kernel cuts a batch into blocks of positions, and how a thread walks its share of them.
 //
-// Latents [C, P]: a thread owns kRun consecutive positions and walks over the channels with kUnroll independent loads
-// of each tensor under way. Packed latents [P, C]: a few lanes of a warp own a position, each with every n-th run of
+// Latents [C, P]: a thread owns kRun consecutive positions and walks over the channels, with the loads of a few of them
+// under way together. Packed latents [P, C]: a few lanes of a warp own a position, each with every n-th run of
 // channels, and combine their sums in a tree of fixed shape. The number of lanes depends on the number of channels
 // alone, so that the sampling step and the loss add up in the same order, whatever the dtypes.
 #pragma once

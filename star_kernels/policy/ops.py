@@ -36,7 +36,7 @@ _NFT_SCALARS = (
     "int channel_dim, bool adaptive, bool weighted_kl, bool per_sample, float beta, float advantage_clip, float kl_coef"
 )
 _NFT_LATENTS = (0, 1, 2, 8)
-_NFT_STATISTICS = 3  # factors of the errors of both implicit policies; one over the number of locations that count
+_NFT_STATISTICS = 3  # factors of (v_old - target) and of (v - v_old); one over the number of locations that count
 
 
 class _Objective:

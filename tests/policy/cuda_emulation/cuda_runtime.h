@@ -4,6 +4,7 @@
 // runs its threads in reverse, so that it shows in both directions.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -55,10 +56,9 @@ struct Barrier {
 };
 
 struct Block {
-  ucontext_t scheduler;
-  std::vector<ucontext_t> contexts = std::vector<ucontext_t>(kMostThreads);
+  jmp_buf scheduler, fibers[kMostThreads];
   std::vector<char> stacks = std::vector<char>(size_t{kMostThreads} * kStack);
-  std::vector<bool> done = std::vector<bool>(kMostThreads);
+  bool started[kMostThreads], done[kMostThreads];
   std::function<void()> kernel;
   unsigned threads = 0;
   Barrier all, warps[kMostThreads / 32];
@@ -76,8 +76,37 @@ inline Index threadIdx, blockIdx;
 
 namespace emulation {
 
+inline void enter() {
+  block.kernel();
+  block.done[threadIdx.x] = true;
+  _longjmp(block.scheduler, 1);
+}
+
+// Jumps, which unlike swapcontext make no system call; a context only gives a fiber its stack.
+inline void start(unsigned t) {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = block.stacks.data() + size_t{t} * kStack;
+  context.uc_stack.ss_size = kStack;
+  makecontext(&context, enter, 0);
+  block.started[t] = true;
+  setcontext(&context);
+}
+
+// Runs a fiber until it waits or ends.
+__attribute__((noinline)) inline void resume(unsigned t) {
+  threadIdx.x = t;
+  if (_setjmp(block.scheduler)) return;
+  if (block.started[t]) _longjmp(block.fibers[t], 1);
+  start(t);
+}
+
+__attribute__((noinline)) inline void yield() {
+  if (!_setjmp(block.fibers[threadIdx.x])) _longjmp(block.scheduler, 1);
+}
+
 inline void wait(Barrier& barrier, unsigned count) {
-  const unsigned generation = barrier.generation, self = threadIdx.x;
+  const unsigned generation = barrier.generation;
   if (++barrier.arrived == count) {
     barrier.arrived = 0;
     ++barrier.generation;
@@ -85,23 +114,13 @@ inline void wait(Barrier& barrier, unsigned count) {
   }
   for (unsigned turns = 0; barrier.generation == generation; ++turns) {
     if (turns == kMostTurns) fail("a barrier that some thread does not reach");
-    swapcontext(&block.contexts[self], &block.scheduler);
+    yield();
   }
-}
-
-inline void enter() {
-  block.kernel();
-  block.done[threadIdx.x] = true;
-  setcontext(&block.scheduler);
 }
 
 inline void run_block(bool reversed) {
   for (unsigned t = 0; t < block.threads; ++t) {
-    getcontext(&block.contexts[t]);
-    block.contexts[t].uc_stack.ss_sp = block.stacks.data() + size_t{t} * kStack;
-    block.contexts[t].uc_stack.ss_size = kStack;
-    makecontext(&block.contexts[t], enter, 0);
-    block.done[t] = false;
+    block.started[t] = block.done[t] = false;
     block.exchanges[t] = 0;
   }
   for (bool running = true; running;) {
@@ -110,8 +129,7 @@ inline void run_block(bool reversed) {
       const unsigned t = reversed ? block.threads - 1 - i : i;
       if (block.done[t]) continue;
       running = true;
-      threadIdx.x = t;
-      swapcontext(&block.scheduler, &block.contexts[t]);
+      resume(t);
     }
   }
 }

@@ -1,0 +1,132 @@
+"""What nvcc makes of the CUDA kernels, where it is installed: registers, spills, width of loads. Nothing runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = ("80", "90a", "100a")
+# A multiprocessor has 65536 registers. A thread of a vector kernel has 96 to 192 bytes of loads under way, so that 512
+# of them cover what the bandwidth of an H100 times its latency asks of each multiprocessor (3.35 TB/s * 0.8 us / 132 =
+# 20 KB) twice over. The gradient of ratios of locations keeps 64 residuals in registers: 384 threads.
+REGISTERS = {"policy_location_backward_kernel": 65536 // 384}
+MOST_REGISTERS = 65536 // 512
+# Access to the latents: Vector<output, latent, packed, run> by the width of the dtypes, and Scalar.
+VECTORS = {"float32", "16-bit and float32", "16-bit", "packed float32", "packed 16-bit and float32", "packed 16-bit"}
+KERNELS = {
+    "policy_forward_kernel": VECTORS | {"scalar"},
+    "policy_backward_kernel": VECTORS | {"scalar"},
+    "policy_location_backward_kernel": VECTORS - {v for v in VECTORS if "packed" in v},
+    "nft_forward_kernel": VECTORS | {"scalar"},
+    "nft_backward_kernel": VECTORS | {"scalar"},
+    "sample_kernel": VECTORS | {"scalar"},
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one architecture."""
+
+    name: str
+    access: str
+    architecture: str
+    registers: int
+    stack: int
+    spills: int
+
+
+def kernel_of(symbol: str) -> tuple[str, str]:
+    """Name and access of a mangled kernel."""
+    (name,) = (kernel for kernel in KERNELS if f"{len(kernel)}{kernel}" in symbol)
+    if "6Scalar" in symbol:
+        return name, "scalar"
+    output, latent, packed = re.search(r"6VectorI(f|NS\w*?4HalfE)(f|S\w*?_)Lb([01])E", symbol).groups()
+    width = "float32" if output == "f" else "16-bit and float32" if latent == "f" else "16-bit"
+    return name, f"packed {width}" if packed == "1" else width
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    if found is None:
+        pytest.skip("needs nvcc on PATH or in CUDA_HOME")
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Compiled], dict[tuple[str, str], str]]:
+    """The kernels for every architecture, and the PTX of each for the first."""
+    folder = tmp_path_factory.mktemp("compiled")
+
+    def build(source: Path) -> str:
+        keep = folder / source.stem
+        keep.mkdir()
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+        options = ["-std=c++17", "-O3", "-Xptxas=-v", "--keep", f"--keep-dir={keep}", f"-I{ROOT / 'csrc'}", *codes]
+        command = [nvcc, *options, "-c", str(source), "-o", str(keep / "object.o")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr, done.stderr
+        return done.stderr
+
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    with ThreadPoolExecutor(2) as pool:
+        report = "".join(pool.map(build, sources))
+    pattern = (
+        r"Compiling entry function '(\S+)' for 'sm_(\w+)'\n.*Function properties for .*\n"
+        r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers"
+    )
+    kernels = [
+        Compiled(*kernel_of(symbol), architecture, int(registers), int(stack), int(stores) + int(loads))
+        for symbol, architecture, stack, stores, loads, registers in re.findall(pattern, report)
+    ]
+    bodies = {}
+    for file in folder.glob(f"*/*compute_{ARCHITECTURES[0]}*.ptx"):
+        for symbol, body in re.findall(r"\.entry (\S+?)\(.*?\n\{(.*?)\n\}", file.read_text(), re.DOTALL):
+            bodies[kernel_of(symbol)] = body
+    return kernels, bodies
+
+
+def test_every_kernel_is_compiled_for_every_architecture(compiled: tuple) -> None:
+    expected = Counter((name, access) for name, accesses in KERNELS.items() for access in accesses)
+    for architecture in ARCHITECTURES:
+        found = Counter((k.name, k.access) for k in compiled[0] if k.architecture == architecture)
+        assert found == expected
+
+
+def test_no_kernel_spills_or_keeps_local_memory(compiled: tuple) -> None:
+    assert [k for k in compiled[0] if k.spills or k.stack] == []
+    assert not any(".local" in body for body in compiled[1].values())
+
+
+def test_registers_leave_room_for_the_threads_that_hide_the_latency(compiled: tuple) -> None:
+    assert [k for k in compiled[0] if k.registers > REGISTERS.get(k.name, MOST_REGISTERS)] == []
+
+
+def test_vector_kernels_load_and_store_16_bytes_at_a_time(compiled: tuple) -> None:
+    for (name, access), body in compiled[1].items():
+        wide = {kind: len(re.findall(rf"{kind}\S*\.v4\.\w*32", body)) for kind in ("ld.global", "st.global")}
+        if access == "scalar":
+            assert not wide["ld.global"], name
+        else:
+            tensors = 1 if access == "16-bit and float32" and "nft" in name else 2  # of 16 bytes in every run
+            assert wide["ld.global"] >= tensors, (name, access)
+        # float32 gradients and samples; the 16-bit ones beside float32 inputs go out in words of 8 bytes
+        if access in ("float32", "packed float32") and "forward" not in name:
+            assert wide["st.global"], (name, access)
+
+
+def test_the_dtype_of_an_element_is_not_branched_upon(compiled: tuple) -> None:
+    for (name, access), body in compiled[1].items():
+        if access == "float32":
+            assert "cvt.f32.f16" not in body, name
