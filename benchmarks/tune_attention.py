@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from clocks import Clock, kernel_clock
 from harness import Budget, Figure, Variant, interleave
 from torch import Tensor
 
-from star_kernels.attention import tuning, vendor
+from star_kernels.attention import naive, ops, tuning, vendor
 from star_kernels.attention.triton_config import BackwardConfig, Tile, architecture, backward_config, forward_config
 
 SHAPES = (
@@ -32,9 +32,9 @@ SHAPES = (
     (replace(FLUX_1024, name="FLUX 512²", batch=4, image=1024), torch.bfloat16),
     (replace(SD35_512, batch=2), torch.float32),
 )
-# Relative RMS between two kernels' results in a dtype, each rounded on its way.
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-Run = Callable[[], Any]
+# Relative RMS against the definition in float32, of results that are rounded on their way.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+Run = Callable[[], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -84,37 +84,31 @@ def backward_tiles(default: BackwardConfig) -> list[BackwardConfig]:
 
 
 def forward_candidates(x: Inputs) -> list[Candidate]:
-    """Attention with its maps by every kernel that takes the inputs."""
-    from star_kernels.attention import triton_forward, triton_maps
+    """Attention with its maps by every kernel that takes the inputs, as a call of it gets them."""
+    from star_kernels.attention import triton_forward
 
     rows, selection, scale = x.shape.rows, x.selection, x.scale
-    arguments = (selection.index, selection.weight, None, rows, scale, True)
 
     def ours(tile: Tile) -> Run:
-        return lambda: triton_forward.attention(x.query, x.key, x.value, *arguments, config=tile)
-
-    def theirs(kernel: str) -> Run:
-        def run() -> tuple[Tensor, Tensor, Tensor]:
-            out, lse = vendor.cuda_forward(kernel, x.query, x.key, x.value, scale)
-            return out, triton_maps.attention_maps(x.query, x.key, lse, *arguments, False), lse
-
-        return run
+        return lambda: triton_forward.attention(
+            x.query, x.key, x.value, selection.index, selection.weight, None, rows, scale, True, config=tile
+        )
 
     dtype, width = x.query.dtype, x.shape.head_dim
-    found = []
+    found = [Candidate(kernel, lambda kernel=kernel: forward(x, kernel)) for kernel in able(dtype, width)]
     if tuning.obstacle("triton", dtype, width) is None:
         default = forward_config(architecture(x.query.device), width, dtype)
-        found = [Candidate("triton", ours(tile), tile) for tile in forward_tiles(default)]
-    able = [k for k in vendor.KERNELS if vendor.limits(k, dtype, width) is None]
-    return found + [Candidate(kernel, theirs(kernel)) for kernel in able]
+        tiles = [Candidate("triton", ours(tile), tile) for tile in forward_tiles(default)]
+        found = [tiles[0], *found, *tiles[1:]]
+    return found
 
 
 def backward_candidates(x: Inputs) -> list[Candidate]:
-    """The gradient of the output by every kernel that takes the inputs."""
-    from star_kernels.attention import triton_backward, triton_forward
+    """The gradient of the output by every kernel that takes the inputs, as a call of it gets them."""
+    from star_kernels.attention import triton_backward
 
-    out, _, lse = triton_forward.attention(x.query, x.key, x.value, None, None, None, x.shape.rows, x.scale, True)
-    upstream = torch.randn_like(out)
+    out, _, lse = forward(x, "auto")
+    upstream = upstream_of(x)
 
     def ours(tiles: BackwardConfig) -> Run:
         return lambda: triton_backward.attention_backward(
@@ -123,40 +117,89 @@ def backward_candidates(x: Inputs) -> list[Candidate]:
         )  # fmt: skip
 
     def theirs(kernel: str) -> Run:
-        return lambda: vendor.cuda_backward(kernel, upstream, x.query, x.key, x.value, out, lse, x.scale)
+        arguments = (x.selection.index, x.selection.weight, None, *x.shape.rows, x.scale, True, kernel)
+        return lambda: ops.attention_backward(upstream, None, None, x.query, x.key, x.value, out, lse, *arguments)
 
     dtype, width = x.query.dtype, x.shape.head_dim
-    found = []
+    found = [Candidate(kernel, theirs(kernel)) for kernel in able(dtype, width)]
     if tuning.obstacle("triton", dtype, width) is None:
         default = backward_config(architecture(x.query.device), width, dtype)
-        found = [Candidate("triton", ours(tiles), tiles) for tiles in backward_tiles(default)]
-    able = [k for k in vendor.KERNELS if vendor.limits(k, dtype, width) is None]
-    return found + [Candidate(kernel, theirs(kernel)) for kernel in able]
+        tiles = [Candidate("triton", ours(tiles), tiles) for tiles in backward_tiles(default)]
+        found = [tiles[0], *found, *tiles[1:]]
+    return found
 
 
-def runnable(candidates: Sequence[Candidate], dtype: torch.dtype) -> tuple[list[Candidate], dict[str, str]]:
-    """Those that run and agree with the first that does; and why the others do not."""
+def able(dtype: torch.dtype, head_dim: int) -> list[str]:
+    return [kernel for kernel in vendor.KERNELS if vendor.limits(kernel, dtype, head_dim) is None]
+
+
+def forward(x: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (x.selection.index, x.selection.weight, None, *x.shape.rows, x.scale, True, backend)
+    return ops.attention(x.query, x.key, x.value, *arguments)
+
+
+def upstream_of(x: Inputs) -> Tensor:
+    """A gradient of the output, in its layout."""
+    noise = torch.randn(x.query.shape, generator=torch.Generator().manual_seed(1))
+    return torch.empty_like(x.query).copy_(noise)
+
+
+def as_models_lay_out(x: Inputs) -> Inputs:
+    """The same inputs in the memory of the models' projections: [B, S, H, D]."""
+    moved = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x.query, x.key, x.value))
+    return Inputs(x.shape, *moved, x.selection)
+
+
+def defined_forward(x: Inputs) -> tuple[Tensor, ...]:
+    """Output, maps and log-sum-exp of the last sample by the definition, in float32 and one head at a time."""
+    index, weight = x.selection.index[-1:], x.selection.weight[-1:]
+    heads = []
+    for h in range(x.shape.heads):
+        query, key, value = (t[-1:, h : h + 1].float() for t in (x.query, x.key, x.value))
+        heads.append(naive.attention(query, key, value, index, weight, None, x.shape.rows, x.scale, True))
+    outs, maps, lses = zip(*heads, strict=True)
+    return torch.cat(outs, dim=1), torch.stack(maps).mean(dim=0), torch.cat(lses, dim=1)
+
+
+def defined_backward(x: Inputs) -> tuple[Tensor, ...]:
+    """Gradients of the last sample's first head by the definition, in float32."""
+    leaves = [t[-1:, :1].float().requires_grad_() for t in (x.query, x.key, x.value)]
+    index, weight = x.selection.index[-1:], x.selection.weight[-1:]
+    with torch.enable_grad():
+        out = naive.attention(*leaves, index, weight, None, x.shape.rows, x.scale, True)[0]
+        return torch.autograd.grad(out, leaves, upstream_of(x)[-1:, :1].float())
+
+
+def runnable(
+    candidates: Sequence[Candidate], expected: Sequence[Tensor], tolerance: float, left: Callable[[], float]
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Those that run and give the expected results, as far as these go; and why the others do not.
+
+    The first call of a tile compiles it. Once no time is ``left``, no further tile is tried.
+    """
     kept: list[Candidate] = []
     refused: dict[str, str] = {}
-    expected: Sequence[Tensor] | None = None
     for candidate in candidates:
+        if candidate.tile is not None and kept and left() <= 0:
+            refused[candidate.name] = "no time was left for it"
+            continue
         try:
             results = candidate.run()
+            error = max(_difference(got, want) for got, want in zip(results, expected, strict=True))
         except Exception as problem:  # a tile that does not fit this device, a kernel that this build does not have
-            refused[candidate.name] = f"{type(problem).__name__}: {str(problem).splitlines()[0][:160]}"
+            refused[candidate.name] = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:160]}"
             continue
-        if expected is None:
-            expected = results
-        error = max(_difference(got, want) for got, want in zip(results, expected, strict=True))
-        if error <= TOLERANCES[dtype]:
+        if error <= tolerance:
             kept.append(candidate)
         else:
-            refused[candidate.name] = f"differs from {candidates[0].name} by {error:.1e} (relative RMS)"
+            refused[candidate.name] = f"differs from the definition by {error:.1e} (relative RMS)"
     return kept, refused
 
 
 def _difference(got: Tensor, want: Tensor) -> float:
-    return float((got.float() - want.float()).norm() / want.float().norm())
+    """Relative RMS on what is known of the result: its last sample, and that one's first heads."""
+    got = got[-1:, : want.shape[1]].float()
+    return float((got - want).norm() / want.norm())
 
 
 def time_candidates(candidates: Sequence[Candidate], clock: Clock, budget: Budget, title: str) -> dict[str, Figure]:
@@ -207,28 +250,42 @@ def _numbers(tile: Tile) -> list[int | None]:
 
 
 def tune(
-    shapes: Sequence[tuple[Shape, torch.dtype]], device: torch.device, clock: Clock, seconds: float
-) -> list[dict[str, Any]]:
+    shapes: Sequence[tuple[Shape, torch.dtype]],
+    device: torch.device,
+    clock: Clock,
+    seconds: float,
+    *,
+    now: Callable[[], float] = time.monotonic,
+) -> Iterator[dict[str, Any]]:
     """A row for each shape, as long as the time lasts; what it did not last for is said."""
-    entries = []
-    started = time.monotonic()
+    end = now() + seconds
     for number, (shape, dtype) in enumerate(shapes):
-        left = seconds - (time.monotonic() - started)
-        if left <= 0:
+        part = (end - now()) / (len(shapes) - number) / 2  # of the forward or the backward pass
+        if part <= 0:
             print(f"no time was left for {shape}, {dtype}", file=sys.stderr)
             continue
-        each = Budget(1000, left / (len(shapes) - number) / 4)  # half of it goes to compiling
-        inputs = make_inputs(shape, dtype, device)
+        inputs = as_models_lay_out(make_inputs(shape, dtype, device))
         parts: list[dict[str, Figure]] = []
         candidates: dict[str, Candidate] = {}
         refused: dict[str, str] = {}
-        for name, make in (("forward", forward_candidates), ("backward", backward_candidates)):
-            kept, problems = runnable(make(inputs), dtype)
+        passes = (
+            ("forward", forward_candidates, defined_forward),
+            ("backward", backward_candidates, defined_backward),
+        )
+        for name, make, definition in passes:
+            compiled = now() + 0.6 * part
+            found = make(inputs)
+            kept, problems = runnable(found, definition(inputs), TOLERANCES[dtype], lambda at=compiled: at - now())
             refused |= {f"{name} {candidate}": why for candidate, why in problems.items()}
+            if not kept:
+                break
             candidates |= {candidate.name: candidate for candidate in kept}
-            parts.append(time_candidates(kept, clock, each, f"{shape.name} {name}"))
-        entries.append(entry(shape, dtype, parts[0], parts[1], candidates, refused))
-    return entries
+            budget = Budget(1000, 0.3 * part)
+            parts.append(time_candidates(kept, clock, budget, f"{shape.name} {name}"))
+        if len(parts) < 2:
+            print(f"no kernel for {shape}, {dtype}: {refused}", file=sys.stderr)
+            continue
+        yield entry(shape, dtype, parts[0], parts[1], candidates, refused)
 
 
 def text(entries: Sequence[dict[str, Any]]) -> str:
@@ -254,11 +311,20 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.seconds > 0:
         parser.error(f"--seconds must be positive, got {options.seconds}")
     device = torch.device("cuda", torch.cuda.current_device())
+    entries: list[dict[str, Any]] = []
+    name = torch.cuda.get_device_name(device)
+    described = {**environment.describe(device), "cudnn": torch.backends.cudnn.version()}
+    shapes = SHAPES[:1] if options.quick else SHAPES
     with torch.no_grad():
-        entries = tune(SHAPES[:1] if options.quick else SHAPES, device, kernel_clock(device), options.seconds)
-    print(text(entries))
-    path = tuning.write_table(options.out, torch.cuda.get_device_name(device), environment.describe(device), entries)
-    print(f"{len(entries)} of {len(SHAPES)} shapes; wrote {path}")
+        for row in tune(shapes, device, kernel_clock(device), options.seconds):
+            entries.append(row)
+            tuning.write_table(options.out, name, described, entries)  # at once: the time may end here
+            print(text([row]), flush=True)
+    if not entries:
+        print("no shape was measured", file=sys.stderr)
+        return 1
+    chosen = ", ".join(f"{row['head_dim']}: {row['forward']}/{row['backward']}" for row in entries)
+    print(f"{len(entries)} of {len(shapes)} shapes, {chosen}; wrote {options.out / tuning.slug(name)}.json")
     return 0
 
 

@@ -1,106 +1,141 @@
-"""The tuner's choices, which need no GPU: stand-ins are timed by a clock that knows how long they take."""
+"""The tuning of attention's kernels: what it makes of candidates, times and a budget, which needs no GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import tune_attention
-from attention_variants import Shape, make_inputs
+import tune_attention as tune
+from attention_variants import Inputs, Shape, make_inputs
 from clocks import Sample
-from tune_attention import Candidate
+from torch import Tensor
 
 from star_kernels.attention import naive, triton_config, tuning
-from star_kernels.attention.triton_config import Tile
+from star_kernels.attention.triton_config import BackwardConfig, Tile
 
-SHAPE = Shape("tiny", 1, 2, 32, 40, 8)
-DTYPE = torch.float32
+SHAPE = Shape("tiny", 2, 3, 16, 20, 7)
+TILES = [Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)]
+CPU = torch.device("cpu")
 
 
-class KnownTimes:
-    """A clock that runs everything and gives each call the seconds that its name is known to take."""
+class Clock:
+    """A clock that runs nothing and says that the n-th call of a round took n milliseconds."""
 
-    name = "known"
-
-    def __init__(self, seconds: dict[int, float]) -> None:
-        self.seconds = seconds
+    name = "none"
 
     def time(self, runs: Sequence[Callable[[], Any]]) -> list[Sample]:
-        for run in runs:
-            run()
-        return [Sample(self.seconds[id(run)]) for run in runs]
+        return [Sample(self.seconds(run)) for run in runs]
+
+    @staticmethod
+    def seconds(run: Any) -> float:
+        return float(getattr(run, "seconds", 1e-3))
 
 
-def candidates(times: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> KnownTimes:
-    """Lets the tuner find candidates that compute the definition, and a clock by which they take these times."""
-    seconds: dict[int, float] = {}
-    tile = triton_config.forward_config("sm_90", 32, DTYPE)
-    tiles = triton_config.backward_config("sm_90", 32, DTYPE)
+class Run:
+    """Attention by its definition, an error added to its results, and the time that it is said to take."""
 
-    def make(part: str, with_tile: Any) -> Callable[[Any], list[Candidate]]:
-        def found(x: Any) -> list[Candidate]:
-            arguments = (x.selection.index, x.selection.weight, None, x.shape.rows, x.scale, True)
-            made = []
-            for kernel in ("triton", "flash", "cudnn"):
-                run = partial(naive.attention, x.query, x.key, x.value, *arguments)
-                seconds[id(run)] = times[f"{part} {kernel}"]
-                made.append(Candidate(kernel, run, with_tile if kernel == "triton" else None))
-            return made
+    def __init__(self, function: Callable[[], Sequence[Tensor]], seconds: float, error: float = 0.0) -> None:
+        self.function, self.seconds, self.error = function, seconds, error
 
-        return found
-
-    monkeypatch.setattr(tune_attention, "forward_candidates", make("forward", tile))
-    monkeypatch.setattr(tune_attention, "backward_candidates", make("backward", tiles))
-    return KnownTimes(seconds)
+    def __call__(self) -> list[Tensor]:
+        return [t * (1 + self.error) for t in self.function()]
 
 
-TIMES = {
-    "forward triton": 3e-3, "forward flash": 2e-3, "forward cudnn": 1e-3,
-    "backward triton": 1e-3, "backward flash": 2e-3, "backward cudnn": 3e-3,
-}  # fmt: skip
+def inputs() -> Inputs:
+    return make_inputs(SHAPE, torch.float32, CPU)
 
 
-def test_the_fastest_kernel_of_each_pass_goes_into_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    clock = candidates(TIMES, monkeypatch)
-    (row,) = tune_attention.tune([(SHAPE, DTYPE)], torch.device("cpu"), clock, 2.0)
-    assert (row["forward"], row["backward"]) == ("cudnn", "triton")
-    assert row["milliseconds"]["forward"]["flash"] == [2.0, 2.0, 2.0]
-    # A call with a mask or a gradient of the maps takes Triton's kernels all the same: their tiles are there.
-    assert row["tiles"]["forward"] == list(triton_config.forward_config("sm_90", 32, DTYPE).__dict__.values())
-    assert row["size_class"] == tuning.size_class(48, 48)
-    path = tuning.write_table(tmp_path, "A GPU", {}, [row])
-    assert tuning.read_plan(tuning._read(path)[0]).forward == "cudnn"
+def whole_forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    index, weight = x.selection.index, x.selection.weight
+    return naive.attention(x.query, x.key, x.value, index, weight, None, x.shape.rows, x.scale, True)
 
 
-def test_shapes_without_time_are_left_out_and_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = candidates(TIMES, monkeypatch)
-    assert tune_attention.tune([(SHAPE, DTYPE)], torch.device("cpu"), clock, 0.0) == []
-    assert "no time was left for tiny" in capsys.readouterr().err
+def whole_backward(x: Inputs) -> tuple[Tensor, ...]:
+    leaves = [t.clone().requires_grad_() for t in (x.query, x.key, x.value)]
+    with torch.enable_grad():
+        out = torch.softmax(leaves[0] @ leaves[1].transpose(-1, -2) * x.scale, dim=-1) @ leaves[2]
+        return torch.autograd.grad(out, leaves, tune.upstream_of(x))
 
 
-def test_candidates_that_fail_or_disagree_are_refused_with_the_reason() -> None:
-    good = torch.ones(4)
+def test_the_checked_part_of_a_candidate_is_its_definition() -> None:
+    x = tune.as_models_lay_out(inputs())
+    assert x.query.transpose(1, 2).is_contiguous()
+    for run, definition in ((whole_forward, tune.defined_forward), (whole_backward, tune.defined_backward)):
+        kept, refused = tune.runnable(
+            [tune.Candidate("good", lambda run=run: run(x))], definition(x), 1e-5, lambda: 1.0
+        )
+        assert (len(kept), refused) == (1, {})
 
-    def broken() -> Any:
-        raise RuntimeError("out of resource: shared memory\nmore")
 
-    made = [
-        Candidate("too_large", broken),
-        Candidate("first", lambda: (good,)),
-        Candidate("wrong", lambda: (1.1 * good,)),
-        Candidate("spoilt", lambda: (good * torch.nan,)),
-        Candidate("same", lambda: (good,)),
+def test_candidates_that_are_wrong_or_do_not_run_are_refused_with_the_reason() -> None:
+    x = inputs()
+
+    def broken() -> Sequence[Tensor]:
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    candidates = [
+        tune.Candidate("wrong", Run(lambda: whole_forward(x), 1e-3, error=0.01)),
+        tune.Candidate("broken", broken),
+        tune.Candidate("nan", Run(lambda: whole_forward(x), 1e-3, error=float("nan"))),
+        tune.Candidate("good", Run(lambda: whole_forward(x), 1e-3)),
     ]
-    kept, refused = tune_attention.runnable(made, torch.bfloat16)
-    assert [candidate.name for candidate in kept] == ["first", "same"]
-    assert refused["too_large"] == "RuntimeError: out of resource: shared memory"
-    assert set(refused) == {"too_large", "wrong", "spoilt"}
+    kept, refused = tune.runnable(candidates, tune.defined_forward(x), 1e-4, lambda: 1.0)
+    assert [c.name for c in kept] == ["good"]
+    assert refused["wrong"].startswith("differs from the definition by 1.0e-02")
+    assert refused["broken"] == "RuntimeError: out of resource: shared memory"
+    assert "nan" in refused
+
+
+def test_tiles_wait_for_kernels_and_are_left_out_when_the_time_is_over() -> None:
+    x = inputs()
+    run = Run(lambda: whole_forward(x), 1e-3)
+    plan = [("triton", TILES[0]), ("cudnn", None), ("triton", TILES[1])]
+    candidates = [tune.Candidate(kernel, run, tile) for kernel, tile in plan]
+    kept, refused = tune.runnable(candidates, tune.defined_forward(x), 1e-4, lambda: 0.0)
+    assert [(c.kernel, c.tile) for c in kept] == plan[:2]
+    assert list(refused.values()) == ["no time was left for it"]
+
+
+@pytest.fixture
+def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN forward and Triton backward are fastest, the latter in other tiles than its default."""
+
+    def forward(x: Inputs) -> list[tune.Candidate]:
+        run = lambda: whole_forward(x)  # noqa: E731
+        slow, fast = (tune.Candidate("triton", Run(run, s), t) for s, t in zip((4e-3, 3e-3), TILES, strict=True))
+        return [slow, tune.Candidate("cudnn", Run(run, 2e-3)), fast]
+
+    def backward(x: Inputs) -> list[tune.Candidate]:
+        run = lambda: whole_backward(x)  # noqa: E731
+        pairs = [BackwardConfig(tile, tile) for tile in TILES]
+        slow, fast = (tune.Candidate("triton", Run(run, s), t) for s, t in zip((5e-3, 1e-3), pairs, strict=True))
+        return [slow, tune.Candidate("flash", Run(run, 6e-3)), fast]
+
+    monkeypatch.setattr(tune, "forward_candidates", forward)
+    monkeypatch.setattr(tune, "backward_candidates", backward)
+
+
+@pytest.mark.usefixtures("candidates")
+def test_the_fastest_kernels_become_an_entry_that_the_package_reads(tmp_path: Path) -> None:
+    (row,) = tune.tune([(SHAPE, torch.float32)], CPU, Clock(), 0.5, now=lambda: 0.0)
+    assert (row["forward"], row["backward"]) == ("cudnn", "triton")
+    assert row["milliseconds"]["forward"]["cudnn"] == [2.0, 2.0, 2.0]
+    path = tuning.write_table(tmp_path, "NVIDIA Some GPU", {}, [row])
+    assert path.name == "nvidia-some-gpu.json"
+    plan = tuning.read_plan(tuning._read(path)[0])
+    assert plan == tuning.Plan("cudnn", "triton", TILES[1], BackwardConfig(TILES[1], TILES[1]), measured=True)
+    assert "cudnn" in tune.text([row]).splitlines()[1]
+
+
+@pytest.mark.usefixtures("candidates")
+def test_the_budget_ends_the_tuning_and_keeps_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    ticks = iter(range(10**6))
+    rows = list(tune.tune([(SHAPE, torch.float32)] * 50, CPU, Clock(), 1.0, now=lambda: next(ticks) / 50))
+    assert 0 < len(rows) < 50
+    assert "no time was left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
@@ -108,21 +143,17 @@ def test_candidates_that_fail_or_disagree_are_refused_with_the_reason() -> None:
 def test_the_shipped_tiles_are_among_the_candidates(architecture: str, head_dim: int) -> None:
     forward = triton_config.forward_config(architecture, head_dim, torch.bfloat16)
     backward = triton_config.backward_config(architecture, head_dim, torch.bfloat16)
-    assert tune_attention.forward_tiles(forward)[0] == forward
-    assert tune_attention.backward_tiles(backward)[0] == backward
-    for tiles in (tune_attention.forward_tiles(forward), tune_attention.backward_tiles(backward)):
+    assert tune.forward_tiles(forward)[0] == forward
+    assert tune.backward_tiles(backward)[0] == backward
+    for tiles in (tune.forward_tiles(forward), tune.backward_tiles(backward)):
         assert len(set(tiles)) == len(tiles) >= 3
-        names = {Candidate("triton", lambda: None, tile).name for tile in tiles}
+        names = {tune.Candidate("triton", lambda: None, tile).name for tile in tiles}
         assert len(names) == len(tiles)
-    assert all(tile.block_n >= 16 and tile.num_stages >= 1 for tile in tune_attention.forward_tiles(Tile(64, 16, 4, 1)))
+    assert all(tile.block_n >= 16 and tile.num_stages >= 1 for tile in tune.forward_tiles(Tile(64, 16, 4, 1)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        tune_attention.main([])
+        tune.main([])
     assert "no GPU that torch" in capsys.readouterr().err
-
-
-def test_inputs_are_those_of_the_benchmark() -> None:
-    assert make_inputs(SHAPE, DTYPE, torch.device("cpu")).query.shape == (1, 2, 48, 32)

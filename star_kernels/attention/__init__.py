@@ -70,7 +70,8 @@ def attention(
         backend: "auto"; "vendor" (PyTorch's fused attention, and a map kernel that reads its log-sum-exp); on CUDA
             "triton" (maps in the epilogue of the flash pass), or one of PyTorch's kernels, "cudnn", "flash" or
             "efficient"; or "naive" (the definition, which materialises all probabilities). On CUDA "auto" takes what
-            :mod:`star_kernels.attention.tuning` says.
+            :mod:`star_kernels.attention.tuning` says. PyTorch's kernels take no ``key_mask`` there; "flash" is what
+            ``torch.nn.attention.activate_flash_attention_impl`` has put in its place.
 
     Returns:
         ``(out, maps, lse)``: out like query, maps float32 ``[B, G, R]``.
@@ -90,7 +91,7 @@ def attention(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     device, dtype, head_dim = query.device.type, query.dtype, query.shape[3]
     if backend == "auto":
-        backend = choose_backend(device, dtype, head_dim)
+        backend = choose_backend(device, dtype, head_dim, key_mask is not None)
     elif problem := obstacle(backend, device, dtype, head_dim, key_mask is not None):
         raise ValueError(
             f"backend {backend!r} cannot run here: {problem}; got {dtype}, head dimension {head_dim}, on {device}"
@@ -182,7 +183,7 @@ def attention_maps(
 
 
 @torch.compiler.assume_constant_result
-def choose_backend(device: str, dtype: torch.dtype, head_dim: int) -> str:
+def choose_backend(device: str, dtype: torch.dtype, head_dim: int, masked: bool = False) -> str:
     """What "auto" means for these inputs; on a GPU "auto" again, for the operator to look up the sizes.
 
     Where a GPU gets the plain definition, it warns once.
@@ -191,10 +192,10 @@ def choose_backend(device: str, dtype: torch.dtype, head_dim: int) -> str:
         return "naive"
     if device == "cpu":
         return "vendor"
-    problem = obstacle("auto", device, dtype, head_dim)
+    problem = obstacle("auto", device, dtype, head_dim, masked)
     if problem is None:
         return "auto"
-    _warn_naive(f"{problem}; got {dtype}, head dimension {head_dim}, on {device}")
+    _warn_naive(f"{problem}; got {dtype}, head dimension {head_dim}{', a key_mask' if masked else ''}, on {device}")
     return "naive"
 
 
@@ -208,14 +209,16 @@ def obstacle(backend: str, device: str, dtype: torch.dtype, head_dim: int, maske
         return None
     if device != "cuda":
         return "it serves CUDA tensors"
-    if problem := ops.triton_problem():  # its map kernel and its backward pass are everyone's
-        return problem
     if masked and backend not in ("auto", "triton"):
         return "it takes no key_mask"
-    if backend in ("auto", "vendor"):
-        problems = [obstacle(b, device, dtype, head_dim) for b in ("triton", *vendor.KERNELS)[backend == "vendor" :]]
-        return None if None in problems else problems[0]
-    return tuning.obstacle(backend, dtype, head_dim)
+    if backend in ("triton", *vendor.KERNELS) or masked:
+        return tuning.obstacle("triton" if backend == "auto" else backend, dtype, head_dim)
+    first = None
+    for kernel in ("triton", *vendor.KERNELS)[backend == "vendor" :]:
+        if (problem := tuning.obstacle(kernel, dtype, head_dim)) is None:
+            return None
+        first = first or problem
+    return first
 
 
 @cache

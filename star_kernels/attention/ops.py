@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,12 +15,8 @@ from star_kernels.attention.tuning import Plan
 from star_kernels.operators import Operator
 
 NATIVE_HEAD_DIM = 1024  # csrc/cpu/kernels.h; a longer head takes PyTorch's operations
-
-
-@cache
-def triton_problem() -> str | None:
-    """What keeps the Triton kernels from running, if anything."""
-    return None if find_spec("triton") else "the package triton is not installed"
+TRITON = Plan("triton", "triton")
+EXPLICIT = {kernel: Plan(kernel, kernel) for kernel in vendor.KERNELS}
 
 
 _MAPS = "Tensor index, Tensor weight, Tensor? key_mask, int start, int rows, float scale, bool reduce_heads"
@@ -49,6 +45,8 @@ def attention(
             )
             assert maps is not None  # only a call without a selection has none
             return out, maps, lse
+        if plan.forward == "cudnn" and min(query.size(2), key.size(2)) == 1:
+            raise ValueError("backend 'cudnn' cannot run here: it takes two queries and two keys at least")
         q, k, v = _aligned(query, key, value)
         out, lse = vendor.cuda_forward(plan.forward, q, k, v, scale)
         out, lse = _laid_out(out, query), lse.contiguous()
@@ -104,12 +102,13 @@ def attention_backward(
             upstream, q, k, v, out = _aligned(grad_out, query, key, value, out)
             dq, dk, dv = vendor.cuda_backward(plan.backward, upstream, q, k, v, out, lse, scale)
             return _laid_out(dq, query), _laid_out(dk, key), _laid_out(dv, value)
-        from star_kernels.attention import triton_backward
+        if tuning.obstacle("triton", query.dtype, query.size(3)) is None:
+            from star_kernels.attention import triton_backward
 
-        saved = (query, key, value, out, lse, index, weight, key_mask)
-        return triton_backward.attention_backward(
-            grad_out, grad_maps, grad_lse, *saved, (start, rows), scale, reduce_heads, config=plan.backward_config
-        )
+            return triton_backward.attention_backward(
+                grad_out, grad_maps, grad_lse, query, key, value, out, lse, index, weight, key_mask,
+                (start, rows), scale, reduce_heads, config=plan.backward_config,
+            )  # fmt: skip
     query, key, value = _unit_strides(query, key, value)
     sparse = None
     if grad_maps is not None:
@@ -117,7 +116,11 @@ def attention_backward(
             grad_maps, query, key, lse, index, weight, key_mask, (start, rows), scale, reduce_heads, False
         )
         grad_lse = sparse.lse if grad_lse is None else grad_lse + sparse.lse
-    grad_query, grad_key, grad_value = vendor.backward(grad_out, grad_lse, query, key, value, out, lse, key_mask, scale)
+    saved = (grad_out, grad_lse, query, key, value, out, lse)
+    if query.is_cuda:  # a key mask always comes with Triton's kernels
+        grad_query, grad_key, grad_value = vendor.cuda_float32_backward(*saved, scale)
+    else:
+        grad_query, grad_key, grad_value = vendor.backward(*saved, key_mask, scale)
     if sparse is not None:
         sparse.add_to(grad_query, grad_key)
     return _like(grad_query, query), _like(grad_key, key), _like(grad_value, value)
@@ -155,7 +158,7 @@ def _maps(
     text_to_image: bool,
 ) -> Tensor:
     """The maps of tensors with unit strides, by the compiled kernel where there is one."""
-    if query.is_cuda and triton_problem() is None:
+    if query.is_cuda and tuning.triton_problem() is None:
         from star_kernels.attention import triton_maps
 
         return triton_maps.attention_maps(
@@ -251,29 +254,51 @@ def _differentiate_maps(ctx: Any, grad_maps: Tensor) -> tuple[Tensor | None, ...
 def _plan(backend: str, query: Tensor, key: Tensor, key_mask: Tensor | None) -> Plan:
     """The kernels of a call on a GPU."""
     if backend == "triton" or key_mask is not None:
-        return Plan("triton", "triton")
+        return TRITON
+    dtype, head_dim, queries, keys = query.dtype, query.size(3), query.size(2), key.size(2)
     if backend in vendor.KERNELS:
-        return Plan(backend, backend)
-    dtype, head_dim = query.dtype, query.size(3)
-    chosen = tuning.plan(query.device, dtype, head_dim, query.size(2), key.size(2))
-    if backend == "vendor":
-        return tuning.vendor_plan(chosen, dtype, head_dim, torch.cuda.get_device_capability(query.device))
+        chosen = EXPLICIT[backend]
+    else:
+        chosen = tuning.plan(query.device, dtype, head_dim, queries, keys)
+        if backend == "vendor":
+            capability = torch.cuda.get_device_capability(query.device)
+            chosen = tuning.vendor_plan(chosen, dtype, head_dim, capability, vendor.flash_implementation())
+        if min(queries, keys) == 1:
+            chosen = _without_cudnn(chosen)
+    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+        return _repeatable(chosen) if tuning.obstacle("triton", dtype, head_dim) is None else chosen
     return chosen
 
 
+@cache
+def _without_cudnn(chosen: Plan) -> Plan:
+    """The plan for a single query or key, which cuDNN does not take."""
+    forward, backward = ("efficient" if k == "cudnn" else k for k in (chosen.forward, chosen.backward))
+    return replace(chosen, forward=forward, backward=backward)
+
+
+@cache
+def _repeatable(chosen: Plan) -> Plan:
+    """The plan with the backward pass whose results repeat to the bit."""
+    return replace(chosen, backward="triton")
+
+
 def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, copied where a row of theirs does not begin at a multiple of 16 bytes."""
-    return tuple([t if _is_aligned(t) else t.contiguous() for t in tensors])
+    """The tensors, copied where a row of theirs does not begin at a multiple of 16 bytes or stands for several."""
+    return tuple([t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors])
 
 
 def _is_aligned(tensor: Tensor) -> bool:
     step = 16 // tensor.element_size()
-    steps_well = all(stride % step == 0 for stride in tensor.stride()[:-1])
+    outer = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    steps_well = all([size == 1 or (stride > 0 and stride % step == 0) for size, stride in outer])
     return tensor.stride(-1) == 1 and steps_well and tensor.data_ptr() % 16 == 0
 
 
 def _laid_out(result: Tensor, like: Tensor) -> Tensor:
     """The result in the memory layout that the operator's fake implementation promises, that of ``like``."""
+    if result.stride() == like.stride():  # so like is dense too, and its own layout is the promised one
+        return result
     (like,) = _unit_strides(like)
     expected = torch.empty_like(like, device="meta")
     return result if result.stride() == expected.stride() else torch.empty_like(like).copy_(result)

@@ -8,13 +8,16 @@ and the backward kernel.
 Without an entry, by what is known of the devices:
 
 * 16 bits, head dimension up to 64: Triton, forward and backward.
-* 16 bits, larger heads, on Hopper and later: cuDNN, forward and backward. Others measure it at 1.6 times the speed of
-  a Triton kernel there (head dimension 128).
-* 16 bits, larger heads, on older GPUs: flash, forward and backward.
+* 16 bits, larger heads, on Hopper and on Blackwell's sm_100 family: flash where the user has activated FA3 or FA4, or
+  else cuDNN from 9.15.1 on, forward and backward. Others measure both at 1.6 times the speed of a Triton kernel there
+  (head dimension 128).
+* 16 bits, larger heads, on other GPUs from sm_80 on: flash, forward and backward.
 * float32: Triton, whose products are float32 throughout, forward and backward.
 * Head dimensions beyond Triton's: the first of PyTorch's kernels that takes them.
 
-A gradient of the maps or of the log-sum-exp, and a key mask, always take Triton's kernels: the vendors' know neither.
+A gradient of the maps or of the log-sum-exp, and a key mask, take Triton's kernels: the vendors' know neither. Where
+Triton cannot run, that gradient goes through the efficient kernel in float32, and maps come from the log-sum-exp in
+plain PyTorch. ``torch.use_deterministic_algorithms(True)`` takes Triton's backward pass too: it repeats to the bit.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +65,19 @@ def size_class(queries: int, keys: int) -> int:
     return round(math.log2(queries * keys) / 2)
 
 
+@cache
+def triton_problem() -> str | None:
+    """What keeps the Triton kernels from running, if anything."""
+    return None if find_spec("triton") else "the package triton is not installed"
+
+
 def obstacle(kernel: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """What keeps a kernel of a GPU from these inputs, if anything."""
     if kernel != "triton":
         return vendor.limits(kernel, dtype, head_dim)
-    return None if head_dim <= TRITON_HEAD_DIM else f"its head dimension goes up to {TRITON_HEAD_DIM}"
+    if head_dim > TRITON_HEAD_DIM:
+        return f"its head dimension goes up to {TRITON_HEAD_DIM}"
+    return triton_problem()
 
 
 @cache
@@ -73,35 +85,45 @@ def _plan(index: int, dtype: torch.dtype, head_dim: int, size: int, flash: str) 
     found = _find(table(torch.cuda.get_device_name(index)), dtype, head_dim, size, flash)
     if found is not None:
         return found
-    return default_plan(dtype, head_dim, torch.cuda.get_device_capability(index))
+    return default_plan(dtype, head_dim, torch.cuda.get_device_capability(index), flash)
 
 
-def default_plan(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> Plan:
+def default_plan(dtype: torch.dtype, head_dim: int, capability: tuple[int, int], flash: str = "FA2") -> Plan:
     """What this file says of a device without an entry."""
-    wide = "cudnn" if capability >= (9, 0) else "flash"
-    wanted = ["triton"] if dtype == torch.float32 or head_dim <= 64 else [wide, "flash", "efficient", "triton"]
-    wanted += ["efficient", "flash", "triton"]
+    vendors = _by_speed(capability, flash)
+    wanted = ("triton", *vendors) if dtype == torch.float32 or head_dim <= 64 else (*vendors, "triton")
     kernel = next((k for k in wanted if obstacle(k, dtype, head_dim) is None), "triton")
-    return Plan(kernel, kernel)
+    return Plan(kernel, _differentiable(kernel, head_dim, capability))
 
 
-def vendor_plan(chosen: Plan, dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> Plan:
+@cache
+def vendor_plan(chosen: Plan, dtype: torch.dtype, head_dim: int, capability: tuple[int, int], flash: str) -> Plan:
     """The plan with vendors' kernels alone: the chosen ones, or else the first that can."""
-    able = [k for k in _by_speed(capability) if vendor.limits(k, dtype, head_dim) is None]
+    able = [k for k in _by_speed(capability, flash) if vendor.limits(k, dtype, head_dim) is None]
     first = able[0] if able else "triton"
     forward, backward = (k if k in able else first for k in (chosen.forward, chosen.backward))
-    return Plan(forward, backward)
+    return Plan(forward, _differentiable(backward, head_dim, capability))
 
 
-def _by_speed(capability: tuple[int, int]) -> tuple[str, ...]:
-    return ("cudnn", "flash", "efficient") if capability >= (9, 0) else ("flash", "cudnn", "efficient")
+def _by_speed(capability: tuple[int, int], flash: str) -> tuple[str, ...]:
+    if capability < (8, 0):  # the others begin there
+        return ("efficient",)
+    if capability[0] not in (9, 10):  # where PyTorch itself does not prefer cuDNN
+        return ("flash", "efficient")
+    return ("cudnn", "flash", "efficient") if flash == "FA2" else ("flash", "cudnn", "efficient")
+
+
+def _differentiable(kernel: str, head_dim: int, capability: tuple[int, int]) -> str:
+    """The kernel, or one that has a backward pass where it has none: flash on sm_86, sm_89 and sm_120, wide heads."""
+    none = kernel == "flash" and head_dim > 192 and capability not in ((8, 0), (9, 0), (10, 0), (10, 3))
+    return "efficient" if none else kernel
 
 
 def _find(entries: tuple[dict[str, Any], ...], dtype: torch.dtype, head_dim: int, size: int, flash: str) -> Plan | None:
     """The entry for this kind of call with the nearest class of lengths; 16-bit dtypes stand for one another."""
     names = [_name(dtype)] + [_name(d) for d in _alike(dtype)]
     fits = [entry for entry in entries if entry["dtype"] in names and entry["head_dim"] == head_dim]
-    fits = [entry for entry in fits if "flash" not in (entry["forward"], entry["backward"]) or entry["flash"] == flash]
+    fits = [entry for entry in fits if entry["flash"] == flash]  # what beat FA2 need not beat FA3
     fits = [e for e in fits if not any(obstacle(e[name], dtype, head_dim) for name in ("forward", "backward"))]
     if not fits:
         return None

@@ -1,11 +1,12 @@
 """PyTorch's own fused attention, with its log-sum-exp. The only file that touches these private operators.
 
 A kernel is a pair of functions in layout [B, H, S, D]: the forward one gives the output and the natural log-sum-exp,
-the backward one takes a gradient of the output (the CPU's of the log-sum-exp too).
+the backward one takes a gradient of the output. The two in float32 throughout take one of the log-sum-exp too.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KERNELS = ("cudnn", "flash", "efficient")  # of CUDA
-LSE_ALIGNMENT = 32  # rows that the efficient kernel's log-sum-exp is padded to
+LSE_ALIGNMENT = 32 if torch.version.hip is None else 1  # rows that the efficient kernel's log-sum-exp is padded to
 
 _CPU_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -56,27 +57,60 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of both results on a CPU, float32, without a matrix of size [Sq, Sk].
 
-    dS = P (dO V^T - rowsum(dO O) + dlse). PyTorch's backward knows only the output, so dlse enters as one more column:
-    dO' = [dO, 1], V' = [V, 0], O' = [O, -dlse]. The arithmetic is float32 throughout: PyTorch's 16-bit backward on a
-    CPU is several times slower and no more exact.
+    The arithmetic is float32 throughout: PyTorch's 16-bit backward on a CPU is several times slower and no more exact.
     """
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    saved = _float32(grad_out, grad_lse, query, key, value, out, columns=1)
+    mask = _additive(key_mask, torch.float32)
+    grads = _CPU_BACKWARD(*saved, lse, 0.0, False, attn_mask=mask, scale=scale)
+    return tuple(g[..., : query.shape[-1]] for g in grads)
+
+
+def cuda_float32_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of both results by the efficient kernel, float32: 16 bits would round that of the log-sum-exp."""
+    saved = _float32(grad_out, grad_lse, query, key, value, out, columns=4)  # rows begin at 16 bytes
+    dq, dk, dv = cuda_backward("efficient", *saved, lse, scale)
+    width = query.shape[-1]
+    return dq[..., :width], dk[..., :width], dv[..., :width]
+
+
+def _float32(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    *,
+    columns: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What PyTorch's backward, which knows only the output, is given so that it forms the gradient of both results.
+
+    dS = P (dO V^T - rowsum(dO O) + dlse), so dlse enters as one more column (of ``columns``, the others 0):
+    dO' = [dO, 1], V' = [V, 0], O' = [O, -dlse].
+    """
     query, key, value, out = query.float(), key.float(), value.float(), out.float()
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.float()
-    width = query.shape[-1]
     if grad_lse is not None:
-        query, key, value = (F.pad(t, (0, 1)) for t in (query, key, value))
-        out = torch.cat([out, -grad_lse[..., None]], dim=-1)
-        grad_out = F.pad(grad_out, (0, 1), value=1.0)
-    grads = _CPU_BACKWARD(
-        grad_out, query, key, value, out, lse, 0.0, False, attn_mask=_additive(key_mask, query.dtype), scale=scale
-    )
-    return tuple(g[..., :width] for g in grads)
+        query, key, value = (F.pad(t, (0, columns)) for t in (query, key, value))
+        out = F.pad(torch.cat([out, -grad_lse[..., None]], dim=-1), (0, columns - 1))
+        grad_out = F.pad(grad_out, (0, columns), value=1.0)
+    return grad_out, query, key, value, out
 
 
 def cuda_forward(kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention by one of KERNELS: the output, in a layout of its own, and its log-sum-exp, float32 [B, H, Sq]."""
     results: Any
+    query, scale = _positive_scale(query, scale)
     if kernel == "flash":
         results = _operator("flash_attention")(query, key, value, 0.0, False, False, scale=scale)
     elif kernel == "cudnn":
@@ -93,37 +127,31 @@ def cuda_backward(
     kernel: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the output by one of KERNELS, whichever kernel gave output and log-sum-exp."""
+    if scale <= 0:
+        turned, positive = _positive_scale(query, scale)
+        grad_query, *grads = cuda_backward(kernel, grad_out, turned, key, value, out, lse, positive)
+        return -grad_query, grads[0], grads[1]
     saved = (grad_out, query, key, value)
     lengths = (query.shape[2], key.shape[2])
-    seed, offset = _no_dropout(query.device)
-    grads: Any
+    random = _no_dropout(query.device, kernel)
+    results: Any
     if kernel == "flash":
-        grads = _operator("flash_attention_backward")(
-            *saved, out, lse.contiguous(), None, None, *lengths, 0.0, False, seed, offset, scale=scale
+        results = _operator("flash_attention_backward")(
+            *saved, out, lse.contiguous(), None, None, *lengths, 0.0, False, *random, scale=scale
         )
     elif kernel == "cudnn":
-        grads = _operator("cudnn_attention_backward")(
-            *saved,
-            out,
-            lse.contiguous().unsqueeze(-1),
-            seed,
-            offset,
-            None,
-            None,
-            None,
-            *lengths,
-            0.0,
-            False,
-            scale=scale,
+        lse = lse.contiguous().unsqueeze(-1)
+        results = _operator("cudnn_attention_backward")(
+            *saved, out, lse, *random, None, None, None, *lengths, 0.0, False, scale=scale
         )
     else:
-        padding = -lse.shape[2] % LSE_ALIGNMENT
-        lse = F.pad(lse, (0, padding), value=float("inf"))  # as the kernel's own forward pass leaves them
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)  # the kernel takes its strides for those of [B, S, H, D]
+        lse = F.pad(lse, (0, -lse.shape[2] % LSE_ALIGNMENT), value=float("inf"))  # as its own forward pass leaves them
         wanted = [True, True, True, False]
-        grads = _operator("efficient_attention_backward")(
-            *saved, None, out, lse.contiguous(), seed, offset, 0.0, wanted, False, scale=scale
+        results = _operator("efficient_attention_backward")(
+            *saved, None, out, lse.contiguous(), *random, 0.0, wanted, False, scale=scale
         )
-    return grads[0], grads[1], grads[2]
+    return results[0], results[1], results[2]
 
 
 def limits(kernel: str, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -137,6 +165,20 @@ def limits(kernel: str, dtype: torch.dtype, head_dim: int) -> str | None:
     most = {"cudnn": 128, "flash": 256, "efficient": 65536}[kernel]
     if head_dim > most:
         return f"its head dimension goes up to {most}"
+    return cudnn_problem() if kernel == "cudnn" else None
+
+
+@cache
+def cudnn_problem() -> str | None:
+    """What keeps this cuDNN from use, if anything.
+
+    Before 9.15.1 its attention is wrong at lengths that are no multiple of 128: PyTorch leaves it alone too (#169849).
+    """
+    version = torch.backends.cudnn.version()
+    if version is not None and version <= 91500:
+        return f"its results before cuDNN 9.15.1 are wrong at some lengths, and this PyTorch has cuDNN {version}"
+    if os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") == "1":
+        return "TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1 lays its log-sum-exp out in another way"
     return None
 
 
@@ -164,10 +206,19 @@ def _operator(name: str) -> Any:
     return operator
 
 
+def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with a scale above zero: the kernels take the maximum of a row before they scale it."""
+    if scale < 0:
+        query, scale = -query, -scale
+    return query, max(scale, 1e-30)
+
+
 @cache
-def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The state of a random generator that is not used."""
-    return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.uint64, device=device)
+def _no_dropout(device: torch.device, kernel: str) -> tuple[Tensor, Tensor]:
+    """The state of a random generator that is not used, in the dtype of the kernel's own."""
+    if kernel == "flash":
+        return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.uint64, device=device)
+    return torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)
 
 
 def _additive(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

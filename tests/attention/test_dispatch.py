@@ -1,5 +1,7 @@
 """Which backend "auto" takes, and what the operators promise of it before anything runs."""
 
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,8 +21,31 @@ def test_float64_runs_the_definition():
     assert choose_backend("cpu", torch.float64, 64) == choose_backend("cuda", torch.float64, 64) == "naive"
 
 
+def test_a_gpu_without_triton_takes_the_vendors(monkeypatch, recwarn):
+    monkeypatch.setattr(tuning, "triton_problem", lambda: "the package triton is missing")
+    assert choose_backend("cuda", torch.bfloat16, 64) == "auto"
+    assert not recwarn.list
+    assert choose_backend("cuda", torch.bfloat16, 64, masked=True) == "naive"  # they take no mask
+    assert "a key_mask" in str(recwarn.pop().message)
+
+
+def test_a_mask_on_heads_that_triton_does_not_take_runs_the_definition(recwarn):
+    assert choose_backend("cuda", torch.bfloat16, 2 * tuning.TRITON_HEAD_DIM, masked=True) == "naive"
+    assert choose_backend("cuda", torch.bfloat16, 2 * tuning.TRITON_HEAD_DIM) == "auto"
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_choice_knows_of_a_mask(masked, monkeypatch):
+    asked = []
+    module = sys.modules["star_kernels.attention"]  # the package has a function of this name
+    monkeypatch.setattr(module, "choose_backend", lambda *arguments: asked.append(arguments) or "naive")
+    query, mask = torch.randn(1, 1, 4, 16), torch.ones(1, 4, dtype=torch.bool)
+    attention(query, query, query, TokenSelection.from_positions([[1]]), key_mask=mask if masked else None)
+    assert asked == [("cpu", torch.float32, 16, masked)]
+
+
 def test_a_gpu_that_must_take_the_definition_says_so_once(monkeypatch, recwarn):
-    monkeypatch.setattr(ops, "triton_problem", lambda: "the package triton is missing")
+    monkeypatch.setattr(tuning, "triton_problem", lambda: "the package triton is missing")
     assert choose_backend("cuda", torch.bfloat16, 61) == "naive"
     assert choose_backend("cuda", torch.bfloat16, 61) == "naive"
     messages = [str(w.message) for w in recwarn]

@@ -73,6 +73,9 @@ def test_an_entry_of_another_flash_attention_is_not_this_ones(gpu: Path, monkeyp
     assert plan().forward == "cudnn"
     monkeypatch.setattr(vendor, "flash_implementation", lambda: "FA3")
     assert plan().forward == "flash"
+    forget()
+    tuning.write_table(gpu, DEVICE, {}, [entry()])  # Triton was faster, but than FA2
+    assert not plan().measured
 
 
 def test_an_entry_whose_kernel_does_not_take_the_call_is_passed_over(gpu: Path) -> None:
@@ -92,6 +95,8 @@ def test_a_table_of_another_device_is_not_this_ones(gpu: Path) -> None:
         (torch.float16, 32, AMPERE, "triton"),
         (torch.bfloat16, 128, HOPPER, "cudnn"),
         (torch.bfloat16, 128, AMPERE, "flash"),
+        (torch.bfloat16, 128, (12, 0), "flash"),
+        (torch.float16, 128, (7, 5), "efficient"),
         (torch.bfloat16, 512, HOPPER, "efficient"),
         (torch.float32, 64, HOPPER, "triton"),
         (torch.float32, 512, HOPPER, "efficient"),
@@ -103,11 +108,29 @@ def test_without_a_table_the_stated_heuristic_holds(
     assert tuning.default_plan(dtype, head_dim, capability) == Plan(kernel, kernel)
 
 
+def test_an_activated_flash_attention_comes_before_cudnn() -> None:
+    for flash, kernel in (("FA2", "cudnn"), ("FA3", "flash"), ("FA4", "flash")):
+        assert tuning.default_plan(torch.bfloat16, 128, HOPPER, flash).forward == kernel
+
+
+def test_flash_has_no_backward_pass_of_wide_heads_on_small_gpus() -> None:
+    assert tuning.default_plan(torch.bfloat16, 256, (8, 9)) == Plan("flash", "efficient")
+    assert tuning.default_plan(torch.bfloat16, 256, AMPERE) == Plan("flash", "flash")
+
+
+def test_without_triton_the_vendors_take_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "triton_problem", lambda: "the package triton is not installed")
+    assert tuning.default_plan(torch.bfloat16, 64, HOPPER) == Plan("cudnn", "cudnn")
+    assert tuning.default_plan(torch.float32, 64, HOPPER) == Plan("efficient", "efficient")
+
+
 def test_vendor_means_the_best_of_the_vendors() -> None:
-    bfloat16 = torch.bfloat16
-    assert tuning.vendor_plan(Plan("triton", "flash"), bfloat16, 64, HOPPER) == Plan("cudnn", "flash")
-    assert tuning.vendor_plan(Plan("triton", "triton"), bfloat16, 64, AMPERE) == Plan("flash", "flash")
-    assert tuning.vendor_plan(Plan("triton", "triton"), torch.float32, 64, HOPPER) == Plan("efficient", "efficient")
+    def best(chosen: Plan, dtype: torch.dtype, capability: tuple[int, int]) -> Plan:
+        return tuning.vendor_plan(chosen, dtype, 64, capability, "FA2")
+
+    assert best(Plan("triton", "flash"), torch.bfloat16, HOPPER) == Plan("cudnn", "flash")
+    assert best(Plan("triton", "triton"), torch.bfloat16, AMPERE) == Plan("flash", "flash")
+    assert best(Plan("triton", "triton"), torch.float32, HOPPER) == Plan("efficient", "efficient")
 
 
 def test_a_mask_takes_triton_whatever_the_table_says() -> None:

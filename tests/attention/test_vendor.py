@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from star_kernels.attention import ops, vendor
+from star_kernels.attention import naive, ops, tuning, vendor
 from star_kernels.attention.tuning import Plan
 
 SHAPE = (2, 3, 50, 16)
@@ -57,7 +57,7 @@ def test_shapes_and_layouts_are_those_that_the_operator_promises(
         ops._empty_maps(query, weight, rows, reduce)
     ))  # fmt: skip
     monkeypatch.setattr(ops, "_is_aligned", lambda tensor: tensor.stride(-1) == 1)  # a fake tensor has no address
-    monkeypatch.setattr(vendor, "_no_dropout", lambda device: (torch.zeros(2, dtype=torch.uint64, device=device),) * 2)
+    monkeypatch.setattr(vendor, "_no_dropout", fresh_state)
     with FakeTensorMode():
         query, key, value = tensors("cuda", "bhsd" if layout == "sliced" else layout, torch.bfloat16)
         if layout == "sliced":
@@ -78,7 +78,11 @@ def test_shapes_and_layouts_are_those_that_the_operator_promises(
             assert (got.shape, got.stride(), got.dtype) == (expected.shape, expected.stride(), expected.dtype)
 
 
+fresh_state = vendor._no_dropout.__wrapped__  # not kept: it is fake here
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    assert scale > 0  # the kernels take the maximum first
     scores = query @ key.transpose(-1, -2) * scale
     return torch.softmax(scores, dim=-1) @ value, torch.logsumexp(scores, dim=-1)
 
@@ -130,6 +134,7 @@ class Standin:
         assert (bias, cum_q, cum_k, max_q, max_k) == (None, None, None, q.shape[2], k.shape[2])
         assert (dropout, causal) == (0.0, False)
         assert lse.shape == (*q.shape[:3], 1)
+        assert seed.dtype == offset.dtype == torch.int64
         return gradients(grad, q, k, v, out, lse[..., 0], scale)
 
     def efficient_attention_backward(
@@ -137,25 +142,62 @@ class Standin:
     ):
         assert (bias, dropout, wanted, causal) == (None, 0.0, [True, True, True, False], False)
         assert lse.shape[2] % 32 == 0
+        assert out.transpose(1, 2).is_contiguous()  # kernel_backward.h: o_strideM() is head_dim_value * num_heads
+        assert all(stride % 4 == 0 for stride in (*q.stride()[:-1], *k.stride()[:-1], *v.stride()[:-1]))
+        assert seed.dtype == offset.dtype == torch.int64
         assert bool((lse[..., q.shape[2] :] == math.inf).all())
         return (*gradients(grad, q, k, v, out, lse[..., : q.shape[2]], scale), None)
 
 
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
 @pytest.mark.parametrize("kernel", vendor.KERNELS)
-def test_every_kernel_gives_output_log_sum_exp_and_gradients(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kernel_gives_output_log_sum_exp_and_gradients(
+    kernel: str, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(vendor, "_operator", Standin())
     leaves = [t.double().requires_grad_() for t in tensors()]
     upstream = torch.randn(SHAPE, dtype=torch.float64)
-    expected_out, expected_lse = attention(*leaves, 0.3)
+    scores = leaves[0] @ leaves[1].transpose(-1, -2) * scale
+    expected_out, expected_lse = torch.softmax(scores, dim=-1) @ leaves[2], torch.logsumexp(scores, dim=-1)
     expected = torch.autograd.grad(expected_out, leaves, upstream)
     detached = [t.detach() for t in leaves]
-    out, lse = vendor.cuda_forward(kernel, *detached, 0.3)
+    out, lse = vendor.cuda_forward(kernel, *detached, scale)
     torch.testing.assert_close(out, expected_out.detach())
     torch.testing.assert_close(lse, expected_lse.detach())
     for other in vendor.KERNELS:  # any backward pass goes with any forward pass
-        got = vendor.cuda_backward(other, upstream, *detached, out, lse, 0.3)
+        got = vendor.cuda_backward(other, upstream, *detached, out, lse, scale)
         for part, wanted in zip(got, expected, strict=True):
             torch.testing.assert_close(part, wanted)
+
+
+@pytest.mark.parametrize("wanted", ["out", "lse", "out and lse"])
+def test_the_efficient_kernel_takes_a_gradient_of_the_log_sum_exp_in_float32(
+    wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vendor, "_operator", Standin())
+    leaves = [t.requires_grad_() for t in tensors()]
+    scores = leaves[0] @ leaves[1].transpose(-1, -2) * 0.3
+    out, lse = torch.softmax(scores, dim=-1) @ leaves[2], torch.logsumexp(scores, dim=-1)
+    upstream = [torch.randn_like(t) if name in wanted else None for name, t in (("out", out), ("lse", lse))]
+    loss = sum((t * g).sum() for t, g in ((out, upstream[0]), (lse, upstream[1])) if g is not None)
+    expected = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    detached = [t.detach() for t in (*leaves, out, lse)]
+    got = vendor.cuda_float32_backward(*upstream, *detached, 0.3)
+    for part, wanted_part in zip(got, expected, strict=True):
+        assert part.shape == wanted_part.shape
+        torch.testing.assert_close(part, wanted_part)
+
+
+@pytest.mark.parametrize(("version", "good"), [(None, True), (91002, False), (91500, False), (91501, True)])
+def test_a_cudnn_that_is_wrong_at_some_lengths_is_not_taken(
+    version: int | None, good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    monkeypatch.setattr(vendor, "cudnn_problem", vendor.cudnn_problem.__wrapped__)
+    assert (vendor.limits("cudnn", torch.bfloat16, 64) is None) == good
+    assert vendor.limits("flash", torch.bfloat16, 64) is None
+    monkeypatch.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
+    assert vendor.limits("cudnn", torch.bfloat16, 64) is not None
 
 
 @pytest.mark.parametrize(
@@ -182,6 +224,10 @@ def test_rows_that_do_not_begin_at_16_bytes_are_copied() -> None:
     assert ops._is_aligned(copied)
     assert torch.equal(copied, odd)
     assert ops._aligned(whole)[0] is whole
+    shifted = torch.randn(whole.numel() + 1)[1:].view(whole.shape)  # contiguous, but not from 16 bytes on
+    assert ops._is_aligned(ops._aligned(shifted)[0])
+    repeated = torch.randn(1, 3, 50, 16).expand(2, -1, -1, -1)
+    assert ops._aligned(repeated)[0].is_contiguous()
 
 
 def test_results_are_brought_into_the_promised_layout() -> None:
@@ -211,3 +257,64 @@ def test_only_a_gradient_of_the_output_alone_goes_to_a_vendor(wanted: str, monke
             query, key, value, query, lse, index, weight, None, 0, 50, 0.25, True, "auto",
         )  # fmt: skip
     assert taken == (["flash"] if wanted == "nothing but the output" else ["triton"])
+
+
+class OnGpu(Tensor):
+    """A tensor of the CPU that says that it is CUDA's, so that the operators take the path of a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("wanted", ["out", "maps", "lse", "out maps lse"])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("kernel", vendor.KERNELS)
+def test_without_triton_the_vendors_give_maps_and_all_gradients(
+    kernel: str, layout: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operators' own path of a GPU, on stand-ins for PyTorch's kernels."""
+    monkeypatch.setattr(tuning, "triton_problem", lambda: "the package triton is not installed")
+    monkeypatch.setattr(vendor, "_operator", Standin())
+    leaves = [t.requires_grad_() for t in tensors(layout=layout)]
+    index, weight = torch.tensor([[1, 49, -1], [7, 7, 0]], dtype=torch.int32), torch.rand(2, 2, 3)
+    rest = (3, 40, -0.3, True)
+    defined = naive.attention(*leaves, index, weight, None, rest[:2], *rest[2:])
+    expected = dict(zip(("out", "maps", "lse"), defined, strict=True))
+    upstream = {name: torch.randn_like(t) if name in wanted else None for name, t in expected.items()}
+    loss = sum((t * upstream[name]).sum() for name, t in expected.items() if upstream[name] is not None)
+    expected_grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+
+    inputs = [t.detach().as_subclass(OnGpu) for t in leaves]
+    got = dict(zip(("out", "maps", "lse"), ops.attention(*inputs, index, weight, None, *rest, kernel), strict=True))
+    for name, result in got.items():
+        torch.testing.assert_close(result.as_subclass(Tensor), expected[name].detach())
+    assert got["out"].stride() == leaves[0].stride()
+    grads = ops.attention_backward(
+        *upstream.values(), *inputs, got["out"], got["lse"], index, weight, None, *rest, kernel
+    )
+    for grad, wanted_grad, leaf in zip(grads, expected_grads, leaves, strict=True):
+        torch.testing.assert_close(grad.as_subclass(Tensor), wanted_grad)
+        assert grad.stride() == leaf.stride()
+
+
+def test_cudnn_says_that_a_single_query_or_key_is_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        query, key = (torch.empty(1, 2, n, 64, dtype=torch.bfloat16, device="cuda") for n in (5, 1))
+        index, weight = torch.empty(1, 1, dtype=torch.int32, device="cuda"), torch.empty(1, 1, 1, device="cuda")
+        with pytest.raises(ValueError, match=r"'cudnn' cannot run here: .* two keys"):
+            ops.attention(query, key, key, index, weight, None, 0, 5, 0.25, True, "cudnn")
+        monkeypatch.setattr(tuning, "plan", lambda *arguments: Plan("cudnn", "cudnn"))
+        assert ops._plan("auto", query, key, None) == Plan("efficient", "efficient")
+        assert ops._plan("auto", query, query, None) == Plan("cudnn", "cudnn")
+
+
+def test_deterministic_algorithms_take_the_backward_pass_that_repeats_to_the_bit() -> None:
+    pytest.importorskip("triton")
+    query = torch.empty(1, 1, 4, 64)
+    assert ops._plan("flash", query, query, None) == Plan("flash", "flash")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert ops._plan("flash", query, query, None) == Plan("flash", "triton")
+        wide = torch.empty(1, 1, 4, 2 * tuning.TRITON_HEAD_DIM)  # which Triton does not take
+        assert ops._plan("flash", wide, wide, None) == Plan("flash", "flash")
+    finally:
+        torch.use_deterministic_algorithms(False)
