@@ -46,7 +46,10 @@ def attach_maps(
     """Collects text-image attention maps of every forward pass of a diffusers model, until ``remove()``.
 
     The blocks' attention runs through :func:`star_kernels.attention`; outputs and gradients are those of exact
-    attention. LoRA, quantised layers, ``fully_shard``, gradient checkpointing and ``torch.compile`` keep working.
+    attention. LoRA, quantised layers, ``fully_shard``, gradient checkpointing and ``torch.compile`` keep working:
+    compile the model or its blocks (in a larger compiled function the capture breaks the graph), and where a block is
+    checkpointed by other means than diffusers', call backward before the capture is removed or changed. Under tensor
+    parallelism a device's maps are the mean over its own heads.
 
     Args:
         transformer: SD3, SD3.5, FLUX.1, FLUX.2, Qwen-Image, PixArt, the UNets of SD and SDXL, a class registered with
@@ -59,7 +62,7 @@ def attach_maps(
         cfg: which half of a batch doubled for classifier-free guidance is conditional: "last" as in diffusers'
             pipelines, "first", or None for a batch that is not doubled.
         rows: range of the image's queries as (start, length), where the family's own is not wanted.
-        grid: rows and columns of the image that those queries form.
+        grid: rows and columns of the image, which those queries (the first of the family's own) form.
         detach: False keeps the maps differentiable, for losses on them. They then hold the graph of the pass until
             the next one or ``take()``.
 
@@ -71,6 +74,8 @@ def attach_maps(
     for name, pair in (("rows", rows), ("grid", grid)):
         if pair is not None and not (len(pair) == 2 and all(isinstance(n, int) and n >= 0 for n in pair)):
             raise ValueError(f"{name} must be a pair of integers of at least 0, got {pair!r}")
+    if rows is not None and grid is not None and rows[1] != grid[0] * grid[1]:
+        raise ValueError(f"grid must hold the {rows[1]} positions of rows, got {grid[0]} x {grid[1]}")
     model = unwrapped(transformer)
     given = None if rows is None or grid is None else ImageTokens(rows, grid)
     family = find_or_explain(model, given)

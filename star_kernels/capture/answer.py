@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from star_kernels.attention import attention
 from star_kernels.selection import TokenSelection
 
-MASKED = -1e4  # an additive mask holds 0, or at most this: the softmax of float32 makes it nothing
+MASKED = -1e3  # an additive mask holds 0, or at most this: far below it a softmax in float32 has nothing left
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,11 @@ def _capturing_class(processor_class: Any) -> type[Any]:
         with _AnswerAttention(block, current):
             return original(self, *args, **kwargs)
 
-    return type(processor_class.__name__, (processor_class,), {"__call__": call, "__module__": __name__})
+    def reduce(self: Any, protocol: Any) -> Any:  # a copy of the model, as for an average of its weights, is plain
+        return self._star_block.processor.__reduce_ex__(protocol)
+
+    members = {"__call__": call, "__reduce_ex__": reduce, "__module__": __name__}
+    return type(processor_class.__name__, (processor_class,), members)
 
 
 class _AnswerAttention(TorchFunctionMode):
@@ -105,10 +109,13 @@ class _AnswerAttention(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.unflatten:  # torch.compile cannot trace it as a function, only as a method
+            return args[0].unflatten(*args[1:], **kwargs)
         if self.answered or func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         self.answered = True
-        return _answer(self.block, self.current, *args, **(kwargs or {}))
+        return _answer(self.block, self.current, *args, **kwargs)
 
 
 def _answer(
@@ -137,6 +144,8 @@ def _answer(
 def _check(block: Block, current: Pass, query: Tensor, dropout_p: float, is_causal: bool) -> None:
     if dropout_p or is_causal:
         raise ValueError(f"{block.name} attends with dropout_p={dropout_p}, is_causal={is_causal}: neither has maps")
+    if getattr(block.capturing, "_parallel_config", None) is not None:
+        raise ValueError(f"{block.name} attends in parallel over devices: each would have a part of the maps only")
     batch = current.selection.batch
     if query.shape[0] != batch:
         raise ValueError(
@@ -164,7 +173,8 @@ def _key_mask(block: Block, mask: Tensor, batch: int, keys: int) -> Tensor:
         _must(mask[:, :, 0] == shared[:, None], f"{block.name} attends with a mask that differs between heads")
     if mask.dtype != torch.bool:
         kept = shared == 0
-        _must(kept | (shared <= MASKED), f"{block.name} attends with a bias: an additive mask must hold 0 or -inf")
+        good = (kept | (shared <= MASKED)) & kept.any(dim=-1, keepdim=True)
+        _must(good, f"{block.name} attends with a bias: an additive mask must hold 0 or -inf, and 0 somewhere")
         shared = kept
     return shared.expand(batch, keys)
 

@@ -105,6 +105,8 @@ class MapCapture:
         self.remove()
 
     def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model is not self._model:  # a copy of it, which has this hook too
+            return
         self._passes.current = None
         if self._selection is None or self._whole is None or not self.enabled:
             return
@@ -118,13 +120,13 @@ class MapCapture:
         self._checkpointing.begin()
 
     def _end(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
-        if not self._passes.open:
+        if model is not self._model or not self._passes.open:
             return
         self._passes.open = False
         self._checkpointing.end()
         silent = [block for block in self._blocks if block.maps is None]
         if silent and output is not None:  # without an output an exception is on its way
-            backend = getattr(silent[0].processor, "_attention_backend", None)
+            backend = getattr(silent[0].capturing, "_attention_backend", None)
             raise RuntimeError(
                 f"no maps from {', '.join(block.name for block in silent)}: the attention there did not go through "
                 f"F.scaled_dot_product_attention (its attention backend: {getattr(backend, 'value', backend)}); "

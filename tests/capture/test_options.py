@@ -1,162 +1,227 @@
-"""Maps of a diffusers SD3 transformer: those of the definition, at no change to the model."""
+"""Options of a capture, the handle that stays, and errors that say what is accepted."""
 
 import pytest
 import torch
+from torch import nn
+
+pytest.importorskip("diffusers")
+
+from definition import expected_maps
+from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, TEXT, aura_flow, hunyuan_image
 
 from star_kernels import TokenSelection
-from star_kernels.attention import naive
-from star_kernels.capture import capture_maps
+from star_kernels.capture import attach_maps, capture_maps
 
-diffusers = pytest.importorskip("diffusers")
-
-ROWS, COLUMNS, TEXT = 6, 10, 7
-IMAGE = ROWS * COLUMNS
+CASE = CASES["sd3.5"]
 
 
 @pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return diffusers.SD3Transformer2DModel(
-        sample_size=32,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=16,
-        pos_embed_max_size=64,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    ).eval()
+def model_and_inputs():
+    return CASE.make()
 
 
-@pytest.fixture
-def inputs():
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "hidden_states": torch.randn(4, 4, 2 * ROWS, 2 * COLUMNS, generator=generator),
-        "encoder_hidden_states": torch.randn(4, TEXT, 32, generator=generator),
-        "pooled_projections": torch.randn(4, 16, generator=generator),
-        "timestep": torch.full((4,), 500.0),
-    }
+def other_selection():
+    return TokenSelection.from_positions([[5, 6], [0]]).shift(IMAGE)
 
 
-@pytest.fixture
-def selection():
-    return TokenSelection.from_positions([[[0], [1, 2]], [[3], []]]).shift(IMAGE)
-
-
-def processors(model):
-    return [block.attn.processor for block in model.transformer_blocks]
+def doubled(inputs):
+    return {name: torch.cat([value.flip(0) + 1, value]) for name, value in inputs.items()}
 
 
 @torch.no_grad()
-def expected_maps(model, inputs, selection, blocks, samples):
-    """The definition, on the queries and keys that reach PyTorch's attention."""
-    seen = []
-    original = torch.nn.functional.scaled_dot_product_attention
+@pytest.mark.parametrize("cfg", ["last", "first"])
+def test_one_half_of_a_doubled_batch_is_captured(model_and_inputs, cfg):
+    model, inputs = model_and_inputs
+    batch = doubled(inputs)
+    with capture_maps(model, CASE.selection, cfg=cfg) as maps:
+        model(**batch)
+    half = slice(BATCH, None) if cfg == "last" else slice(BATCH)
+    expected = expected_maps(model, {name: v[half] for name, v in batch.items()}, CASE, CASE.selection)
+    torch.testing.assert_close(maps.value, expected, rtol=0, atol=1e-5)
 
-    def record(query, key, value, **options):
-        seen.append((query, key, value))
-        return original(query, key, value, **options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+@torch.no_grad()
+def test_the_half_of_a_doubled_batch_is_the_last_by_default(model_and_inputs):
+    model, inputs = model_and_inputs
+    with capture_maps(model, CASE.selection) as maps:
+        model(**doubled(inputs))
+    torch.testing.assert_close(maps.value, expected_maps(model, inputs, CASE, CASE.selection), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_handle_follows_its_selection_and_touches_no_processor(model_and_inputs):
+    model, inputs = model_and_inputs
+    selections = CASE.selection, other_selection()
+    expected = [expected_maps(model, inputs, CASE, selection) for selection in selections]
+    handle = attach_maps(model, cfg=None)
+    processors = [block.attn.processor for block in model.transformer_blocks]
+    model(**inputs)
+    with pytest.raises(RuntimeError, match=r"no maps yet: 0 of 3 chosen blocks have run; .* with a selection set"):
+        _ = handle.value
+    for selection, value in zip(selections, expected, strict=True):
+        handle.selection = selection
         model(**inputs)
-    joint = [call for call in seen if call[0].shape[2] == IMAGE + TEXT]
-    assert len(joint) == len(model.transformer_blocks)
-    maps = []
-    for block in blocks:
-        query, key, value = (t[samples].double() for t in joint[block])
-        scale = query.shape[-1] ** -0.5
-        maps.append(
-            naive.attention(query, key, value, selection.index, selection.weight, None, (0, IMAGE), scale, True)[1]
-        )
-    return torch.stack(maps).mean(dim=0).unflatten(-1, (ROWS, COLUMNS))
+        torch.testing.assert_close(handle.value, value, rtol=0, atol=1e-5)
+    assert all(a is b.attn.processor for a, b in zip(processors, model.transformer_blocks, strict=True))
+    handle.remove()
+    handle.remove()
+    model(**inputs)
+    assert handle.value is handle.value  # maps stay readable
 
 
-@pytest.mark.parametrize(("cfg", "samples"), [("last", slice(2, 4)), ("first", slice(0, 2))])
-@pytest.mark.parametrize("blocks", ["all", [2], [0, -1]])
-def test_maps_are_those_of_the_definition_and_the_output_is_unchanged(model, inputs, selection, blocks, cfg, samples):
-    with torch.no_grad():
-        before = model(**inputs).sample
-        with capture_maps(model, selection, blocks=blocks, cfg=cfg) as maps:
-            during = model(**inputs).sample
-        after = model(**inputs).sample
-    assert torch.equal(before, during)
-    assert torch.equal(before, after)
-    indices = range(3) if blocks == "all" else blocks
-    expected = expected_maps(model, inputs, selection, indices, samples)
-    torch.testing.assert_close(maps.value.double(), expected, rtol=0, atol=1e-5)
-    assert not maps.value[1, 1].any()  # an empty group
-
-
-def test_a_batch_that_is_not_doubled_is_taken_whole(model, inputs, selection):
-    whole = TokenSelection(selection.index.repeat(2, 1), selection.weight.repeat(2, 1, 1))
-    with torch.no_grad(), capture_maps(model, whole, cfg=None) as maps:
-        model(**inputs)
-    assert maps.value.shape == (4, 2, ROWS, COLUMNS)
-
-
-def test_every_forward_pass_starts_anew(model, inputs, selection):
-    with torch.no_grad(), capture_maps(model, selection) as maps:
+@torch.no_grad()
+def test_maps_are_of_the_latest_captured_pass(model_and_inputs):
+    model, inputs = model_and_inputs
+    other = {**inputs, "hidden_states": inputs["hidden_states"].flip(-1)}
+    with attach_maps(model, CASE.selection, cfg=None) as maps:
         model(**inputs)
         first = maps.value
+        maps.enabled = False
+        model(**other)
+        assert torch.equal(maps.value, first)
+        maps.enabled = True
+        model(**other)
+        second = maps.take()
+        assert not torch.equal(first, second)
+        with pytest.raises(RuntimeError, match="no maps yet"):
+            maps.take()
         model(**inputs)
-        assert torch.equal(first, maps.value)
+    assert torch.equal(maps.value, first)
 
 
-def test_the_model_is_restored_after_an_exception(model, inputs, selection):
-    before, hooks = processors(model), len(model._forward_pre_hooks)
-    with pytest.raises(KeyError), capture_maps(model, selection):
-        raise KeyError
-    assert all(a is b for a, b in zip(before, processors(model), strict=True))
-    assert len(model._forward_pre_hooks) == hooks
-
-
-def test_the_compiled_model_gives_the_same_maps_from_one_graph(model, inputs, selection):
-    with torch.no_grad(), capture_maps(model, selection) as maps:
+@torch.no_grad()
+def test_a_pass_that_fails_leaves_no_maps_and_the_next_is_whole(model_and_inputs):
+    model, inputs = model_and_inputs
+    with capture_maps(model, CASE.selection, cfg=None) as maps:
         model(**inputs)
         expected = maps.value
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad(), capture_maps(compiled, selection) as maps:
-        compiled(**inputs)
-    torch.testing.assert_close(maps.value, expected, rtol=0, atol=1e-6)
+        last = model.transformer_blocks[-1]
+        hook = last.register_forward_pre_hook(lambda module, args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs)
+        hook.remove()
+        with pytest.raises(RuntimeError, match="no maps yet: 2 of 3"):
+            _ = maps.value
+        model(**inputs)
+        assert torch.equal(maps.value, expected)
 
 
-def test_gradients_of_training_pass_through_the_capture(model, inputs, selection):
-    def gradient():
-        model.zero_grad()
-        model(**inputs).sample.square().mean().backward()
-        return model.transformer_blocks[1].attn.to_q.weight.grad.clone()
+@torch.no_grad()
+def test_a_grid_must_fit_the_rows(model_and_inputs):
+    model, inputs = model_and_inputs
+    with pytest.raises(ValueError, match="grid must hold the 6 positions of rows, got 2 x 4"):
+        attach_maps(model, rows=(4, 6), grid=(2, 4))
+    with capture_maps(model, CASE.selection, cfg=None, grid=(ROWS + 1, COLUMNS)) as maps:
+        model(**inputs)
+    with pytest.raises(ValueError, match="grid must hold at most the 60 image rows, got 7 x 10"):
+        _ = maps.value
 
-    expected = gradient()
-    with capture_maps(model, selection) as maps:
-        torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-7)
-    assert not maps.value.requires_grad
+
+@torch.no_grad()
+def test_a_backend_set_meanwhile_stays_set():
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    case = CASES["flux"]
+    model, inputs = case.make()
+    active = registry.get_active_backend()[0]
+    try:
+        with capture_maps(model, case.selection, cfg=None):
+            model.set_attention_backend("_native_math")  # PyTorch's own: captured
+            model(**inputs)
+            model.set_attention_backend("flex")
+            with pytest.raises(RuntimeError, match=r"no maps from transformer_blocks\.0\.attn, .*backend: flex"):
+                model(**inputs)
+            model.set_attention_backend("_native_math")
+        assert {block.attn.processor._attention_backend for block in model.transformer_blocks} == {"_native_math"}
+    finally:
+        registry.set_active_backend(active)
 
 
-def test_bad_arguments_are_named(model, inputs, selection):
-    def enter(*arguments, **options):
-        with capture_maps(*arguments, **options) as maps:
-            return maps
+def enter(*arguments, **options):
+    with capture_maps(*arguments, **options) as maps:
+        return maps
 
-    with pytest.raises(TypeError, match="transformer must be one of SD3Transformer2DModel, got Linear"):
-        enter(torch.nn.Linear(1, 1), selection)
-    with pytest.raises(TypeError, match="selection must be a TokenSelection, got list"):
-        enter(model, [1])
+
+def test_bad_options_are_named(model_and_inputs):
+    model, _ = model_and_inputs
+    selection = CASE.selection
+    for wrong in ([1], TokenSelection):
+        with pytest.raises(TypeError, match=r"selection must be a TokenSelection, got (list|type)"):
+            enter(model, wrong)
     with pytest.raises(ValueError, match="cfg must be 'last', 'first' or None, got 'both'"):
         enter(model, selection, cfg="both")
     for blocks in ("some", [], [3], [0, 0], [0, -3], [0.5]):
-        with pytest.raises(ValueError, match="blocks must be 'all' or distinct indices below 3"):
+        with pytest.raises(ValueError, match="blocks must be 'all', 'default' or distinct indices below 3"):
             enter(model, selection, blocks=blocks)
-    with pytest.raises(RuntimeError, match="no maps yet: 0 of 3 chosen blocks"):
-        _ = enter(model, selection).value
-    with pytest.raises(ValueError, match=r"batch of 4 .twice the selection's 2.*got 2"), capture_maps(model, selection):
-        model(**{name: value[:2] for name, value in inputs.items()})
-    model.transformer_blocks[1].attn.processor = object()
-    with pytest.raises(TypeError, match=r"JointAttnProcessor2_0 .* got object"):
-        enter(model, selection)
+    for name in ("rows", "grid"):
+        for pair in ((1,), (1, -2), (1, 2.5)):
+            with pytest.raises(ValueError, match=f"{name} must be a pair of integers of at least 0"):
+                enter(model, selection, **{name: pair})
+    assert not model._forward_pre_hooks
+    assert not hasattr(model.transformer_blocks[0].attn.processor, "_star_block")
+
+
+def test_the_batch_must_be_that_of_the_selection(model_and_inputs):
+    model, inputs = model_and_inputs
+    with (
+        pytest.raises(ValueError, match=r"batch of 4 .twice the selection's 2, for cfg='last'.*, got 2"),
+        capture_maps(model, CASE.selection),
+    ):
+        model(**inputs)
+    with pytest.raises(ValueError, match=r"batch of 2, got 4"), capture_maps(model, CASE.selection, cfg=None):
+        model(**doubled(inputs))
+
+
+def test_positions_must_lie_in_the_sequence(model_and_inputs):
+    model, inputs = model_and_inputs
+    outside = TokenSelection.from_positions([[IMAGE + TEXT], [0]])
+    with (
+        pytest.raises(ValueError, match=r"selection\.index must be below the length of the sequence, 67, got 67"),
+        capture_maps(model, outside, cfg=None),
+    ):
+        model(**inputs)
+
+
+def test_a_selection_on_another_device_is_an_error(model_and_inputs):
+    model, inputs = model_and_inputs
+    with (
+        pytest.raises(ValueError, match="selection must be on the device of query, cpu, got meta"),
+        capture_maps(model, CASE.selection.to("meta"), cfg=None),
+    ):
+        model(**inputs)
+
+
+def test_a_model_is_captured_once(model_and_inputs):
+    model, inputs = model_and_inputs
+    with attach_maps(model, CASE.selection, cfg=None, blocks=[0]) as first:
+        with pytest.raises(ValueError, match=r"captured already, at transformer_blocks\.0\.attn"):
+            attach_maps(model, CASE.selection, blocks=[1, 0])
+        with attach_maps(model, other_selection(), cfg=None, blocks=[1, 2]) as second, torch.no_grad():
+            model(**inputs)
+    assert first.value.shape == (BATCH, 2, ROWS, COLUMNS)
+    assert second.value.shape == (BATCH, 1, ROWS, COLUMNS)
+
+
+def test_an_unknown_model_says_what_was_found():
+    with pytest.raises(
+        TypeError,
+        match=r"a HunyuanImageTransformer2DModel, which is not known; known are SD3Transformer2DModel, .*"
+        r"AttnProcessor2_0 \(1\), HunyuanImageAttnProcessor \(2\)\. Give rows=.* and grid=.*docs/adding-a-model.md",
+    ):
+        attach_maps(hunyuan_image())
+    with pytest.raises(TypeError, match=r"is a Linear, .*It has no attention processors.*docs/adding-a-model.md"):
+        attach_maps(nn.Linear(1, 1), rows=(0, 1), grid=(1, 1))
+    with pytest.raises(TypeError, match="AuraFlowAttnProcessor2_0"):
+        attach_maps(aura_flow(), rows=(0, 1))
+
+
+def test_a_processor_with_another_order_of_tokens_is_an_error(model_and_inputs):
+    model, _ = model_and_inputs
+
+    class Mine:
+        def __call__(self, *args, **kwargs):
+            raise AssertionError
+
+    model.transformer_blocks[1].attn.processor = Mine()
+    with pytest.raises(TypeError, match=r"transformer_blocks\.1\.attn must have .* JointAttnProcessor2_0 .*, got Mine"):
+        attach_maps(model, CASE.selection)
