@@ -1,8 +1,8 @@
 """What the Triton attention kernels compile to, without a GPU: python benchmarks/compile_report.py [--widths 64 128]
 
 One line for each architecture, kernel, head dim and dtype, in the configuration that is shipped for the installed
-version of triton: registers of a thread without and with maps, stack (spills), shared memory, and the blocks that fit on
-a multiprocessor; on Hopper also the warp-group matrix products, the waits for them and the bulk (TMA) copies in the code.
+version of triton: registers of a thread without and with maps, stack (spills), shared memory, and the blocks that fit
+on a multiprocessor; on Hopper also the warp-group matrix products, the waits for them and the bulk (TMA) copies.
 
 Registers and stack are read from the code object by the cuobjdump that comes with triton. What a multiprocessor can
 hold is from NVIDIA's tables of compute capabilities: 64 Ki registers, given out to a warp in units of 256; 64 warps;
@@ -38,7 +38,7 @@ TARGETS = {
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 SHARED_MEMORY = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}  # of a multiprocessor, bytes
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WIDTHS = (32, 64, 128, 256)
+WIDTHS = (32, 64, 128)
 KERNELS = ("forward", "query", "key_value")
 POINTERS = {
     **dict.fromkeys(("p_index", "p_counter"), "*i32"),
@@ -70,7 +70,7 @@ class Variant:
 
     def shipped_tile(self) -> Tile:
         if self.kernel == "maps":
-            return maps_config(self.width)
+            return maps_config(self.width, DTYPES[self.dtype])
         arguments = self.architecture, self.width, DTYPES[self.dtype], self.masked
         tile: Tile = (
             forward_config(*arguments)
@@ -109,6 +109,9 @@ def build(variant: Variant) -> Any:
     }
     if not variant.maps:
         constants |= dict.fromkeys(("p_index", "p_weight", "p_maps", "p_partial", "p_grads", "p_table"))
+    rows = {"d_q": tile.block_m, "d_k": tile.block_n, "d_v": tile.block_n}
+    if not tile.descriptors:
+        constants |= dict.fromkeys(rows)
     if not reduces:
         constants["p_counter"] = None
     if not variant.grad_lse:
@@ -118,7 +121,12 @@ def build(variant: Variant) -> Any:
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = POINTERS.get(name, f"*{variant.dtype}") if name.startswith("p_") else SCALARS.get(name, "i32")
+        if name in rows:
+            signature[name] = f"tensordesc<{variant.dtype}{[1, 1, rows[name], constants['BLOCK_D']]}>"
+        elif name.startswith("p_"):
+            signature[name] = POINTERS.get(name, f"*{variant.dtype}")
+        else:
+            signature[name] = SCALARS.get(name, "i32")
         if name.startswith("p_") or (name.startswith("stride_") and variant.width % 16 == 0):
             aligned[position,] = [["tt.divisibility", 16]]
     constants = {name: constants[name] for name in function.arg_names if name in constants}

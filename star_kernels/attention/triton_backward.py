@@ -27,6 +27,7 @@ from star_kernels.attention.triton_maps import (
     load_rows,
     mask_argument,
     padded,
+    result_like,
     store_rows,
 )
 
@@ -167,10 +168,14 @@ def query_kernel(
     p_mask += o_b * keys
     o_lse = (o_b * tl.num_programs(1) + o_h) * queries + o_row
 
+    b_do = load_rows(p_do + o_b * stride_dob + o_h * stride_doh, stride_dos, o_row, m_m, HEAD_DIM, BLOCK_D, True)
+    b_out = load_rows(p_out + o_b * stride_ob + o_h * stride_oh, stride_os, o_row, m_m, HEAD_DIM, BLOCK_D, True)
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1)
+    if GRAD_LSE:
+        b_delta -= tl.load(p_grad_lse + o_lse, mask=m_m, other=0.0)
     b_q = load_rows(p_q + o_b * stride_qb + o_h * stride_qh, stride_qs, o_row, m_m, HEAD_DIM, BLOCK_D, True)
     b_lse = tl.load(p_lse + o_lse, mask=m_m, other=float("inf"))
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)  # without keys P is zero, and not NaN
-    b_delta = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     if MAPS:
         if (first < row_start + row_length) & (first + BLOCK_M > row_start):
@@ -179,11 +184,6 @@ def query_kernel(
                 b_acc, b_delta, b_q, b_lse, p_k, stride_ks, p_index + o_b * tokens, p_weight + o_b * groups * tokens,
                 p_mask, p_grads, stride_gg, tokens, keys, groups, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, HAS_MASK,
             )  # fmt: skip
-    b_do = load_rows(p_do + o_b * stride_dob + o_h * stride_doh, stride_dos, o_row, m_m, HEAD_DIM, BLOCK_D, True)
-    b_out = load_rows(p_out + o_b * stride_ob + o_h * stride_oh, stride_os, o_row, m_m, HEAD_DIM, BLOCK_D, True)
-    b_delta += tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1)
-    if GRAD_LSE:
-        b_delta -= tl.load(p_grad_lse + o_lse, mask=m_m, other=0.0)
     o_statistic = (o_b * tl.num_programs(1) + o_h) * tl.num_programs(0) * BLOCK_M + o_row
     tl.store(p_lse2 + o_statistic, b_lse)  # rows past the end as well: +inf and 0
     tl.store(p_delta + o_statistic, b_delta)
@@ -339,6 +339,7 @@ def attention_backward(
     Returns:
         The gradients, in the layouts of query, key and value.
     """
+    grad_query, grad_key, grad_value = result_like(query), result_like(key), result_like(value)
     query, key, value, out = dense_rows(query), dense_rows(key), dense_rows(value), dense_rows(out)
     grad_out = torch.zeros_like(out) if grad_out is None else dense_rows(grad_out)
     batch, heads, queries, head_dim = query.shape
@@ -349,9 +350,8 @@ def attention_backward(
     has_maps, has_mask = grad_maps is not None, key_mask is not None
     shape = dict(HEAD_DIM=head_dim, BLOCK_D=padded(head_dim))
     with torch.cuda.device_of(query):
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        tiles = triton.cdiv(queries, config.query.block_m)
-        padded_queries = tiles * config.query.block_m
+        rows_at_once = max(config.query.block_m, config.key_value.block_m)
+        padded_queries = triton.cdiv(queries, rows_at_once) * rows_at_once
         lse2, delta = torch.empty(2, batch, heads, padded_queries, dtype=torch.float32, device=query.device)
         mask = mask_argument(key_mask, query)
         table, grads, groups, tokens = None, None, 1, 1
@@ -370,7 +370,7 @@ def attention_backward(
             )  # fmt: skip
             strides = grads.expand(-1, -1, heads, -1).stride()[:3]
         tile = config.query
-        query_kernel[tiles, heads, batch](
+        query_kernel[padded_queries // tile.block_m, heads, batch](
             query, key, value, out, grad_out, grad_query, lse.contiguous(), lse2, delta,
             None if grad_lse is None else grad_lse.contiguous(), grads, index, weight, mask,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],

@@ -3,40 +3,46 @@
 How the defaults follow from the hardware. A program keeps query rows and accumulators in registers and streams the rest
 through shared memory, so it wants the largest tile that does not spill; two resident programs on a multiprocessor hide
 one another's softmax behind matrix products, so 8 warps are held to 128 registers and 4 warps to 168 where they fit.
-With warp-group products (sm_90, sm_100) operands stay in shared memory; on sm_80 they take registers, and tiles shrink.
+Other limits keep the compiler from spending free registers on the maps. With warp-group products (sm_90, sm_100)
+operands stay in shared memory; on sm_80 they take registers, and tiles shrink. tests/attention/test_triton_compile.py
+holds them to what they promise; `python benchmarks/compile_report.py` prints the outcome.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import TypeVar
 
 import torch
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of one step, warps, depth of the load pipeline, and a limit on registers of a thread."""
+    """Queries and keys of one step, warps, depth of the load pipeline, and a limit on registers of a thread.
+
+    ``descriptors``: the forward kernel reads its tiles through tensor descriptors (docs/hopper.md); not yet a default.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+    descriptors: bool = False
 
     @property
     def launch(self) -> dict[str, int]:
-        """Options of a Triton launch; fused multiply-adds are said to be wanted, as versions differ in their default."""
+        """Options of a Triton launch. Fused multiply-adds are asked for: versions differ in their default."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """The two launches of the backward pass: one owns rows of queries, the other rows of keys.
-
-    The first prepares rows for the second, as many as whole tiles hold: its ``block_m`` is a multiple of the other's.
-    """
+    """The two launches of the backward pass: one owns rows of queries, the other rows of keys."""
 
     query: Tile
     key_value: Tile
@@ -51,34 +57,43 @@ class Config:
     key_value: Tile
 
 
-_CONFIGS = {
+def _triton() -> tuple[int, ...]:
+    """Major and minor version of triton, which this file does without."""
+    try:
+        return tuple(int(number) for number in version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        return (0, 0)
+
+
+_SINCE_3_9 = _triton() >= (3, 9)
+_QUERY_128 = Tile(128, 64, 8, 2, 200 if _SINCE_3_9 else 192)  # newer compilers need more, with and without maps
+
+_CONFIGS = {  # by the widest head dim that a line serves; tiles are as wide as the next power of two
     "sm_80": {  # at most 99 KiB of shared memory, so that sm_86, sm_89 and sm_120 can run them
-        32: Config(Tile(128, 64, 8, 3, 128), Tile(64, 32, 4, 3, 120), Tile(32, 64, 4, 3, 152)),
-        64: Config(Tile(128, 32, 4, 3, 168), Tile(64, 32, 4, 3, 168), Tile(32, 128, 8, 3, 224)),
-        128: Config(Tile(128, 32, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2, 176)),
-        256: Config(Tile(32, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        32: Config(Tile(128, 64, 8, 3, 120), Tile(64, 32, 4, 3, 120), Tile(32, 64, 4, 3, 128)),
+        64: Config(Tile(128, 32, 4, 3, 168), Tile(64, 32, 4, 3, 168), Tile(32, 128, 8, 3, 200)),
+        128: Config(Tile(128, 32, 8, 3, 208), Tile(128, 32, 8, 2, 208), Tile(32, 64, 8, 2)),
     },
     "sm_90": {
-        32: Config(Tile(128, 64, 4, 3, 168), Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 3, 168)),
-        64: Config(Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128), Tile(64, 128, 8, 3, 240)),
-        128: Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-        256: Config(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 1)),
+        32: Config(Tile(128, 64, 4, 3, 168), Tile(128, 64, 8, 3, 120), Tile(64, 64, 4, 3)),
+        64: Config(Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128), Tile(64, 128, 8, 3, 192)),
+        127: Config(Tile(128, 64, 8, 3), _QUERY_128, Tile(32, 128, 8, 2, 216)),  # masks of the padding take registers
+        128: Config(Tile(128, 64, 8, 3), _QUERY_128, Tile(64, 128, 8, 2)),
     },
     "sm_100": {
-        32: Config(Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 3, 192)),
-        64: Config(Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 3, 208)),
-        128: Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-        256: Config(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 1)),
+        32: Config(Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 3, 128)),
+        64: Config(Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 3, 144)),
+        127: Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2, 176), Tile(64, 128, 8, 2, 160)),
+        128: Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2, 144), Tile(64, 128, 8, 2, 160)),
     },
     "gfx9": {  # 64 KiB of local memory, no limit on registers to set
         32: Config(Tile(128, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)),
         64: Config(Tile(128, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)),
         128: Config(Tile(128, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)),
-        256: Config(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
     },
 }
-_FLOAT32 = Tile(32, 32, 8, 1)  # products without tensor cores, in full float32
-_CAPS_WITH_MASK = ("sm_90",)  # elsewhere the mask's registers break the limit, and a spill costs more than a neighbour
+_FLOAT32 = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1)}  # products without tensor cores, in full float32
+_MASK_REGISTERS = {"sm_80": 48, "sm_100": 48}  # more than the limit, as a spill costs more than a neighbour
 
 
 def architecture(device: torch.device) -> str:
@@ -101,9 +116,9 @@ def forward_config(architecture: str, head_dim: int, dtype: torch.dtype, masked:
     """The tile of the forward kernel; ``masked`` where a key mask is given.
 
     Raises:
-        ValueError: a head dim above 256.
+        ValueError: a head dim above 128.
     """
-    return _adapt(_find(architecture, head_dim).forward, architecture, dtype, masked)
+    return _adapt(_find(_CONFIGS[architecture], head_dim).forward, architecture, head_dim, dtype, masked)
 
 
 @cache
@@ -111,27 +126,46 @@ def backward_config(architecture: str, head_dim: int, dtype: torch.dtype, masked
     """The tiles of the backward kernels; ``masked`` where a key mask is given.
 
     Raises:
-        ValueError: a head dim above 256.
+        ValueError: a head dim above 128.
     """
-    config = _find(architecture, head_dim)
+    config = _find(_CONFIGS[architecture], head_dim)
     return BackwardConfig(
-        _adapt(config.query, architecture, dtype, masked), _adapt(config.key_value, architecture, dtype, masked)
+        _adapt(config.query, architecture, head_dim, dtype, masked),
+        _adapt(config.key_value, architecture, head_dim, dtype, masked),
     )
 
 
-def maps_config(head_dim: int) -> Tile:
+@cache
+def descriptor_config(head_dim: int, masked: bool = False) -> Tile | None:
+    """A tile of the forward kernel on sm_90 that reads through descriptors, to compare with; None where none pays.
+
+    Without registers for addresses two programs fit on a multiprocessor at head dim 128, which pointers do not allow.
+    """
+    if not 64 < head_dim <= 128:
+        return None
+    return Tile(128, 64, 8, 2, None if masked or _SINCE_3_9 else 128, descriptors=True)
+
+
+def maps_config(head_dim: int, dtype: torch.dtype) -> Tile:
     """The tile of the kernel that takes maps from a log-sum-exp: small, since it only waits for memory."""
-    return Tile(64 if head_dim <= 128 else 32, 16, 4, 1)
-
-
-def _find(architecture: str, head_dim: int) -> Config:
-    for width, config in _CONFIGS[architecture].items():
-        if head_dim <= width:
-            return config
-    raise ValueError(f"head_dim must be at most 256 for the Triton kernels, got {head_dim}")
-
-
-def _adapt(tile: Tile, architecture: str, dtype: torch.dtype, masked: bool) -> Tile:
     if dtype == torch.float32:
-        return _FLOAT32
-    return replace(tile, max_registers=None) if masked and architecture not in _CAPS_WITH_MASK else tile
+        return Tile(32, 16, 4, 1, 168)
+    return Tile(64 if head_dim <= 128 else 32, 16, 4, 1, 96)
+
+
+_T = TypeVar("_T")
+
+
+def _find(table: Mapping[int, _T], head_dim: int) -> _T:
+    for width, entry in table.items():
+        if head_dim <= width:
+            return entry
+    raise ValueError(f"head_dim must be at most 128 for the Triton kernels, got {head_dim}")
+
+
+def _adapt(tile: Tile, architecture: str, head_dim: int, dtype: torch.dtype, masked: bool) -> Tile:
+    if dtype == torch.float32:
+        return _find(_FLOAT32, head_dim)
+    if masked and tile.max_registers is not None:
+        return replace(tile, max_registers=min(tile.max_registers + _MASK_REGISTERS.get(architecture, 0), 248))
+    return tile

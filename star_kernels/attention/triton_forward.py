@@ -2,6 +2,9 @@
 
 A program owns a tile of query rows of one head. After its loop over the keys it knows the rows' log-sum-exp, and the
 maps cost one narrow matrix product with the selected keys: no second launch, no work in the loop.
+
+With tensor descriptors the tiles come by bulk copies (TMA on sm_90 and later), which need neither registers for
+addresses nor masks: see docs/hopper.md.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from star_kernels.attention.triton_config import Tile, architecture, forward_config
 from star_kernels.attention.triton_maps import (
@@ -21,6 +25,7 @@ from star_kernels.attention.triton_maps import (
     map_buffers,
     mask_argument,
     padded,
+    result_like,
     store_maps,
     store_rows,
 )
@@ -37,9 +42,12 @@ def _attend_tile(
     b_q,  # [BLOCK_M, BLOCK_D]
     p_k,
     p_v,
+    d_k,
+    d_v,
     p_mask,
     stride_ks,
     stride_vs,
+    o_first,
     remaining,
     scale_log2,
     HEAD_DIM: tl.constexpr,
@@ -48,10 +56,16 @@ def _attend_tile(
     HAS_MASK: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """One step of the online softmax: the keys at p_k, of which ``remaining`` are left if this is the LAST tile."""
+    """One step of the online softmax: the keys at p_k, of which ``remaining`` are left if this is the LAST tile.
+
+    With descriptors they are the keys from position ``o_first``; what is past the end comes as zeros.
+    """
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < remaining
-    b_k = load_rows(p_k, stride_ks, o_n, m_n, HEAD_DIM, BLOCK_D, LAST)
+    if d_k is None:
+        b_k = load_rows(p_k, stride_ks, o_n, m_n, HEAD_DIM, BLOCK_D, LAST)
+    else:
+        b_k = d_k.load([tl.program_id(2), tl.program_id(1), o_first, 0]).reshape([BLOCK_N, BLOCK_D])
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if HAS_MASK:
         if LAST:
@@ -64,14 +78,17 @@ def _attend_tile(
     b_p = tl.exp2(b_s * scale_log2 - b_new_max[:, None])
     b_decay = tl.exp2(b_max - b_new_max)
     b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
-    b_v = load_rows(p_v, stride_vs, o_n, m_n, HEAD_DIM, BLOCK_D, LAST)
+    if d_v is None:
+        b_v = load_rows(p_v, stride_vs, o_n, m_n, HEAD_DIM, BLOCK_D, LAST)
+    else:
+        b_v = d_v.load([tl.program_id(2), tl.program_id(1), o_first, 0]).reshape([BLOCK_N, BLOCK_D])
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
     return b_acc, b_new_max, b_sum
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_index, p_weight, p_mask, p_maps, p_partial, p_counter,
+    p_q, p_k, p_v, d_q, d_k, d_v, p_out, p_lse, p_index, p_weight, p_mask, p_maps, p_partial, p_counter,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os,
     queries, keys, row_start, row_length, tokens, groups, scale_log2,
@@ -88,26 +105,35 @@ def forward_kernel(
     p_v += o_b * stride_vb + o_h * stride_vh
     p_mask += o_b * keys
 
-    b_q = load_rows(p_q + o_b * stride_qb + o_h * stride_qh, stride_qs, o_row, m_m, HEAD_DIM, BLOCK_D, True)
+    if d_q is None:
+        b_q = load_rows(p_q + o_b * stride_qb + o_h * stride_qh, stride_qs, o_row, m_m, HEAD_DIM, BLOCK_D, True)
+    else:
+        b_q = d_q.load([tl.program_id(2), tl.program_id(1), first, 0]).reshape([BLOCK_M, BLOCK_D])
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     full = keys // BLOCK_N
-    if not EVEN:  # the partial tile comes first, where no accumulator takes registers yet
-        last = (full * BLOCK_N).to(tl.int64)
+    o_last = full * BLOCK_N
+    last = o_last.to(tl.int64)
+    if not EVEN and d_k is None:  # the partial tile comes first, where no accumulator takes registers yet
         b_acc, b_max, b_sum = _attend_tile(
-            b_acc, b_max, b_sum, b_q, p_k + last * stride_ks, p_v + last * stride_vs, p_mask + last,
-            stride_ks, stride_vs, keys - full * BLOCK_N, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, True,
+            b_acc, b_max, b_sum, b_q, p_k + last * stride_ks, p_v + last * stride_vs, d_k, d_v, p_mask + last,
+            stride_ks, stride_vs, o_last, keys - o_last, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, True,
         )  # fmt: skip
     p_k_tile, p_v_tile, p_mask_tile = p_k, p_v, p_mask
-    for _ in range(0, full):
+    for tile in range(0, full):
         b_acc, b_max, b_sum = _attend_tile(
-            b_acc, b_max, b_sum, b_q, p_k_tile, p_v_tile, p_mask_tile, stride_ks, stride_vs, BLOCK_N,
-            scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, False,
+            b_acc, b_max, b_sum, b_q, p_k_tile, p_v_tile, d_k, d_v, p_mask_tile, stride_ks, stride_vs,
+            tile * BLOCK_N, BLOCK_N, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, False,
         )  # fmt: skip
         p_k_tile += BLOCK_N * stride_ks
         p_v_tile += BLOCK_N * stride_vs
         p_mask_tile += BLOCK_N
+    if not EVEN and d_k is not None:  # last, where it can have the shared memory of the loop
+        b_acc, b_max, b_sum = _attend_tile(
+            b_acc, b_max, b_sum, b_q, p_k, p_v, d_k, d_v, p_mask + last, stride_ks, stride_vs,
+            o_last, keys - o_last, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, True,
+        )  # fmt: skip
 
     b_lse = b_max + tl.log2(b_sum)
     tl.store(p_lse + (o_b * tl.num_programs(1) + o_h) * queries + o_row, b_lse * LN2, mask=m_m)
@@ -159,14 +185,18 @@ def attention(
     if scale < 0:  # the kernel takes the maximum before it scales
         query, scale = -query, -scale
     scale = max(scale, 1e-30)  # zero would turn the -inf of a masked score into NaN
+    out = result_like(query)
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     start, length = rows
     config = config or forward_config(architecture(query.device), head_dim, query.dtype, key_mask is not None)
+    descriptors: tuple[TensorDescriptor | None, ...] = (None, None, None)
+    if config.descriptors and query.dtype != torch.float32 and all(map(describable, (query, key, value))):
+        tiles = ((query, config.block_m), (key, config.block_n), (value, config.block_n))
+        descriptors = tuple(describe(tensor, rows) for tensor, rows in tiles)
     grid = (triton.cdiv(queries, config.block_m), heads, batch)
     with torch.cuda.device_of(query):
-        out = torch.empty_like(query)
         lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
         maps = partial = counter = None
         groups = tokens = 1
@@ -176,7 +206,7 @@ def attention(
             index, weight = index.contiguous(), weight.contiguous()
         mask = mask_argument(key_mask, query)
         forward_kernel[grid](
-            query, key, value, out, lse, index, weight, mask, maps, partial, counter,
+            query, key, value, *descriptors, out, lse, index, weight, mask, maps, partial, counter,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             queries, keys, start, length, tokens, groups, scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
@@ -185,3 +215,17 @@ def attention(
             **config.launch,
         )  # fmt: skip
     return out, maps, lse
+
+
+def describable(tensor: Tensor) -> bool:
+    """Whether bulk copies can read a tensor of :func:`dense_rows`: rows in units of 16 bytes, no dimension expanded."""
+    return tensor.shape[-1] % 8 == 0 and all(
+        [n == 1 or s > 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+    )
+
+
+def describe(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor of tiles of ``rows`` whole rows of one head; past the end of a sequence or a row they hold zeros."""
+    head_dim = tensor.shape[-1]
+    strides = [head_dim if n == 1 else s for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, padded(head_dim)])

@@ -236,7 +236,7 @@ def attention_maps(
     dense, gathered = (key, query) if text_to_image else (query, key)
     batch, heads, queries, head_dim = query.shape
     start, length = rows
-    config = config or maps_config(head_dim)
+    config = config or maps_config(head_dim, query.dtype)
     grid = (triton.cdiv(length, config.block_m), heads, batch)
     with torch.cuda.device_of(query):
         maps, partial, counter = map_buffers(query, weight.shape[1], length, reduce_heads, grid[0])
@@ -255,14 +255,24 @@ def attention_maps(
 def dense_rows(tensor: Tensor) -> Tensor:
     """The tensor as the kernels load it: each row contiguous, and on a 16-byte boundary if 8 divides the head dim.
 
-    That holds for all usual layouts; anything else is copied.
+    That holds for all usual layouts; anything else is copied, as are rows so far apart that the distance to the last
+    one of a tile takes more than 32 bits.
     """
     unit = 8 if tensor.shape[-1] % 8 == 0 else 1
-    aligned = unit == 1 or tensor.data_ptr() % 16 == 0
+    fits = tensor.stride(-1) == 1 and tensor.stride(-2) < 1 << 23 and (unit == 1 or tensor.data_ptr() % 16 == 0)
     sizes, strides = tensor.shape[:-1], tensor.stride()[:-1]
-    if tensor.stride(-1) == 1 and aligned and all(n == 1 or s % unit == 0 for n, s in zip(sizes, strides, strict=True)):
+    if fits and all(n == 1 or s % unit == 0 for n, s in zip(sizes, strides, strict=True)):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def result_like(tensor: Tensor) -> Tensor:
+    """An empty tensor in the layout of ``torch.empty_like``; where rows are not contiguous, a contiguous one."""
+    if tensor.stride(-1) == 1:
+        result = torch.empty_like(tensor)
+        if result.stride(-1) == 1:
+            return result
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def padded(head_dim: int) -> int:

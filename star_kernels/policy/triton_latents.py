@@ -1,0 +1,239 @@
+"""What the Triton kernels of the policy share: tiles of latents, sums over channels, the terms of a location.
+
+A program takes a tile [BLOCK_P, BLOCK_C] of positions and channels, whatever the memory layout: the compiler turns the
+strides that are one into 16-byte loads along that axis. Sums over channels run in an order that depends on the number
+of channels alone, written out as additions of elements, and no product is fused with a sum (LAUNCH): the sampling step
+and the loss find the same log-probability to the last bit, whatever dtypes and layouts they are given, and an on-policy
+ratio is exactly one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_kernels import native
+
+LAUNCH = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
+_ELEMENTS = 2048  # of a tile: 8 for each thread, and more programs on a multiprocessor than with 16
+_WIDEST = 64  # channels of a tile
+_LONGEST = 512  # positions of a tile
+_PROGRAMS = 1024  # of a forward pass: some for each multiprocessor, few enough for the last one to add up
+BLOCK_B = tl.constexpr(8)  # samples, and tiles of each, that the last program adds in one step
+BLOCK_T = tl.constexpr(32)
+
+# Arguments whose values, such as 1 or a multiple of 16, must not start a compilation. Strides are not among them: they
+# say how wide loads may be.
+SIZES = [
+    "batch", "channels", "positions", "tiles", "columns", "rows_of_location", "columns_of_location", "patch_frames",
+    "patch_rows", "patch_columns", "grid_rows", "grid_columns", "has_weights", "has_step_weights", "old_is_scalar",
+    "weighted_kl", "per_sample", "adaptive",
+]  # fmt: skip
+# Pointers that stand in for one another where an argument is missing; a few numbers are read from each.
+NUMBERS = ["p_weights", "p_step_weights", "p_old_log_prob", "p_grad_loss"]
+
+
+@triton.jit
+def load_tile(p_latent, stride_c, stride_p, o_p, o_c, m_tile):
+    """Positions ``o_p`` and channels ``o_c`` of a sample as float32 [BLOCK_P, BLOCK_C], zero where masked."""
+    p_tile = p_latent + o_p.to(tl.int64)[:, None] * stride_p + o_c.to(tl.int64)[None, :] * stride_c
+    return tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(b_tile, p_latent, stride_c, stride_p, o_p, o_c, m_tile):
+    p_tile = p_latent + o_p.to(tl.int64)[:, None] * stride_p + o_c.to(tl.int64)[None, :] * stride_c
+    tl.store(p_tile, b_tile.to(p_latent.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def load_transition(p_table, columns, o_b, m_b):
+    """The rows of the table [6, columns] for samples ``o_b``: see star_kernels.Transition."""
+    p_column = p_table + tl.where(columns == 1, 0, o_b)
+    mean_sample = tl.load(p_column, mask=m_b, other=1.0)
+    mean_output = tl.load(p_column + columns, mask=m_b, other=1.0)
+    std = tl.load(p_column + 2 * columns, mask=m_b, other=1.0)
+    scale = tl.load(p_column + 3 * columns, mask=m_b, other=1.0)
+    offset = tl.load(p_column + 4 * columns, mask=m_b, other=1.0)
+    kl_scale = tl.load(p_column + 5 * columns, mask=m_b, other=1.0)
+    return mean_sample, mean_output, std, scale, offset, kl_scale
+
+
+@triton.jit
+def transition_mean(mean_sample, mean_output, b_x, b_v):
+    return mean_sample * b_x + mean_output * b_v
+
+
+@triton.jit
+def log_density(b_squares, scale, offset, inverse_channels):
+    """The log-probability of a location from the sum over channels of its squared residuals."""
+    return offset - scale * (b_squares * inverse_channels)
+
+
+@triton.jit
+def add_channels(b_tile, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_P, BLOCK_C] -> [BLOCK_P]: neighbours first, in an order that no layout of the tile changes."""
+    for level in tl.static_range(6):  # up to _WIDEST
+        if (BLOCK_C >> level) > 1:
+            b_even, b_odd = tl.split(tl.reshape(b_tile, [BLOCK_P, BLOCK_C >> (level + 1), 2]))
+            b_tile = b_even + b_odd
+    return tl.reshape(b_tile, [BLOCK_P])
+
+
+@triton.jit
+def load_mask(p_mask, o_b, o_p, positions, HAS_MASK: tl.constexpr):
+    """Which positions [BLOCK_P] count."""
+    m_p = o_p < positions
+    if HAS_MASK:
+        m_p = tl.load(p_mask + o_b.to(tl.int64) * positions + o_p, mask=m_p, other=0) != 0
+    return m_p
+
+
+@triton.jit
+def load_weights(
+    p_weights, o_b, o_p, positions, rows_of_location, columns_of_location, patch_frames, patch_rows, patch_columns,
+    grid_rows, grid_columns, has_weights,
+):  # fmt: skip
+    """Weights [BLOCK_P] from the grid of patches that divides the locations; ones without a grid."""
+    o_line, o_column = o_p // columns_of_location, o_p % columns_of_location
+    o_frame, o_row = o_line // rows_of_location, o_line % rows_of_location
+    o_cell = (o_frame // patch_frames * grid_rows + o_row // patch_rows) * grid_columns + o_column // patch_columns
+    cells = positions // (patch_frames * patch_rows * patch_columns)
+    m_weights = (o_p < positions) & (has_weights != 0)
+    return tl.load(p_weights + o_b.to(tl.int64) * cells + o_cell, mask=m_weights, other=1.0)
+
+
+@triton.jit
+def clamp_advantage(advantage, advantage_clip):
+    above = tl.where(advantage > advantage_clip, advantage_clip, advantage)
+    return tl.where(above < -advantage_clip, -advantage_clip, above)  # a NaN stays
+
+
+@triton.jit
+def clipped_surrogate(log_ratio, advantage, clip_low, clip_high):
+    """Ratio, max(-A rho, -A clip(rho)), its slope in log rho, and whether the ratio is outside of the clip range.
+
+    A ratio that overflows and is clipped has slope zero; a NaN is not clipped, and stays visible.
+    """
+    ratio = tl.exp(log_ratio)
+    free = -advantage * ratio
+    bounded = -advantage * tl.where(ratio < clip_low, clip_low, clip_high)
+    outside = (ratio < clip_low) | (ratio > clip_high)
+    bounds = outside & (bounded > free)
+    return ratio, tl.where(bounds, bounded, free), tl.where(bounds, 0.0, free), outside
+
+
+@triton.jit
+def last_to_arrive(p_counter):
+    """Whether this is the last program of the launch to get here; it then sees what all others have stored.
+
+    Loads of that must pass the first-level cache (``load_sums``). The counter is left at zero for the next launch.
+    """
+    tl.debug_barrier()  # all threads have stored before one of them announces it
+    arrived = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu")
+    last = arrived == tl.num_programs(0) - 1
+    if last:
+        tl.store(p_counter, 0)
+    return last
+
+
+@triton.jit
+def store_sum(p_partial, row, b_terms):
+    """Stores the sum of this program's terms in a row of float64 [rows, programs]."""
+    tl.store(p_partial + row * tl.num_programs(0) + tl.program_id(0), tl.sum(b_terms))
+
+
+@triton.jit
+def load_sums(p_tile, row, m_tile):
+    """Sums [BLOCK_B, BLOCK_T] that other programs stored in a row."""
+    return tl.load(p_tile + row * tl.num_programs(0), mask=m_tile, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x in float64, by two of Newton's steps from float32: a division would be a call, with a stack of its own."""
+    y = (1.0 / x.to(tl.float32)).to(tl.float64)
+    y *= 2.0 - x * y
+    return y * (2.0 - x * y)
+
+
+@triton.jit
+def inverse_count(b_counts, positions, m_b, HAS_MASK: tl.constexpr):
+    """One over the locations of each sample that count, [BLOCK_B]; 0 where none does."""
+    if HAS_MASK:
+        b_count = tl.sum(b_counts, axis=1)
+        return tl.where(b_count > 0.0, reciprocal(tl.maximum(b_count, 1.0)), 0.0)
+    else:
+        return tl.where(m_b, reciprocal(positions.to(tl.float64)), 0.0)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a latent seen as [batch, channels, positions], and its cut into tiles."""
+
+    batch: int
+    channels: int
+    positions: int
+
+    @property
+    def block_c(self) -> int:
+        """Of the channels alone: the order of their sum follows from it."""
+        return min(_WIDEST, triton.next_power_of_2(self.channels))
+
+    @property
+    def block_p(self) -> int:
+        return min(_LONGEST, _ELEMENTS // self.block_c)
+
+    @property
+    def tiles(self) -> int:
+        """Of a sample, where each program owns one tile."""
+        return triton.cdiv(self.positions, self.block_p)
+
+    @property
+    def tiles_to_add(self) -> int:
+        """Of a sample, where a program may walk over several tiles and the last program adds up."""
+        return min(self.tiles, max(1, _PROGRAMS // self.batch))
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Tile, and a divisor of each size: with 8, 16-byte accesses are never cut by the end of an axis."""
+        return {
+            "BLOCK_P": self.block_p,
+            "BLOCK_C": self.block_c,
+            "UNIT_P": 8 if self.positions % 8 == 0 else 1,
+            "UNIT_C": 8 if self.channels % 8 == 0 else 1,
+        }
+
+
+def geometry(latent: Tensor, channel_dim: int) -> Geometry:
+    batch, channels = latent.shape[0], latent.shape[channel_dim]
+    return Geometry(batch, channels, latent.numel() // (batch * channels))
+
+
+def strides(latent: Tensor, channel_dim: int) -> tuple[int, int, int]:
+    """Of batch, channels and positions, in elements; the locations follow one another at one stride."""
+    sizes, steps = latent.shape, latent.stride()
+    position = 1
+    for d in range(1, latent.ndim):
+        if d != channel_dim and sizes[d] > 1:
+            position = steps[d]  # of the innermost
+    return steps[0] if sizes[0] > 1 else 0, steps[channel_dim] if sizes[channel_dim] > 1 else 0, position
+
+
+def patches(latent: Tensor, channel_dim: int, weights: Tensor | None) -> tuple[int, ...]:
+    """Rows and columns of the locations, frames, rows and columns of a patch, rows and columns of the grid."""
+    if weights is None:
+        return (1,) * 7
+    locations = [latent.shape[d] for d in range(1, latent.ndim) if d != channel_dim]
+    missing = [1] * (3 - len(locations))
+    sizes, grid = missing + locations, missing + list(weights.shape[1:])
+    return (*sizes[1:], *(size // cells for size, cells in zip(sizes, grid, strict=True)), *grid[1:])
+
+
+def zero_counter(device: torch.device) -> Tensor:
+    """An integer that is zero, and that a launch leaves at zero; the interpreter on a CPU gets a fresh one."""
+    return native.zero_counter(device) if device.type == "cuda" else torch.zeros(1, dtype=torch.int32)
