@@ -2,7 +2,8 @@
 
 One line for each architecture, kernel, head dim and dtype, in the configuration that is shipped for the installed
 version of triton: registers of a thread without and with maps, stack (spills), shared memory, and the blocks that fit
-on a multiprocessor; on Hopper also the warp-group matrix products, the waits for them and the bulk (TMA) copies.
+on a multiprocessor; for Hopper also how often some instructions are in the code with maps: warp-group products and the
+fences around them, bulk (TMA) and asynchronous copies, exponentials, barriers. Last come the tiles with descriptors.
 
 Registers and stack are read from the code object by the cuobjdump that comes with triton. What a multiprocessor can
 hold is from NVIDIA's tables of compute capabilities: 64 Ki registers, given out to a warp in units of 256; 64 warps;
@@ -15,8 +16,10 @@ import argparse
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +29,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from star_kernels.attention import triton_backward, triton_forward, triton_maps
-from star_kernels.attention.triton_config import Tile, backward_config, forward_config, maps_config
+from star_kernels.attention.triton_config import (
+    Tile,
+    backward_config,
+    descriptor_tiles,
+    forward_config,
+    maps_config,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGETS = {
@@ -48,6 +57,7 @@ POINTERS = {
         "*fp32",
     ),
 }
+HOPPER = ("HGMMA", "WARPGROUP", "UTMALDG", "LDGSTS", "MUFU", "BAR")  # products, their fences, copies, exponentials
 SCALARS = {"scale": "fp32", "scale_log2": "fp32", "share": "fp32"}
 
 
@@ -136,13 +146,19 @@ def build(variant: Variant) -> Any:
 
 def measure(variant: Variant) -> Usage:
     compiled = build(variant)
-    dump = cuobjdump(compiled, "--dump-resource-usage")
-    registers, stack = (int(re.findall(rf"{name}:(\d+)", dump)[-1]) for name in ("REG", "STACK"))
+    registers, stack = resources(compiled)
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     of_a_warp = -(-registers * 32 // 256) * 256
     by_registers = 4 * (65536 // 4 // of_a_warp) // warps  # each quarter serves its own warps
     by_shared = SHARED_MEMORY[variant.architecture] // (shared + 1024)
     return Usage(registers, stack, shared, min(by_registers, by_shared, 64 // warps))
+
+
+def resources(compiled: Any) -> tuple[int, int]:
+    """Registers of a thread and bytes of stack."""
+    dump = cuobjdump(compiled, "--dump-resource-usage")
+    registers, stack = (int(re.findall(rf"{name}:(\d+)", dump)[-1]) for name in ("REG", "STACK"))
+    return registers, stack
 
 
 def cuobjdump(compiled: Any, option: str) -> str:
@@ -152,19 +168,34 @@ def cuobjdump(compiled: Any, option: str) -> str:
         return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
+def instructions(compiled: Any) -> Counter[str]:
+    """How often each machine instruction is in the code, without its suffixes."""
+    return Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", cuobjdump(compiled, "-sass")))
+
+
+def summary(compiled: Any) -> str:
+    """Registers, stack, shared memory and the instructions of a kernel for sm_90 that docs/hopper.md discusses."""
+    found = instructions(compiled)
+    counts = " ".join(f"{name} {found[name]}" for name in HOPPER)
+    registers, stack = resources(compiled)
+    return (
+        f"registers {registers}, stack {stack}, shared {compiled.metadata.shared}, "
+        f"warps {compiled.metadata.num_warps}, instructions {found.total()}: {counts}"
+    )
+
+
 def line(variant: Variant) -> str:
     without, with_maps = measure(replace(variant, maps=False)), measure(variant)
     tile = variant.tile or variant.shipped_tile()
-    shape = f"{tile.block_m}x{tile.block_n} {tile.num_warps}w {tile.num_stages}s"
+    shape = f"{tile.block_m}x{tile.block_n} {tile.num_warps}w {tile.num_stages}s{' bulk' if tile.descriptors else ''}"
     text = (
-        f"{variant.architecture:7}{variant.kernel:10}{variant.width:4} {variant.dtype} {shape:14}"
-        f"{without.registers:5} ->{with_maps.registers:4}{with_maps.stack:6}{with_maps.shared:8}"
+        f"{variant.architecture:7}{variant.kernel:10}{variant.width:4} {variant.dtype} {shape:19}"
+        f"{without.registers:4} ->{with_maps.registers:4}{with_maps.stack:6}{with_maps.shared:8}"
         f"{without.blocks:4} ->{with_maps.blocks:2}"
     )
     if variant.architecture == "sm_90":
-        ptx = build(variant).asm["ptx"]
-        for instruction in ("wgmma.mma_async", "wgmma.wait_group", "cp.async.bulk.tensor"):
-            text += f"{ptx.count(instruction):5}"
+        found = instructions(build(variant))
+        text += "".join(f"{found[name]:6}" for name in HOPPER)
     return text
 
 
@@ -175,13 +206,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="head dims")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
     options = parser.parse_args(arguments)
-    print(f"triton {triton.__version__}; wgmma, waits and bulk copies are counted on sm_90")
-    print("target kernel     dim type tile           registers  stack  shared  blocks wgmma wait bulk")
+    print(f"triton {triton.__version__}")
+    print(f"target kernel     dim type tile           registers  stack  shared  blocks {' '.join(HOPPER)}")
     for architecture in options.architectures:
         for kernel in options.kernels:
             for width in options.widths:
-                for dtype in options.dtypes:
-                    print(line(Variant(kernel, architecture, width, dtype)), flush=True)
+                tiles: list[Tile | None] = [None]
+                if (architecture, kernel) == ("sm_90", "forward"):
+                    tiles += descriptor_tiles(width)
+                for dtype, tile in product(options.dtypes, tiles):
+                    print(line(Variant(kernel, architecture, width, dtype, tile=tile)), flush=True)
 
 
 if __name__ == "__main__":

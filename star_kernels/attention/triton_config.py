@@ -136,14 +136,15 @@ def backward_config(architecture: str, head_dim: int, dtype: torch.dtype, masked
 
 
 @cache
-def descriptor_config(head_dim: int, masked: bool = False) -> Tile | None:
-    """A tile of the forward kernel on sm_90 that reads through descriptors, to compare with; None where none pays.
+def descriptor_tiles(head_dim: int, masked: bool = False) -> tuple[Tile, ...]:
+    """Tiles of the forward kernel on sm_90 that read through descriptors, to compare with the one of pointers.
 
-    Without registers for addresses two programs fit on a multiprocessor at head dim 128, which pointers do not allow.
+    Without registers for addresses two programs fit on a multiprocessor at head dim 128, or one with twice the keys.
     """
     if not 64 < head_dim <= 128:
-        return None
-    return Tile(128, 64, 8, 2, None if masked or _SINCE_3_9 else 128, descriptors=True)
+        return ()
+    cap = None if masked or _SINCE_3_9 else 128
+    return Tile(128, 64, 8, 2, cap, descriptors=True), Tile(128, 128, 8, 2, descriptors=True)
 
 
 def maps_config(head_dim: int, dtype: torch.dtype) -> Tile:

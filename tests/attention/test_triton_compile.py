@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from compile_report import DTYPES, KERNELS, NVIDIA, WIDTHS, Variant, build, measure  # noqa: E402
 
-from star_kernels.attention.triton_config import descriptor_config  # noqa: E402
+from star_kernels.attention.triton_config import descriptor_tiles  # noqa: E402
 
 VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 SHIPPED = [
@@ -117,19 +117,20 @@ def test_hopper_runs_warp_group_products(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_descriptors_replace_address_registers_by_bulk_copies(dtype: str) -> None:
-    tile = descriptor_config(128)
-    assert tile is not None
-    variant = Variant("forward", "sm_90", 128, dtype, tile=tile)
-    check(variant)
-    assert "cp.async.bulk.tensor" in build(variant).asm["ptx"]
-    assert "cp.async.cg" not in build(variant).asm["ptx"]
-    assert measure(variant).registers < measure(replace(variant, tile=None)).registers
-    if VERSION < (3, 9):
-        assert measure(variant).blocks == 2
-    check(replace(variant, even=True))
-    masked = descriptor_config(72, masked=True)
-    assert measure(replace(variant, width=72, masked=True, groups=4, tile=masked)).stack == 0
+@pytest.mark.parametrize("architecture", ["sm_90"])
+def test_descriptors_replace_address_registers_by_bulk_copies(architecture: str, dtype: str) -> None:
+    pointers = Variant("forward", architecture, 128, dtype)
+    for tile, blocks in zip(descriptor_tiles(128), (1 if VERSION >= (3, 9) else 2, 1), strict=True):
+        variant = replace(pointers, tile=tile)
+        check(variant)
+        check(replace(variant, even=True))
+        assert measure(variant).blocks == blocks
+        same_by_pointers = replace(variant, tile=replace(tile, max_registers=None, descriptors=False), even=True)
+        assert measure(replace(variant, even=True)).registers < measure(same_by_pointers).registers
+        assert "cp.async.bulk.tensor" in build(variant).asm["ptx"]
+        assert "cp.async.cg" not in build(variant).asm["ptx"]
+    for tile in descriptor_tiles(72, masked=True):
+        assert measure(replace(pointers, width=72, masked=True, groups=4, tile=tile)).stack == 0
 
 
 def test_arrival_is_announced_after_all_stores_and_read_before_all_loads() -> None:
