@@ -72,7 +72,7 @@ _CONFIGS = {  # by the widest head dim that a line serves; tiles are as wide as 
     "sm_80": {  # at most 99 KiB of shared memory, so that sm_86, sm_89 and sm_120 can run them
         32: Config(Tile(128, 64, 8, 3, 120), Tile(64, 32, 4, 3, 120), Tile(32, 64, 4, 3, 128)),
         64: Config(Tile(128, 32, 4, 3, 168), Tile(64, 32, 4, 3, 168), Tile(32, 128, 8, 3, 200)),
-        128: Config(Tile(128, 32, 8, 3, 208), Tile(128, 32, 8, 2, 208), Tile(32, 64, 8, 2)),
+        128: Config(Tile(128, 32, 8, 3), Tile(128, 32, 8, 2, 208), Tile(32, 64, 8, 2)),
     },
     "sm_90": {
         32: Config(Tile(128, 64, 4, 3, 168), Tile(128, 64, 8, 3, 120), Tile(64, 64, 4, 3)),
@@ -83,7 +83,7 @@ _CONFIGS = {  # by the widest head dim that a line serves; tiles are as wide as 
     "sm_100": {
         32: Config(Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 3, 128)),
         64: Config(Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 3, 144)),
-        127: Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2, 176), Tile(64, 128, 8, 2, 160)),
+        127: Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2, 248), Tile(64, 128, 8, 2, 160)),
         128: Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2, 144), Tile(64, 128, 8, 2, 160)),
     },
     "gfx9": {  # 64 KiB of local memory, no limit on registers to set
@@ -92,7 +92,7 @@ _CONFIGS = {  # by the widest head dim that a line serves; tiles are as wide as 
         128: Config(Tile(128, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)),
     },
 }
-_FLOAT32 = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1)}  # products without tensor cores, in full float32
+_FLOAT32 = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1, 176)}  # products without tensor cores, in full float32
 _MASK_REGISTERS = {"sm_80": 48, "sm_100": 48}  # more than the limit, as a spill costs more than a neighbour
 
 
@@ -135,16 +135,14 @@ def backward_config(architecture: str, head_dim: int, dtype: torch.dtype, masked
     )
 
 
-@cache
-def descriptor_tiles(head_dim: int, masked: bool = False) -> tuple[Tile, ...]:
+def descriptor_tiles(head_dim: int) -> tuple[Tile, ...]:
     """Tiles of the forward kernel on sm_90 that read through descriptors, to compare with the one of pointers.
 
-    Without registers for addresses two programs fit on a multiprocessor at head dim 128, or one with twice the keys.
+    Without registers for addresses 128 keys fit into a step at head dim 128, as the tensor cores like best.
     """
     if not 64 < head_dim <= 128:
         return ()
-    cap = None if masked or _SINCE_3_9 else 128
-    return Tile(128, 64, 8, 2, cap, descriptors=True), Tile(128, 128, 8, 2, descriptors=True)
+    return Tile(128, 64, 8, 3, descriptors=True), Tile(128, 128, 8, 2, descriptors=True)
 
 
 def maps_config(head_dim: int, dtype: torch.dtype) -> Tile:

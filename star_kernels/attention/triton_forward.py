@@ -20,6 +20,7 @@ from star_kernels.attention.triton_maps import (
     LOG2E,
     SIZES,
     dense_rows,
+    finished,
     group_tile,
     load_rows,
     map_buffers,
@@ -113,9 +114,9 @@ def forward_kernel(
     b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     full = keys // BLOCK_N
-    o_last = full * BLOCK_N
-    last = o_last.to(tl.int64)
-    if not EVEN and d_k is None:  # the partial tile comes first, where no accumulator takes registers yet
+    if not EVEN:  # first, where no accumulator takes registers yet; after the loop ptxas would serialise its products
+        o_last = full * BLOCK_N
+        last = o_last.to(tl.int64)
         b_acc, b_max, b_sum = _attend_tile(
             b_acc, b_max, b_sum, b_q, p_k + last * stride_ks, p_v + last * stride_vs, d_k, d_v, p_mask + last,
             stride_ks, stride_vs, o_last, keys - o_last, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, True,
@@ -129,11 +130,6 @@ def forward_kernel(
         p_k_tile += BLOCK_N * stride_ks
         p_v_tile += BLOCK_N * stride_vs
         p_mask_tile += BLOCK_N
-    if not EVEN and d_k is not None:  # last, where it can have the shared memory of the loop
-        b_acc, b_max, b_sum = _attend_tile(
-            b_acc, b_max, b_sum, b_q, p_k, p_v, d_k, d_v, p_mask + last, stride_ks, stride_vs,
-            o_last, keys - o_last, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, True,
-        )  # fmt: skip
 
     b_lse = b_max + tl.log2(b_sum)
     tl.store(p_lse + (o_b * tl.num_programs(1) + o_h) * queries + o_row, b_lse * LN2, mask=m_m)
@@ -214,7 +210,7 @@ def attention(
             HAS_MASK=key_mask is not None, EVEN=keys % config.block_n == 0,
             **config.launch,
         )  # fmt: skip
-    return out, maps, lse
+    return out, None if maps is None else finished(maps, reduce_heads), lse
 
 
 def describable(tensor: Tensor) -> bool:

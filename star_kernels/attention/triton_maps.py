@@ -249,7 +249,7 @@ def attention_maps(
             REDUCE=counter is not None, HAS_MASK=key_mask is not None, TOKEN_LSE=text_to_image,
             **config.launch,
         )  # fmt: skip
-    return maps
+    return finished(maps, reduce_heads)
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
@@ -293,15 +293,20 @@ def mask_argument(key_mask: Tensor | None, like: Tensor) -> Tensor:
 def map_buffers(
     query: Tensor, groups: int, length: int, reduce_heads: bool, tiles: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The maps, the per-head maps (the same where none is reduced) and the arrival counters of the row tiles."""
+    """The maps, the per-head maps (the same where the kernel reduces none) and the row tiles' arrival counters."""
     batch, heads = query.shape[:2]
     partial = torch.empty(batch, groups, heads, length, dtype=torch.float32, device=query.device)
-    if not reduce_heads:
+    if not reduce_heads or (torch.version.hip and heads > 1):  # AMD's barrier does not wait for stores to arrive
         return partial, partial, None
     if heads == 1:
         return partial.view(batch, groups, length), partial, None
     maps = torch.empty(batch, groups, length, dtype=torch.float32, device=query.device)
     return maps, partial, _arrival_counter(query.device, batch * tiles)
+
+
+def finished(maps: Tensor, reduce_heads: bool) -> Tensor:
+    """The maps of a launch, averaged over heads if they were to be and the kernel did not."""
+    return maps.mean(dim=2) if reduce_heads and maps.ndim == 4 else maps
 
 
 def _arrival_counter(device: torch.device, size: int) -> Tensor:

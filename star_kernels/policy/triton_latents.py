@@ -76,12 +76,16 @@ def log_density(b_squares, scale, offset, inverse_channels):
 
 @triton.jit
 def add_channels(b_tile, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[BLOCK_P, BLOCK_C] -> [BLOCK_P]: neighbours first, in an order that no layout of the tile changes."""
-    for level in tl.static_range(6):  # up to _WIDEST
-        if (BLOCK_C >> level) > 1:
+    """[BLOCK_P, BLOCK_C] -> [BLOCK_P]: neighbours first, in an order that no layout of the tile changes.
+
+    The last two are left to a reduction, which has no other order: it keeps the layout that the result is wanted in,
+    and that threads may share, from spreading back over the tile.
+    """
+    for level in tl.static_range(5):  # up to _WIDEST
+        if (BLOCK_C >> level) > 2:
             b_even, b_odd = tl.split(tl.reshape(b_tile, [BLOCK_P, BLOCK_C >> (level + 1), 2]))
             b_tile = b_even + b_odd
-    return tl.reshape(b_tile, [BLOCK_P])
+    return tl.sum(b_tile, axis=1)
 
 
 @triton.jit

@@ -61,6 +61,7 @@ INNER = [
     "test_weights_that_cancel_still_have_their_gradient",
     "test_any_layout_of_the_gradient_of_maps_gives_the_same_results",
     "test_equal_calls_give_equal_bits",
+    "test_where_stores_may_arrive_late_the_mean_over_heads_is_a_step_of_its_own",
     "test_rows_outside_the_range_write_nothing",
     "test_without_a_selection_there_are_no_maps",
     "test_arrival_counters_are_left_at_zero",
@@ -285,6 +286,21 @@ def test_equal_calls_give_equal_bits(reduce_heads: bool) -> None:
     )
     for one, two in zip(first, second, strict=True):
         assert torch.equal(one, two)
+
+
+@inner
+def test_where_stores_may_arrive_late_the_mean_over_heads_is_a_step_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make(Case((2, 3, 40, 40, 16), groups=2), torch.float32)
+    lse = exact_lse(inputs).float()
+    expected = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)[1]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(triton_maps, "_arrival_counter", lambda *_: pytest.fail("a counter was asked for"))
+    arguments = (*inputs.tensors[:2], lse, *inputs.arguments, False)
+    for maps in (
+        triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)[1],
+        triton_maps.attention_maps(*arguments, config=TILE),
+    ):
+        torch.testing.assert_close(maps, expected, rtol=1e-5, atol=1e-6)
 
 
 @inner

@@ -84,7 +84,6 @@ CONTRACT: list[tuple[Callable[..., None], tuple]] = [
     (loss.test_no_weights_give_flow_grpo, ("flow_cps", 0.05, 0.04, False)),
     (loss.test_no_weights_give_flow_grpo, ("flow_matching", 0.05, 0.0, False)),
     (loss.test_uniform_weights_give_flow_grpo_bit_by_bit, ("sample", "image")),
-    (loss.test_uniform_weights_give_flow_grpo_bit_by_bit, ("location", "one_position")),
     (loss.test_uniform_weights_give_flow_grpo_bit_by_bit, ("location", "packed")),
     (loss.test_weights_on_a_patch_grid_equal_the_upsampled_ones, ("video", [[3, 6, 7], [1, 12, 2]], "location")),
     (loss.test_weights_on_a_patch_grid_equal_the_upsampled_ones, ("image", [[6, 4]], "sample")),
@@ -97,7 +96,6 @@ CONTRACT: list[tuple[Callable[..., None], tuple]] = [
     (loss.test_a_clip_range_of_1e5_is_resolved, ("sample",)),
     (loss.test_a_clip_range_of_1e5_is_resolved, ("location",)),
     (loss.test_pessimism_keeps_the_gradient_where_clipping_would_help, ()),
-    (loss.test_asymmetric_clip_ranges, ("sample",)),
     (loss.test_asymmetric_clip_ranges, ("location",)),
     (loss.test_advantages_are_clamped, (0.5,)),
     (loss.test_metrics_are_what_they_say, ()),
@@ -105,7 +103,6 @@ CONTRACT: list[tuple[Callable[..., None], tuple]] = [
     (loss.test_nan_in_one_sample_stays_visible_and_out_of_the_others_gradients, ("location",)),
     (loss.test_an_infinite_ratio_is_clipped_or_infinite_but_never_nan_in_the_gradient, ("sample",)),
     (loss.test_an_infinite_ratio_is_clipped_or_infinite_but_never_nan_in_the_gradient, ("location",)),
-    (loss.test_gradient_scales_with_the_upstream_one, ("location",)),
     (loss.test_one_column_of_coefficients_serves_the_batch, ()),
     (options.test_loss_and_gradient_are_the_written_objective, ("image", "masked weights", "location")),
     (options.test_loss_and_gradient_are_the_written_objective, ("image_odd", "guard", "sample")),
@@ -214,7 +211,7 @@ def test_nft_errors_are_at_most_twice_pytorchs(layout: str, poisoned: None) -> N
 
 @inner
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["image_odd", "packed", "one_position", "channels_between"])
+@pytest.mark.parametrize("layout", ["rows", "packed", "one_position", "channels_between"])
 def test_an_unchanged_model_has_a_ratio_of_exactly_one_wherever_its_numbers_lie(
     layout: str, dtype: torch.dtype
 ) -> None:
@@ -262,7 +259,8 @@ def test_programs_that_walk_over_tiles_find_the_same_loss(ratio: str, monkeypatc
         policy = policy_arguments(make(BACKEND, "packed", drift=0.01), ratio, True)
         nft_results = ops.WEIGHTED_NFT_LOSS(*nft_arguments("packed"), "triton")
         found.append([*ops.WEIGHTED_POLICY_LOSS(*policy, "triton"), *nft_results])
-    assert (triton_latents.geometry(policy[0], 2).tiles, triton_latents.geometry(policy[0], 2).tiles_to_add) == (2, 1)
+    shape = triton_latents.geometry(policy[0], 2)
+    assert (shape.tiles, shape.tiles_to_add) == (2, 1)
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
 
@@ -326,10 +324,10 @@ def test_each_pass_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @inner
 def test_equal_calls_give_equal_bits() -> None:
-    problem = make(BACKEND, "image_odd", drift=0.01)
+    problem = make(BACKEND, "packed", drift=0.01)
     found = []
     for copy in (problem, replace(problem, model_output=problem.model_output.clone())):
         arguments = policy_arguments(copy, "location", True)
         found.append([*differentiate(ops.WEIGHTED_POLICY_LOSS, arguments, "triton")])
-        found[-1] += differentiate(ops.WEIGHTED_NFT_LOSS, nft_arguments("image_odd"), "triton")
+        found[-1] += differentiate(ops.WEIGHTED_NFT_LOSS, nft_arguments("packed"), "triton")
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
