@@ -1,0 +1,1 @@
+"""A thin driver for reinforcement-learning post-training of text-to-image flow models, on star_kernels."""

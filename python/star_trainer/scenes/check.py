@@ -1,0 +1,148 @@
+"""Whether a picture shows what its prompt asks for: the exact reward of drawn scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from star_trainer.scenes.detect import Detection, detect_letters, detect_shapes
+from star_trainer.scenes.draw import LETTER, RADII
+
+_CLEAR = 2  # a relation holds by at least so many units between centres
+_PARTLY = 0.3  # for a thing of the right shape or the right colour alone
+_GOOD = 0.8  # the overlap at which a thing counts in full
+
+
+class Verdicts(NamedTuple):
+    """Of each picture: the share of fulfilled conditions in 0..1, and whether all are fulfilled."""
+
+    graded: Tensor  # float32 [N]
+    exact: Tensor  # bool [N]
+
+
+class SceneReward:
+    """Scores pictures of drawn scenes by :func:`check`.
+
+    Args:
+        strict: 1 for a picture that fulfils all conditions and 0 for others, instead of the share of conditions.
+    """
+
+    name = "scene"
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        verdicts = check(images, metadata)
+        return verdicts.exact.float() if self.strict else verdicts.graded
+
+
+def check(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Verdicts:
+    """Judges pictures by their prompts' metadata.
+
+    Composition ("include"): every thing is there in its number, colour and size, relations hold (as in GenEval an
+    offset along one axis, here the larger one), and nothing else is there. Text ("text"): one minus the edit distance
+    between the printed and the wanted word over the wanted word's length, as in Flow-GRPO's OCR reward.
+
+    Args:
+        images: ``[N, 3, S, S]`` in 0..1, S a multiple of 32.
+        metadata: of each picture, with "include" or "text".
+
+    Raises:
+        ValueError: another shape, or metadata with neither.
+    """
+    if len(images) != len(metadata):
+        raise ValueError(f"metadata must have an entry for each of the {len(images)} images, got {len(metadata)}")
+    for entry in metadata:
+        if not ("text" in entry or "include" in entry):
+            raise ValueError(f'metadata must have "include" or "text", got {dict(entry)!r}')
+    images = images.cpu()
+    words = [n for n, entry in enumerate(metadata) if "text" in entry]
+    things = [n for n, entry in enumerate(metadata) if "text" not in entry]
+    scores: dict[int, tuple[float, bool]] = {}
+    if words:
+        for n, letters in zip(words, detect_letters(images[words]), strict=True):
+            scores[n] = _judge_word(letters, str(metadata[n]["text"]))
+    if things:
+        for n, shapes in zip(things, detect_shapes(images[things]), strict=True):
+            scores[n] = _judge_things(shapes, metadata[n]["include"])
+    ordered = [scores[n] for n in range(len(images))]
+    return Verdicts(torch.tensor([s for s, _ in ordered]), torch.tensor([e for _, e in ordered], dtype=torch.bool))
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein's."""
+    previous = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        current = [i]
+        for j, y in enumerate(b, 1):
+            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (x != y)))
+        previous = current
+    return previous[-1]
+
+
+def read_words(letters: Sequence[Detection]) -> list[str]:
+    """Letters of one colour on one line, at the pitch of print, joined to words."""
+    words: list[list[Detection]] = []
+    for letter in sorted(letters, key=lambda d: d.x):
+        for word in words:
+            last = word[-1]
+            pitch = LETTER[1] + 1
+            if last.color == letter.color and abs(last.y - letter.y) <= 1 and abs(letter.x - last.x - pitch) <= 2:
+                word.append(letter)
+                break
+        else:
+            words.append([letter])
+    return ["".join(letter.name for letter in word) for word in words]
+
+
+def _judge_word(letters: Sequence[Detection], wanted: str) -> tuple[float, bool]:
+    wanted = wanted.lower()
+    distance = min((edit_distance(word, wanted) for word in read_words(letters)), default=len(wanted))
+    return max(0.0, 1 - distance / len(wanted)), distance == 0
+
+
+def _judge_things(found: Sequence[Detection], include: Sequence[Mapping[str, Any]]) -> tuple[float, bool]:
+    left = list(found)
+    taken: list[list[Detection]] = []
+    for entry in include:
+        mine = [d for d in left if _fits(d, entry)]
+        left = [d for d in left if d not in mine]
+        taken.append(mine)
+    parts, exact = list[float](), True
+    for entry, mine in zip(include, taken, strict=True):
+        count = int(entry["count"])
+        parts.append(_found(entry, mine, left))
+        if count > 1:
+            parts.append(max(0.0, 1 - abs(len(mine) - count) / count))
+        if "size" in entry:
+            parts.append(float(any(d.radius == RADII[entry["size"]] for d in mine)))
+            exact &= parts[-1] == 1
+        if "position" in entry:
+            relation, other = entry["position"]
+            parts.append(float(bool(mine and taken[other]) and _related(relation, mine[0], taken[other][0])))
+            exact &= parts[-1] == 1
+        exact &= len(mine) == count
+    total = sum(int(entry["count"]) for entry in include)
+    parts.append(max(0.0, 1 - abs(len(found) - total) / total))
+    return sum(parts) / len(parts), exact and len(found) == total
+
+
+def _fits(detection: Detection, entry: Mapping[str, Any]) -> bool:
+    return detection.name == entry["class"] and detection.color == entry.get("color", detection.color)
+
+
+def _found(entry: Mapping[str, Any], mine: Sequence[Detection], others: Sequence[Detection]) -> float:
+    if mine:
+        return min(1.0, max(d.score for d in mine) / _GOOD)
+    near = any(d.name == entry["class"] or d.color == entry.get("color") for d in others)
+    return _PARTLY if near else 0.0
+
+
+def _related(relation: str, second: Detection, first: Detection) -> bool:
+    dx, dy = second.x - first.x, second.y - first.y
+    along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
+    return along >= _CLEAR and along > abs(across)

@@ -1,0 +1,77 @@
+"""Prompts of scenes, their metadata, and the words they are made of.
+
+Composition prompts carry GenEval's metadata: "include" lists the objects, and an object's "position" is a relation to
+an earlier one. Text prompts carry the text to be read, as OCR tasks do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from star_trainer.scenes.draw import PALETTE, RADII, SHAPES
+
+COLORS = tuple(PALETTE)
+RELATIONS = ("left of", "right of", "above", "below")
+COUNTS = {"two": 2, "three": 3}
+TASKS = ("composition", "text")
+WORDS = tuple(
+    """
+    ace aim art axe bay bed bee big bow box bus cab cap cat cow cup dog door dry duck east egg elk eye fan fig fish fly
+    fog fox frog game gift gold hat hive home ice ink iron ivy jam jar jet joy jump keg key kiwi lake lamp leaf lion
+    map milk moon mud nest note nut oak oil owl park pear pie pink pond quiz rain rock rose rug salt sea ship sky snow
+    star sun tax tea tent toy tree urn van vine wax west wolf wood yak yard zen zoo zip
+    """.split()
+)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One phrase of a composition prompt: how many of which shape."""
+
+    shape: str
+    color: str
+    count: int = 1
+    size: str | None = None
+
+    @property
+    def phrase(self) -> str:
+        number = next((word for word, n in COUNTS.items() if n == self.count), None)
+        start = number or ("an" if (self.size or self.color)[0] in "aeiou" else "a")
+        words = [start, *([self.size] if self.size else []), self.color, self.shape]
+        return " ".join(words) + (("es" if self.shape == "cross" else "s") if self.count > 1 else "")
+
+    def entry(self, position: tuple[str, int] | None = None) -> dict[str, Any]:
+        return {
+            "class": self.shape,
+            "count": self.count,
+            "color": self.color,
+            **({"size": self.size} if self.size else {}),
+            **({"position": list(position)} if position else {}),
+        }
+
+
+def describe(things: Sequence[Thing], relation: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Prompt and metadata of a composition; with a relation, the second thing stands in it to the first."""
+    if relation is not None:
+        first, second = things
+        entries = [first.entry(), second.entry((relation, 0))]
+        return f"{second.phrase} {relation} {first.phrase}", {"tag": "position", "include": entries}
+    *rest, last = (thing.phrase for thing in things)
+    prompt = f"{', '.join(rest)} and {last}" if rest else last
+    tag = "counting" if things[0].count > 1 else ("single", "two", "three")[len(things) - 1]
+    return prompt, {"tag": tag, "include": [thing.entry() for thing in things]}
+
+
+def describe_word(text: str, color: str, other: Thing | None = None) -> tuple[str, dict[str, Any]]:
+    """Prompt and metadata of a printed word, perhaps with a shape that the metadata does not ask for."""
+    prompt = f'the word "{text}" in {color}'
+    return (f"{prompt} and {other.phrase}" if other else prompt), {"tag": "text", "text": text}
+
+
+def vocabulary() -> list[str]:
+    """The words of all prompts but those in quotes."""
+    shapes = [*SHAPES, *(shape + ("es" if shape == "cross" else "s") for shape in SHAPES)]
+    relations = [word for relation in RELATIONS for word in relation.split()]
+    return list(dict.fromkeys([*shapes, *COLORS, *RADII, *COUNTS, *relations, *"a an and the word in".split()]))
