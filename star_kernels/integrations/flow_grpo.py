@@ -1,0 +1,247 @@
+"""Flow-GRPO's step and loss (github.com/yifan123/flow_grpo, arXiv 2505.05470) on the fused kernels.
+
+``sde_step_with_logprob`` has that repository's signature and return values. ``policy_loss`` is the block of its
+training scripts from the model's output to the loss, and ``step_loss`` the same with the scripts' own ``sample`` and
+``config``. None of them waits for a device. docs/flow-grpo.md shows the lines that change in a script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_kernels.integrations.layout import channel_dim_of, column, weights_like
+from star_kernels.integrations.record import RecordedMaps, record_maps
+from star_kernels.integrations.schedule import step_at
+from star_kernels.policy import PolicyLoss, sample_transition, weighted_policy_loss
+
+__all__ = [
+    "RecordedMaps",
+    "dense_sde_step_with_logprob",
+    "policy_loss",
+    "record_maps",
+    "sde_step_with_logprob",
+    "step_loss",
+]
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def sde_step_with_logprob(
+    self: Any,
+    model_output: Tensor,
+    timestep: Tensor | float,
+    sample: Tensor,
+    noise_level: float = 0.7,
+    prev_sample: Tensor | None = None,
+    generator: Generators = None,
+    sde_type: str = "sde",
+    return_sqrt_dt: bool = False,
+    *,
+    dense_log_prob: bool = False,
+    channel_dim: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Draws the next latent, or takes the given one, and gives its log-probability: Flow-GRPO's function.
+
+    Drawing is one fused kernel. With a ``prev_sample`` the result is differentiable in ``model_output``; a loss is
+    cheaper from :func:`policy_loss`, which needs neither the mean nor the log-probability in memory.
+
+    Args:
+        self: the scheduler, see :func:`star_kernels.integrations.schedule.step_at`; not changed.
+        model_output, sample: velocity and latent, ``[B, C, H, W]``, ``[B, C, F, H, W]`` or packed ``[B, S, C]``;
+            arithmetic and results are float32.
+        timestep: one of ``self.timesteps``, or ``[B]`` or ``[1]`` of them; others give NaN.
+        noise_level: 0 is the deterministic step.
+        prev_sample: the next latent, if it is known; else it is drawn with ``generator``, from the same random
+            numbers as in Flow-GRPO.
+        sde_type: "sde" or "cps" (Flow-CPS).
+        return_sqrt_dt: whether ``sqrt(-dt)`` is returned too.
+        dense_log_prob: the log-probability of every location, as a loss with weights needs it, instead of their mean.
+        channel_dim: the dimension of the channels, where it is not that of the layouts above.
+        backend: as in :func:`star_kernels.sample_transition`.
+
+    Returns:
+        ``(prev_sample, log_prob, prev_sample_mean, std_dev_t)`` and, if asked for, ``sqrt(-dt)``: log_prob ``[B]``, or
+        dense ``[B, *locations]``; the last two ``[B, 1, ...]``, or ``[1, 1, ...]`` for one timestep.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape or range; the message names it.
+    """
+    channel_dim = channel_dim_of(model_output, channel_dim)
+    step = step_at(self, timestep, sample, noise_level=noise_level, sde_type=sde_type)
+    transition = step.transition
+    model_output, sample = model_output.float(), sample.float()
+    mean_sample, mean_output = column(transition.mean_sample, sample), column(transition.mean_output, sample)
+    prev_sample_mean = torch.addcmul(mean_sample * sample, mean_output, model_output)
+    log_prob: Tensor | None = None
+    if prev_sample is None:
+        noise = _noise(model_output, generator)
+        prev_sample, log_prob = sample_transition(
+            model_output, sample, transition, noise=noise, channel_dim=channel_dim, backend=backend
+        )
+    else:
+        prev_sample = prev_sample.float()
+    if log_prob is None or prev_sample_mean.requires_grad:
+        squares = (prev_sample.detach() - prev_sample_mean).square()
+        density = column(transition.offset, sample) - column(transition.scale, sample) * squares
+        log_prob = density.mean(dim=channel_dim)
+    if not dense_log_prob:
+        log_prob = log_prob.flatten(1).mean(dim=1)
+    results = (prev_sample, log_prob, prev_sample_mean, column(step.std_dev_t, sample))
+    return (*results, column(step.sqrt_dt, sample)) if return_sqrt_dt else results
+
+
+dense_sde_step_with_logprob = partial(sde_step_with_logprob, dense_log_prob=True)  # for an import under the old name
+
+
+def policy_loss(
+    scheduler: Any,
+    model_output: Tensor,
+    timestep: Tensor | float,
+    sample: Tensor,
+    prev_sample: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    *,
+    noise_level: float = 0.7,
+    sde_type: str = "sde",
+    clip_range: float | tuple[float, float] = 1e-4,
+    adv_clip_max: float = 5.0,
+    beta: float = 0.0,
+    ref_model_output: Tensor | None = None,
+    old_model_output: Tensor | None = None,
+    old_prev_sample_mean: Tensor | None = None,
+    weights: Tensor | None = None,
+    channel_dim: int | None = None,
+    **options: Any,
+) -> PolicyLoss:
+    """Flow-GRPO's clipped loss with its KL penalty, from the velocity on, in one fused kernel each way.
+
+    Without weights it is the loss of Flow-GRPO's scripts; with weights their allocation over latent positions, see
+    :func:`star_kernels.weighted_policy_loss`, whose ``options`` (ratio, weighted_kl, step_weights, mask, reduction,
+    backend) are taken. With ``old_model_output`` or ``old_prev_sample_mean`` it is GRPO-Guard's (arXiv 2510.22319):
+    the ratio is normalised, and each sample's loss is divided by -dt.
+
+    Args:
+        scheduler, timestep, noise_level, sde_type: as in :func:`sde_step_with_logprob`.
+        model_output: velocity of the model in training (after guidance), as in :func:`sde_step_with_logprob`, in any
+            floating-point dtype; the gradient goes to it alone.
+        sample, prev_sample: latents before and after the step, of that shape.
+        old_log_prob: ``[B]`` of the rollout; ``[B, *locations]`` (``dense_log_prob=True``) where there are weights.
+        advantages: ``[B]``, clamped to ``+-adv_clip_max``.
+        clip_range: half-width of the ratio's trust region, or (below, above) one.
+        beta: coefficient of the KL penalty ``mean((mean - mean_ref)^2 / (2 std_dev_t^2))``.
+        ref_model_output: velocity of the reference model; read where beta is not 0.
+        old_model_output, old_prev_sample_mean: velocity of the rollout's model, or the mean it gave; at most one.
+        weights: ``[B, *locations]`` of mean one, or a grid ``[B, h, w]``: of patches, or of a packed latent's rows.
+
+    Returns:
+        ``(loss, metrics)``: the float32 loss and detached 0-dimensional tensors under the scripts' names:
+        ``policy_loss``, ``kl_loss`` (with beta), ``loss``, ``approx_kl``, ``clipfrac``, and ``ratio_mean``,
+        ``ratio_max``. For GRPO-Guard ``approx_kl`` is that of the normalised ratio.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype or range; the message names it.
+    """
+    if beta and ref_model_output is None:
+        raise ValueError(f"ref_model_output must be given where beta is not 0, got None and beta {beta}")
+    if old_model_output is not None and old_prev_sample_mean is not None:
+        raise ValueError("old_prev_sample_mean must be None where old_model_output is given, got both")
+    channel_dim = channel_dim_of(model_output, channel_dim)
+    step = step_at(scheduler, timestep, sample, noise_level=noise_level, sde_type=sde_type)
+    if old_prev_sample_mean is not None:
+        mean_sample, mean_output = (column(row, sample) for row in step.transition.coefficients[:2])
+        old_model_output = (old_prev_sample_mean.float() - mean_sample * sample.float()) / mean_output
+    if old_model_output is not None:
+        balance = step.sqrt_dt.square().reciprocal().expand(len(sample))
+        given = options.get("step_weights")
+        options = {**options, "step_weights": balance if given is None else balance * given}
+    loss, found = weighted_policy_loss(
+        model_output,
+        sample,
+        prev_sample,
+        old_log_prob.float(),
+        advantages.float(),
+        step.transition,
+        weights=weights_like(weights, model_output),
+        clip_range=clip_range,
+        advantage_clip=adv_clip_max,
+        ref_model_output=ref_model_output if beta else None,
+        kl_coef=beta,
+        old_model_output=old_model_output,
+        channel_dim=channel_dim,
+        **options,
+    )
+    metrics = {name: found[name] for name in ("policy_loss", "approx_kl", "ratio_mean", "ratio_max")}
+    metrics |= {"clipfrac": found["clip_fraction"], "loss": loss.detach()}
+    return PolicyLoss(loss, metrics | {"kl_loss": found["kl_loss"]} if beta else metrics)
+
+
+def step_loss(
+    scheduler: Any,
+    model_output: Tensor,
+    sample: Mapping[str, Tensor],
+    j: int,
+    config: Any,
+    ref_model_output: Tensor | None = None,
+    *,
+    info: MutableMapping[str, list[Tensor]] | None = None,
+    **options: Any,
+) -> Tensor:
+    """:func:`policy_loss` of step ``j``, with what Flow-GRPO's training scripts have at hand.
+
+    Args:
+        scheduler: ``pipeline.scheduler``.
+        model_output: velocity of the model in training, after guidance.
+        sample: the scripts' batch: "latents", "next_latents", "timesteps", "log_probs" and "advantages", each
+            ``[B, Steps, ...]``; with "weights" ``[B, Steps, h, w]`` the loss is allocated over them, and with
+            ``config.rationorm`` (GRPO-Guard) "prev_sample_mean" is read.
+        j: the number of the step in them.
+        config: of the scripts: ``sample.noise_level``, ``train.clip_range``, ``train.adv_clip_max``, ``train.beta``,
+            and ``sample.sde_type`` where it is set.
+        ref_model_output: velocity of the reference model, where ``train.beta`` is not 0.
+        info: the scripts' lists of metrics, which this step's are appended to.
+        options: of :func:`policy_loss`; they take precedence.
+
+    Raises:
+        KeyError: sample lacks a tensor. Else as :func:`policy_loss`.
+    """
+    names = ("timesteps", "latents", "next_latents", "log_probs", "advantages")
+    settings: dict[str, Any] = {
+        "noise_level": config.sample.noise_level,
+        "sde_type": getattr(config.sample, "sde_type", "sde"),
+        "clip_range": config.train.clip_range,
+        "adv_clip_max": config.train.adv_clip_max,
+        "beta": config.train.beta,
+        "weights": sample["weights"][:, j] if "weights" in sample else None,
+    }
+    if getattr(config, "rationorm", False):
+        settings["old_prev_sample_mean"] = sample["prev_sample_mean"][:, j]
+    step = (sample[name][:, j] for name in names)
+    loss, metrics = policy_loss(
+        scheduler, model_output, *step, ref_model_output=ref_model_output, **(settings | options)
+    )
+    if info is not None:
+        for name, value in metrics.items():
+            info[name].append(value)
+    return loss
+
+
+def _noise(like: Tensor, generator: Generators) -> Tensor:
+    """Standard normal float32, from the random numbers of diffusers' ``randn_tensor``: one generator, or one each."""
+    generators = generator if isinstance(generator, list) else [generator]
+    if len(generators) not in (1, len(like)):
+        raise ValueError(
+            f"generator must be one, or a list of one for each of the {len(like)} samples, got {len(generators)}"
+        )
+    shape = like.shape if len(generators) == 1 else (1, *like.shape[1:])
+    drawn = [
+        torch.randn(shape, generator=g, device=like.device if g is None else g.device, dtype=torch.float32)
+        for g in generators
+    ]
+    return (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).to(like.device)

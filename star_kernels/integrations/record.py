@@ -1,0 +1,61 @@
+"""The maps of a rollout, one for each forward pass of its denoising loop, and the weights they give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from star_kernels.allocation import allocate
+from star_kernels.capture import capture_maps
+from star_kernels.capture.family import unwrapped
+from star_kernels.selection import TokenSelection
+
+
+class RecordedMaps:
+    """Maps in the order of the forward passes: ``maps[i]`` is ``[B, G, h, w]``."""
+
+    def __init__(self) -> None:
+        self.maps: list[Tensor] = []
+
+    def weights(self, *, strength: float = 1.0, over: str = "step", cap: float | None = None) -> Tensor:
+        """Weights ``[B, Steps, h, w]`` of mean one, of the map of all groups together; options of :func:`allocate`.
+
+        Raises:
+            RuntimeError: nothing was recorded.
+        """
+        if not self.maps:
+            raise RuntimeError("no maps were recorded: the transformer did not run while record_maps was open")
+        maps = torch.stack([taken.sum(dim=1) for taken in self.maps], dim=1)  # [B, Steps, h, w]
+        return allocate(maps.flatten(2), strength=strength, over=over, cap=cap).view_as(maps)
+
+
+@contextmanager
+def record_maps(transformer: nn.Module, selection: TokenSelection, **options: Any) -> Iterator[RecordedMaps]:
+    """Records the attention maps of every forward pass of a diffusers transformer, for the length of a context.
+
+    Args:
+        transformer: the model that the rollout's pipeline runs, wrapped or not.
+        selection: the core tokens of each sample's prompt, on the model's device.
+        options: of :func:`star_kernels.capture.capture_maps`, such as ``cfg=None`` for a model without
+            classifier-free guidance, or ``blocks=...``.
+
+    Example:
+        >>> with record_maps(pipeline.transformer, selection) as recorded:
+        ...     images, latents, log_probs = pipeline_with_logprob(pipeline, ...)
+        >>> weights = recorded.weights()  # [B, Steps, h, w]
+    """
+    recorded = RecordedMaps()
+    with capture_maps(transformer, selection, **options) as capture:
+
+        def take(*_: object) -> None:
+            recorded.maps.append(capture.take())
+
+        hook = unwrapped(transformer).register_forward_hook(torch.compiler.disable(take))  # after the capture's own
+        try:
+            yield recorded
+        finally:
+            hook.remove()
