@@ -138,7 +138,7 @@ def rollout(
     *,
     steps: tuple[int, ...] = (0, 2, 5, 8),
     drift: float = 1.0,
-    advantages: tuple[float, ...] = (1.5, -0.7, 9.0, -0.2),
+    advantages: tuple[float, ...] = (1.5, -0.7, -9.0, -0.2),
 ) -> Rollout:
     generator = torch.Generator().manual_seed(0)
     shape = LAYOUTS[layout]
