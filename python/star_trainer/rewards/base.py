@@ -1,0 +1,52 @@
+"""What a reward is, what its scores look like, and how it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+Metadata = Mapping[str, Any]
+
+
+class RewardError(RuntimeError):
+    """A reward could not score a sample; the message names the reward, the sample and the cause."""
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores images by their prompts.
+
+    ``name`` stands in logs, in error messages and as the key of ``Scores.parts``.
+    """
+
+    name: str
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """The score of each image; higher is better.
+
+        Args:
+            images: float32 ``[N, 3, H, W]`` in 0..1 on the CPU.
+            prompts: N texts.
+            metadata: each prompt's own record: a GenEval line, ``{"text": ...}`` for text rendering, ``{}`` for a plain
+                prompt.
+
+        Returns:
+            float32 ``[N]`` on the CPU. NaN says that a sample could not be scored.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a batch.
+
+    Args:
+        total: float32 ``[N]``, what the policy is trained on.
+        parts: each reward's own scores by its name, float32 ``[N]``, before weighting.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]

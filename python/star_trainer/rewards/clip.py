@@ -1,0 +1,107 @@
+"""A CLIP model: normalised features of images and texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from star_trainer.rewards.extras import require
+from star_trainer.rewards.images import slices
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_TOKENS = 77
+
+
+class Clip:
+    """CLIP through transformers, in float32 unless told otherwise.
+
+    Args:
+        model: name on the Hugging Face hub or a local folder; the weights must be safetensors.
+        reward: the reward that needs it, for error messages.
+        processor: name or folder of the processor; None is the model's own.
+        device: where the model runs.
+        batch_size: images or texts in a forward pass.
+        dtype: of the weights.
+
+    Raises:
+        ImportError: transformers is not installed.
+        OSError: there is no such model, or it has no safetensors.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        reward: str,
+        processor: str | os.PathLike[str] | None = None,
+        device: str | torch.device = "cpu",
+        batch_size: int = 32,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        transformers = require("transformers", reward)
+        require("PIL.Image", reward)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self.processor = transformers.CLIPProcessor.from_pretrained(model if processor is None else processor)
+        self.model = transformers.CLIPModel.from_pretrained(model, use_safetensors=True)
+        self.model.to(device=self.device, dtype=dtype).eval().requires_grad_(False)
+
+    @property
+    def scale(self) -> float:
+        """What the cosine similarity is multiplied by to give CLIP's logits."""
+        return float(self.model.logit_scale.exp())
+
+    @property
+    def width(self) -> int:
+        """Length of the features."""
+        return int(self.model.config.projection_dim)
+
+    @torch.inference_mode()
+    def images(self, images: Sequence[Image]) -> Tensor:
+        """Features of length 1, float32 ``[N, width]`` on the CPU, after the processor's resizing and cropping."""
+        features = []
+        for part in slices(len(images), self.batch_size):
+            inputs = self.processor(images=list(images[part]), return_tensors="pt")
+            pixels = inputs["pixel_values"].to(self.device, self.dtype)
+            features.append(_pooled(self.model.get_image_features(pixel_values=pixels)))
+        return self._joined(features)
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Features of length 1, float32 ``[N, width]`` on the CPU; a text counts up to 77 tokens."""
+        features = []
+        for part in slices(len(texts), self.batch_size):
+            inputs = self.processor(
+                text=list(texts[part]), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+            ).to(self.device)
+            features.append(
+                _pooled(
+                    self.model.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+                )
+            )
+        return self._joined(features)
+
+    def similarity(self, images: Sequence[Image], texts: Sequence[str]) -> Tensor:
+        """Cosine of each image and its text, float32 ``[N]`` on the CPU."""
+        return (self.images(images) * self.texts(texts)).sum(-1)
+
+    def _joined(self, features: list[Tensor]) -> Tensor:
+        if not features:
+            return torch.empty(0, self.width)
+        return normalize(torch.cat(features).float(), dim=-1).cpu()
+
+
+def _pooled(output: Any) -> Tensor:
+    """The projected features: a tensor in transformers 4, within an output in transformers 5."""
+    features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return features

@@ -1,0 +1,117 @@
+"""GenEval as a reward: objects, counts, colours and positions, seen by a detector and CLIP."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from star_trainer.rewards import geneval_rules as rules
+from star_trainer.rewards.base import Metadata
+from star_trainer.rewards.clip import Clip
+from star_trainer.rewards.geneval_colors import ColorClassifier
+from star_trainer.rewards.geneval_detector import Mask2Former
+from star_trainer.rewards.geneval_task import Task, read_task
+from star_trainer.rewards.images import to_pil
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SCORES = ("correct", "strict", "graded")
+
+
+class GenEval:
+    """Whether an image shows what a line of GenEval's metadata asks for.
+
+    Args:
+        score: "correct": 1 or 0, GenEval's own verdict (:func:`geneval_rules.judge`); "strict": 1 or 0, with counts that must
+            be met exactly, the verdict that Flow-GRPO logs as strict accuracy; "graded": the share of conditions that
+            hold, the reward that Flow-GRPO trains on (:func:`geneval_rules.grade`).
+        detector: name or folder of a Mask2Former with its image processor.
+        clip: name or folder of the CLIP that tells colours.
+        device: where both run.
+        batch_size: images in a forward pass of the detector.
+        resize: shortest and longest edge of the detector's input; None is what its image processor says.
+        threshold: confidence that an object must exceed.
+        counting_threshold: the same for tasks with the tag "counting".
+        max_objects: the most objects of a class that count.
+        max_overlap: see :func:`geneval_rules.keep`.
+        position_threshold: see :func:`geneval_rules.relations`.
+
+    Raises:
+        ValueError: an unknown ``score``.
+        ImportError: transformers or pillow is not installed.
+        OSError: there is no such model.
+    """
+
+    name = "geneval"
+
+    def __init__(
+        self,
+        *,
+        score: Literal["correct", "strict", "graded"] = "correct",
+        detector: str | os.PathLike[str] = "facebook/mask2former-swin-small-coco-instance",
+        clip: str | os.PathLike[str] = "openai/clip-vit-large-patch14",
+        device: str | torch.device = "cpu",
+        batch_size: int = 8,
+        resize: tuple[int, int] | None = (800, 1333),
+        threshold: float = rules.THRESHOLD,
+        counting_threshold: float = rules.COUNTING_THRESHOLD,
+        max_objects: int = rules.MAX_OBJECTS,
+        max_overlap: float = rules.MAX_OVERLAP,
+        position_threshold: float = rules.POSITION_THRESHOLD,
+    ) -> None:
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+        self.score = score
+        self.threshold = threshold
+        self.counting_threshold = counting_threshold
+        self.max_objects = max_objects
+        self.max_overlap = max_overlap
+        self.position_threshold = position_threshold
+        self._detect = Mask2Former(detector, device=device, batch_size=batch_size, resize=resize)
+        self._color = ColorClassifier(Clip(clip, reward=self.name, device=device))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """The scores.
+
+        Raises:
+            ValueError: metadata that is not GenEval's, or a class that the detector does not know.
+        """
+        verdicts = self.verdicts(images, metadata)
+        return torch.tensor([v.score if self.score == "graded" else float(v.correct) for v in verdicts])
+
+    def verdicts(self, images: Tensor, metadata: Sequence[Metadata]) -> list[rules.Verdict]:
+        """The verdict on each image, with reasons. Raises as the call does."""
+        tasks = [self._task(record) for record in metadata]
+        pictures = to_pil(images, self.name)
+        floors = [self._threshold(task) for task in tasks]
+        found = self._detect(pictures, floors)
+        return [self._verdict(*case) for case in zip(pictures, tasks, floors, found, strict=True)]
+
+    def _verdict(
+        self, image: Image, task: Task, floor: float, found: dict[str, list[rules.Detection]]
+    ) -> rules.Verdict:
+        objects = {
+            noun: rules.keep(
+                found.get(noun, ()), threshold=floor, max_objects=self.max_objects, max_overlap=self.max_overlap
+            )
+            for noun in task.nouns
+        }
+        decide = rules.judge if self.score == "correct" else rules.grade
+        colors = partial(self._color, image)
+        return decide(objects, task, colors, position_threshold=self.position_threshold)
+
+    def _task(self, record: Metadata) -> Task:
+        task = read_task(record)
+        unknown = sorted(task.nouns - set(self._detect.classes))
+        if unknown:
+            raise ValueError(f"the detector knows no {', '.join(unknown)}; it knows {', '.join(self._detect.classes)}")
+        return task
+
+    def _threshold(self, task: Task) -> float:
+        return self.counting_threshold if task.tag == "counting" else self.threshold

@@ -1,0 +1,136 @@
+"""Finds GenEval's objects with Mask2Former.
+
+GenEval runs mmdetection's Mask2Former (Swin-S, COCO instances); here it is transformers' one, with the input size and
+the post-processing of mmdetection (``maskformer_fusion_head.py``, ``instance_postprocess``): masks and boxes at the
+image's own size, confidence = class probability times the mean mask probability within the mask.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from star_trainer.rewards.extras import require
+from star_trainer.rewards.geneval_rules import Detection
+from star_trainer.rewards.images import slices
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_INSTANCES = 100  # candidates per image, mmdetection's max_per_image
+_COCO_TO_GENEVAL = {
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+    "hair dryer": "hair drier",
+    "motorbike": "motorcycle",  # the last six as in the names of Pascal VOC, which some checkpoints carry
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+}
+
+
+class Mask2Former:
+    """Instance segmentation by ``AutoModelForUniversalSegmentation``.
+
+    Args:
+        model: name on the Hugging Face hub or a local folder, weights (safetensors) and image processor. The classes
+            are those of its ``id2label``.
+        device: where the model runs.
+        batch_size: images in a forward pass.
+        resize: shortest and longest edge that images are brought to; None is what the image processor says.
+
+    Raises:
+        ImportError: transformers or pillow is not installed.
+        OSError: there is no such model.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "cpu",
+        batch_size: int = 8,
+        resize: tuple[int, int] | None = (800, 1333),
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        transformers = require("transformers", "geneval")
+        require("PIL.Image", "geneval")
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self._size = None if resize is None else {"shortest_edge": resize[0], "longest_edge": resize[1]}
+        self._processor = transformers.AutoImageProcessor.from_pretrained(model)
+        self._model = transformers.AutoModelForUniversalSegmentation.from_pretrained(model, use_safetensors=True)
+        self._model.to(device=self.device, dtype=torch.float32).eval().requires_grad_(False)
+        labels = {int(index): str(label) for index, label in self._model.config.id2label.items()}
+        self.classes = [_COCO_TO_GENEVAL.get(labels[i], labels[i]) for i in range(len(labels))]
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image], floors: Sequence[float]) -> list[dict[str, list[Detection]]]:
+        """What each image shows, by class.
+
+        Args:
+            images: of any sizes.
+            floors: for each image, the confidence that its detections must exceed.
+        """
+        found: list[dict[str, list[Detection]]] = []
+        for part in slices(len(images), self.batch_size):
+            size = {} if self._size is None else {"size": self._size}
+            inputs = self._processor(images=list(images[part]), return_tensors="pt", **size).to(self.device)
+            output = self._model(**inputs)
+            padded = inputs["pixel_values"].shape[-2:]
+            seen = inputs["pixel_mask"].flatten(1).unflatten(1, padded)
+            for i, (image, floor) in enumerate(zip(images[part], floors[part], strict=True)):
+                masks = interpolate(output.masks_queries_logits[i][None], padded, mode="bilinear")[0]
+                inside = masks[:, : int(seen[i].any(1).sum()), : int(seen[i].any(0).sum())]
+                found.append(self._named(output.class_queries_logits[i], inside, (image.height, image.width), floor))
+        return found
+
+    def _named(
+        self, class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], floor: float
+    ) -> dict[str, list[Detection]]:
+        named: dict[str, list[Detection]] = {}
+        for label, detection in instances(class_logits, mask_logits, size, floor):
+            named.setdefault(self.classes[label], []).append(detection)
+        return named
+
+
+def instances(
+    class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], floor: float
+) -> list[tuple[int, Detection]]:
+    """The instances of one image, with their labels.
+
+    Args:
+        class_logits: ``[Q, C + 1]``, the last column for no object.
+        mask_logits: ``[Q, h, w]`` over the image.
+        size: height and width of the image, which masks and boxes refer to.
+        floor: the confidence to exceed. The class probability bounds it from above, so that masks are made for few.
+
+    Returns:
+        Labels and detections, at most ``MAX_INSTANCES``; a query may come with several labels. A box spans its mask:
+        the first column and row with a pixel, and those after the last.
+    """
+    probabilities = class_logits.float().softmax(-1)[:, :-1]
+    classes = probabilities.shape[1]
+    best, flat = probabilities.flatten().topk(min(MAX_INSTANCES, probabilities.numel()))
+    found = []
+    for probability, index in zip(best.tolist(), flat.tolist(), strict=True):
+        if probability <= floor:
+            break
+        logits = interpolate(mask_logits[index // classes][None, None].float(), size, mode="bilinear")[0, 0]
+        mask = logits > 0
+        score = probability * float((logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6))
+        if score <= floor:
+            continue
+        columns, rows = (mask.any(axis).nonzero().flatten().tolist() for axis in (0, 1))
+        box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
+        found.append((index % classes, Detection(box, score, mask.cpu())))
+    return found

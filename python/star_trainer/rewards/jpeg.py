@@ -1,0 +1,37 @@
+"""JPEG compressibility: the smaller the file, the better. A reward without a model, to try a training loop with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from star_trainer.rewards.base import Metadata
+from star_trainer.rewards.images import encode, to_pil
+
+
+class JpegCompressibility:
+    """``-size / divisor``, with the size of the JPEG file in kilobytes (1000 bytes).
+
+    Args:
+        quality: JPEG quality, 1..95.
+        divisor: 500 is Flow-GRPO's reward (``flow_grpo/rewards.py``), 1 is ddpo's (``ddpo_pytorch/rewards.py``).
+
+    Raises:
+        ValueError: a quality outside 1..95, or a divisor that is not positive.
+    """
+
+    name = "jpeg-compressibility"
+
+    def __init__(self, *, quality: int = 95, divisor: float = 500.0) -> None:
+        if not 1 <= quality <= 95:
+            raise ValueError(f"quality must be in 1..95, got {quality}")
+        if not divisor > 0:
+            raise ValueError(f"divisor must be positive, got {divisor}")
+        self.quality = quality
+        self.divisor = divisor
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        sizes = [len(encode(image, "JPEG", quality=self.quality)) for image in to_pil(images, self.name)]
+        return torch.tensor(sizes, dtype=torch.float32) / (-1000 * self.divisor)

@@ -1,0 +1,91 @@
+"""Text rendering: how much of the wanted text a recogniser reads in the image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_kernels.prompts import quoted_text
+from star_trainer.rewards.base import Metadata
+from star_trainer.rewards.extras import require
+from star_trainer.rewards.images import to_uint8
+
+
+class Ocr:
+    """``1 - distance / length`` of the wanted text, 0..1: Flow-GRPO's reward (``flow_grpo/ocr.py``), read by RapidOCR.
+
+    Flow-GRPO reads with PaddleOCR 2 and no classifier of the text's orientation; RapidOCR runs models of the same
+    family, which come with its package, on the CPU. Lines that it is less than half sure of do not count in either.
+
+    Args:
+        threads: of onnxruntime; None is all cores.
+        params: RapidOCR's own settings by dotted name, say ``{"Global.text_score": 0.3}``.
+
+    Raises:
+        ImportError: rapidocr or onnxruntime is not installed.
+    """
+
+    name = "ocr"
+
+    def __init__(self, *, threads: int | None = None, params: Mapping[str, Any] | None = None) -> None:
+        rapidocr = require("rapidocr", self.name)
+        require("onnxruntime", self.name)
+        settings = {
+            "Global.use_cls": False,
+            "Global.log_level": "error",  # it warns of every image without text
+            "EngineConfig.onnxruntime.intra_op_num_threads": -1 if threads is None else threads,
+        }
+        self._reader = rapidocr.RapidOCR(params={**settings, **(params or {})})
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        wanted = [target_text(prompt, record) for prompt, record in zip(prompts, metadata, strict=True)]
+        read = [self.read(image) for image in images]
+        return torch.tensor([text_score(seen, text) for seen, text in zip(read, wanted, strict=True)])
+
+    def read(self, image: Tensor) -> str:
+        """The lines of text in an image, float ``[3, H, W]`` in 0..1, from top to bottom, joined by spaces."""
+        pixels = to_uint8(image[None])[0].flip(-1).contiguous()  # the reader takes BGR
+        return " ".join(self._reader(pixels.numpy()).txts or ())
+
+
+def target_text(prompt: str, metadata: Metadata) -> str:
+    """What the image is to show in writing: ``metadata["text"]``, else the first quoted part of the prompt.
+
+    Raises:
+        ValueError: there is neither, or it is blank.
+    """
+    text = metadata.get("text")
+    if text is None:
+        quoted = quoted_text(prompt).names
+        if not quoted:
+            raise ValueError(f'ocr needs metadata with a "text" or a prompt that quotes one, got {prompt!r}')
+        text = quoted[0]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'ocr needs a "text" that is not blank, got {text!r}')
+    return text
+
+
+def text_score(read: str, wanted: str) -> float:
+    """Flow-GRPO's score of a recognised text, in 0..1.
+
+    Both texts lose their spaces and capitals. The score is 1 if the wanted text is part of the other; else one minus
+    the edit distance over the wanted text's length, and not below 0.
+    """
+    read, wanted = ("".join(text.split()).lower() for text in (read, wanted))
+    if wanted in read:
+        return 1.0
+    return 1 - min(edit_distance(read, wanted), len(wanted)) / len(wanted)
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein's distance: the fewest insertions, deletions and substitutions that turn ``a`` into ``b``."""
+    previous = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(previous[j] + 1, row[j - 1] + 1, previous[j - 1] + (x != y)))
+        previous = row
+    return previous[-1]

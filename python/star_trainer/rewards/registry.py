@@ -1,0 +1,127 @@
+"""Makes rewards from names, import paths and addresses."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any, cast
+
+from star_trainer.rewards.base import Reward
+from star_trainer.rewards.remote import RemoteReward, public_address
+from star_trainer.rewards.weighted import WeightedSum, check_weight
+
+BUILT_IN = {
+    "scene": "star_trainer.scenes:SceneReward",
+    "geneval": "star_trainer.rewards.geneval:GenEval",
+    "ocr": "star_trainer.rewards.ocr:Ocr",
+    "pickscore": "star_trainer.rewards.pickscore:PickScore",
+    "clipscore": "star_trainer.rewards.clipscore:ClipScore",
+    "aesthetic": "star_trainer.rewards.aesthetic:Aesthetic",
+    "jpeg-compressibility": "star_trainer.rewards.jpeg:JpegCompressibility",
+}
+
+
+def build(
+    weights: Mapping[str, float],
+    *,
+    device: str = "cpu",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> WeightedSum:
+    """The weighted sum of rewards.
+
+    Args:
+        weights: a weight by key. A key is
+
+            - the name of a built-in reward (``BUILT_IN``);
+            - ``"package.module:attribute"``: a :class:`Reward`, or a class or function that is called with the key's
+              options and returns one;
+            - an ``http://`` or ``https://`` address (:class:`RemoteReward`).
+        device: where models run; passed on as ``device`` to whatever has a parameter of that name.
+        options: keyword arguments by key.
+
+    Returns:
+        The sum. Its parts are named by their built-in name, else by the reward's own ``name``; a name that comes again
+        gets a number ("mine", "mine-2").
+
+    Raises:
+        ValueError: a key of none of these kinds, options for a key that has no weight or that the reward does not
+            take, or no weights.
+        TypeError: what a path leads to is no reward.
+        ImportError: a package is missing.
+    """
+    options = options or {}
+    stray = sorted(set(options) - set(weights))
+    if stray:
+        raise ValueError(f"options must be for rewards with a weight ({', '.join(weights)}), got some for {stray}")
+    rewards: dict[str, Reward] = {}
+    named: dict[str, float] = {}
+    for key, weight in weights.items():
+        checked = check_weight(key, weight)
+        reward = _make(key, device, options.get(key, {}))
+        name = _free_name(key if key in BUILT_IN else reward.name, rewards)
+        rewards[name], named[name] = reward, checked
+    return WeightedSum(rewards, named)
+
+
+def _make(key: str, device: str, options: Mapping[str, Any]) -> Reward:
+    if key in BUILT_IN:
+        return _instance(key, _load(BUILT_IN[key]), device, options)
+    if key.startswith(("http://", "https://")):
+        return _instance(public_address(key), RemoteReward, device, {"url": key, **options})
+    module, colon, attribute = key.partition(":")
+    if colon and attribute and all(part.isidentifier() for part in f"{module}.{attribute}".split(".")):
+        return _instance(key, _load(key), device, options)
+    raise ValueError(
+        f"unknown reward {key!r}: it must be one of {', '.join(BUILT_IN)}, a 'package.module:attribute', or an http(s) "
+        "address"
+    )
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    found = importlib.import_module(module)
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise ValueError(f"no {attribute!r} in the module {module!r}")
+        found = getattr(found, name)
+    return found
+
+
+def _instance(key: str, found: Any, device: str, options: Mapping[str, Any]) -> Reward:
+    if not isinstance(found, type) and _is_reward(found):
+        if options:
+            raise ValueError(f"options of {key!r} must be empty: it is a reward already, got {dict(options)!r}")
+        return cast(Reward, found)
+    if not callable(found):
+        raise TypeError(f"{key!r} must lead to a reward, a class or a function, got {type(found).__name__}")
+    keywords = dict(options)
+    try:
+        signature = inspect.signature(found)
+    except ValueError:  # some built-in callables have none
+        return _checked(key, found(**keywords))
+    if "device" in signature.parameters:
+        keywords.setdefault("device", device)
+    try:
+        signature.bind(**keywords)
+    except TypeError as error:
+        raise ValueError(f"options of {key!r} must fit {found.__name__}{signature}: {error}") from None
+    return _checked(key, found(**keywords))
+
+
+def _checked(key: str, made: Any) -> Reward:
+    if not _is_reward(made):
+        raise TypeError(f"{key!r} must make a reward (a callable with a name), got {type(made).__name__}")
+    return cast(Reward, made)
+
+
+def _is_reward(candidate: Any) -> bool:
+    return callable(candidate) and isinstance(getattr(candidate, "name", None), str)
+
+
+def _free_name(name: str, taken: Mapping[str, Reward]) -> str:
+    number, free = 1, name
+    while free in taken:
+        number += 1
+        free = f"{name}-{number}"
+    return free

@@ -1,0 +1,84 @@
+"""A weighted sum of rewards that keeps each part's scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from star_trainer.rewards.base import Metadata, Reward, RewardError, Scores
+
+
+class WeightedSum:
+    """``sum_k weight_k * reward_k``.
+
+    Args:
+        rewards: the parts by name.
+        weights: a weight for each of them. A part of weight 0 is scored and reported, and leaves the total alone even
+            where it has no score (NaN).
+        name: the name of the sum itself.
+
+    Raises:
+        ValueError: no parts, names that differ between the two, or a weight that is not a finite number.
+    """
+
+    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float], *, name: str = "sum") -> None:
+        if not rewards:
+            raise ValueError("rewards must hold at least one reward, got none")
+        if set(rewards) != set(weights):
+            raise ValueError(f"weights must name the rewards {sorted(rewards)}, got {sorted(weights)}")
+        self.rewards = dict(rewards)
+        self.weights = {key: check_weight(key, weights[key]) for key in rewards}
+        self.name = name
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """The total, float32 ``[N]``."""
+        return self.scores(images, prompts, metadata).total
+
+    def scores(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
+        """The total and its parts.
+
+        Raises:
+            RewardError: a part returned something else than one real number for each image.
+        """
+        parts = {}
+        for key, reward in self.rewards.items():
+            answer = reward(images, prompts, metadata)
+            problem = problem_with(answer, len(images))
+            if problem:
+                raise RewardError(f"reward {key!r} {problem}")
+            parts[key] = as_scores(answer)
+        return self.combine(parts)
+
+    def combine(self, parts: Mapping[str, Tensor]) -> Scores:
+        """The total of parts that have been scored."""
+        total = torch.zeros_like(next(iter(parts.values())))
+        for key, weight in self.weights.items():
+            if weight:
+                total = total + weight * parts[key]
+        return Scores(total, dict(parts))
+
+
+def check_weight(key: str, weight: object) -> float:
+    """The weight as a float; ValueError if it is no finite number."""
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise ValueError(f"weights must be finite numbers, got {weight!r} for {key!r}")
+    return float(weight)
+
+
+def problem_with(answer: object, count: int) -> str | None:
+    """What is wrong with a reward's answer for ``count`` images, or None."""
+    if not isinstance(answer, Tensor):
+        return f"returned {type(answer).__name__}, expected a tensor of shape ({count},)"
+    if tuple(answer.shape) != (count,):
+        return f"returned a tensor of shape {tuple(answer.shape)}, expected ({count},)"
+    if answer.is_complex():
+        return f"returned {answer.dtype}, expected real numbers"
+    return None
+
+
+def as_scores(answer: Tensor) -> Tensor:
+    """A copy in float32 on the CPU, free of any graph and of the buffer that the reward may use again."""
+    return answer.detach().to("cpu", torch.float32, copy=True)
