@@ -1,0 +1,100 @@
+"""A rollout's maps are recorded pass by pass, and give weights of mean one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("diffusers")
+
+import diffusers
+
+from star_kernels import TokenSelection, allocate
+from star_kernels.capture import capture_maps
+from star_kernels.integrations.flow_grpo import record_maps
+
+ROWS, COLUMNS, TEXT, BATCH = 4, 6, 5, 2
+SELECTION = TokenSelection.from_positions([[[0], [1, 2]], [[3], []]])
+
+
+def sd3() -> tuple[nn.Module, Any, TokenSelection]:
+    torch.manual_seed(0)
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=16,
+        pos_embed_max_size=16,
+    )  # fmt: skip
+
+    def inputs(seed: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            "hidden_states": torch.randn(2 * BATCH, 4, 2 * ROWS, 2 * COLUMNS, generator=generator),
+            "encoder_hidden_states": torch.randn(2 * BATCH, TEXT, 32, generator=generator),
+            "pooled_projections": torch.randn(2 * BATCH, 16, generator=generator),
+            "timestep": torch.full((2 * BATCH,), 500.0),
+        }
+
+    return model.eval(), inputs, SELECTION.shift(ROWS * COLUMNS)
+
+
+@torch.no_grad()
+def test_every_pass_is_recorded_as_it_is_captured() -> None:
+    model, inputs, selection = sd3()
+    with record_maps(model, selection) as recorded:
+        for seed in range(3):
+            model(**inputs(seed))
+    assert len(recorded.maps) == 3
+    for seed, maps in enumerate(recorded.maps):
+        with capture_maps(model, selection) as capture:
+            model(**inputs(seed))
+        assert torch.equal(maps, capture.value)
+    model(**inputs(4))
+    assert len(recorded.maps) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("over", ["step", "trajectory"])
+def test_weights_are_the_allocation_of_all_groups_together(over: str) -> None:
+    model, inputs, selection = sd3()
+    with record_maps(model, selection) as recorded:
+        for seed in range(3):
+            model(**inputs(seed))
+    weights = recorded.weights(strength=0.5, over=over, cap=1.2)
+    assert weights.shape == (BATCH, 3, ROWS, COLUMNS)
+    mass = torch.stack([maps.sum(dim=1) for maps in recorded.maps], dim=1).flatten(2)
+    assert torch.equal(weights.flatten(2), allocate(mass, strength=0.5, over=over, cap=1.2))
+    torch.testing.assert_close(weights.mean(dim=(2, 3) if over == "step" else (1, 2, 3)).mean(), torch.tensor(1.0))
+
+
+@torch.no_grad()
+def test_a_model_under_peft_and_its_own_hooks_is_recorded_and_left_as_it_was() -> None:
+    peft = pytest.importorskip("peft")
+    model, inputs, selection = sd3()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["attn.to_q"]))
+    before = adapted(**inputs(0))[0]
+    with record_maps(adapted, selection) as recorded:
+        torch.testing.assert_close(adapted(**inputs(0))[0], before, rtol=0, atol=1e-5)
+    assert recorded.maps
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_an_exception_ends_the_recording() -> None:
+    model, inputs, selection = sd3()
+    broken = {**inputs(0), "encoder_hidden_states": None}
+    with pytest.raises((TypeError, AttributeError)), record_maps(model, selection) as recorded:
+        model(**broken)
+    model(**inputs(1))
+    assert recorded.maps == []
+
+
+def test_nothing_recorded_is_said() -> None:
+    model, _, selection = sd3()
+    with record_maps(model, selection) as recorded:
+        pass
+    with pytest.raises(RuntimeError, match="no maps were recorded: the transformer did not run"):
+        recorded.weights()
