@@ -28,9 +28,9 @@ class GenEval:
     """Whether an image shows what a line of GenEval's metadata asks for.
 
     Args:
-        score: "correct": 1 or 0, GenEval's own verdict (:func:`geneval_rules.judge`); "strict": 1 or 0, with counts that must
+        score: "correct": 1 or 0, GenEval's own verdict (``judge``); "strict": 1 or 0, with counts that must
             be met exactly, the verdict that Flow-GRPO logs as strict accuracy; "graded": the share of conditions that
-            hold, the reward that Flow-GRPO trains on (:func:`geneval_rules.grade`).
+            hold, the reward that Flow-GRPO trains on (``grade``).
         detector: name or folder of a Mask2Former with its image processor.
         clip: name or folder of the CLIP that tells colours.
         device: where both run.
@@ -44,7 +44,7 @@ class GenEval:
 
     Raises:
         ValueError: an unknown ``score``.
-        ImportError: transformers or pillow is not installed.
+        ImportError: transformers, scipy or pillow is not installed.
         OSError: there is no such model.
     """
 

@@ -48,7 +48,7 @@ class Mask2Former:
         resize: shortest and longest edge that images are brought to; None is what the image processor says.
 
     Raises:
-        ImportError: transformers or pillow is not installed.
+        ImportError: transformers, scipy or pillow is not installed.
         OSError: there is no such model.
     """
 
@@ -64,6 +64,7 @@ class Mask2Former:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         transformers = require("transformers", "geneval")
         require("PIL.Image", "geneval")
+        require("scipy", "geneval")  # which transformers' Mask2Former asks for
         self.device = torch.device(device)
         self.batch_size = batch_size
         self._size = None if resize is None else {"shortest_edge": resize[0], "longest_edge": resize[1]}
@@ -87,7 +88,7 @@ class Mask2Former:
             inputs = self._processor(images=list(images[part]), return_tensors="pt", **size).to(self.device)
             output = self._model(**inputs)
             padded = inputs["pixel_values"].shape[-2:]
-            seen = inputs["pixel_mask"].flatten(1).unflatten(1, padded)
+            seen = inputs["pixel_mask"].bool()  # [N, H, W], False where a smaller image is padded
             for i, (image, floor) in enumerate(zip(images[part], floors[part], strict=True)):
                 masks = interpolate(output.masks_queries_logits[i][None], padded, mode="bilinear")[0]
                 inside = masks[:, : int(seen[i].any(1).sum()), : int(seen[i].any(0).sum())]

@@ -1,0 +1,184 @@
+"""Rewards from names, import paths and addresses; their weighted sum."""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from star_trainer.rewards import BUILT_IN, Reward, RewardError, WeightedSum, build
+from star_trainer.rewards.jpeg import JpegCompressibility
+
+
+class Constant:
+    name = "constant"
+
+    def __init__(self, *, value: float = 1.0, device: str = "nowhere") -> None:
+        self.value = value
+        self.device = device
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Tensor:
+        return torch.full((len(images),), self.value)
+
+
+@pytest.fixture(autouse=True)
+def mine() -> Iterator[types.ModuleType]:
+    """A module of the user's."""
+    module = types.ModuleType("mine")
+    module.Constant = Constant
+    module.ready = Constant(value=7.0)
+    module.make = lambda scale: Constant(value=10 * scale)
+    module.nothing = lambda: None
+    module.number = 3
+    sys.modules["mine"] = module
+    yield module
+    del sys.modules["mine"]
+
+
+def test_a_built_in_reward_is_made_with_its_options() -> None:
+    total = build({"jpeg-compressibility": 0.5}, options={"jpeg-compressibility": {"divisor": 1.0}})
+    reward = total.rewards["jpeg-compressibility"]
+    assert isinstance(reward, JpegCompressibility)
+    assert isinstance(reward, Reward)
+    assert reward.divisor == 1.0
+    assert total.weights == {"jpeg-compressibility": 0.5}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_name_leads_to_a_reward_of_that_name(name: str) -> None:
+    module, _, attribute = BUILT_IN[name].partition(":")
+    found = getattr(pytest.importorskip(module), attribute)
+    assert found.name == name
+
+
+def test_models_are_not_imported_with_the_package() -> None:
+    import subprocess
+
+    code = "import sys, star_trainer.rewards; print(sorted({'transformers', 'rapidocr', 'PIL'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment())
+    assert run.stdout.strip() == "[]"
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def test_a_path_leads_to_a_class_a_function_or_a_reward(images: Tensor) -> None:
+    options = {"mine:Constant": {"value": 2.0}, "mine:make": {"scale": 3.0}}
+    total = build({"mine:Constant": 1.0, "mine:make": 1.0, "mine:ready": 1.0}, options=options)
+    scores = total.scores(images, [""] * 4, [{}] * 4)
+    assert {name: values.tolist()[0] for name, values in scores.parts.items()} == {
+        "constant": 2.0,
+        "constant-2": 30.0,
+        "constant-3": 7.0,
+    }
+    assert scores.total.tolist() == [39.0] * 4
+
+
+def test_the_device_goes_to_whatever_takes_one() -> None:
+    assert build({"mine:Constant": 1.0}, device="meta").rewards["constant"].device == "meta"
+    chosen = build({"mine:Constant": 1.0}, device="meta", options={"mine:Constant": {"device": "cpu"}})
+    assert chosen.rewards["constant"].device == "cpu"
+
+
+def test_an_address_makes_a_remote_reward_named_by_host_and_path() -> None:
+    total = build({"http://127.0.0.1:9/score?key=secret": 1.0})
+    assert list(total.rewards) == ["127.0.0.1:9/score"]
+
+
+@pytest.mark.parametrize("key", ["nosuch", "geneval ", "file:///etc", "mine:", ":mine", "not a path:x", "ftp://x/y"])
+def test_an_unknown_key_is_refused_with_what_is_accepted(key: str) -> None:
+    with pytest.raises(ValueError, match="jpeg-compressibility, a 'package.module:attribute', or an http") as caught:
+        build({key: 1.0})
+    assert repr(key) in str(caught.value)
+
+
+def test_wrong_options_name_the_reward_and_what_it_takes() -> None:
+    with pytest.raises(ValueError, match=r"options of 'mine:Constant' must fit Constant\(.*value.*'colour'"):
+        build({"mine:Constant": 1.0}, options={"mine:Constant": {"colour": 1}})
+    with pytest.raises(ValueError, match="it is a reward already"):
+        build({"mine:ready": 1.0}, options={"mine:ready": {"value": 1}})
+    with pytest.raises(ValueError, match=r"got some for \['ocr'\]"):
+        build({"mine:ready": 1.0}, options={"ocr": {}})
+
+
+def test_wrong_options_of_an_address_do_not_show_its_query() -> None:
+    with pytest.raises(ValueError, match="must fit") as caught:
+        build({"http://host/x?key=secret": 1.0}, options={"http://host/x?key=secret": {"color": 1}})
+    assert "secret" not in str(caught.value)
+
+
+def test_what_is_no_reward_is_refused() -> None:
+    with pytest.raises(TypeError, match="must make a reward"):
+        build({"mine:nothing": 1.0})
+    with pytest.raises(TypeError, match="must lead to a reward"):
+        build({"mine:number": 1.0})
+    with pytest.raises(ValueError, match="no 'absent' in the module 'mine'"):
+        build({"mine:absent": 1.0})
+    with pytest.raises(ModuleNotFoundError):
+        build({"no_such_module_here:x": 1.0})
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, "1", None, True])
+def test_a_weight_must_be_a_finite_number(weight: object) -> None:
+    with pytest.raises(ValueError, match="weights must be finite numbers"):
+        build({"mine:ready": weight})
+
+
+def test_no_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one reward"):
+        build({})
+
+
+def test_a_sum_is_a_reward_itself(images: Tensor) -> None:
+    total = WeightedSum({"a": Constant(value=2.0), "b": Constant(value=3.0)}, {"a": 0.5, "b": -1.0})
+    assert isinstance(total, Reward)
+    assert total(images, [""] * 4, [{}] * 4).tolist() == [-2.0] * 4
+
+
+def test_a_sum_names_the_part_with_a_wrong_answer(images: Tensor) -> None:
+    total = WeightedSum({"a": Constant(), "b": lambda *_: torch.zeros(3)}, {"a": 1.0, "b": 1.0})
+    with pytest.raises(RewardError, match=r"reward 'b' returned a tensor of shape \(3,\), expected \(4,\)"):
+        total(images, [""] * 4, [{}] * 4)
+
+
+def test_a_missing_package_names_the_extra() -> None:
+    from star_trainer.rewards.extras import require
+
+    with pytest.raises(ImportError, match=r"'ocr' needs no_such_module_here .*star-kernels\[rewards\]"):
+        require("no_such_module_here", "ocr")
+
+
+def test_jpeg_prefers_what_is_easy_to_compress(images: Tensor) -> None:
+    pytest.importorskip("PIL")
+    both = torch.stack([images[0], torch.full_like(images[0], 0.5)])
+    noise, flat = JpegCompressibility()(both, ["", ""], [{}, {}]).tolist()
+    assert noise < flat < 0
+
+
+def test_jpeg_is_the_size_in_kilobytes_over_the_divisor(images: Tensor) -> None:
+    pytest.importorskip("PIL")
+    from star_trainer.rewards.images import encode, to_pil
+
+    sizes = [len(encode(image, "JPEG", quality=95)) for image in to_pil(images, "test")]
+    for divisor in (1.0, 500.0):
+        scores = JpegCompressibility(divisor=divisor)(images, [""] * 4, [{}] * 4)
+        assert scores.tolist() == pytest.approx([-size / 1000 / divisor for size in sizes])
+    for wrong in ({"quality": 0}, {"divisor": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            JpegCompressibility(**wrong)
+
+
+def test_images_become_bytes_by_rounding() -> None:
+    from star_trainer.rewards.images import to_uint8
+
+    image = torch.tensor([0.0, 0.5 / 255, 0.51 / 255, 1.0, 1.2, -0.1]).repeat(3, 1)[None, :, None, :]
+    assert to_uint8(image).shape == (1, 1, 6, 3)
+    assert to_uint8(image)[0, 0, :, 0].tolist() == [0, 0, 1, 255, 255, 0]
