@@ -12,10 +12,12 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
+from diffusers import FluxTransformer2DModel
 from flow_grpo_formulas import BATCH, LAYOUTS, Rollout, close, rollout
 from verl_omni_contract import World, actor_config, dispatch, micro_batch, own_loss, verl_omni
 
-from star_kernels import allocate, flow_cps, flow_sde
+from star_kernels import TokenSelection, allocate, flow_cps, flow_sde
+from star_kernels.capture import capture_maps
 from star_kernels.integrations.flow_grpo import dense_sde_step_with_logprob, policy_loss
 from star_kernels.integrations.verl_omni import (
     StarGuardLoss,
@@ -23,6 +25,7 @@ from star_kernels.integrations.verl_omni import (
     feed_latents,
     mean_transition,
     policy_loss_of_means,
+    ratio_of_means,
     register,
 )
 
@@ -142,6 +145,33 @@ def test_the_kl_penalty_from_means_is_that_from_velocities(sde_type: str) -> Non
     close(loss, expected)
 
 
+@pytest.mark.parametrize("sde_type", ["sde", "cps"])
+def test_the_ratio_of_means_is_that_of_the_formulas(sde_type: str) -> None:
+    problem = rollout("qwen_image", sde_type)
+    v, w = (problem.new_v.clone().requires_grad_() for _ in range(2))
+    new, expected = problem.written(v), problem.written(w)
+    ratio = ratio_of_means(
+        new.mean, problem.old.prev_sample, new.std_dev_t, new.sqrt_dt, old_prev_sample_mean=problem.old.mean,
+        sde_type=sde_type,
+    )  # fmt: skip
+    written = (expected.log_prob_mean - problem.old.log_prob_mean).exp()
+    upstream = torch.tensor([0.5, -1.0, 2.0, 1.0])
+    (ratio * upstream).sum().backward()
+    (written * upstream).sum().backward()
+    close(ratio, written)
+    close(v.grad, w.grad)
+
+
+def test_the_ratio_of_means_with_weights_is_allocated() -> None:
+    problem = rollout("flux")
+    new = problem.written(problem.new_v)
+    arguments = (new.mean, problem.old.prev_sample, new.std_dev_t, new.sqrt_dt)
+    weights = torch.rand(BATCH, 16, 16, generator=torch.Generator().manual_seed(1))
+    ratio = ratio_of_means(*arguments, old_prev_sample_mean=problem.old.mean, weights=weights)
+    change = (new.log_prob - problem.old.log_prob).mean(dim=-1)  # [B, S]
+    close(ratio, (weights.flatten(1) * change).mean(dim=1).exp(), 1e-5)
+
+
 def test_the_registered_class_is_a_verl_omni_loss(verl_omni: World) -> None:
     made = register()
     loss = verl_omni.registry["flow_grpo"]
@@ -161,6 +191,58 @@ def test_the_engine_is_changed_once_and_not_where_it_has_no_loss(verl_omni: Worl
     loss, output = engine.forward_step(micro_batch(problem), loss_function=None, forward_only=True, step=1)
     assert loss is None
     close(output["model_output"]["prev_sample_mean"], problem.written(problem.new_v).mean)
+
+
+class Sequence(torch.nn.Module):
+    """The engine's velocities from a transformer, which guidance runs a second time, on another text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.module = FluxTransformer2DModel(
+            in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+        )  # fmt: skip
+        ids = torch.zeros(256, 3)
+        ids[:, 1], ids[:, 2] = torch.arange(256) // 16, torch.arange(256) % 16
+        self.inputs = {
+            "pooled_projections": torch.randn(BATCH, 16),
+            "timestep": torch.full((BATCH,), 0.5),
+            "img_ids": ids,
+            "txt_ids": torch.zeros(7, 3),
+        }
+        self.texts = torch.randn(2, BATCH, 7, 32)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        positive, negative = (
+            self.module(hidden_states=latents, encoder_hidden_states=text, **self.inputs, return_dict=False)[0]
+            for text in self.texts
+        )
+        return negative + 2.0 * (positive - negative)
+
+
+def test_maps_of_the_conditional_pass_reach_the_loss(verl_omni: World) -> None:
+    selection = TokenSelection.from_positions([[1, 2]] * BATCH)
+    seen: list[dict[str, Tensor]] = []
+
+    class Looking(StarLoss):
+        def __call__(self, *, config: Any, model_output: Any, data: Any) -> Any:
+            seen.append(data)
+            return super().__call__(config=config, model_output=model_output, data=data)
+
+    register(loss=Looking, select=lambda micro_batch: selection)
+    problem, model = rollout("flux"), Sequence()
+    engine = verl_omni.engine(model, problem.made, "sde", 0.7)
+    loss_function = dispatch(verl_omni, actor_config("flow_grpo", CLIP))
+    batch = micro_batch(problem)
+    loss, _ = engine.forward_step(batch, loss_function=loss_function, forward_only=False, step=1)
+    loss.backward()
+    with capture_maps(model.module, selection, cfg=None) as capture, torch.no_grad():
+        model.module(hidden_states=problem.sample, encoder_hidden_states=model.texts[0], **model.inputs)
+    close(seen[0]["star_maps"], capture.value[:, 0])
+    register(loss=Looking)  # without select
+    engine.forward_step(batch, loss_function=loss_function, forward_only=False, step=1)
+    assert "star_maps" not in seen[1]
 
 
 def test_what_the_batch_lacks_is_named(verl_omni: World) -> None:

@@ -1,0 +1,124 @@
+"""The policy loss of trainers that keep means of transitions, not velocities.
+
+A transition with a = 0 and b = 1 takes the mean as the model's output, so the kernels of
+:func:`star_kernels.weighted_policy_loss` serve as they are, forward and backward.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_kernels.integrations.layout import channel_dim_of, column, weights_like
+from star_kernels.integrations.schedule import SDE_TYPES
+from star_kernels.policy import PolicyLoss, Transition, weighted_policy_loss
+
+
+def mean_transition(std_dev_t: Tensor, sqrt_dt: Tensor, *, sde_type: str = "sde") -> Transition:
+    """The transition whose model output is its mean: ``prev ~ N(0 x + 1 v, std^2)``.
+
+    Args:
+        std_dev_t: Flow-GRPO's noise scale, ``[B, 1, ...]``, ``[B]`` or one number.
+        sqrt_dt: ``sqrt(-dt)``, likewise.
+        sde_type: "sde", a Gaussian of standard deviation ``std_dev_t sqrt(-dt)``; or "cps", of ``std_dev_t``, whose
+            log-probability is ``-(prev - mean)^2`` (arXiv 2509.05952). The KL's scale is ``1 / (2 std_dev_t^2)``.
+    """
+    if sde_type not in SDE_TYPES:
+        raise ValueError(f"sde_type must be {' or '.join(map(repr, SDE_TYPES))}, got {sde_type!r}")
+    s, root = torch.broadcast_tensors(std_dev_t.detach().double().reshape(-1), sqrt_dt.detach().double().reshape(-1))
+    zero, one = torch.zeros_like(s), torch.ones_like(s)
+    kl_scale = 0.5 / s.square()
+    if sde_type == "cps":
+        rows = (zero, one, s, one, zero, kl_scale)
+    else:
+        std = s * root
+        rows = (zero, one, std, 0.5 / std.square(), -torch.log(std) - 0.5 * math.log(2 * math.pi), kl_scale)
+    return Transition(torch.stack(rows).float())
+
+
+def policy_loss_of_means(
+    prev_sample_mean: Tensor,
+    prev_sample: Tensor,
+    std_dev_t: Tensor,
+    sqrt_dt: Tensor,
+    advantages: Tensor,
+    *,
+    old_log_prob: Tensor | None = None,
+    old_prev_sample_mean: Tensor | None = None,
+    weights: Tensor | None = None,
+    guard: bool = False,
+    sde_type: str = "sde",
+    clip_range: float | tuple[float, float] = 1e-4,
+    adv_clip_max: float = 5.0,
+    beta: float = 0.0,
+    ref_prev_sample_mean: Tensor | None = None,
+    step_weights: Tensor | None = None,
+    channel_dim: int | None = None,
+    **options: Any,
+) -> PolicyLoss:
+    """Flow-GRPO's clipped loss from the mean of the transition, with weights for the latent positions.
+
+    Serves every trainer that keeps means: VeRL-Omni's ``prev_sample_mean``, Flow-Factory's ``next_latents_mean``.
+
+    Args:
+        prev_sample_mean: mean of the model in training, ``[B, C, H, W]``, ``[B, C, F, H, W]`` or packed ``[B, S, C]``;
+            the gradient goes to it alone.
+        prev_sample: the latent that the rollout drew, of that shape.
+        std_dev_t, sqrt_dt, sde_type: as in :func:`mean_transition`.
+        advantages: ``[B]``, clamped to ``+-adv_clip_max``.
+        old_log_prob: of the rollout, ``[B]`` (serves without weights) or ``[B, *locations]``.
+        old_prev_sample_mean: mean of the rollout's model. Where old_log_prob is None it stands in for it.
+        weights: ``[B, *locations]`` of mean one, or a grid ``[B, h, w]``: of patches, or of a packed latent's rows.
+        guard: GRPO-Guard's normalised ratio, with each sample's loss divided by -dt; needs old_prev_sample_mean.
+        beta, ref_prev_sample_mean: coefficient and reference mean of the KL penalty.
+        step_weights: ``[B]``, a factor of each sample's policy loss.
+        clip_range, options: as in :func:`star_kernels.weighted_policy_loss`.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype or range; the message names it.
+    """
+    if old_prev_sample_mean is None and (guard or old_log_prob is None):
+        use = "with guard=True" if guard else "where old_log_prob is None"
+        raise ValueError(f"old_prev_sample_mean must be given {use}, got None")
+    channel_dim = channel_dim_of(prev_sample_mean, channel_dim)
+    transition = mean_transition(std_dev_t, sqrt_dt, sde_type=sde_type)
+    prev_sample = prev_sample.detach()
+    if old_log_prob is None:
+        assert old_prev_sample_mean is not None
+        squares = (prev_sample.float() - old_prev_sample_mean.detach().float()).square()
+        density = column(transition.offset, squares) - column(transition.scale, squares) * squares
+        old_log_prob = density.mean(dim=channel_dim)
+    if guard:
+        balance = sqrt_dt.detach().float().reshape(-1).square().reciprocal().expand(len(prev_sample))
+        step_weights = balance if step_weights is None else balance * step_weights
+    return weighted_policy_loss(
+        prev_sample_mean,
+        prev_sample,
+        prev_sample,
+        old_log_prob.float(),
+        advantages.float(),
+        transition,
+        weights=weights_like(weights, prev_sample),
+        clip_range=clip_range,
+        advantage_clip=adv_clip_max,
+        ref_model_output=ref_prev_sample_mean if beta else None,
+        kl_coef=beta,
+        old_model_output=old_prev_sample_mean if guard else None,
+        step_weights=step_weights,
+        channel_dim=channel_dim,
+        **options,
+    )
+
+
+def ratio_of_means(prev_sample_mean: Tensor, *arguments: Tensor, **options: Any) -> Tensor:
+    """The ratio of each sample, ``[B]`` and differentiable, for trainers that clip it themselves.
+
+    With weights it is ``exp(mean_p W_p d_p)``, d the channel-mean log-ratio at a position. Arguments as in
+    :func:`policy_loss_of_means`, without advantages and clip range: the loss of advantages -1 that nothing clips.
+    """
+    advantages = -torch.ones(len(prev_sample_mean), device=prev_sample_mean.device)
+    options |= {"clip_range": (1.0, math.inf), "reduction": "none"}
+    return policy_loss_of_means(prev_sample_mean, *arguments, advantages, **options).loss
