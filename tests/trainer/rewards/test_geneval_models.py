@@ -191,7 +191,9 @@ def test_the_reward_runs_its_models(reward: GenEval, images: Tensor) -> None:
     assert isinstance(reward, Reward)
 
 
-@pytest.mark.parametrize(("score", "expected"), [("correct", [1, 1, 0]), ("strict", [1, 0, 0]), ("graded", [1, 0, 0.5])])
+@pytest.mark.parametrize(
+    ("score", "expected"), [("correct", [1, 1, 0]), ("strict", [1, 0, 0]), ("graded", [1, 0, 0.5])]
+)
 def test_the_kinds_of_score(
     reward: GenEval, images: Tensor, monkeypatch: pytest.MonkeyPatch, score: str, expected: list[float]
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from star_trainer.rewards import BUILT_IN, Reward, RewardError, WeightedSum, build
+from star_trainer.rewards.extras import require
+from star_trainer.rewards.images import encode, to_pil, to_uint8
 from star_trainer.rewards.jpeg import JpegCompressibility
 
 
@@ -57,16 +61,12 @@ def test_every_built_in_name_leads_to_a_reward_of_that_name(name: str) -> None:
 
 
 def test_models_are_not_imported_with_the_package() -> None:
-    import subprocess
-
     code = "import sys, star_trainer.rewards; print(sorted({'transformers', 'rapidocr', 'PIL'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment())
     assert run.stdout.strip() == "[]"
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
@@ -95,7 +95,7 @@ def test_an_address_makes_a_remote_reward_named_by_host_and_path() -> None:
 
 @pytest.mark.parametrize("key", ["nosuch", "geneval ", "file:///etc", "mine:", ":mine", "not a path:x", "ftp://x/y"])
 def test_an_unknown_key_is_refused_with_what_is_accepted(key: str) -> None:
-    with pytest.raises(ValueError, match="jpeg-compressibility, a 'package.module:attribute', or an http") as caught:
+    with pytest.raises(ValueError, match=r"jpeg-compressibility, a 'package.module:attribute', or an http") as caught:
         build({key: 1.0})
     assert repr(key) in str(caught.value)
 
@@ -150,8 +150,6 @@ def test_a_sum_names_the_part_with_a_wrong_answer(images: Tensor) -> None:
 
 
 def test_a_missing_package_names_the_extra() -> None:
-    from star_trainer.rewards.extras import require
-
     with pytest.raises(ImportError, match=r"'ocr' needs no_such_module_here .*star-kernels\[rewards\]"):
         require("no_such_module_here", "ocr")
 
@@ -165,8 +163,6 @@ def test_jpeg_prefers_what_is_easy_to_compress(images: Tensor) -> None:
 
 def test_jpeg_is_the_size_in_kilobytes_over_the_divisor(images: Tensor) -> None:
     pytest.importorskip("PIL")
-    from star_trainer.rewards.images import encode, to_pil
-
     sizes = [len(encode(image, "JPEG", quality=95)) for image in to_pil(images, "test")]
     for divisor in (1.0, 500.0):
         scores = JpegCompressibility(divisor=divisor)(images, [""] * 4, [{}] * 4)
@@ -177,8 +173,6 @@ def test_jpeg_is_the_size_in_kilobytes_over_the_divisor(images: Tensor) -> None:
 
 
 def test_images_become_bytes_by_rounding() -> None:
-    from star_trainer.rewards.images import to_uint8
-
     image = torch.tensor([0.0, 0.5 / 255, 0.51 / 255, 1.0, 1.2, -0.1]).repeat(3, 1)[None, :, None, :]
     assert to_uint8(image).shape == (1, 1, 6, 3)
     assert to_uint8(image)[0, 0, :, 0].tolist() == [0, 0, 1, 255, 255, 0]

@@ -41,6 +41,13 @@ def fails_on(word: str) -> Callable[[Sequence[str]], None]:
     return act
 
 
+def waits_for(event: threading.Event) -> Callable[[Sequence[str]], None]:
+    def act(prompts: Sequence[str]) -> None:
+        event.wait()
+
+    return act
+
+
 @pytest.fixture
 def release() -> Iterator[threading.Event]:
     """Keeps a hanging reward hanging until the test is over."""
@@ -72,7 +79,7 @@ def test_a_weighted_sum_is_reported_part_by_part(images: Tensor) -> None:
 
 
 def test_scoring_leaves_the_calling_thread_free_and_keeps_the_order(images: Tensor, release: threading.Event) -> None:
-    reward = Brightness(lambda prompts: None if release.wait() else None)
+    reward = Brightness(waits_for(release))
     with RewardService(reward) as service:
         pending = [submit(service, images, [f"{i}{prompt}" for prompt in PROMPTS]) for i in range(3)]
         assert not any(one.done() for one in pending)  # all submitted while the first call is still in progress
@@ -134,12 +141,12 @@ def test_skip_gives_nan_to_the_culprit_alone_and_warns_once(images: Tensor) -> N
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_is_a_failure_of_its_sample(images: Tensor, value: float) -> None:
     answer = torch.tensor([1.0, value, 3.0, 4.0])
-    with RewardService(Brightness(lambda _: answer)) as service:
-        with pytest.raises(RewardError, match=rf"sample 11 \('a dog'\): returned {value}"):
-            submit(service, images).result()
-    with RewardService(Brightness(lambda _: answer), on_failure="skip") as service:
-        with pytest.warns(RuntimeWarning, match="sample 11"):
-            scores = submit(service, images).result()
+    named = rf"sample 11 \('a dog'\): returned {value}"
+    with RewardService(Brightness(lambda _: answer)) as service, pytest.raises(RewardError, match=named):
+        submit(service, images).result()
+    lenient = RewardService(Brightness(lambda _: answer), on_failure="skip")
+    with lenient as service, pytest.warns(RuntimeWarning, match="sample 11"):
+        scores = submit(service, images).result()
     assert scores.total.isnan().tolist() == [False, True, False, False]
     assert scores.total[[0, 2, 3]].tolist() == [1.0, 3.0, 4.0]
 
@@ -164,9 +171,9 @@ def test_a_batch_that_fails_as_a_whole_alone_is_scored_one_by_one(images: Tensor
             raise MemoryError("too many")
 
     reward = Brightness(act)
-    with RewardService(reward) as service:
-        with pytest.warns(RuntimeWarning, match="none of them alone: MemoryError: too many"):
-            scores = submit(service, images).result()
+    note = "none of them alone: MemoryError: too many"
+    with RewardService(reward) as service, pytest.warns(RuntimeWarning, match=note):
+        scores = submit(service, images).result()
     assert torch.equal(scores.total, images.mean((1, 2, 3)))
     assert [len(call) for call in reward.calls] == [4, 1, 1, 1, 1]
 
@@ -210,9 +217,8 @@ def test_a_broken_image_is_given_to_no_reward(images: Tensor) -> None:
     reward = Brightness()
     with RewardService(reward) as service, pytest.raises(RewardError, match=r"sample 11 .*the image holds NaN"):
         submit(service, images).result()
-    with RewardService(reward, on_failure="skip") as service:
-        with pytest.warns(RuntimeWarning, match="sample 11"):
-            scores = submit(service, images).result()
+    with RewardService(reward, on_failure="skip") as service, pytest.warns(RuntimeWarning, match="sample 11"):
+        scores = submit(service, images).result()
     assert reward.calls == [["a cat", "a bad bench", "a clock"]]
     assert scores.total.isnan().tolist() == [False, True, False, False]
 
@@ -227,11 +233,8 @@ def test_a_part_of_weight_zero_does_not_touch_the_total(images: Tensor) -> None:
 
 
 def test_a_message_about_many_samples_stays_readable(images: Tensor, release: threading.Event) -> None:
-    def act(prompts: Sequence[str]) -> None:
-        release.wait()
-
     many = images[:1].expand(30, -1, -1, -1)
-    with RewardService(Brightness(act), timeout=TINY) as service, pytest.raises(RewardError) as caught:
+    with RewardService(Brightness(waits_for(release)), timeout=TINY) as service, pytest.raises(RewardError) as caught:
         submit(service, many, ["x" * 500] * 30).result()
     assert len(str(caught.value)) < 700
     assert " 39" in str(caught.value)
@@ -265,7 +268,7 @@ def test_an_empty_batch_has_no_scores() -> None:
 
 
 def test_result_gives_up_after_its_own_timeout(images: Tensor, release: threading.Event) -> None:
-    reward = Brightness(lambda prompts: None if release.wait() else None)
+    reward = Brightness(waits_for(release))
     with RewardService(reward) as service:
         pending = submit(service, images)
         with pytest.raises(TimeoutError):
