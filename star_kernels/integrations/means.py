@@ -113,12 +113,14 @@ def policy_loss_of_means(
     )
 
 
-def ratio_of_means(prev_sample_mean: Tensor, *arguments: Tensor, **options: Any) -> Tensor:
+def ratio_of_means(
+    prev_sample_mean: Tensor, prev_sample: Tensor, std_dev_t: Tensor, sqrt_dt: Tensor, **options: Any
+) -> Tensor:
     """The ratio of each sample, ``[B]`` and differentiable, for trainers that clip it themselves.
 
     With weights it is ``exp(mean_p W_p d_p)``, d the channel-mean log-ratio at a position. Arguments as in
     :func:`policy_loss_of_means`, without advantages and clip range: the loss of advantages -1 that nothing clips.
     """
-    advantages = -torch.ones(len(prev_sample_mean), device=prev_sample_mean.device)
+    advantages = -torch.ones(len(prev_sample), device=prev_sample.device)
     options |= {"clip_range": (1.0, math.inf), "reduction": "none"}
-    return policy_loss_of_means(prev_sample_mean, *arguments, advantages, **options).loss
+    return policy_loss_of_means(prev_sample_mean, prev_sample, std_dev_t, sqrt_dt, advantages, **options).loss

@@ -141,7 +141,7 @@ def rollout(
     advantages: tuple[float, ...] = (1.5, -0.7, -9.0, -0.2),
 ) -> Rollout:
     generator = torch.Generator().manual_seed(0)
-    shape = LAYOUTS[layout]
+    shape = (len(steps), *LAYOUTS[layout][1:])
     old_v, change, other, x, noise = (torch.randn(shape, generator=generator) for _ in range(5))
     made = scheduler(layout)
     timestep = made.timesteps[list(steps)]

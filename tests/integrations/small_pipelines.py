@@ -57,11 +57,11 @@ def sd3_pipeline() -> Any:
     )  # fmt: skip
 
 
-def flux_pipeline() -> Any:
+def flux_pipeline(channels: int = 16) -> Any:
     torch.manual_seed(0)
     made = _tokenizers()
     transformer = FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        in_channels=channels, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
     return FluxPipeline(
