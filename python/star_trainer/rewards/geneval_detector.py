@@ -79,7 +79,7 @@ class Mask2Former:
         """What each image shows, by class.
 
         Args:
-            images: of any sizes.
+            images: of one size, so that none is padded.
             floors: for each image, the confidence that its detections must exceed.
         """
         found: list[dict[str, list[Detection]]] = []
@@ -87,12 +87,10 @@ class Mask2Former:
             size = {} if self._size is None else {"size": self._size}
             inputs = self._processor(images=list(images[part]), return_tensors="pt", **size).to(self.device)
             output = self._model(**inputs)
-            padded = inputs["pixel_values"].shape[-2:]
-            seen = inputs["pixel_mask"].bool()  # [N, H, W], False where a smaller image is padded
+            seen = inputs["pixel_values"].shape[-2:]
             for i, (image, floor) in enumerate(zip(images[part], floors[part], strict=True)):
-                masks = interpolate(output.masks_queries_logits[i][None], padded, mode="bilinear")[0]
-                inside = masks[:, : int(seen[i].any(1).sum()), : int(seen[i].any(0).sum())]
-                found.append(self._named(output.class_queries_logits[i], inside, (image.height, image.width), floor))
+                masks = interpolate(output.masks_queries_logits[i][None], seen, mode="bilinear")[0]
+                found.append(self._named(output.class_queries_logits[i], masks, (image.height, image.width), floor))
         return found
 
     def _named(

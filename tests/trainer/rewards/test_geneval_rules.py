@@ -217,6 +217,8 @@ def test_the_grade_of_colors_is_the_share_that_is_right() -> None:
 def test_with_a_wrong_count_color_and_position_get_one_zero() -> None:
     assert grade({}, task(asked(color="red")), no_colors).score == 0
     assert grade({"dog": [at()] * 3}, task(asked(count=2, color="red")), no_colors).score == 0.25
+    right = task(asked("cat"), asked("dog", position=["right of", 0]))
+    assert grade({"cat": [at()]}, right, no_colors).score == pytest.approx(1 / 3)
     both = task(asked("cat"), asked("dog", color="red", position=["above", 0]))
     assert grade({"cat": [at()]}, both, no_colors).score == pytest.approx(1 / 3)
 
