@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from star_kernels.pipelines import load_pipeline
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -137,16 +139,15 @@ def _doubles(pipeline: Any, call: dict[str, Any]) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        from diffusers import DiffusionPipeline
+        import diffusers  # noqa: F401  before anything is drawn
 
-        import star_kernels.figures  # noqa: F401  before anything is drawn
+        import star_kernels.figures  # noqa: F401
     except ImportError as missing:
         print(f"star_kernels.maps needs the extras diffusers and figures: {missing}", file=sys.stderr)
         return 2
     dtype = DTYPES[options.dtype or ("bfloat16" if options.device != "cpu" else "float32")]
-    local = Path(options.model).is_dir()
     try:
-        pipeline = DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype, local_files_only=local)
+        pipeline = load_pipeline(options.model, dtype)
     except (OSError, ValueError) as problem:
         print(f"--model: {options.model!r} is no folder of a pipeline and none of the hub: {problem}", file=sys.stderr)
         return 2

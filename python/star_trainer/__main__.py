@@ -1,0 +1,5 @@
+"""``python -m star_trainer``, for launchers of many processes."""
+
+from star_trainer.command import main
+
+raise SystemExit(main())

@@ -1,0 +1,53 @@
+"""The moving average of the trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Average:
+    """``average += (1 - decay) (weights - average)``, at every so many optimiser steps; in float32, where the weights are.
+
+    Args:
+        model: whose parameters that require grad are followed.
+        decay: 0 keeps no average, and the weights stand for it.
+        interval: optimiser steps between updates.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, interval: int) -> None:
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.decay, self.interval, self.steps = decay, interval, 0
+        kept = self.parameters if decay > 0 else {}
+        self.values: dict[str, Tensor] = {n: p.detach().clone().float() for n, p in kept.items()}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Counts an optimiser step. Early on the decay is smaller, so that the start is soon forgotten."""
+        self.steps += 1
+        if self.steps % self.interval:
+            return
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, value in self.values.items():
+            value.lerp_(self.parameters[name].detach().float(), 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The averaged weights in the model, for as long as the context lasts."""
+        if not self.values:
+            yield
+            return
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._write(self.values)
+        try:
+            yield
+        finally:
+            self._write(trained)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])

@@ -1,0 +1,138 @@
+"""Rollouts: samples of an epoch's prompts, and what the update has to know of their trained steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_kernels import TokenSelection, allocate, sample_transition
+from star_kernels.capture import attach_maps
+from star_kernels.prompts import regions_of, select_tokens
+from star_trainer.config import Allocation, Config
+from star_trainer.policy import Policy, Text
+from star_trainer.prompts import Prompt
+from star_trainer.schedule import Schedule, noise, noisy_steps, schedule_of, trained_steps
+
+
+@dataclass(frozen=True)
+class Step:
+    """A trained step of a batch: the latents before and after it, and the policy that chose them."""
+
+    number: int
+    sample: Tensor  # [B, C, h, w]
+    prev_sample: Tensor
+    log_prob: Tensor  # [B, h, w]
+    model_output: Tensor | None  # kept for ratio_norm
+    weights: Tensor | None  # [B, rows, columns] of patches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that went through the model together."""
+
+    numbers: list[int]
+    prompts: list[Prompt]
+    text: Text
+    steps: list[Step]
+    images: Tensor  # [B, 3, H, W] in 0..1
+
+
+def roll_out(
+    policy: Policy, prompts: Sequence[Prompt], numbers: Sequence[int], config: Config, epoch: int, autocast: Any
+) -> Batch:
+    """Draws the samples of these numbers.
+
+    Args:
+        prompts: of each sample.
+        numbers: of the samples in their epoch.
+        autocast: makes the context of the forward passes.
+    """
+    schedule = schedule_of(policy.pipeline, config.rollout.steps)
+    noisy, trained = noisy_steps(config, epoch), trained_steps(config, epoch)
+    shape = policy.latent_shape(config.rollout.resolution)
+    seed = f"{config.train.seed} {epoch}"
+    starts = [n // config.rollout.group_size if config.rollout.shared_noise else n for n in numbers]
+    latents = noise(shape, [f"start {seed} {n}" for n in starts], policy.device)
+    text = policy.encode([prompt.text for prompt in prompts])
+    selection = select(policy, prompts, config.allocation, shape) if config.allocation.method == "star" else None
+    steps: list[Step] = []
+    maps: list[Tensor] = []
+    capturing = nullcontext() if selection is None else capture(policy, selection, config)
+    with torch.no_grad(), capturing as handle:
+        for step in range(schedule.steps):
+            if handle is not None:
+                handle.enabled = step in trained
+            with autocast():
+                velocity = policy.velocity(latents, schedule.timestep(step), text)
+            if step not in noisy:
+                latents = latents + (schedule.sigmas[step + 1] - schedule.sigmas[step]) * velocity.float()
+                continue
+            transition = schedule.transition(step, config, len(numbers), policy.device)
+            drawn, log_prob = sample_transition(
+                velocity,
+                latents,
+                transition,
+                noise=noise(shape, [f"step {step} {seed} {n}" for n in numbers], policy.device),
+            )
+            if step in trained:
+                kept = velocity if config.train.ratio_norm else None
+                steps.append(Step(step, latents, drawn, log_prob, kept, None))
+                if handle is not None:
+                    maps.append(handle.take()[:, 0])
+            latents = drawn
+    if maps:
+        steps = _weighted(steps, torch.stack(maps, dim=1), config.allocation)
+    return Batch(list(numbers), list(prompts), text, steps, policy.decode(latents))
+
+
+def select(
+    policy: Policy, prompts: Sequence[Prompt], allocation: Allocation, shape: tuple[int, int, int]
+) -> TokenSelection:
+    """The tokens of the prompts' core content."""
+    patch = policy.model.config.patch_size
+    regions = regions_of(policy.pipeline, max_sequence_length=policy.text_length)
+    found = select_tokens(
+        [prompt.text for prompt in prompts],
+        regions,
+        source=allocation.source,
+        metadata=[prompt.metadata for prompt in prompts],
+        image_tokens=(shape[1] // patch) * (shape[2] // patch),
+    )
+    return found.selection.to(policy.device)
+
+
+def capture(policy: Policy, selection: TokenSelection, config: Config) -> Any:
+    return attach_maps(
+        policy.transformer,
+        selection,
+        blocks=config.allocation.blocks,
+        cfg="last" if config.rollout.guidance > 1 else None,
+    )
+
+
+@torch.no_grad()
+def sample(policy: Policy, prompts: Sequence[Prompt], names: Sequence[str], config: Config, autocast: Any) -> Tensor:
+    """Images without noise on the way, for evaluation; each starts from the noise of its name."""
+    schedule: Schedule = schedule_of(policy.pipeline, config.evaluation.steps)
+    latents = noise(policy.latent_shape(config.rollout.resolution), names, policy.device)
+    text = policy.encode([prompt.text for prompt in prompts])
+    for step in range(schedule.steps):
+        with autocast():
+            velocity = policy.velocity(latents, schedule.timestep(step), text)
+        latents = latents + (schedule.sigmas[step + 1] - schedule.sigmas[step]) * velocity.float()
+    return policy.decode(latents)
+
+
+def _weighted(steps: list[Step], maps: Tensor, allocation: Allocation) -> list[Step]:
+    """Steps with their weights, from maps ``[B, Steps, rows, columns]``."""
+    weights = allocate(maps.flatten(2), strength=allocation.strength, over=allocation.over, cap=allocation.cap)
+    on_grid = weights.unflatten(2, maps.shape[2:])
+    return [
+        Step(s.number, s.sample, s.prev_sample, s.log_prob, s.model_output, on_grid[:, i].contiguous())
+        for i, s in enumerate(steps)
+    ]

@@ -1,0 +1,89 @@
+"""Noise levels of a rollout, which of its steps are noisy, and the random numbers of every sample.
+
+Nothing here has a state: all follows from the seed, the epoch and the sample's number, so that a run resumes, and
+spreads over processes, without a change.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_kernels import Transition, dance_sde, flow_cps, flow_sde
+from star_trainer.config import Config
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels ``sigmas`` of a rollout, one more than its steps, falling to zero."""
+
+    sigmas: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    def timestep(self, step: int) -> float:
+        return 1000 * self.sigmas[step]
+
+    def transition(self, step: int, config: Config, batch: int, device: torch.device) -> Transition:
+        """The noisy transition from a step to the next."""
+        here, then = (torch.full((batch,), s, device=device) for s in self.sigmas[step : step + 2])
+        level = config.rollout.noise_level
+        match config.rollout.transition:
+            case "flow_sde":
+                return flow_sde(here, then, noise_level=level, sigma_max=self.sigmas[1])
+            case "flow_cps":
+                return flow_cps(here, then, noise_level=level)
+            case "dance_sde":
+                return dance_sde(here, then, eta=level)
+
+
+def schedule_of(pipeline: Any, steps: int) -> Schedule:
+    """The scheduler's own noise levels, with its shift."""
+    pipeline.scheduler.set_timesteps(steps)
+    return Schedule(tuple(float(s) for s in pipeline.scheduler.sigmas))
+
+
+def noisy_steps(config: Config, epoch: int) -> list[int]:
+    """Steps that draw noise in an epoch: a random run, or all."""
+    window = config.rollout.window
+    if window is None:
+        return list(range(config.rollout.steps))
+    end = config.rollout.window_end or config.rollout.steps - 1
+    first = random.Random(f"window {config.train.seed} {epoch}").randint(0, end - window)
+    return list(range(first, first + window))
+
+
+def trained_steps(config: Config, epoch: int) -> list[int]:
+    """Noisy steps that are trained, never the last one, whose variance all but vanishes."""
+    steps = [step for step in noisy_steps(config, epoch) if step < config.rollout.steps - 1]
+    if config.train.steps is None or config.train.steps >= len(steps):
+        return steps
+    return sorted(random.Random(f"steps {config.train.seed} {epoch}").sample(steps, config.train.steps))
+
+
+def shares(config: Config, epoch: int, processes: int, rank: int) -> list[list[int]]:
+    """The samples of a process, by number, one list for each optimiser step of a pass.
+
+    Samples are numbered group after group and dealt in a random order, so that a step sees all groups.
+    """
+    order = list(range(config.samples))
+    random.Random(f"samples {config.train.seed} {epoch}").shuffle(order)
+    share = config.samples // (config.train.updates * processes)
+    starts = [(update * processes + rank) * share for update in range(config.train.updates)]
+    return [order[start : start + share] for start in starts]
+
+
+def noise(shape: Sequence[int], names: Sequence[str], device: torch.device) -> Tensor:
+    """float32 ``[B, *shape]``: normal numbers that follow from a name each."""
+    rows = [
+        torch.randn(*shape, generator=torch.Generator().manual_seed(random.Random(name).getrandbits(63)))
+        for name in names
+    ]
+    return torch.stack(rows).to(device)

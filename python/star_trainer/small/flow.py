@@ -1,0 +1,92 @@
+"""Trains the transformer and the text encoders together by flow matching (rectified flow, as Stable Diffusion 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from star_trainer.small.autoencoder import encode, scenes
+from star_trainer.small.recipe import Recipe
+
+T5_DEFAULT = 256  # zeros that diffusers puts in the place of an absent T5, unless told otherwise
+
+
+def train_flow(pipeline: Any, recipe: Recipe, device: torch.device) -> float:
+    """Trains in place; the average of the weights stays in the pipeline. Returns the loss over the last tenth."""
+    pool = scenes(recipe, "pool", recipe.pool)
+    latents = encode(pipeline.vae, pool, recipe, device)
+    ids = tokens(pipeline, [scene.prompt for scene in pool])
+    empty = tokens(pipeline, [""])
+    modules = nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]).to(device).train()
+    average = deepcopy(modules).eval()
+    optimizers = [torch.optim.AdamW(group, recipe.learning_rate, betas=(0.9, 0.98)) for group in _groups(modules)]
+    parameters = [p for p in modules.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(recipe.seed)
+    losses = torch.zeros(recipe.steps)
+    bar = tqdm(range(recipe.steps), desc="flow matching", mininterval=2)
+    for step in bar:
+        chosen = torch.randint(recipe.pool, (recipe.batch,), generator=generator)
+        data = latents[chosen].to(device)
+        dropped = torch.rand(recipe.batch, generator=generator) < recipe.dropout
+        text = torch.where(dropped[:, None], empty, ids[chosen]).to(device)
+        noise = torch.randn(data.shape, generator=generator).to(device)
+        sigma = torch.sigmoid(torch.randn(recipe.batch, generator=generator)).to(device)
+        length = T5_DEFAULT if torch.rand((), generator=generator) < recipe.padded else 1
+        noisy = torch.lerp(data, noise, sigma[:, None, None, None])
+        velocity = predict(modules, noisy, sigma, text, length)
+        loss = (velocity - (noise - data)).square().mean()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * rate(step, recipe)
+            optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        _follow(average.parameters(), modules.parameters(), min(recipe.ema, (1 + step) / (10 + step)))
+        losses[step] = loss.detach()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{losses[max(0, step - 99) : step + 1].mean().item():.4f}")
+    modules.load_state_dict(average.state_dict())
+    modules.eval()
+    return losses[-max(1, recipe.steps // 10) :].mean().item()
+
+
+def tokens(pipeline: Any, prompts: list[str]) -> Tensor:
+    """int64 ``[N, L]``; both encoders have the same tokenizer."""
+    found = pipeline.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+    return found.input_ids
+
+
+def predict(modules: nn.ModuleList, noisy: Tensor, sigma: Tensor, ids: Tensor, t5_length: int) -> Tensor:
+    """The velocity; the text is embedded as StableDiffusion3Pipeline does it."""
+    transformer, *encoders = modules
+    states = [encoder(ids, output_hidden_states=True) for encoder in encoders]
+    text = torch.cat([state.hidden_states[-2] for state in states], dim=-1)
+    text = torch.cat([text, text.new_zeros(len(text), t5_length, text.shape[-1])], dim=1)
+    pooled = torch.cat([state.text_embeds for state in states], dim=-1)
+    return transformer(
+        hidden_states=noisy, timestep=sigma * 1000, encoder_hidden_states=text, pooled_projections=pooled
+    ).sample
+
+
+def rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then half a cosine to zero."""
+    done = max(0.0, (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup))
+    return min(1.0, (step + 1) / recipe.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _groups(modules: nn.Module) -> list[Any]:
+    trained = [p for p in modules.parameters() if p.requires_grad]
+    return [[{"params": trained, "weight_decay": 0.01}]]
+
+
+@torch.no_grad()
+def _follow(average: Iterable[Tensor], current: Iterable[Tensor], decay: float) -> None:
+    torch._foreach_lerp_(list(average), [p.detach() for p in current], 1 - decay)

@@ -1,0 +1,215 @@
+"""The loop: rollouts, rewards, advantages, updates, and what is kept and shown of them."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from star_trainer import checkpoint
+from star_trainer.advantages import group_advantages
+from star_trainer.average import Average
+from star_trainer.config import Config, check
+from star_trainer.policy import Policy
+from star_trainer.prompts import Prompt, choose, load_prompts
+from star_trainer.record import Record
+from star_trainer.rewards import build
+from star_trainer.rewards.base import RewardError
+from star_trainer.rewards.service import RewardService
+from star_trainer.rollout import Batch, roll_out, sample
+from star_trainer.schedule import shares
+from star_trainer.update import Updater
+
+log = logging.getLogger("star_trainer")
+
+
+class Trainer:
+    """A run of a configuration, on one or more processes of accelerate.
+
+    Attributes:
+        epoch: epochs done.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator | None = None, *, progress: bool = True) -> None:
+        self.config = config
+        self.accelerator = accelerator or Accelerator(mixed_precision=config.train.mixed_precision)
+        check(config, self.accelerator.num_processes)
+        self.prompts = load_prompts(config.data.prompts)
+        self.eval_prompts = load_prompts(config.data.eval_prompts or config.data.prompts, seed="evaluation")
+        self.policy = Policy(config, self.accelerator.device)
+        self.policy.latent_shape(config.rollout.resolution)
+        trained = [p for p in self.policy.transformer.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, config.train.learning_rate, weight_decay=config.train.weight_decay)
+        self.policy.transformer, self.optimizer = self.accelerator.prepare(self.policy.transformer, optimizer)
+        self.average = Average(self.policy.model, config.train.ema, config.train.ema_interval)
+        self.updater = Updater(self.policy, self.optimizer, self.average, self.accelerator, config)
+        self.rewards = RewardService(
+            build(config.reward.weights, device=str(self.accelerator.device), options=config.reward.options),
+            timeout=config.reward.timeout,
+            on_failure=config.reward.on_failure,
+        )
+        self.epoch, self.stopped = 0, False
+        self.folder = Path(config.output.folder)
+        if config.output.resume and (found := checkpoint.find(self.folder)):
+            self.epoch = checkpoint.restore(found[-1], *self._state(), config)
+            log.info("resumed from %s", found[-1])
+        self.record = Record(config, enabled=self.accelerator.is_main_process, resumed_at=self.epoch)
+        self.progress = progress and self.accelerator.is_main_process
+
+    def run(self) -> None:
+        """Trains to the last epoch, or until a signal to terminate, and leaves a checkpoint and the trained weights."""
+        config = self.config
+        previous = self._catch_signals()
+        try:
+            if self.epoch == 0 and config.evaluation.every:
+                self.evaluate()
+            bar = tqdm(range(self.epoch, config.train.epochs), desc="epochs", disable=not self.progress)
+            for _ in bar:
+                metrics = self.train_epoch()
+                bar.set_postfix(reward=f"{metrics['reward']:.3f}")
+                last = self.epoch == config.train.epochs or self._must_stop()
+                if config.evaluation.every and (last or self.epoch % config.evaluation.every == 0):
+                    self.evaluate()
+                every = config.output.checkpoint_every
+                if last or (every and self.epoch % every == 0):
+                    checkpoint.save(self.folder, self.epoch, *self._state(), config)
+                if last:
+                    break
+            self._export()
+        finally:
+            self.rewards.close()
+            self.record.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def train_epoch(self) -> dict[str, float]:
+        """One rollout of all samples, and its updates. Returns what is recorded of it."""
+        config, size = self.config, self.config.rollout.group_size
+        started = time.perf_counter()
+        prompts = choose(self.prompts, config.rollout.groups, self.epoch, config.train.seed)
+        parts = shares(config, self.epoch, self.accelerator.num_processes, self.accelerator.process_index)
+        waiting, batches = [], list[list[Batch]]()
+        for part in parts:
+            batches.append([])
+            for numbers in _split(part, config.rollout.batch):
+                chosen = [prompts[n // size] for n in numbers]
+                batch = roll_out(self.policy, chosen, numbers, config, self.epoch, self.accelerator.autocast)
+                batches[-1].append(batch)
+                waiting.append((numbers, self._submit(batch.images, chosen, numbers)))
+        rolled_out = time.perf_counter()
+        rewards = self._collect(waiting, config.samples)
+        judged = time.perf_counter()
+        advantages = group_advantages(rewards["total"], size, std=config.reward.std)
+        metrics: dict[str, float] = {}
+        for _ in range(config.train.passes):
+            for part_batches in batches:
+                reported = self.updater.step(part_batches, advantages.values)
+                for name, value in {**reported, "grad_norm": self.updater.grad_norm}.items():
+                    share = 1 / (config.train.passes * len(batches))
+                    metrics[name] = metrics.get(name, 0.0) + self._mean(value) * share
+        self.epoch += 1
+        known = rewards["total"][rewards["total"].isfinite()]
+        recorded = {
+            "reward": known.mean().item(),
+            "reward_std": known.std(correction=0).item(),
+            **{f"reward/{name}": values[values.isfinite()].mean().item() for name, values in rewards.items()},
+            "skipped": float(config.samples - len(known)),
+            "flat_groups": float(advantages.flat_groups),
+            **{f"loss/{name}": value for name, value in metrics.items()},
+            "seconds/rollout": rolled_out - started,
+            "seconds/rewards": judged - rolled_out,
+            "seconds/update": time.perf_counter() - judged,
+        }
+        recorded.pop("reward/total")
+        self.record.metrics("epoch", self.epoch, recorded)
+        every = config.output.pictures_every
+        if every and (self.epoch == 1 or self.epoch % every == 0):
+            self.record.allocation(self.epoch, batches[0][0])
+        return recorded
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Rewards of samples of the averaged weights without noise; the same prompts and noise each time."""
+        config, count = self.config, self.config.evaluation.prompts
+        prompts = [self.eval_prompts[n % len(self.eval_prompts)] for n in range(count)]
+        mine = list(range(self.accelerator.process_index, count, self.accelerator.num_processes))
+        waiting, images = [], dict[int, Tensor]()
+        with self.average.in_place():
+            for numbers in _split(mine, config.rollout.batch):
+                chosen = [prompts[n] for n in numbers]
+                names = [f"evaluation {config.train.seed} {n}" for n in numbers]
+                drawn = sample(self.policy, chosen, names, config, self.accelerator.autocast)
+                images.update(zip(numbers, drawn, strict=True))
+                waiting.append((numbers, self._submit(drawn, chosen, numbers)))
+        rewards = self._collect(waiting, count)
+        recorded = {f"reward/{n}": v[v.isfinite()].mean().item() for n, v in rewards.items() if n != "total"}
+        recorded["reward"] = rewards["total"][rewards["total"].isfinite()].mean().item()
+        self.record.metrics("evaluation", self.epoch, recorded)
+        texts = [prompts[n].text for n in images]
+        scores = rewards["total"][list(images)].tolist()
+        self.record.samples(self.epoch, list(images.values()), texts, scores)
+        return recorded
+
+    def _submit(self, images: Tensor, prompts: Sequence[Prompt], numbers: list[int]) -> Any:
+        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+        return self.rewards.submit(images, texts, metadata, indices=numbers)
+
+    def _collect(self, waiting: list[tuple[list[int], Any]], count: int) -> dict[str, Tensor]:
+        """Rewards of all processes by name, each ``[count]``; "total" is their weighted sum."""
+        names = ["total", *self.config.reward.weights]
+        table = torch.zeros(len(names), count)
+        failure: RewardError | None = None
+        for numbers, future in waiting:
+            try:
+                scores = future.result()
+            except RewardError as error:
+                failure = error
+                break
+            table[:, numbers] = torch.stack([scores.total, *(scores.parts[name] for name in names[1:])])
+        failed = torch.tensor([float(failure is not None)], device=self.accelerator.device)
+        if self.accelerator.reduce(failed, "sum").item():  # all processes stop, or none
+            raise failure or RewardError("a reward failed in another process, whose message says why")
+        whole = self.accelerator.reduce(table.to(self.accelerator.device), "sum").cpu()
+        return dict(zip(names, whole, strict=True))
+
+    def _mean(self, value: Tensor) -> float:
+        """Over processes."""
+        return float(self.accelerator.reduce(value.detach().float().to(self.accelerator.device), "mean").item())
+
+    def _state(self) -> tuple[Any, Any, Average, Any]:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return self.policy.transformer, inner, self.average, self.accelerator
+
+    def _export(self) -> None:
+        with self.average.in_place():
+            if self.accelerator.is_main_process:
+                self.policy.export(self.folder / "final")
+        self.accelerator.wait_for_everyone()
+
+    def _catch_signals(self) -> dict[int, Any]:
+        """A signal to terminate ends the run after the epoch, with a checkpoint."""
+
+        def stop(number: int, frame: Any) -> None:
+            self.stopped = True
+            log.warning("signal %d: this epoch is finished and saved, then the run ends", number)
+
+        try:
+            return {number: signal.signal(number, stop) for number in (signal.SIGTERM,)}
+        except ValueError:  # not in the main thread
+            return {}
+
+    def _must_stop(self) -> bool:
+        flag = torch.tensor([float(self.stopped)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
+
+
+def _split(numbers: list[int], size: int) -> list[list[int]]:
+    return [numbers[i : i + size] for i in range(0, len(numbers), size)]

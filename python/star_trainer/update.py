@@ -1,0 +1,111 @@
+"""The update of an epoch: the policy loss of every trained step, and the optimiser's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_kernels import weighted_policy_loss
+from star_trainer.average import Average
+from star_trainer.config import Config
+from star_trainer.policy import Policy, Text
+from star_trainer.rollout import Batch, Step
+from star_trainer.schedule import schedule_of
+
+
+class Updater:
+    """Optimiser steps on batches of samples.
+
+    Attributes:
+        grad_norm: of the latest optimiser step, before clipping.
+    """
+
+    def __init__(self, policy: Policy, optimizer: Any, average: Average, accelerator: Any, config: Config) -> None:
+        self.policy, self.optimizer, self.average = policy, optimizer, average
+        self.accelerator, self.config = accelerator, config
+        self.schedule = schedule_of(policy.pipeline, config.rollout.steps)
+        self.grad_norm = torch.zeros(())
+
+    def step(self, batches: Sequence[Batch], advantages: Tensor) -> dict[str, Tensor]:
+        """One optimiser step on a process's share of the samples.
+
+        Args:
+            batches: with the same trained steps.
+            advantages: of all samples of the epoch, by number.
+
+        Returns:
+            Means over samples and steps of what the loss reports.
+        """
+        metrics = self.gradients(batches, advantages)
+        trained = list(self.average.parameters.values())
+        norm = self.accelerator.clip_grad_norm_(trained, self.config.train.max_grad_norm)
+        self.grad_norm = torch.as_tensor(norm if norm is not None else 0.0).detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.step()
+        return metrics
+
+    def gradients(self, batches: Sequence[Batch], advantages: Tensor) -> dict[str, Tensor]:
+        """Adds up the gradients of the mean loss over samples and trained steps."""
+        total = sum(len(batch.numbers) for batch in batches)
+        passes = [(b, rows, step) for b in batches for rows in self._slices(b) for step in range(len(b.steps))]
+        sums: dict[str, Tensor] = {}
+        for i, (batch, rows, place) in enumerate(passes):
+            share = (rows.stop - rows.start) / total / len(batch.steps)
+            chosen = advantages[batch.numbers[rows]].to(self.policy.device)
+            last = i == len(passes) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.policy.transformer):
+                loss, metrics = self._loss(batch.text[rows], _rows(batch.steps[place], rows), chosen)
+                self.accelerator.backward(loss * share)
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0) + value * share
+        return sums
+
+    def _loss(self, text: Text, step: Step, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        train, timestep = self.config.train, self.schedule.timestep(step.number)
+        reference = None
+        if train.kl_coef > 0:
+            with torch.no_grad(), self.accelerator.autocast():
+                reference = self.policy.velocity(step.sample, timestep, text, reference=True)
+        with self.accelerator.autocast():
+            velocity = self.policy.velocity(step.sample, timestep, text)
+        loss, metrics = weighted_policy_loss(
+            velocity,
+            step.sample,
+            step.prev_sample,
+            step.log_prob,
+            advantages,
+            self.schedule.transition(step.number, self.config, len(advantages), self.policy.device),
+            weights=step.weights,
+            ratio=train.ratio,
+            clip_range=train.clip_range,
+            advantage_clip=train.advantage_clip,
+            ref_model_output=reference,
+            kl_coef=train.kl_coef,
+            old_model_output=step.model_output,
+        )
+        return loss, dict(metrics)
+
+    def _slices(self, batch: Batch) -> Iterator[slice]:
+        count = len(batch.numbers)
+        size = self.config.train.batch or count
+        for start in range(0, count, size):
+            yield slice(start, min(start + size, count))
+
+
+def _rows(step: Step, rows: slice) -> Step:
+    def cut(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value[rows]
+
+    return Step(
+        step.number,
+        step.sample[rows],
+        step.prev_sample[rows],
+        step.log_prob[rows],
+        cut(step.model_output),
+        cut(step.weights),
+    )
