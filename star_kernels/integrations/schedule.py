@@ -83,7 +83,7 @@ def _tables(scheduler: Any, noise_level: float, sde_type: str, device: torch.dev
         table = table.index_select(1, _second_of_equals(timesteps.to(sigmas.device)))
         table = torch.cat([table, torch.full_like(table[:, :1], math.nan)], dim=1)
         schedule.tables[key] = (
-            timesteps.detach().to(device, copy=True),  # a copy: the schedule must not keep its own key alive
+            timesteps.detach().to(device),  # another object than the key, which must not be kept alive
             torch.arange(len(timesteps), device=device),
             table.to(device),
         )

@@ -95,6 +95,14 @@ def test_the_kl_penalty_is_flow_grpos(layout: str, sde_type: str) -> None:
     close(0.4 * metrics["kl_loss"], expected[0] - without[0], 1e-5)
 
 
+def test_without_beta_a_reference_is_not_read() -> None:
+    """Flow-CPS's last step has no noise, and so no KL penalty that is a number."""
+    problem = rollout(sde_type="cps", steps=(9, 9, 9, 9))
+    loss, metrics = policy_loss(*arguments(problem, problem.new_v), ref_model_output=problem.ref_v, **problem.settings)
+    assert bool(loss.isfinite())
+    assert "kl_loss" not in metrics
+
+
 def test_at_the_start_every_ratio_is_one() -> None:
     for layout in LAYOUTS:
         problem = rollout(layout, drift=0.0)

@@ -156,6 +156,10 @@ def test_half_precision_is_widened_as_in_flow_grpo() -> None:
     )
     assert {result.dtype for result in got} == {torch.float32}
     close(got[1], expected.log_prob_mean)
+    drawn = sde_step_with_logprob(problem.made, v, problem.timestep, x, generator=torch.Generator().manual_seed(1))
+    assert {result.dtype for result in drawn} == {torch.float32}
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    close(drawn[0], written_step(problem.made, v.float(), problem.timestep, x.float(), noise=noise).prev_sample)
 
 
 def test_the_signature_is_flow_grpos() -> None:

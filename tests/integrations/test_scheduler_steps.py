@@ -50,6 +50,14 @@ def test_sigmas_changed_in_place_are_read_anew() -> None:
     torch.testing.assert_close(step_at(made, made.timesteps[2], LATENTS).sqrt_dt, expected[None])
 
 
+def test_sigmas_set_without_timesteps_are_read_anew() -> None:
+    made = scheduler()
+    step_at(made, made.timesteps[2], LATENTS)
+    made.sigmas = made.sigmas * 0.9
+    expected = torch.sqrt(made.sigmas[2] - made.sigmas[3])
+    torch.testing.assert_close(step_at(made, made.timesteps[2], LATENTS).sqrt_dt, expected[None])
+
+
 def test_a_timestep_of_another_schedule_gives_nan() -> None:
     made, other = scheduler(steps=10), scheduler(steps=7)
     timestep = torch.stack([made.timesteps[1], other.timesteps[1], made.timesteps[1]])
