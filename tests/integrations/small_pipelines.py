@@ -33,12 +33,12 @@ def _tokenizers() -> Any:
 
 
 def _alive(model: nn.Module) -> nn.Module:
-    """With weights that let text reach every output: those of a fresh model start at zero in places."""
-    for parameter in model.parameters():
+    """With weights that attend clearly, and let text reach every output: a fresh model's start at zero in places."""
+    for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
-            nn.init.normal_(parameter, std=0.1)
+            nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.3)
         else:
-            nn.init.normal_(parameter, std=0.5 * parameter[0].numel() ** -0.5)
+            nn.init.normal_(parameter, std=1.2 * parameter[0].numel() ** -0.5)
     return model.eval()
 
 

@@ -198,7 +198,9 @@ def test_without_the_starred_lines_the_losses_are_flow_grpos(name: str, beta: fl
             "x": sample["latents"][:, j],
             "prev": sample["next_latents"][:, j],
         }
-        new, reference = (written_step(scheduler, v, **step) for v in script.velocities)
+        transformer, config = script.model.pipeline.transformer, script.scope["config"]
+        velocity = script.model.velocity(transformer, step["x"], step["timestep"], config)
+        new, reference = (written_step(scheduler, v, **step) for v in (velocity, script.velocities[1]))
         old = sample["log_probs"][:, j].flatten(1).mean(dim=1)
         expected = written_loss(new, old, sample["advantages"][:, j], beta=beta, reference=reference if beta else None)
         close(loss, expected)
@@ -219,7 +221,7 @@ def test_with_the_starred_lines_the_loss_is_allocated_by_the_prompt_s_words(name
     weights = sample["weights"]
     assert weights.shape == (BATCH, STEPS, 8, 8)
     torch.testing.assert_close(weights.mean(dim=(2, 3)), torch.ones(BATCH, STEPS))
-    assert float(weights.std()) > 1e-3
+    assert float(weights.std()) > 0.05
     assert not torch.equal(weights[:, 0], weights[:, 2])
     starred = float(script.loss(sample, 2, drift=0.02).detach())
     del sample["weights"]
