@@ -258,6 +258,8 @@ def test_the_example_trains() -> None:
         "advantages": ADVANTAGES,
     }
     exec(compile(example, str(PAGE), "exec"), names)
+    assert names["weights"].shape == (BATCH, 8, 8)
+    assert float(names["weights"].std()) > 0.05
     close(names["metrics"]["ratio_mean"], torch.tensor(1.0))
     gradients = [p.grad for p in pipeline.transformer.parameters() if p.grad is not None]
     assert any(bool(g.any()) for g in gradients)
