@@ -124,9 +124,8 @@ class RewardService:
     def close(self) -> None:
         """Takes no more batches and returns at once; those submitted are still scored. May be called again."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._jobs.put(None)
+            self._closed = True
+            self._jobs.put(None)
 
     def __enter__(self) -> RewardService:
         return self

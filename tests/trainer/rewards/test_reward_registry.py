@@ -143,6 +143,14 @@ def test_a_sum_is_a_reward_itself(images: Tensor) -> None:
     assert total(images, [""] * 4, [{}] * 4).tolist() == [-2.0] * 4
 
 
+def test_the_parts_of_a_sum_are_no_views_of_a_rewards_own_tensor(images: Tensor) -> None:
+    with torch.inference_mode():
+        answer = torch.ones(4)
+    scores = WeightedSum({"a": lambda *_: answer}, {"a": 1.0}).scores(images, [""] * 4, [{}] * 4)
+    scores.parts["a"].add_(1)  # which an inference tensor would not allow
+    assert answer.tolist() == [1.0] * 4
+
+
 def test_a_sum_names_the_part_with_a_wrong_answer(images: Tensor) -> None:
     total = WeightedSum({"a": Constant(), "b": lambda *_: torch.zeros(3)}, {"a": 1.0, "b": 1.0})
     with pytest.raises(RewardError, match=r"reward 'b' returned a tensor of shape \(3,\), expected \(4,\)"):

@@ -240,12 +240,13 @@ def test_a_message_about_many_samples_stays_readable(images: Tensor, release: th
     assert " 39" in str(caught.value)
 
 
-def test_scores_computed_under_inference_mode_can_be_trained_on(images: Tensor) -> None:
+def test_scores_are_no_view_of_the_rewards_own_tensor(images: Tensor) -> None:
     with torch.inference_mode():
         answer = torch.ones(4)
     with RewardService(Brightness(lambda _: answer)) as service:
-        total = submit(service, images).result().total
-    total += 1  # not in place of an inference tensor
+        scores = submit(service, images).result()
+    scores.parts["brightness"] += 1  # which an inference tensor would not allow
+    scores.total.add_(1)
     assert answer.tolist() == [1.0] * 4
 
 
