@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
+
 from star_trainer.rewards.base import Reward
 from star_trainer.rewards.remote import RemoteReward, public_address
 from star_trainer.rewards.weighted import WeightedSum, check_weight
@@ -25,7 +27,7 @@ BUILT_IN = {
 def build(
     weights: Mapping[str, float],
     *,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> WeightedSum:
     """The weighted sum of rewards.
@@ -64,7 +66,7 @@ def build(
     return WeightedSum(rewards, named)
 
 
-def _make(key: str, device: str, options: Mapping[str, Any]) -> Reward:
+def _make(key: str, device: str | torch.device, options: Mapping[str, Any]) -> Reward:
     if key in BUILT_IN:
         return _instance(key, _load(BUILT_IN[key]), device, options)
     if key.startswith(("http://", "https://")):
@@ -88,7 +90,7 @@ def _load(path: str) -> Any:
     return found
 
 
-def _instance(key: str, found: Any, device: str, options: Mapping[str, Any]) -> Reward:
+def _instance(key: str, found: Any, device: str | torch.device, options: Mapping[str, Any]) -> Reward:
     if not isinstance(found, type) and _is_reward(found):
         if options:
             raise ValueError(f"options of {key!r} must be empty: it is a reward already, got {dict(options)!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,9 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.data.normal_(std=0.3)
     model.save_pretrained(folder)
     images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    tokens = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokens = transformers.CLIPTokenizerFast.from_pretrained(folder, model_max_length=77)
     transformers.CLIPProcessor(images, tokens).save_pretrained(folder)
     return folder
 
