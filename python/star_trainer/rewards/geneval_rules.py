@@ -149,7 +149,7 @@ def grade(objects: Objects, task: Task, colors: Colors, *, position_threshold: f
     is to be excluded adds nothing.
 
     As in Flow-GRPO, a position towards an entry that is fulfilled adds a 1 in any case, beside a 0 where it does not
-    hold: a wrong position costs half of what a missing one does.
+    hold: a wrong position of two objects that are there scores 3/4.
 
     Args:
         objects, task, colors, position_threshold: as in :func:`judge`.
