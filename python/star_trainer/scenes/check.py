@@ -85,13 +85,13 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def read_words(letters: Sequence[Detection]) -> list[str]:
-    """Letters of one colour on one line, at the pitch of print, joined to words."""
+    """Letters on one line, at the pitch of print, joined to words."""
     words: list[list[Detection]] = []
     for letter in sorted(letters, key=lambda d: d.x):
         for word in words:
             last = word[-1]
             pitch = LETTER[1] + 1
-            if last.color == letter.color and abs(last.y - letter.y) <= 1 and abs(letter.x - last.x - pitch) <= 2:
+            if abs(last.y - letter.y) <= 1 and abs(letter.x - last.x - pitch) <= 2:
                 word.append(letter)
                 break
         else:

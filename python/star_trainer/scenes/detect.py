@@ -53,8 +53,8 @@ def detect_shapes(images: Tensor) -> list[list[Detection]]:
 
 
 def detect_letters(images: Tensor) -> list[list[Detection]]:
-    """The letters of each of ``[N, 3, H, W]``, best first."""
-    return _detect(color_masks(images), _letters())
+    """The letters of each of ``[N, 3, H, W]`` in whatever colour, best first; their colour is empty."""
+    return _detect(color_masks(images).sum(dim=1, keepdim=True), _letters())
 
 
 def color_masks(images: Tensor) -> Tensor:
@@ -86,12 +86,12 @@ def _detect(masks: Tensor, bank: _Bank) -> list[list[Detection]]:
         y, x = place // CANVAS, place % CANVAS
         stencil = kind % len(bank.names)
         for n in torch.nonzero(score >= THRESHOLD)[:, 0].tolist():
-            k, color = int(stencil[n]), _COLORS[int(kind[n]) // len(bank.names)]
+            k, color = int(stencil[n]), _COLORS[int(kind[n]) // len(bank.names)] if masks.shape[1] > 1 else ""
             found[n].append(Detection(bank.names[k], color, int(x[n]), int(y[n]), bank.radii[k], float(score[n])))
         reach = bank.reach[stencil]
-        near = ((rows - y[:, None]).abs() <= reach[:, :1])[:, :, None] & (
-            (rows - x[:, None]).abs() <= reach[:, 1:]
-        )[:, None, :]
+        near = ((rows - y[:, None]).abs() <= reach[:, :1])[:, :, None] & ((rows - x[:, None]).abs() <= reach[:, 1:])[
+            :, None, :
+        ]
         best = best.masked_fill(near, 0.0)
     return found
 
