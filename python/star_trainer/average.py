@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Average:
-    """``average += (1 - decay) (weights - average)``, at every so many optimiser steps; in float32, where the weights are.
+    """``average += (1 - decay) (weights - average)``, at every so many optimiser steps, in float32.
 
     Args:
         model: whose parameters that require grad are followed.

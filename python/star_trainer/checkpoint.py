@@ -79,7 +79,7 @@ def restore(path: Path, model: Any, optimizer: Any, average: Average, accelerato
     """
     try:
         state = json.loads((path / "state.json").read_text())
-        parts = {n: load_file(path / f"{n}.safetensors") for n in ("weights", "optimizer")}
+        parts: dict[str, Any] = {n: load_file(path / f"{n}.safetensors") for n in ("weights", "optimizer")}
         values = load_file(path / "average.safetensors") if average.values else {}
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
@@ -117,7 +117,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, An
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")

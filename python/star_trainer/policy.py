@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,14 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Text(NamedTuple):
+@dataclass(frozen=True)
+class Text:
     """Prompts as the transformer takes them: ``[B, L, D]`` and ``[B, P]``."""
 
     tokens: Tensor
     pooled: Tensor
 
-    def __getitem__(self, rows: Any) -> Text:  # type: ignore[override]
+    def __getitem__(self, rows: Any) -> Text:
         return Text(self.tokens[rows], self.pooled[rows])
 
 
@@ -133,7 +135,7 @@ class Policy:
             if self._unconditional is None:
                 self._unconditional = self.encode([""])
             empty = self._unconditional[torch.zeros(len(latents), dtype=torch.int64, device=latents.device)]
-            text = Text(*(torch.cat(pair) for pair in zip(empty, text, strict=True)))
+            text = Text(torch.cat([empty.tokens, text.tokens]), torch.cat([empty.pooled, text.pooled]))
             latents = torch.cat([latents, latents])
         velocity = model(
             hidden_states=latents.to(self.pipeline.transformer.dtype),
@@ -180,7 +182,6 @@ def load_pipeline(path: str, dtype: torch.dtype) -> Any:
     Raises:
         ValueError: nothing there, or a pipeline of another kind.
     """
-    from diffusers import StableDiffusion3Pipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
@@ -191,7 +192,7 @@ def load_pipeline(path: str, dtype: torch.dtype) -> Any:
         pipeline = pipelines.load_pipeline(folder, dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path: cannot load {path!r}: {error}") from error
-    if not isinstance(pipeline, StableDiffusion3Pipeline):
+    if not any(cls.__name__ == "StableDiffusion3Pipeline" for cls in type(pipeline).__mro__):
         raise ValueError(f"model.path must be a StableDiffusion3Pipeline, {path!r} is a {type(pipeline).__name__}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -116,10 +116,11 @@ def curve(lines: list[dict[str, Any]]) -> Figure:
     """Reward over epochs: of the rollouts, and of evaluations."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.subplots()
-    for event, label, style in (
+    styles: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("epoch", "rollout samples (with noise)", {"color": "#56B4E9", "linewidth": 1.0}),
         ("evaluation", "evaluation (averaged weights)", {"color": "#D55E00", "marker": "o", "linewidth": 1.6}),
-    ):
+    )
+    for event, label, style in styles:
         chosen = [line for line in lines if line["event"] == event]
         axis.plot([line["epoch"] for line in chosen], [line["reward"] for line in chosen], label=label, **style)
     axis.set(xlabel="epoch", ylabel="reward")

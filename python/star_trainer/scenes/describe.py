@@ -16,107 +16,14 @@ COLORS = tuple(PALETTE)
 RELATIONS = ("left of", "right of", "above", "below")
 COUNTS = {"two": 2, "three": 3}
 TASKS = ("composition", "text")
-WORDS = tuple(
-    [
-        "ace",
-        "aim",
-        "art",
-        "axe",
-        "bay",
-        "bed",
-        "bee",
-        "big",
-        "bow",
-        "box",
-        "bus",
-        "cab",
-        "cap",
-        "cat",
-        "cow",
-        "cup",
-        "dog",
-        "door",
-        "dry",
-        "duck",
-        "east",
-        "egg",
-        "elk",
-        "eye",
-        "fan",
-        "fig",
-        "fish",
-        "fly",
-        "fog",
-        "fox",
-        "frog",
-        "game",
-        "gift",
-        "gold",
-        "hat",
-        "hive",
-        "home",
-        "ice",
-        "ink",
-        "iron",
-        "ivy",
-        "jam",
-        "jar",
-        "jet",
-        "joy",
-        "jump",
-        "keg",
-        "key",
-        "kiwi",
-        "lake",
-        "lamp",
-        "leaf",
-        "lion",
-        "map",
-        "milk",
-        "moon",
-        "mud",
-        "nest",
-        "note",
-        "nut",
-        "oak",
-        "oil",
-        "owl",
-        "park",
-        "pear",
-        "pie",
-        "pink",
-        "pond",
-        "quiz",
-        "rain",
-        "rock",
-        "rose",
-        "rug",
-        "salt",
-        "sea",
-        "ship",
-        "sky",
-        "snow",
-        "star",
-        "sun",
-        "tax",
-        "tea",
-        "tent",
-        "toy",
-        "tree",
-        "urn",
-        "van",
-        "vine",
-        "wax",
-        "west",
-        "wolf",
-        "wood",
-        "yak",
-        "yard",
-        "zen",
-        "zoo",
-        "zip",
-    ]
-)
+_LITTLE = ("a", "an", "and", "the", "word", "in")
+_PRINTED = """
+    ace aim art axe bay bed bee big bow box bus cab cap cat cow cup dog door dry duck east egg elk eye fan fig fish
+    fly fog fox frog game gift gold hat hive home ice ink iron ivy jam jar jet joy jump keg key kiwi lake lamp leaf
+    lion map milk moon mud nest note nut oak oil owl park pear pie pink pond quiz rain rock rose rug salt sea ship
+    sky snow star sun tax tea tent toy tree urn van vine wax west wolf wood yak yard zen zoo zip
+"""
+WORDS = tuple(_PRINTED.split())
 
 
 @dataclass(frozen=True)
@@ -167,6 +74,4 @@ def vocabulary() -> list[str]:
     """The words of all prompts but those in quotes."""
     shapes = [*SHAPES, *(shape + ("es" if shape == "cross" else "s") for shape in SHAPES)]
     relations = [word for relation in RELATIONS for word in relation.split()]
-    return list(
-        dict.fromkeys([*shapes, *COLORS, *RADII, *COUNTS, *relations, *["a", "an", "and", "the", "word", "in"]])
-    )
+    return list(dict.fromkeys([*shapes, *COLORS, *RADII, *COUNTS, *relations, *_LITTLE]))

@@ -8,6 +8,7 @@ from typing import Any
 def model_card(metrics: dict[str, Any]) -> str:
     """README.md of the pipeline's folder, with the hub's front matter."""
     recipe, scenes = metrics["recipe"], metrics["scenes"]
+    size, side = recipe["size"], recipe["size"] >> (len(recipe["vae_channels"]) - 1)
     rows = "\n".join(f"| {task} | {found['graded']:.3f} | {found['exact']:.3f} |" for task, found in scenes.items())
     steps = len(metrics["localisation"][0])
     blocks = "\n".join(
@@ -22,38 +23,38 @@ pipeline_tag: text-to-image
 
 # A small Stable Diffusion 3 for drawn scenes
 
-A `StableDiffusion3Pipeline` of diffusers with weights of its own, trained from nothing on drawn scenes of
-{recipe["size"]} x {recipe["size"]} pixels: one to three plain shapes with colours, sizes, counts and relations, or a short
-printed word. It exists to run, test and study reinforcement learning of text-to-image flow models where no large model
-and no GPU is at hand. It can draw nothing else.
+A `StableDiffusion3Pipeline` of diffusers with weights of its own, trained from nothing on drawn scenes of {size} x {size}
+pixels: one to three plain shapes with colours, sizes, counts and relations, or a short printed word. It exists to run,
+test and study reinforcement learning of text-to-image flow models where no large model and no GPU is at hand. It can
+draw nothing else.
 
 ```python
 from diffusers import StableDiffusion3Pipeline
 
-pipeline = StableDiffusion3Pipeline.from_pretrained("small-sd3")
+pipeline = StableDiffusion3Pipeline.from_pretrained("small-sd3", text_encoder_3=None, tokenizer_3=None)
 pipeline("a red circle left of a blue square", num_inference_steps={recipe["sampling_steps"]},
          guidance_scale={recipe["guidance"]}, max_sequence_length=1).images[0]
 ```
 
 ## Models
 
-Joint transformer: {recipe["blocks"]} blocks, {recipe["heads"]} heads of 32 channels, patches of 2 x 2 latents, RMS norm of
-queries and keys. Autoencoder: {recipe["latent_channels"]} channels at {recipe["size"] >> (len(recipe["vae_channels"]) - 1)}
-x {recipe["size"] >> (len(recipe["vae_channels"]) - 1)}. Text: two CLIP encoders of {recipe["text_width"]} channels, trained along with
-the transformer; {recipe["text_length"]} tokens, every word of the scenes one token, quoted words spelled in letters. The T5
-slot is empty (diffusers puts zeros there: one with `max_sequence_length=1`, 256 by default, both were trained). The pooled
-text embedding is zero, so that the text acts through attention alone.
+Joint transformer: {recipe["blocks"]} blocks, {recipe["heads"]} heads of 32 channels, patches of 2 x 2 latents, RMS norm
+of queries and keys. Autoencoder: {recipe["latent_channels"]} channels at {side} x {side}. Text: two CLIP encoders of
+{recipe["text_width"]} channels, trained along with the transformer; {recipe["text_length"]} tokens, every word of the scenes
+one token, quoted words spelled in letters. The T5 slot is empty (diffusers puts zeros there: one with
+`max_sequence_length=1`, 256 by default; both were trained). The pooled text embedding is zero, so that the text acts
+through attention alone.
 
 ## Training
 
 `{metrics["command"]}`, seed {recipe["seed"]}: {metrics["training_minutes"]} minutes on {metrics["device"]} with
-{metrics["threads"]} threads (torch {metrics["torch"]}). Data: scenes drawn by `star_trainer.scenes`, {recipe["pool"]} of them for
-the transformer, {recipe["steps"]} steps of {recipe["batch"]} by flow matching with logit-normal noise levels.
+{metrics["threads"]} threads (torch {metrics["torch"]}). Data: scenes drawn by `star_trainer.scenes`, {recipe["pool"]} of
+them for the transformer, {recipe["steps"]} steps of {recipe["batch"]} by flow matching with logit-normal noise levels.
 
 ## Metrics
 
-Held-out prompts, {recipe["sampling_steps"]} steps, guidance {recipe["guidance"]}; judged by `star_trainer.scenes.check`. Mean absolute
-error of the autoencoder: {metrics["autoencoder_error"]}.
+Held-out prompts, {recipe["sampling_steps"]} steps, guidance {recipe["guidance"]}; judged by `star_trainer.scenes.check`.
+Mean absolute error of the autoencoder: {metrics["autoencoder_error"]}.
 
 | task | fulfilled conditions | all fulfilled |
 |---|---|---|

@@ -69,7 +69,7 @@ def train(recipe: Recipe, folder: Path, device: torch.device, evaluated: int, co
     loss = train_flow(pipeline, recipe, device)
     trained = time.perf_counter()
     pipeline.to(device)
-    drawing = {"steps": recipe.sampling_steps, "guidance": recipe.guidance}
+    drawing: dict[str, Any] = {"steps": recipe.sampling_steps, "guidance": recipe.guidance}
     table = localisation(pipeline, count=128, **drawing)
     metrics = {
         "command": command,

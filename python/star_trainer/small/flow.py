@@ -25,8 +25,8 @@ def train_flow(pipeline: Any, recipe: Recipe, device: torch.device) -> float:
     empty = tokens(pipeline, [""])
     modules = nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]).to(device).train()
     average = deepcopy(modules).eval()
-    optimizers = [torch.optim.AdamW(group, recipe.learning_rate, betas=(0.9, 0.98)) for group in _groups(modules)]
     parameters = [p for p in modules.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(recipe.seed)
     losses = torch.zeros(recipe.steps)
     bar = tqdm(range(recipe.steps), desc="flow matching", mininterval=2)
@@ -41,14 +41,11 @@ def train_flow(pipeline: Any, recipe: Recipe, device: torch.device) -> float:
         noisy = torch.lerp(data, noise, sigma[:, None, None, None])
         velocity = predict(modules, noisy, sigma, text, length)
         loss = (velocity - (noise - data)).square().mean()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * rate(step, recipe)
-            optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate * rate(step, recipe)
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         _follow(average.parameters(), modules.parameters(), min(recipe.ema, (1 + step) / (10 + step)))
         losses[step] = loss.detach()
         if step % 50 == 0:
@@ -80,11 +77,6 @@ def rate(step: int, recipe: Recipe) -> float:
     """Linear warm-up, then half a cosine to zero."""
     done = max(0.0, (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup))
     return min(1.0, (step + 1) / recipe.warmup) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _groups(modules: nn.Module) -> list[Any]:
-    trained = [p for p in modules.parameters() if p.requires_grad]
-    return [[{"params": trained, "weight_decay": 0.01}]]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from star_trainer.scenes import vocabulary
 from star_trainer.small.recipe import Recipe
@@ -22,7 +22,7 @@ def build(recipe: Recipe) -> Any:
     """The pipeline, in training mode. Its T5 slot is empty."""
     torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer(recipe.text_length)
-    pipeline = StableDiffusion3Pipeline(
+    pipeline: Any = StableDiffusion3Pipeline(
         transformer=build_transformer(recipe),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
         vae=build_autoencoder(recipe),
@@ -39,7 +39,7 @@ def build(recipe: Recipe) -> Any:
 
 def build_tokenizer(length: int) -> Any:
     """CLIP's kind: every word of the scenes is one token, other words are spelled in letters."""
-    kind = CLIPTokenizerFast().backend_tokenizer
+    kind = CLIPTokenizer().backend_tokenizer
     words = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     words.normalizer, words.pre_tokenizer = kind.normalizer, kind.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -51,11 +51,11 @@ def build_tokenizer(length: int) -> Any:
         show_progress=False,
     )
     words.train_from_iterator([f" {word} " for word in vocabulary()], trainer)
-    merges = [tuple(pair) for pair in json.loads(words.to_str())["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in json.loads(words.to_str())["model"]["merges"]]
     letters = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     pieces = dict.fromkeys([*letters, *map("".join, merges), START, END])
     numbered = {piece: number for number, piece in enumerate(pieces)}
-    return CLIPTokenizerFast(vocab=numbered, merges=merges, model_max_length=length)
+    return CLIPTokenizer(vocab=numbered, merges=merges, model_max_length=length)
 
 
 def build_transformer(recipe: Recipe) -> Any:
