@@ -91,9 +91,7 @@ def restore(path: Path, model: Any, optimizer: Any, average: Average, accelerato
         raise ValueError(f"{path} is of another configuration: {listed}")
     set_model_state_dict(model, parts["weights"], options=StateDictOptions(full_state_dict=True, strict=False))
     flat = {**parts["optimizer"], **state["optimizer"]}
-    set_optimizer_state_dict(
-        model, optimizer, flat, options=StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
-    )
+    set_optimizer_state_dict(model, optimizer, flat, options=StateDictOptions(full_state_dict=True))
     with torch.no_grad():
         for name, value in average.values.items():
             value.copy_(_like(values[name], value))
