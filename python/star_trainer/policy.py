@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,12 +65,6 @@ class Policy:
         """The transformer without its distributed wrapper."""
         return self.pipeline.transformer
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of image tokens at the model's own resolution."""
-        side = self.model.config.sample_size // self.model.config.patch_size
-        return side, side
-
     def encode(self, prompts: Sequence[str]) -> Text:
         """One row for each prompt; each different one is encoded once."""
         unique = list(dict.fromkeys(prompts))
@@ -95,7 +89,7 @@ class Policy:
         """
         if reference and self._reference is not None:
             return self._guided(self._reference, latents, timestep, text)
-        with self._adapters_off() if reference else _nothing():
+        with self._adapters_off() if reference else nullcontext():
             return self._guided(self.transformer, latents, timestep, text)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -196,8 +190,3 @@ def load_pipeline(path: str, dtype: torch.dtype) -> Any:
         raise ValueError(f"model.path must be a StableDiffusion3Pipeline, {path!r} is a {type(pipeline).__name__}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

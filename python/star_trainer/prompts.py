@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,11 @@ def choose(prompts: list[Prompt], count: int, epoch: int, seed: int) -> list[Pro
     return chosen
 
 
-_orders: dict[tuple[int, str], list[int]] = {}
-
-
-def _order(count: int, seed: str) -> list[int]:
-    if (count, seed) not in _orders:
-        if len(_orders) > 4:
-            _orders.clear()
-        order = list(range(count))
-        random.Random(seed).shuffle(order)
-        _orders[count, seed] = order
-    return _orders[count, seed]
+@lru_cache(maxsize=4)
+def _order(count: int, seed: str) -> tuple[int, ...]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return tuple(order)
 
 
 def _from_json(path: Path, number: int, line: str) -> Prompt:

@@ -15,7 +15,6 @@ from torch import Tensor
 from star_kernels import figures
 from star_trainer.config import Config
 from star_trainer.rollout import Batch
-from star_trainer.schedule import trained_steps
 
 COLUMNS, MOST = 8, 32  # pictures of a grid
 STRIPS = 3
@@ -66,7 +65,7 @@ class Record:
         """The weights of the first samples over space and trained steps."""
         if not self.enabled or not batch.steps or batch.steps[0].weights is None:
             return
-        labels = [f"step {step}" for step in trained_steps(self.config, epoch - 1)]
+        labels = [f"step {step.number}" for step in batch.steps]
         for n in range(min(STRIPS, len(batch.numbers))):
             values = [step.weights[n] for step in batch.steps if step.weights is not None]
             figure = figures.weights(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,17 @@ class Step:
     log_prob: Tensor  # [B, h, w]
     model_output: Tensor | None  # kept for ratio_norm
     weights: Tensor | None  # [B, rows, columns] of patches
+
+    def at(self, rows: slice) -> Step:
+        """The step of some of its samples."""
+        return replace(
+            self,
+            sample=self.sample[rows],
+            prev_sample=self.prev_sample[rows],
+            log_prob=self.log_prob[rows],
+            model_output=None if self.model_output is None else self.model_output[rows],
+            weights=None if self.weights is None else self.weights[rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ def roll_out(
             with autocast():
                 velocity = policy.velocity(latents, schedule.timestep(step), text)
             if step not in noisy:
-                latents = latents + (schedule.sigmas[step + 1] - schedule.sigmas[step]) * velocity.float()
+                latents = schedule.plain_step(step, latents, velocity)
                 continue
             transition = schedule.transition(step, config, len(numbers), policy.device)
             drawn, log_prob = sample_transition(
@@ -124,7 +135,7 @@ def sample(policy: Policy, prompts: Sequence[Prompt], names: Sequence[str], conf
     for step in range(schedule.steps):
         with autocast():
             velocity = policy.velocity(latents, schedule.timestep(step), text)
-        latents = latents + (schedule.sigmas[step + 1] - schedule.sigmas[step]) * velocity.float()
+        latents = schedule.plain_step(step, latents, velocity)
     return policy.decode(latents)
 
 
@@ -132,7 +143,4 @@ def _weighted(steps: list[Step], maps: Tensor, allocation: Allocation) -> list[S
     """Steps with their weights, from maps ``[B, Steps, rows, columns]``."""
     weights = allocate(maps.flatten(2), strength=allocation.strength, over=allocation.over, cap=allocation.cap)
     on_grid = weights.unflatten(2, maps.shape[2:])
-    return [
-        Step(s.number, s.sample, s.prev_sample, s.log_prob, s.model_output, on_grid[:, i].contiguous())
-        for i, s in enumerate(steps)
-    ]
+    return [replace(step, weights=on_grid[:, i].contiguous()) for i, step in enumerate(steps)]

@@ -31,6 +31,10 @@ class Schedule:
     def timestep(self, step: int) -> float:
         return 1000 * self.sigmas[step]
 
+    def plain_step(self, step: int, latents: Tensor, velocity: Tensor) -> Tensor:
+        """The next latents without noise (Euler's step), float32."""
+        return latents + (self.sigmas[step + 1] - self.sigmas[step]) * velocity.float()
+
     def transition(self, step: int, config: Config, batch: int, device: torch.device) -> Transition:
         """The noisy transition from a step to the next."""
         here, then = (torch.full((batch,), s, device=device) for s in self.sigmas[step : step + 2])

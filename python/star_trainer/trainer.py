@@ -23,6 +23,7 @@ from star_trainer.prompts import Prompt, choose, load_prompts
 from star_trainer.record import Record
 from star_trainer.rewards import build
 from star_trainer.rewards.base import RewardError
+from star_trainer.rewards.images import slices
 from star_trainer.rewards.service import RewardService
 from star_trainer.rollout import Batch, roll_out, sample
 from star_trainer.schedule import shares
@@ -99,7 +100,8 @@ class Trainer:
         waiting, batches = [], list[list[Batch]]()
         for part in parts:
             batches.append([])
-            for numbers in _split(part, config.rollout.batch):
+            for rows in slices(len(part), config.rollout.batch):
+                numbers = part[rows]
                 chosen = [prompts[n // size] for n in numbers]
                 batch = roll_out(self.policy, chosen, numbers, config, self.epoch, self.accelerator.autocast)
                 batches[-1].append(batch)
@@ -143,7 +145,8 @@ class Trainer:
         mine = list(range(self.accelerator.process_index, count, self.accelerator.num_processes))
         waiting, images = [], dict[int, Tensor]()
         with self.average.in_place():
-            for numbers in _split(mine, config.rollout.batch):
+            for rows in slices(len(mine), config.rollout.batch):
+                numbers = mine[rows]
                 chosen = [prompts[n] for n in numbers]
                 names = [f"evaluation {config.train.seed} {n}" for n in numbers]
                 drawn = sample(self.policy, chosen, names, config, self.accelerator.autocast)
@@ -164,7 +167,7 @@ class Trainer:
 
     def _collect(self, waiting: list[tuple[list[int], Any]], count: int) -> dict[str, Tensor]:
         """Rewards of all processes by name, each ``[count]``; "total" is their weighted sum."""
-        names = ["total", *self.config.reward.weights]
+        names = ["total", *self.rewards.reward.rewards]  # a reward by import path or URL has a name of its own
         table = torch.zeros(len(names), count)
         failure: RewardError | None = None
         for numbers, future in waiting:
@@ -209,7 +212,3 @@ class Trainer:
     def _must_stop(self) -> bool:
         flag = torch.tensor([float(self.stopped)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
-
-
-def _split(numbers: list[int], size: int) -> list[list[int]]:
-    return [numbers[i : i + size] for i in range(0, len(numbers), size)]

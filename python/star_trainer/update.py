@@ -13,6 +13,7 @@ from star_kernels import weighted_policy_loss
 from star_trainer.average import Average
 from star_trainer.config import Config
 from star_trainer.policy import Policy, Text
+from star_trainer.rewards.images import slices
 from star_trainer.rollout import Batch, Step
 from star_trainer.schedule import schedule_of
 
@@ -52,14 +53,14 @@ class Updater:
     def gradients(self, batches: Sequence[Batch], advantages: Tensor) -> dict[str, Tensor]:
         """Adds up the gradients of the mean loss over samples and trained steps."""
         total = sum(len(batch.numbers) for batch in batches)
-        passes = [(b, rows, step) for b in batches for rows in self._slices(b) for step in range(len(b.steps))]
+        passes = [(b, rows, step) for b in batches for rows in self._rows(b) for step in b.steps]
         sums: dict[str, Tensor] = {}
-        for i, (batch, rows, place) in enumerate(passes):
+        for i, (batch, rows, step) in enumerate(passes):
             share = (rows.stop - rows.start) / total / len(batch.steps)
             chosen = advantages[batch.numbers[rows]].to(self.policy.device)
             last = i == len(passes) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.policy.transformer):
-                loss, metrics = self._loss(batch.text[rows], _rows(batch.steps[place], rows), chosen)
+                loss, metrics = self._loss(batch.text[rows], step.at(rows), chosen)
                 self.accelerator.backward(loss * share)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value * share
@@ -90,22 +91,7 @@ class Updater:
         )
         return loss, dict(metrics)
 
-    def _slices(self, batch: Batch) -> Iterator[slice]:
+    def _rows(self, batch: Batch) -> Iterator[slice]:
+        """The samples of each forward pass."""
         count = len(batch.numbers)
-        size = self.config.train.batch or count
-        for start in range(0, count, size):
-            yield slice(start, min(start + size, count))
-
-
-def _rows(step: Step, rows: slice) -> Step:
-    def cut(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[rows]
-
-    return Step(
-        step.number,
-        step.sample[rows],
-        step.prev_sample[rows],
-        step.log_prob[rows],
-        cut(step.model_output),
-        cut(step.weights),
-    )
+        return slices(count, self.config.train.batch or count)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from star_trainer.rewards.ocr import edit_distance
 from star_trainer.scenes.detect import Detection, detect_letters, detect_shapes
 from star_trainer.scenes.draw import LETTER, RADII
 
@@ -71,17 +72,6 @@ def check(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Verdicts:
             scores[n] = _judge_things(shapes, metadata[n]["include"])
     ordered = [scores[n] for n in range(len(images))]
     return Verdicts(torch.tensor([s for s, _ in ordered]), torch.tensor([e for _, e in ordered], dtype=torch.bool))
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's."""
-    previous = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        current = [i]
-        for j, y in enumerate(b, 1):
-            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (x != y)))
-        previous = current
-    return previous[-1]
 
 
 def read_words(letters: Sequence[Detection]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
 import time
 from dataclasses import asdict
@@ -62,7 +61,6 @@ def train(recipe: Recipe, folder: Path, device: torch.device, evaluated: int, co
     from star_trainer.small.flow import train_flow
     from star_trainer.small.pipeline import build
 
-    random.seed(recipe.seed)
     started = time.perf_counter()
     pipeline = build(recipe)
     error = train_autoencoder(pipeline.vae, recipe, device)

@@ -24,8 +24,10 @@ def held_out(task: str, count: int, seed: str = "held out") -> list[Scene]:
 
 
 @torch.no_grad()
-def generate(pipeline: Any, prompts: Sequence[str], *, steps: int, guidance: float, seed: int = 0) -> Tensor:
-    """``[N, 3, S, S]`` in 0..1; each picture has a seed of its own."""
+def generate(
+    pipeline: Any, prompts: Sequence[str], *, steps: int, guidance: float, seed: int = 0, on_step: Any = None
+) -> Tensor:
+    """``[N, 3, S, S]`` in 0..1; each picture has a seed of its own. on_step is diffusers' callback_on_step_end."""
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + n) for n in range(len(prompts))]
     return pipeline(
         list(prompts),
@@ -34,6 +36,7 @@ def generate(pipeline: Any, prompts: Sequence[str], *, steps: int, guidance: flo
         generator=generators,
         max_sequence_length=1,
         output_type="pt",
+        callback_on_step_end=on_step,
     ).images.float()
 
 
@@ -75,16 +78,7 @@ def localisation(pipeline: Any, *, count: int, steps: int, guidance: float, seed
         return arguments
 
     try:
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + n) for n in range(len(prompts))]
-        images = pipeline(
-            prompts,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=generators,
-            max_sequence_length=1,
-            output_type="pt",
-            callback_on_step_end=keep,
-        ).images.float()
+        images = generate(pipeline, prompts, steps=steps, guidance=guidance, seed=seed, on_step=keep)
     finally:
         for handle in reversed(handles):
             handle.remove()
