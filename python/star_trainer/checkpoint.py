@@ -38,10 +38,11 @@ def save(
 
     All processes call it; the first one writes.
     """
-    tensors = {"weights": _contiguous(get_model_state_dict(model, options=_WHOLE))}
+    target = folder / f"checkpoint-{epoch:06d}"
+    tensors = {"weights": whole_weights(model)}
     flat = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     tensors["optimizer"] = _contiguous({n: v for n, v in flat.items() if isinstance(v, Tensor)})
-    tensors["average"] = _contiguous({name: _full(value) for name, value in average.values.items()})
+    tensors["average"] = _contiguous({name: whole(value) for name, value in average.values.items()})
     state = {
         "format": FORMAT,
         "epoch": epoch,
@@ -50,7 +51,6 @@ def save(
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "config": asdict(config),
     }
-    target = folder / f"checkpoint-{epoch:06d}"
     if accelerator.is_main_process:
         work = folder / f".{target.name}.tmp"
         shutil.rmtree(work, ignore_errors=True)
@@ -61,8 +61,6 @@ def save(
         (work / "state.json").write_text(json.dumps(state, indent=1))
         for path in (*work.iterdir(), work):
             _flush(path)
-        if target.exists():
-            shutil.rmtree(target)
         work.rename(target)
         _flush(folder)
         for old in find(folder)[: -config.output.keep]:
@@ -101,6 +99,14 @@ def restore(path: Path, model: Any, optimizer: Any, average: Average, accelerato
     return int(state["epoch"])
 
 
+def whole_weights(model: Any) -> dict[str, Tensor]:
+    """Trained parameters and all buffers on the CPU, without the names and parts of distributed wrappers.
+
+    All processes call it.
+    """
+    return _contiguous(get_model_state_dict(model, options=_WHOLE))
+
+
 def find(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
     if not folder.is_dir():
@@ -128,7 +134,8 @@ def _contiguous(values: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in values.items()}
 
 
-def _full(value: Tensor) -> Tensor:
+def whole(value: Tensor) -> Tensor:
+    """A tensor of which each process may hold a part; all processes call it."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 

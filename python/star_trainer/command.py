@@ -29,11 +29,25 @@ def main(arguments: list[str] | None = None) -> int:
     from star_trainer.trainer import Trainer
 
     try:
-        Trainer(config).run()
+        trainer = Trainer(config)
+        trainer.run()
     except (ValueError, OSError, RewardError) as error:
         print(f"star-train: error: {error}", file=sys.stderr)
         return 1
+    if trainer.accelerator.is_main_process:
+        print(summary(Path(config.output.folder)))
     return 0
+
+
+def summary(folder: Path) -> str:
+    """The rewards that a run began and ended with, and where its pictures are."""
+    from star_trainer.record import read_metrics
+
+    found = [line for line in read_metrics(folder) if line["event"] == "evaluation"]
+    lines = [
+        f"evaluation after epoch {line['epoch']}: reward {line['reward']:.4f}" for line in (found[:1] + found[-1:])
+    ]
+    return "\n".join([*dict.fromkeys(lines), f"metrics and pictures are in {folder}"])
 
 
 def parse(arguments: list[str]) -> Config:
@@ -75,7 +89,7 @@ def build_parser(preset: str) -> Any:
 
 
 def config_of(parser: Any, values: Any) -> Config:
-    made = parser.instantiate_classes(values)
+    made = parser.instantiate(values)
     return Config(**{name: getattr(made, name) for name in Config.__dataclass_fields__})
 
 

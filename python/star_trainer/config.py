@@ -239,6 +239,10 @@ def check(config: Config, processes: int) -> None:
             f"rollout.groups * rollout.group_size must be a multiple of train.updates * processes = "
             f"{config.train.updates} * {processes}, got {config.rollout.groups} * {config.rollout.group_size}"
         )
+    if config.evaluation.prompts % processes:
+        raise ValueError(
+            f"evaluation.prompts must be a multiple of the {processes} processes, got {config.evaluation.prompts}"
+        )
     last = config.rollout.steps - 1
     end = last if config.rollout.window_end is None else config.rollout.window_end
     if not 1 <= end <= last:

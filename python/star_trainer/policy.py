@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from star_kernels import pipelines
+from star_trainer.checkpoint import whole_weights
 from star_trainer.config import Config
 
 SHIPPED = Path(__file__).parent / "assets" / "small-sd3"
@@ -113,15 +115,24 @@ class Policy:
             side = resolution // self.pipeline.vae_scale_factor
         return self.model.config.in_channels, side, side
 
-    def export(self, folder: Path) -> None:
-        """Writes what was trained as diffusers loads it: a LoRA file, or the transformer's folder."""
+    def export(self, folder: Path, *, write: bool) -> None:
+        """Writes what was trained as diffusers loads it: a LoRA file, or the transformer's folder.
+
+        All processes call it, for the weights may lie in parts; the one with ``write`` writes.
+        """
+        state = whole_weights(self.transformer)
+        if not write:
+            return
         if self.lora:
             from peft import get_peft_model_state_dict
 
-            adapters = get_peft_model_state_dict(self.model)
+            adapters = get_peft_model_state_dict(self.model, state_dict=state)
             self.pipeline.save_lora_weights(folder, transformer_lora_layers=adapters, safe_serialization=True)
         else:
-            self.model.save_pretrained(folder / "transformer")
+            from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+
+            self.model.save_config(folder / "transformer")
+            save_file(state, folder / "transformer" / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
     def _guided(self, model: Any, latents: Tensor, timestep: float, text: Text) -> Tensor:
         guided = self.guidance > 1

@@ -43,6 +43,8 @@ class Trainer:
         self.config = config
         self.accelerator = accelerator or Accelerator(mixed_precision=config.train.mixed_precision)
         check(config, self.accelerator.num_processes)
+        if config.train.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise ValueError("train.mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'")
         self.prompts = load_prompts(config.data.prompts)
         self.eval_prompts = load_prompts(config.data.eval_prompts or config.data.prompts, seed="evaluation")
         self.policy = Policy(config, self.accelerator.device)
@@ -57,10 +59,16 @@ class Trainer:
             timeout=config.reward.timeout,
             on_failure=config.reward.on_failure,
         )
-        self.epoch, self.stopped = 0, False
+        self.epoch = self._saved = 0
+        self.stopped = False
         self.folder = Path(config.output.folder)
-        if config.output.resume and (found := checkpoint.find(self.folder)):
-            self.epoch = checkpoint.restore(found[-1], *self._state(), config)
+        if found := checkpoint.find(self.folder):
+            if not config.output.resume:
+                raise ValueError(
+                    f"output.folder {self.folder} holds {found[-1].name} of another run: set output.resume to go on "
+                    "with that, or choose another folder"
+                )
+            self.epoch = self._saved = checkpoint.restore(found[-1], *self._state(), config)
             log.info("resumed from %s", found[-1])
         self.record = Record(config, enabled=self.accelerator.is_main_process, resumed_at=self.epoch)
         self.progress = progress and self.accelerator.is_main_process
@@ -76,15 +84,19 @@ class Trainer:
             for _ in bar:
                 metrics = self.train_epoch()
                 bar.set_postfix(reward=f"{metrics['reward']:.3f}")
-                last = self.epoch == config.train.epochs or self._must_stop()
-                if config.evaluation.every and (last or self.epoch % config.evaluation.every == 0):
-                    self.evaluate()
+                finished = self.epoch == config.train.epochs
+                last = finished or self._must_stop()
                 every = config.output.checkpoint_every
                 if last or (every and self.epoch % every == 0):
-                    checkpoint.save(self.folder, self.epoch, *self._state(), config)
+                    self._save()
+                if config.evaluation.every and (finished or self.epoch % config.evaluation.every == 0):
+                    self.evaluate()
                 if last:
                     break
             self._export()
+        except RewardError:  # in a rollout or an evaluation: the weights are those of the last whole epoch
+            self._save()
+            raise
         finally:
             self.rewards.close()
             self.record.close()
@@ -98,22 +110,24 @@ class Trainer:
         prompts = choose(self.prompts, config.rollout.groups, self.epoch, config.train.seed)
         parts = shares(config, self.epoch, self.accelerator.num_processes, self.accelerator.process_index)
         waiting, batches = [], list[list[Batch]]()
-        for part in parts:
-            batches.append([])
-            for rows in slices(len(part), config.rollout.batch):
-                numbers = part[rows]
-                chosen = [prompts[n // size] for n in numbers]
-                batch = roll_out(self.policy, chosen, numbers, config, self.epoch, self.accelerator.autocast)
-                batches[-1].append(batch)
-                waiting.append((numbers, self._submit(batch.images, chosen, numbers)))
+        with self._bar("rollout", sum(map(len, parts))) as bar:
+            for part in parts:
+                batches.append([])
+                for rows in slices(len(part), config.rollout.batch):
+                    numbers = part[rows]
+                    chosen = [prompts[n // size] for n in numbers]
+                    batch = self.roll_out(chosen, numbers)
+                    batches[-1].append(batch)
+                    waiting.append((numbers, self._submit(batch.images, chosen, numbers)))
+                    bar.update(len(numbers))
         rolled_out = time.perf_counter()
         rewards = self._collect(waiting, config.samples)
         judged = time.perf_counter()
         advantages = group_advantages(rewards["total"], size, std=config.reward.std)
         metrics: dict[str, float] = {}
-        for _ in range(config.train.passes):
-            for part_batches in batches:
-                reported = self.updater.step(part_batches, advantages.values)
+        with self._bar("update", config.train.passes * sum(map(len, parts))) as bar:
+            for part_batches in batches * config.train.passes:
+                reported = self.updater.step(part_batches, advantages.values, bar.update)
                 for name, value in {**reported, "grad_norm": self.updater.grad_norm}.items():
                     share = 1 / (config.train.passes * len(batches))
                     metrics[name] = metrics.get(name, 0.0) + self._mean(value) * share
@@ -137,6 +151,10 @@ class Trainer:
             self.record.allocation(self.epoch, batches[0][0])
         return recorded
 
+    def roll_out(self, prompts: Sequence[Prompt], numbers: Sequence[int]) -> Batch:
+        """Samples of these numbers in this epoch; a subclass may put other weights on their steps."""
+        return roll_out(self.policy, prompts, numbers, self.config, self.epoch, self.accelerator.autocast)
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Rewards of samples of the averaged weights without noise; the same prompts and noise each time."""
@@ -144,7 +162,7 @@ class Trainer:
         prompts = [self.eval_prompts[n % len(self.eval_prompts)] for n in range(count)]
         mine = list(range(self.accelerator.process_index, count, self.accelerator.num_processes))
         waiting, images = [], dict[int, Tensor]()
-        with self.average.in_place():
+        with self.average.in_place(), self._bar("evaluation", len(mine)) as bar:
             for rows in slices(len(mine), config.rollout.batch):
                 numbers = mine[rows]
                 chosen = [prompts[n] for n in numbers]
@@ -152,6 +170,7 @@ class Trainer:
                 drawn = sample(self.policy, chosen, names, config, self.accelerator.autocast)
                 images.update(zip(numbers, drawn, strict=True))
                 waiting.append((numbers, self._submit(drawn, chosen, numbers)))
+                bar.update(len(numbers))
         rewards = self._collect(waiting, count)
         recorded = {f"reward/{n}": v[v.isfinite()].mean().item() for n, v in rewards.items() if n != "total"}
         recorded["reward"] = rewards["total"][rewards["total"].isfinite()].mean().item()
@@ -160,6 +179,9 @@ class Trainer:
         scores = rewards["total"][list(images)].tolist()
         self.record.samples(self.epoch, list(images.values()), texts, scores)
         return recorded
+
+    def _bar(self, name: str, samples: int) -> Any:
+        return tqdm(total=samples, desc=name, unit="sample", leave=False, disable=not self.progress)
 
     def _submit(self, images: Tensor, prompts: Sequence[Prompt], numbers: list[int]) -> Any:
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
@@ -181,6 +203,8 @@ class Trainer:
         if self.accelerator.reduce(failed, "sum").item():  # all processes stop, or none
             raise failure or RewardError("a reward failed in another process, whose message says why")
         whole = self.accelerator.reduce(table.to(self.accelerator.device), "sum").cpu()
+        if not whole[0].isfinite().any():
+            raise RewardError(f"after epoch {self.epoch} all {count} samples are without a reward; warnings say why")
         return dict(zip(names, whole, strict=True))
 
     def _mean(self, value: Tensor) -> float:
@@ -191,10 +215,14 @@ class Trainer:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         return self.policy.transformer, inner, self.average, self.accelerator
 
+    def _save(self) -> None:
+        if self.epoch > self._saved:
+            checkpoint.save(self.folder, self.epoch, *self._state(), self.config)
+            self._saved = self.epoch
+
     def _export(self) -> None:
         with self.average.in_place():
-            if self.accelerator.is_main_process:
-                self.policy.export(self.folder / "final")
+            self.policy.export(self.folder / "final", write=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
 
     def _catch_signals(self) -> dict[int, Any]:

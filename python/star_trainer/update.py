@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from star_kernels import weighted_policy_loss
 from star_trainer.average import Average
+from star_trainer.checkpoint import whole
 from star_trainer.config import Config
 from star_trainer.policy import Policy, Text
 from star_trainer.rewards.images import slices
@@ -31,26 +32,31 @@ class Updater:
         self.schedule = schedule_of(policy.pipeline, config.rollout.steps)
         self.grad_norm = torch.zeros(())
 
-    def step(self, batches: Sequence[Batch], advantages: Tensor) -> dict[str, Tensor]:
+    def step(
+        self, batches: Sequence[Batch], advantages: Tensor, report: Callable[[float], object] = lambda samples: None
+    ) -> dict[str, Tensor]:
         """One optimiser step on a process's share of the samples.
 
         Args:
             batches: with the same trained steps.
             advantages: of all samples of the epoch, by number.
+            report: is told how many samples are done, a share of them after each forward and backward pass.
 
         Returns:
             Means over samples and steps of what the loss reports.
         """
-        metrics = self.gradients(batches, advantages)
+        metrics = self.gradients(batches, advantages, report)
         trained = list(self.average.parameters.values())
         norm = self.accelerator.clip_grad_norm_(trained, self.config.train.max_grad_norm)
-        self.grad_norm = torch.as_tensor(norm if norm is not None else 0.0).detach()
+        self.grad_norm = whole(torch.as_tensor(norm).detach())
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.step()
         return metrics
 
-    def gradients(self, batches: Sequence[Batch], advantages: Tensor) -> dict[str, Tensor]:
+    def gradients(
+        self, batches: Sequence[Batch], advantages: Tensor, report: Callable[[float], object] = lambda samples: None
+    ) -> dict[str, Tensor]:
         """Adds up the gradients of the mean loss over samples and trained steps."""
         total = sum(len(batch.numbers) for batch in batches)
         passes = [(b, rows, step) for b in batches for rows in self._rows(b) for step in b.steps]
@@ -64,6 +70,7 @@ class Updater:
                 self.accelerator.backward(loss * share)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value * share
+            report(share * total)
         return sums
 
     def _loss(self, text: Text, step: Step, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -18,10 +18,15 @@ _GOOD = 0.8  # the overlap at which a thing counts in full
 
 
 class Verdicts(NamedTuple):
-    """Of each picture: the share of fulfilled conditions in 0..1, and whether all are fulfilled."""
+    """Of each picture: the share of fulfilled conditions in 0..1, whether all are fulfilled, each phrase's share.
+
+    Phrases are those of star_kernels.prompts.core_content: the entries of "include" and then the relations, or the one
+    text. G is the largest number of phrases of a prompt, and NaN stands where a prompt has fewer.
+    """
 
     graded: Tensor  # float32 [N]
     exact: Tensor  # bool [N]
+    phrases: Tensor  # float32 [N, G]
 
 
 class SceneReward:
@@ -63,15 +68,18 @@ def check(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Verdicts:
     images = images.cpu()
     words = [n for n, entry in enumerate(metadata) if "text" in entry]
     things = [n for n, entry in enumerate(metadata) if "text" not in entry]
-    scores: dict[int, tuple[float, bool]] = {}
+    scores: dict[int, tuple[float, bool, list[float]]] = {}
     if words:
         for n, letters in zip(words, detect_letters(images[words]), strict=True):
             scores[n] = _judge_word(letters, str(metadata[n]["text"]))
     if things:
         for n, shapes in zip(things, detect_shapes(images[things]), strict=True):
             scores[n] = _judge_things(shapes, metadata[n]["include"])
-    ordered = [scores[n] for n in range(len(images))]
-    return Verdicts(torch.tensor([s for s, _ in ordered]), torch.tensor([e for _, e in ordered], dtype=torch.bool))
+    graded, exact, phrases = zip(*(scores[n] for n in range(len(images))), strict=True) if scores else ((), (), ())
+    table = torch.full((len(images), max(map(len, phrases), default=1)), torch.nan)
+    for row, values in zip(table, phrases, strict=True):
+        row[: len(values)] = torch.tensor(values)
+    return Verdicts(torch.tensor(graded), torch.tensor(exact, dtype=torch.bool), table)
 
 
 def read_words(letters: Sequence[Detection]) -> list[str]:
@@ -89,36 +97,42 @@ def read_words(letters: Sequence[Detection]) -> list[str]:
     return ["".join(letter.name for letter in word) for word in words]
 
 
-def _judge_word(letters: Sequence[Detection], wanted: str) -> tuple[float, bool]:
+def _judge_word(letters: Sequence[Detection], wanted: str) -> tuple[float, bool, list[float]]:
     wanted = wanted.lower()
     distance = min((edit_distance(word, wanted) for word in read_words(letters)), default=len(wanted))
-    return max(0.0, 1 - distance / len(wanted)), distance == 0
+    share = max(0.0, 1 - distance / len(wanted))
+    return share, distance == 0, [share]
 
 
-def _judge_things(found: Sequence[Detection], include: Sequence[Mapping[str, Any]]) -> tuple[float, bool]:
+def _judge_things(found: Sequence[Detection], include: Sequence[Mapping[str, Any]]) -> tuple[float, bool, list[float]]:
     left = list(found)
     taken: list[list[Detection]] = []
     for entry in include:
         mine = [d for d in left if _fits(d, entry)]
         left = [d for d in left if d not in mine]
         taken.append(mine)
-    parts, exact = list[float](), True
-    for entry, mine in zip(include, taken, strict=True):
+    conditions: list[list[float]] = [[] for _ in include]  # of each phrase
+    relations: list[float] = []
+    total = sum(int(entry["count"]) for entry in include)
+    exact = len(found) == total
+    for n, (entry, mine) in enumerate(zip(include, taken, strict=True)):
         count = int(entry["count"])
-        parts.append(_found(entry, mine, left))
+        conditions[n].append(_found(entry, mine, left))
         if count > 1:
-            parts.append(max(0.0, 1 - abs(len(mine) - count) / count))
+            conditions[n].append(max(0.0, 1 - abs(len(mine) - count) / count))
         if "size" in entry:
-            parts.append(float(any(d.radius == RADII[entry["size"]] for d in mine)))
-            exact &= parts[-1] == 1
+            sized = any(d.radius == RADII[entry["size"]] for d in mine)
+            conditions[n].append(float(sized))
+            exact &= sized
         if "position" in entry:
             relation, other = entry["position"]
-            parts.append(float(bool(mine and taken[other]) and _related(relation, mine[0], taken[other][0])))
-            exact &= parts[-1] == 1
+            holds = bool(mine and taken[other]) and _related(relation, mine[0], taken[other][0])
+            relations.append(float(holds))
+            exact &= holds
         exact &= len(mine) == count
-    total = sum(int(entry["count"]) for entry in include)
-    parts.append(max(0.0, 1 - abs(len(found) - total) / total))
-    return sum(parts) / len(parts), exact and len(found) == total
+    alone = max(0.0, 1 - abs(len(found) - total) / total)  # nothing else is there
+    parts = [*(value for values in conditions for value in values), *relations, alone]
+    return sum(parts) / len(parts), exact, [*(sum(values) / len(values) for values in conditions), *relations]
 
 
 def _fits(detection: Detection, entry: Mapping[str, Any]) -> bool:

@@ -18,10 +18,10 @@ COUNTS = {"two": 2, "three": 3}
 TASKS = ("composition", "text")
 _LITTLE = ("a", "an", "and", "the", "word", "in")
 _PRINTED = """
-    ace aim art axe bay bed bee big bow box bus cab cap cat cow cup dog door dry duck east egg elk eye fan fig fish
-    fly fog fox frog game gift gold hat hive home ice ink iron ivy jam jar jet joy jump keg key kiwi lake lamp leaf
-    lion map milk moon mud nest note nut oak oil owl park pear pie pink pond quiz rain rock rose rug salt sea ship
-    sky snow star sun tax tea tent toy tree urn van vine wax west wolf wood yak yard zen zoo zip
+    ace aim art axe bay bed bee big bow box bus cab cap cat cow cup dog dry eel egg elk elm eye fan fig fir fly
+    fog fox gem gum hat hen hop hut ice ink ivy jam jar jet joy keg key kid kit lid log lot map mix mud nut oak
+    oil owl pan pie pin pot rug run rye sea ski sky sun tax tea ten tie toy tub urn van vet wax web win yak yam
+    zen zip zoo
 """
 WORDS = tuple(_PRINTED.split())
 

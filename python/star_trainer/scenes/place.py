@@ -9,6 +9,8 @@ from star_trainer.scenes.draw import CANVAS, LETTER, RADII, SHAPES, Item, Scene,
 
 _TRIES = 200
 _GAP = 1
+_GRID = 4  # units between the places of things and words: a patch of the small models
+_FIRST = 5  # of the centres of shapes
 _CLEAR = 4  # a relation holds by at least so many units between centres
 _TAGS = {"single": 15, "two": 20, "three": 10, "position": 35, "counting": 20}  # per cent of composition prompts
 
@@ -48,8 +50,8 @@ def _word(rng: random.Random) -> Scene:
     other = _thing(rng) if rng.random() < 0.5 else None
     prompt, metadata = describe_word(text, color, other)
     for _ in range(_TRIES):
-        x = rng.randint(1, CANVAS - 1 - word_width(text))
-        y = rng.randint(1, CANVAS - 1 - LETTER[0])
+        x = rng.randrange(_GRID, CANVAS - word_width(text), _GRID)
+        y = rng.randrange(_GRID, CANVAS - LETTER[0], _GRID)
         word, items = Word(text, color, x, y), list[Item]()
         if other is None or _put(rng, other, items, word):
             return Scene(prompt, metadata, tuple(items), word, _background(rng))
@@ -68,7 +70,7 @@ def _put(rng: random.Random, thing: Thing, items: list[Item], word: Word | None)
     """Adds the thing at a free place, if a few tries find one."""
     for _ in range(10):
         radius = RADII[thing.size or rng.choice(list(RADII))]
-        x, y = (rng.randint(radius, CANVAS - 1 - radius) for _ in range(2))
+        x, y = (rng.randrange(_FIRST, CANVAS - radius, _GRID) for _ in range(2))
         item = Item(thing.shape, thing.color, x, y, radius)
         if all(_apart(item, other) for other in items) and (word is None or _off(item, word)):
             items.append(item)

@@ -31,12 +31,12 @@ class Recipe:
 
     size: int = 32
     vae_channels: tuple[int, ...] = (16, 32)
-    latent_channels: int = 8
+    latent_channels: int = 12
     heads: int = 4
     blocks: int = 4
     text_width: int = 64
     text_length: int = 16
-    vae_steps: int = 900
+    vae_steps: int = 1800
     vae_batch: int = 32
     vae_learning_rate: float = 3e-3
     pool: int = 49152

@@ -1,0 +1,178 @@
+"""The allocations that the studies compare: STAR's, its options and its controls, all from one rollout's maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from star_kernels import TokenSelection, allocate
+from star_kernels.capture import attach_maps
+from star_kernels.prompts import regions_of, select_tokens
+from star_trainer.config import Config
+from star_trainer.policy import Policy
+from star_trainer.prompts import Prompt
+from star_trainer.rollout import Batch
+from star_trainer.rollout import roll_out as plain_roll_out
+from star_trainer.scenes.describe import COLORS
+from star_trainer.scenes.detect import color_masks
+
+# Of each allocation the terms of its loss: advantages [N] and the weights [N, Steps, P] that they act by.
+Fields = dict[str, list[tuple[Tensor, Tensor]]]
+CONTROLS = ("shuffled", "inverted", "all tokens", "frozen", "another rollout's", "permuted advantages")
+OPTIONS = ("core", "trajectory", "cap 2", "squared", "phrases", "phrases alone")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch, and the attention maps of its trained steps, each the mean over heads.
+
+    Attributes:
+        phrases: ``[N, Steps, Blocks, G, P]`` of each phrase; zero where a prompt has fewer.
+        everything: ``[N, Steps, Blocks, P]`` of all text tokens.
+    """
+
+    batch: Batch
+    phrases: Tensor
+    everything: Tensor
+    group_size: int
+
+
+def names(blocks: int) -> Iterator[str]:
+    """In the order of tables."""
+    yield "scalar"
+    yield from OPTIONS[:1]
+    yield "strength 0.25"
+    yield "strength 0.5"
+    yield "strength 0.75"
+    yield from OPTIONS[1:]
+    yield from (f"block {n}" for n in range(blocks))
+    yield "object mask (oracle)"
+    yield from CONTROLS
+
+
+def color(name: str) -> str:
+    if name == "scalar":
+        return "#7F7F7F"
+    if name in CONTROLS:
+        return "#E69F00"
+    return "#009E73" if "oracle" in name else "#0072B2"
+
+
+def roll_out(policy: Policy, prompts: Sequence[Prompt], config: Config, epoch: int, autocast: Any) -> Rollout:
+    """A rollout of all samples of an epoch in one batch, with every block's maps of every phrase."""
+    size = config.rollout.group_size
+    each = [prompt for prompt in prompts for _ in range(size)]
+    blocks = range(len(policy.model.transformer_blocks))
+    selection = _selection(policy, each)
+    steps: list[Tensor] = []
+    with ExitStack() as stack:
+        cfg = "last" if config.rollout.guidance > 1 else None
+        handles = [attach_maps(policy.model, selection, blocks=[b], cfg=cfg) for b in blocks]
+        for handle in handles:
+            stack.callback(handle.remove)
+        stack.callback(policy.model.register_forward_hook(lambda *_: steps.append(_taken(handles))).remove)
+        plain = _without_allocation(config)
+        batch = plain_roll_out(policy, each, range(len(each)), plain, epoch, autocast)
+    maps = torch.stack([steps[step.number] for step in batch.steps], dim=1)  # [N, Steps, Blocks, G + 1, P]
+    return Rollout(batch, maps[:, :, :, :-1], maps[:, :, :, -1], size)
+
+
+def fields(rollout: Rollout, credit: tuple[Tensor, Tensor], seed: int) -> Fields:
+    """Of every allocation the terms of its loss.
+
+    Args:
+        credit: advantages of samples ``[N]`` and of phrases ``[N, G]``.
+        seed: of the controls' random choices.
+    """
+    advantages, by_phrase = credit
+    generator = torch.Generator().manual_seed(seed)
+    core = rollout.phrases.sum(dim=3)  # [N, Steps, Blocks, P]
+    mean = core.mean(dim=2)
+    weights = allocate(mean)
+    positions = torch.rand(mean.shape[0], mean.shape[2], generator=generator).argsort(dim=1)
+    shuffled = weights.gather(2, positions[:, None].expand_as(weights))
+    peak = mean.amax(dim=2, keepdim=True)
+    other = torch.arange(len(mean)).view(-1, rollout.group_size).roll(1, dims=1).flatten()
+    found: Fields = {
+        "scalar": [(advantages, torch.ones_like(weights))],
+        "core": [(advantages, weights)],
+        "trajectory": [(advantages, allocate(mean, over="trajectory"))],
+        "cap 2": [(advantages, allocate(mean, cap=2.0))],
+        "squared": [(advantages, allocate(mean.square()))],
+        "phrases": _phrases(rollout, (advantages[:, None] + by_phrase) / 2),
+        "phrases alone": _phrases(rollout, by_phrase),
+        **{f"block {b}": [(advantages, allocate(core[:, :, b]))] for b in range(core.shape[2])},
+        "object mask (oracle)": [(advantages, allocate(object_mask(rollout.batch)[:, None].expand_as(mean)))],
+        "shuffled": [(advantages, shuffled)],
+        "inverted": [(advantages, allocate(peak - mean))],
+        "all tokens": [(advantages, allocate(rollout.everything.mean(dim=2)))],
+        "frozen": [(advantages, allocate(mean.mean(dim=1, keepdim=True).expand_as(mean)))],
+        "another rollout's": [(advantages, weights[other])],
+        "permuted advantages": [(_permuted(advantages, rollout.group_size, generator), weights)],
+    }
+    return found
+
+
+def object_mask(batch: Batch) -> Tensor:
+    """``[N, P]``: how much of each patch the colours asked for cover in the finished picture; ones where nothing does.
+
+    Printed words, which may be judged in any colour, count in every colour.
+    """
+    side = batch.steps[0].sample.shape[-1] // 2
+    masks = F.adaptive_avg_pool2d(color_masks(batch.images), side).flatten(2)  # [N, colours, P]
+    wanted = torch.zeros(masks.shape[:2])
+    for row, prompt in zip(wanted, batch.prompts, strict=True):
+        for entry in prompt.metadata.get("include", ()):
+            row[COLORS.index(entry["color"])] = 1
+        if "text" in prompt.metadata:
+            row[:] = 1
+    return (masks * wanted[:, :, None]).sum(dim=1)
+
+
+def _phrases(rollout: Rollout, by_phrase: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Each phrase's advantage acts by its own map; the mean over a prompt's phrases."""
+    maps = rollout.phrases.mean(dim=2)  # [N, Steps, G, P]
+    there = maps.sum(dim=(1, 3)) > 0  # [N, G]
+    share = there / there.sum(dim=1, keepdim=True).clamp(min=1)
+    count = min(maps.shape[2], by_phrase.shape[1])
+    return [((by_phrase * share[:, : by_phrase.shape[1]])[:, g], allocate(maps[:, :, g])) for g in range(count)]
+
+
+def _permuted(advantages: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Dealt anew within each group."""
+    grouped = advantages.view(-1, size)
+    return grouped.gather(1, torch.rand(grouped.shape, generator=generator).argsort(dim=1)).flatten()
+
+
+def _selection(policy: Policy, prompts: Sequence[Prompt]) -> TokenSelection:
+    """A group for each phrase, and one for all text tokens."""
+    side = policy.model.config.sample_size // policy.model.config.patch_size
+    regions = regions_of(policy.pipeline, max_sequence_length=policy.text_length)
+    found, _ = select_tokens(
+        [p.text for p in prompts],
+        regions,
+        metadata=[p.metadata for p in prompts],
+        groups="phrase",
+        image_tokens=side * side,
+    )
+    keys = side * side + sum(region.length for region in regions)
+    mask = torch.zeros(found.batch, found.groups + 1, keys)
+    index = found.index.clamp(min=0).long()[:, None].expand(-1, found.groups, -1)
+    mask[:, :-1].scatter_add_(2, index, found.weight)
+    mask[:, -1, side * side :] = 1
+    return TokenSelection.from_mask(mask)
+
+
+def _taken(handles: Sequence[Any]) -> Tensor:
+    """The maps of a forward pass, ``[N, Blocks, G, P]``."""
+    return torch.stack([handle.take().flatten(2).cpu() for handle in handles], dim=1)
+
+
+def _without_allocation(config: Config) -> Config:
+    return replace(config, allocation=replace(config.allocation, method="plain"))

@@ -1,0 +1,299 @@
+"""Which allocation makes the gradient of the policy less noisy: python benchmarks/gradient_agreement.py
+
+Draws independent batches of samples at a fixed policy, computes the gradient of each batch under every allocation from
+the same samples and rewards, and reports the mean cosine between the gradients of different batches. While the noise is
+much larger than the signal the cosine grows in proportion to the batch, so the ratio of two allocations' cosines says
+how many times the samples one is worth, relative to the other ("effective-sample multiple"). Intervals are jackknife
+over batches.
+
+One run measures one model; give checkpoints of star-train to measure along training. Results are appended to a JSON
+file, in which a unit that is there already is not measured again; --report prints and draws what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import allocations
+import environment
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from star_kernels import weighted_policy_loss
+from star_trainer.advantages import group_advantages
+from star_trainer.command import parse as parse_settings
+from star_trainer.config import Config
+from star_trainer.policy import Policy
+from star_trainer.prompts import Prompt, choose, load_prompts
+from star_trainer.rollout import Batch, Step
+from star_trainer.scenes import check
+from star_trainer.schedule import schedule_of
+
+RESULTS = Path(__file__).parent / "results"
+STRENGTHS = (0.25, 0.5, 0.75)
+STEPWISE = ("scalar", "core")  # whose gradients are kept for each denoising step, too
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    found = json.loads(options.out.read_text()) if options.out.exists() else {"units": []}
+    if not options.report:
+        config = settings(options)
+        key = unit_key(options, config)
+        if all(unit["key"] != key for unit in found["units"]):
+            unit = {"key": key, "label": options.label or key["model"], **measure(config, options)}
+            found["units"].append({**unit, "environment": environment.describe(torch.device("cpu"))})
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(found) + "\n")
+    for unit in found["units"]:
+        print(text(unit))
+    draw(found["units"]).savefig(options.out.with_suffix(".png"), dpi=110)
+    print(f"wrote {options.out} and .png")
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="small", help='"small", or the folder of a pipeline')
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint of star-train whose averaged weights are taken")
+    parser.add_argument("--label", help="name of the model in tables and pictures")
+    parser.add_argument("--task", choices=("composition", "text"), default="composition")
+    parser.add_argument("--size", choices=("small", "large"), help="only prompts that ask for things of this size")
+    parser.add_argument("--batches", type=int, default=32, help="independent batches")
+    parser.add_argument("--groups", type=int, default=12, help="prompts of a batch")
+    parser.add_argument("--group-size", type=int, default=8, help="samples of a prompt")
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=RESULTS / "gradient-agreement.json")
+    parser.add_argument("--report", action="store_true", help="measure nothing: print and draw what is there")
+    options = parser.parse_args(arguments)
+    if options.batches < 4:
+        parser.error(f"--batches must be at least 4 for an interval, got {options.batches}")
+    return options
+
+
+def settings(options: argparse.Namespace) -> Config:
+    """The preset of the small model, with the sizes of the measurement."""
+    made = parse_settings(["--preset", "small", "--model.path", options.model])
+    return replace(
+        made,
+        data=replace(made.data, prompts=f"scenes:{options.task}"),
+        rollout=replace(made.rollout, groups=options.groups, group_size=options.group_size),
+        train=replace(made.train, seed=options.seed, ratio_norm=False),
+    )
+
+
+def unit_key(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """What a unit depends on."""
+    rollout = config.rollout
+    return {
+        "model": Path(options.model).name,
+        "checkpoint": "/".join(options.checkpoint.parts[-2:]) if options.checkpoint else None,
+        "task": options.task,
+        "size": options.size,
+        "batches": options.batches,
+        "samples": options.groups * options.group_size,
+        "group_size": options.group_size,
+        "seed": options.seed,
+        "guidance": rollout.guidance,
+        "steps": rollout.steps,
+        "window": [rollout.window, rollout.window_end],
+        "noise_level": rollout.noise_level,
+        "transition": rollout.transition,
+    }
+
+
+def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """Rewards, and of each allocation the figures of :func:`agreement`."""
+    accelerator = Accelerator(cpu=True)
+    policy = Policy(config, accelerator.device)
+    if options.checkpoint:
+        policy.model.load_state_dict(load_file(options.checkpoint / "average.safetensors"), strict=False)
+    prompts = [p for p in load_prompts(config.data.prompts, seed="gradient agreement") if _asks_for(p, options.size)]
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    names = list(allocations.names(len(policy.model.transformer_blocks)))
+    stored: dict[str, list[Tensor]] = {}
+    rewards, started = [], time.perf_counter()
+    for number in tqdm(range(options.batches), desc=f"gradients, {options.label or options.model}", mininterval=5):
+        chosen = choose(prompts, config.rollout.groups, number, config.train.seed)
+        rolled = allocations.roll_out(policy, chosen, config, number, accelerator.autocast)
+        verdicts = check(rolled.batch.images, [p.metadata for p in rolled.batch.prompts])
+        rewards.append(verdicts.graded.mean().item())
+        fields = allocations.fields(rolled, credit(verdicts.graded, verdicts.phrases, config), number)
+        found = gradients(policy, rolled.batch, fields, parameters, config)
+        for name, gradient in {**found, **_mixed(found)}.items():
+            stored.setdefault(name, []).append(gradient.bfloat16())  # its rounding is far below the noise measured
+    summary = {name: agreement(stored[name]) for name in [*names, *(n for n in sorted(stored) if n not in names)]}
+    return {
+        "reward": sum(rewards) / len(rewards),
+        "parameters": sum(p.numel() for p in parameters),
+        "seconds": round(time.perf_counter() - started, 1),
+        "agreement": summary,
+    }
+
+
+def credit(graded: Tensor, phrases: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Advantages of samples ``[N]`` and, by the reward of each phrase alone, of phrases ``[N, G]`` (NaN becomes 0)."""
+    size = config.rollout.group_size
+    whole = group_advantages(graded, size).values
+    each = [group_advantages(phrases[:, g], size).values for g in range(phrases.shape[1])]
+    limit = config.train.advantage_clip
+    return whole.clamp(-limit, limit), torch.stack(each, dim=1).clamp(-limit, limit)
+
+
+def gradients(
+    policy: Policy, batch: Batch, fields: allocations.Fields, parameters: Sequence[Tensor], config: Config
+) -> dict[str, Tensor]:
+    """The flattened gradient of the batch under each allocation, one forward pass a step for all of them."""
+    schedule = schedule_of(policy.pipeline, config.rollout.steps)
+    total: dict[str, Tensor] = {}
+    for at, step in enumerate(batch.steps):
+        velocity = policy.velocity(step.sample, schedule.timestep(step.number), batch.text)
+        transition = schedule.transition(step.number, config, len(batch.numbers), policy.device)
+        for i, (name, terms) in enumerate(fields.items()):
+            slope = torch.zeros_like(velocity)
+            for advantages, weights in terms:
+                slope += _slope(velocity, step, transition, advantages, weights[:, at])
+            last = i == len(fields) - 1
+            found = torch.autograd.grad(velocity, parameters, slope, retain_graph=not last, allow_unused=True)
+            flat = torch.cat([_flat(g, p) for g, p in zip(found, parameters, strict=True)])
+            total[name] = total[name] + flat if name in total else flat
+            if name in STEPWISE:
+                total[f"{name}, step {step.number}"] = flat
+    return total
+
+
+def _slope(velocity: Tensor, step: Step, transition: Any, advantages: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of the policy loss with respect to the velocity; the policy is the one that drew the samples."""
+    leaf = velocity.detach().requires_grad_()
+    side = step.sample.shape[-1] // 2
+    loss, _ = weighted_policy_loss(
+        leaf,
+        step.sample,
+        step.prev_sample,
+        step.log_prob,
+        advantages,
+        transition,
+        weights=weights.unflatten(1, (side, side)).contiguous(),
+        clip_range=0.2,
+    )
+    (slope,) = torch.autograd.grad(loss, leaf)
+    return slope
+
+
+def agreement(vectors: Sequence[Tensor]) -> dict[str, Any]:
+    """Mean cosine between different vectors, its jackknife error, and the means without each one of them."""
+    stacked = torch.stack(list(vectors))
+    norms = torch.stack([v.float().norm() for v in stacked])
+    inner = torch.zeros(len(stacked), len(stacked))
+    for columns in stacked.split(1 << 18, dim=1):
+        part = columns.float()
+        inner += part @ part.T
+    cosines = inner / (norms[:, None] * norms)
+    n = len(stacked)
+    total, rows = (cosines.sum() - n).item(), cosines.sum(dim=1) - 1
+    without = [(total - 2 * row) / ((n - 1) * (n - 2)) for row in rows.tolist()]
+    return {"cosine": total / (n * (n - 1)), "error": jackknife(without), "without": [round(w, 7) for w in without]}
+
+
+def jackknife(without: Sequence[float]) -> float:
+    """Standard error from the estimates that leave one of n observations out."""
+    n, mean = len(without), sum(without) / len(without)
+    return math.sqrt((n - 1) / n * sum((w - mean) ** 2 for w in without))
+
+
+@dataclass(frozen=True)
+class Multiple:
+    """How many times the samples of scalar advantages an allocation is worth, with a 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def known(self) -> bool:
+        return math.isfinite(self.value)
+
+
+def multiple(arm: dict[str, Any], reference: dict[str, Any]) -> Multiple:
+    """Ratio of ``c / (1 - c)``, which is proportional to the samples; unknown where a cosine is not positive."""
+
+    def odds(c: float) -> float:
+        return c / (1 - c)
+
+    if arm["cosine"] <= 0 or reference["cosine"] <= 0:
+        return Multiple(math.nan, math.nan, math.nan)
+    value = odds(arm["cosine"]) / odds(reference["cosine"])
+    error = jackknife([odds(a) / odds(r) for a, r in zip(arm["without"], reference["without"], strict=True)])
+    return Multiple(value, value - 1.96 * error, value + 1.96 * error)
+
+
+def text(unit: dict[str, Any]) -> str:
+    key, reference = unit["key"], unit["agreement"]["scalar"]
+    lines = [
+        "",
+        f"{unit['label']} · {key['task']}{' · ' + key['size'] if key['size'] else ''} · {key['batches']} batches of "
+        f"{key['samples']} samples · reward {unit['reward']:.3f} · {unit['seconds']:.0f} s",
+        f"  {'allocation':<26}{'cosine':>9}{'± 1.96 s.e.':>13}{'difference':>12}{'± 1.96 s.e.':>13}{'multiple':>10}",
+    ]
+    for name, arm in unit["agreement"].items():
+        lines.append(f"  {name:<26}{arm['cosine']:>9.4f}{1.96 * arm['error']:>13.4f}")
+        if "step" in name:
+            continue
+        pairs = zip(arm["without"], reference["without"], strict=True)
+        error = jackknife([a - r for a, r in pairs])
+        times = multiple(arm, reference)
+        lines[-1] += f"{arm['cosine'] - reference['cosine']:>12.4f}{1.96 * error:>13.4f}"
+        if times.known:
+            lines[-1] += f"{times.value:>10.2f}  [{times.low:.2f}, {times.high:.2f}]"
+    return "\n".join(lines)
+
+
+def draw(units: Sequence[dict[str, Any]]) -> Any:
+    """A panel for each unit: the cosine of each allocation, and of scalar and core by step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 * min(2, len(units)), 5.6 * -(-len(units) // 2)), layout="constrained")
+    axes = figure.subplots(-(-len(units) // 2), min(2, len(units)), squeeze=False)
+    for axis in axes.flat[len(units) :]:
+        axis.axis("off")
+    for axis, unit in zip(axes.flat, units, strict=False):
+        arms = {name: arm for name, arm in unit["agreement"].items() if ", step" not in name}
+        names = list(arms)[::-1]
+        values = [arms[name]["cosine"] for name in names]
+        errors = [1.96 * arms[name]["error"] for name in names]
+        colors = [allocations.color(name) for name in names]
+        axis.barh(range(len(names)), values, xerr=errors, color=colors, height=0.7, error_kw={"elinewidth": 0.8})
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.axvline(arms["scalar"]["cosine"], color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(f"{unit['label']}, {unit['key']['task']}, reward {unit['reward']:.2f}", fontsize=9)
+        axis.set_xlabel("mean cosine between gradients of independent batches", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _mixed(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a strength below one are a mixture of ones and the map, and so is their gradient."""
+    return {f"strength {s:g}": torch.lerp(found["scalar"], found["core"], s) for s in STRENGTHS}
+
+
+def _asks_for(prompt: Prompt, size: str | None) -> bool:
+    return size is None or any(entry.get("size") == size for entry in prompt.metadata.get("include", ()))
+
+
+def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    return (torch.zeros_like(parameter) if gradient is None else gradient).flatten()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""Does allocating the advantage help? python benchmarks/learning.py
+
+Trains the small model from the same start under plain Flow-GRPO, under STAR and under its controls, over several seeds,
+as the committed design says (learning_design.yaml: tasks, arms, seeds, settings, analysis; settings were tuned on plain
+Flow-GRPO). Every run is one of star-train, with equal samples; what differs is the weights of the loss.
+
+Runs are resumed where they stopped, so that the study can be made in pieces (--minutes) and by several processes
+(--worker 0/2, --worker 1/2). Afterwards, or with --report alone, all finished runs are collected into a JSON file with
+a table and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import allocations
+import environment
+import torch
+import yaml
+from accelerate import Accelerator
+
+from star_kernels import allocate
+from star_trainer import checkpoint
+from star_trainer.command import parse as parse_settings
+from star_trainer.config import Config
+from star_trainer.prompts import Prompt
+from star_trainer.record import read_metrics
+from star_trainer.rollout import Batch
+from star_trainer.trainer import Trainer
+
+HERE = Path(__file__).parent
+CONTROLS = ("shuffled", "object mask")  # weights that the driver has no setting for
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run of the study."""
+
+    task: str
+    arm: str
+    seed: int
+
+    def folder(self, root: Path) -> Path:
+        return root / self.task / self.arm.replace(" ", "-") / str(self.seed)
+
+
+class StudyTrainer(Trainer):
+    """star-train's loop with a control's weights, up to a point in time.
+
+    Args:
+        control: of CONTROLS, or None for the weights of the settings.
+        deadline: of time.monotonic, after which no epoch begins.
+    """
+
+    def __init__(self, config: Config, control: str | None, deadline: float) -> None:
+        super().__init__(config, Accelerator(cpu=not torch.cuda.is_available()), progress=False)
+        self.control, self.deadline = control, deadline
+
+    def train_epoch(self) -> dict[str, float]:
+        found = super().train_epoch()
+        self.stopped = self.stopped or time.monotonic() > self.deadline
+        return found
+
+    def roll_out(self, prompts: Sequence[Prompt], numbers: Sequence[int]) -> Batch:
+        batch = super().roll_out(prompts, numbers)
+        if self.control is None:
+            return batch
+        steps = batch.steps
+        if self.control == "shuffled":
+            generator = torch.Generator().manual_seed(self.epoch)
+            order = torch.rand(len(numbers), steps[0].weights[0].numel(), generator=generator).argsort(dim=1)
+            weights = [s.weights.flatten(1).gather(1, order.to(s.weights.device)).view_as(s.weights) for s in steps]
+        else:
+            side = steps[0].sample.shape[-1] // 2
+            mask = allocate(allocations.object_mask(batch)).view(-1, side, side).to(steps[0].sample.device)
+            weights = [mask] * len(steps)
+        return replace(batch, steps=[replace(s, weights=w) for s, w in zip(steps, weights, strict=True)])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    design = yaml.safe_load(options.design.read_text())
+    deadline = time.monotonic() + 60 * options.minutes
+    if not options.report:
+        for unit in list(units(design))[options.worker[0] :: options.worker[1]]:
+            if time.monotonic() > deadline:
+                break
+            train(unit, design, options.runs, deadline)
+    result = collect(design, options.runs)
+    if result["runs"] and options.worker[1] == 1:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result) + "\n")
+        print(text(result))
+        draw(result).savefig(options.out.with_suffix(".png"), dpi=110)
+        print(f"wrote {options.out} and .png")
+    left = sum(1 for _ in units(design)) - len(result["runs"])
+    print(f"{left} runs are left" if left else "all runs are done")
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--design", type=Path, default=HERE / "learning_design.yaml")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no epoch begins after so many")
+    parser.add_argument("--worker", type=_share, default=(0, 1), help="0/2 and 1/2: two processes share the runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "learning.json")
+    parser.add_argument("--report", action="store_true", help="train nothing: collect, print and draw what is there")
+    return parser.parse_args(arguments)
+
+
+def units(design: dict[str, Any]) -> Iterator[Unit]:
+    """Seed by seed, so that a study that is cut short has whole seeds."""
+    for task in design["tasks"]:
+        for seed in design["seeds"]:
+            for arm in design["arms"]:
+                yield Unit(task, arm, seed)
+
+
+def train(unit: Unit, design: dict[str, Any], runs: Path, deadline: float) -> None:
+    """Goes on with a run until it is done or the time is up."""
+    folder, arm = unit.folder(runs), design["arms"][unit.arm]
+    found = checkpoint.find(folder)
+    epochs = design["settings"]["train.epochs"]
+    if found and int(found[-1].name.split("-")[1]) >= epochs:
+        return
+    values = {
+        **design["settings"],
+        **{name: value for name, value in arm.items() if name != "control"},
+        "data.prompts": f"scenes:{unit.task}",
+        "train.seed": unit.seed,
+        "output.folder": str(folder),
+        "output.resume": True,
+        "output.tensorboard": False,
+        "output.pictures_every": 0,
+        "output.checkpoint_every": epochs,
+        "output.keep": 1,
+    }
+    config = parse_settings([f"--{name}={value}" for name, value in values.items()])
+    print(f"{unit.task}, {unit.arm}, seed {unit.seed}", flush=True)
+    StudyTrainer(config, arm.get("control"), deadline).run()
+
+
+def collect(design: dict[str, Any], runs: Path) -> dict[str, Any]:
+    """The rewards of every finished run: of rollouts by epoch, and of evaluations."""
+    found = []
+    for unit in units(design):
+        lines = read_metrics(unit.folder(runs))
+        rollouts = [line["reward"] for line in lines if line["event"] == "epoch"]
+        evaluations = [[line["epoch"], line["reward"]] for line in lines if line["event"] == "evaluation"]
+        if len(rollouts) == design["settings"]["train.epochs"] and evaluations[-1][0] == len(rollouts):
+            seconds = sum(value for line in lines for name, value in line.items() if name.startswith("seconds/"))
+            found.append(
+                {**asdict(unit), "rollouts": rollouts, "evaluations": evaluations, "seconds": round(seconds, 1)}
+            )
+    return {"environment": environment.describe(torch.device("cpu")), "design": design, "runs": found}
+
+
+def text(result: dict[str, Any]) -> str:
+    """Final rewards, differences from plain Flow-GRPO paired by seed, and samples to plain's final reward."""
+    lines = []
+    for task in result["design"]["tasks"]:
+        arms = _by_arm(result, task)
+        if "plain" not in arms:
+            continue
+        lines += ["", f"{task}: reward of {result['design']['settings']['evaluation.prompts']} held-out prompts"]
+        head = ("seeds", "start", "final", "± 95 %", "- plain", "± 95 %", "p", "samples")
+        lines.append(f"  {'arm':<22}" + "".join(f"{word:>9}" for word in head))
+        for arm, runs in arms.items():
+            finals = {seed: run["evaluations"][-1][1] for seed, run in runs.items()}
+            pairs = [finals[s] - arms["plain"][s]["evaluations"][-1][1] for s in finals if s in arms["plain"]]
+            start = statistics.mean(run["evaluations"][0][1] for run in runs.values())
+            mean, reach, _ = paired(list(finals.values()))
+            line = f"  {arm:<22}{len(finals):>9}{start:>9.4f}{mean:>9.4f}{reach:>9.4f}"
+            if arm != "plain" and pairs:
+                difference, reach, p = paired(pairs)
+                line += f"{difference:>9.4f}{reach:>9.4f}{p:>9.3f}"
+                share = samples_to(arms["plain"], runs)
+                line += f"{share:>9.2f}" if math.isfinite(share) else f"{'> 1':>9}"
+            lines.append(line)
+    lines.append("\nsamples: those after which the mean curve reaches plain's last one, as a share of plain's")
+    return "\n".join(lines)
+
+
+def paired(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, half of its 95 % interval, and the p-value of mean zero (Student's t); unknown for a single value."""
+    from scipy.stats import t
+
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    degrees = len(values) - 1
+    p = 2 * float(t.sf(abs(mean) / error, degrees)) if error > 0 else math.nan
+    return mean, float(t.ppf(0.975, degrees)) * error, p
+
+
+def mean_curve(runs: dict[int, dict[str, Any]]) -> list[tuple[float, float]]:
+    """Epoch and mean reward of the evaluations."""
+    curves = [run["evaluations"] for run in runs.values()]
+    return [(points[0][0], statistics.mean(p[1] for p in points)) for points in zip(*curves, strict=True)]
+
+
+def samples_to(plain: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]) -> float:
+    """The share of plain's samples after which the mean curve reaches plain's last value; infinite if it never does.
+
+    Between evaluations the curve is taken as straight.
+    """
+    common = sorted(set(plain) & set(runs))
+    reference = mean_curve({s: plain[s] for s in common})
+    goal, curve = reference[-1][1], mean_curve({s: runs[s] for s in common})
+    for (before, low), (after, high) in pairwise(curve):
+        if high >= goal:
+            at = before if low >= goal else before + (after - before) * (goal - low) / (high - low)
+            return at / reference[-1][0]
+    return math.inf
+
+
+def draw(result: dict[str, Any]) -> Any:
+    """Mean curves of the evaluations with 95 % intervals over seeds, a panel for each task."""
+    from matplotlib.figure import Figure
+
+    tasks = [task for task in result["design"]["tasks"] if _by_arm(result, task)]
+    figure = Figure(figsize=(6.4 * len(tasks), 4.2), layout="constrained")
+    colors = ["#7F7F7F", "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#000000"]
+    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for (arm, runs), color in zip(_by_arm(result, task).items(), colors, strict=False):
+            epochs = [point[0] for point in next(iter(runs.values()))["evaluations"]]
+            columns = list(zip(*([p[1] for p in run["evaluations"]] for run in runs.values()), strict=True))
+            means, reaches = zip(*((m, r) for m, r, _ in map(paired, columns)), strict=True)
+            axis.plot(epochs, means, color=color, label=f"{arm} ({len(runs)})", linewidth=1.6)
+            if len(runs) > 1:
+                low, high = ([m + sign * r for m, r in zip(means, reaches, strict=True)] for sign in (-1, 1))
+                axis.fill_between(epochs, low, high, color=color, alpha=0.12, linewidth=0)
+        axis.set(xlabel="epoch", ylabel="reward of held-out prompts", title=task)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _by_arm(result: dict[str, Any], task: str) -> dict[str, dict[int, dict[str, Any]]]:
+    arms: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in result["runs"]:
+        if run["task"] == task:
+            arms.setdefault(run["arm"], {})[run["seed"]] = run
+    return arms
+
+
+def _share(text: str) -> tuple[int, int]:
+    try:
+        index, count = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must look like 0/2, got {text!r}") from None
+    if not 0 <= index < count:
+        raise argparse.ArgumentTypeError(f"must count from 0 to below the processes, got {text!r}")
+    return index, count
+
+
+if __name__ == "__main__":
+    sys.exit(main())

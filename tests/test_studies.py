@@ -1,0 +1,191 @@
+"""The studies of the allocation: their weights are what their names say, and their statistics are right."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import allocations
+import gradient_agreement
+import learning
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+
+from star_trainer.config import Config
+from star_trainer.policy import Policy
+from star_trainer.prompts import load_prompts
+from star_trainer.scenes import Item, Scene, check, draw
+from star_trainer.small import SMALL
+from star_trainer.small.pipeline import build
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pipeline")
+    build(replace(SMALL, heads=2, blocks=2, text_width=32)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> Config:
+    made = Config()
+    return replace(
+        made,
+        model=replace(made.model, path=str(folder), text_length=1),
+        rollout=replace(made.rollout, steps=4, groups=3, group_size=2, guidance=1.5),
+    )
+
+
+@pytest.fixture(scope="module")
+def rollout(config: Config) -> allocations.Rollout:
+    policy = Policy(config, torch.device("cpu"))
+    prompts = load_prompts("scenes:composition")[:3]
+    return allocations.roll_out(policy, prompts, config, 0, Accelerator(cpu=True).autocast)
+
+
+def fields(rollout: allocations.Rollout, config: Config) -> allocations.Fields:
+    verdicts = check(rollout.batch.images, [p.metadata for p in rollout.batch.prompts])
+    graded = verdicts.graded + 0.01 * torch.arange(6)
+    return allocations.fields(rollout, gradient_agreement.credit(graded, verdicts.phrases, config), 0)
+
+
+def test_every_allocation_has_weights_of_mean_one(rollout: allocations.Rollout, config: Config) -> None:
+    found = fields(rollout, config)
+    for name, terms in found.items():
+        for advantages, weights in terms:
+            assert advantages.shape == (6,)
+            assert weights.shape == (6, 3, 64)
+            assert weights.min() >= 0
+            torch.testing.assert_close(weights.mean(dim=(1, 2)), torch.ones(6), msg=name)
+    assert {*found} == {name for name in allocations.names(2) if not name.startswith("strength")}
+
+
+def test_controls_are_what_their_names_say(rollout: allocations.Rollout, config: Config) -> None:
+    found = {name: terms[0] for name, terms in fields(rollout, config).items()}
+    core, advantages = found["core"][1], found["core"][0]
+    torch.testing.assert_close(found["shuffled"][1].sort(dim=2).values, core.sort(dim=2).values)
+    assert not torch.equal(found["shuffled"][1], core)
+    pair = torch.stack([found["inverted"][1].flatten(), core.flatten()])
+    assert torch.corrcoef(pair)[0, 1] < -0.5
+    assert torch.equal(found["another rollout's"][1][0], core[1])
+    assert torch.equal(found["frozen"][1][:, 0], found["frozen"][1][:, 2])
+    permuted = found["permuted advantages"][0].view(3, 2)
+    torch.testing.assert_close(permuted.sort(dim=1).values, advantages.view(3, 2).sort(dim=1).values)
+    assert found["cap 2"][1].max() <= 2 + 1e-5
+
+
+def test_maps_are_those_of_the_driver(rollout: allocations.Rollout, config: Config) -> None:
+    from star_trainer import rollout as driver
+
+    policy = Policy(config, torch.device("cpu"))
+    prompts = [prompt for prompt in load_prompts("scenes:composition")[:3] for _ in range(2)]
+    batch = driver.roll_out(policy, prompts, range(6), config, 0, Accelerator(cpu=True).autocast)
+    core = allocations.allocate(rollout.phrases.sum(dim=3).mean(dim=2))
+    for at, step in enumerate(batch.steps):
+        assert step.weights is not None
+        torch.testing.assert_close(step.weights.flatten(1), core[:, at], rtol=1e-3, atol=1e-4)
+
+
+def test_the_object_mask_lies_on_the_object(rollout: allocations.Rollout) -> None:
+    scene = Scene("", {}, (Item("square", "red", 7, 7, 5), Item("square", "blue", 25, 25, 5)), None, 0.95)
+    batch = replace(rollout.batch, images=draw(scene)[None])
+    batch.prompts[0] = replace(
+        batch.prompts[0], metadata={"include": [{"class": "square", "count": 1, "color": "red"}]}
+    )
+    mask = allocations.object_mask(batch).view(8, 8)
+    assert mask[1, 1] > 0.9
+    assert mask[5:, 5:].max() < 0.1
+
+
+def test_gradients_are_those_of_the_driver(rollout: allocations.Rollout, config: Config) -> None:
+    from star_trainer.trainer import Trainer
+
+    plain = replace(config, allocation=replace(config.allocation, method="plain"), data=config.data)
+    plain = replace(plain, output=replace(plain.output, tensorboard=False, folder=str(Path(config.model.path) / "run")))
+    trainer = Trainer(plain, Accelerator(cpu=True), progress=False)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
+    trainer.updater.gradients([rollout.batch], advantages)
+    parameters = list(trainer.policy.model.parameters())
+    expected = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    found = gradient_agreement.gradients(
+        trainer.policy, rollout.batch, {"scalar": [(advantages, torch.ones(6, 3, 64))]}, parameters, config
+    )
+    torch.testing.assert_close(found["scalar"] / 3, expected, rtol=1e-3, atol=1e-5)
+    steps = [found[f"scalar, step {step.number}"] for step in rollout.batch.steps]
+    torch.testing.assert_close(torch.stack(steps).sum(dim=0), found["scalar"])
+
+
+def test_agreement_is_the_mean_cosine_of_different_vectors() -> None:
+    vectors = [torch.randn(500) + 0.5 for _ in range(6)]
+    pairs = [torch.cosine_similarity(a, b, dim=0) for i, a in enumerate(vectors) for b in vectors[:i]]
+    found = gradient_agreement.agreement(vectors)
+    assert found["cosine"] == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-5)
+    without = gradient_agreement.agreement(vectors[1:])["cosine"]
+    assert found["without"][0] == pytest.approx(without, abs=1e-5)
+
+
+def test_the_jackknife_error_is_about_the_spread_of_repetitions() -> None:
+    found = [gradient_agreement.agreement([torch.randn(200) + 0.4 for _ in range(12)]) for _ in range(60)]
+    spread = float(torch.tensor([f["cosine"] for f in found]).std())
+    errors = float(torch.tensor([f["error"] for f in found]).mean())
+    assert errors == pytest.approx(spread, rel=0.4)
+
+
+def test_the_multiple_counts_samples() -> None:
+    """Means of twice as many samples agree as much as an allocation that is worth two."""
+    signal = 0.05
+    single = gradient_agreement.agreement([torch.randn(4000) + signal for _ in range(40)])
+    double = gradient_agreement.agreement([torch.randn(2, 4000).mean(dim=0) + signal for _ in range(40)])
+    times = gradient_agreement.multiple(double, single)
+    assert times.low < 2 < times.high
+    assert gradient_agreement.multiple({**single, "cosine": -0.01}, single).known is False
+
+
+def test_paired_is_students_t() -> None:
+    from scipy.stats import ttest_1samp
+
+    values = [0.02, 0.01, 0.03, -0.01, 0.02]
+    mean, reach, p = learning.paired(values)
+    expected = ttest_1samp(values, 0.0)
+    assert p == pytest.approx(expected.pvalue)
+    low, high = expected.confidence_interval(0.95)
+    assert (mean - reach, mean + reach) == pytest.approx((low, high))
+    assert math.isnan(learning.paired([1.0])[2])
+
+
+def test_samples_to_is_where_the_mean_curve_crosses() -> None:
+    plain = {0: {"evaluations": [[0, 0.0], [10, 0.5], [20, 1.0]]}}
+    fast = {0: {"evaluations": [[0, 0.0], [10, 0.8], [20, 1.2]]}}
+    slow = {0: {"evaluations": [[0, 0.0], [10, 0.1], [20, 0.2]]}}
+    assert learning.samples_to(plain, fast) == pytest.approx(15 / 20)
+    assert learning.samples_to(plain, plain) == 1
+    assert learning.samples_to(plain, slow) == math.inf
+
+
+def test_a_study_runs_resumes_and_reports(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {
+        "model.path": str(folder), "train.epochs": 2, "rollout.steps": 3, "rollout.groups": 1, "rollout.group_size": 2,
+        "rollout.batch": 2, "rollout.window": 1, "rollout.window_end": 2, "evaluation.every": 1,
+        "evaluation.prompts": 2, "evaluation.steps": 2,
+    }  # fmt: skip
+    arms = {"plain": {"allocation.method": "plain"}, "star": {}, "shuffled": {"control": "shuffled"}}
+    design = tmp_path / "design.yaml"
+    design.write_text(yaml.safe_dump({"tasks": ["text"], "seeds": [0, 1], "arms": arms, "settings": settings}))
+    command = ["--design", str(design), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out.json")]
+    assert learning.main([*command, "--minutes", "0"]) == 0
+    assert "6 runs are left" in capsys.readouterr().out
+    for _ in range(7):  # each piece is too short for more than an epoch
+        assert learning.main([*command, "--minutes", "0.0001", "--worker", "0/1"]) == 0
+    learning.main(command)
+    assert "all runs are done" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found["runs"]) == 6
+    assert all(len(run["rollouts"]) == 2 and len(run["evaluations"]) == 3 for run in found["runs"])
+    learning.main([*command, "--report"])
+    assert "plain" in capsys.readouterr().out
+    assert (tmp_path / "out.png").stat().st_size > 1000

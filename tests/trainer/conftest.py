@@ -1,0 +1,48 @@
+"""A tiny pipeline with random weights, and short runs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from star_trainer.config import Allocation, Config, Data, Evaluation, Model, Output, Reward, Rollout, Train
+from star_trainer.small import SMALL
+from star_trainer.small.pipeline import build
+from star_trainer.trainer import Trainer
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    build(replace(SMALL, heads=2, blocks=2, text_width=32)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def configure(pipeline_folder: Path, tmp_path: Path) -> Callable[..., Config]:
+    """A configuration of two groups of two samples, scored without a model; parts are changed by keyword."""
+
+    def make(**parts: dict[str, Any]) -> Config:
+        config = Config(
+            model=Model(path=str(pipeline_folder), text_length=1),
+            data=Data(prompts="scenes:text"),
+            rollout=Rollout(steps=3, guidance=1.5, groups=2, group_size=2, batch=2),
+            allocation=Allocation(),
+            reward=Reward(weights={"jpeg-compressibility": 1.0}),
+            train=Train(epochs=1, learning_rate=1e-2, ema_interval=1, updates=1),
+            evaluation=Evaluation(every=0, prompts=2, steps=2),
+            output=Output(folder=str(tmp_path / "run"), pictures_every=0, tensorboard=False),
+        )
+        return replace(config, **{name: replace(getattr(config, name), **values) for name, values in parts.items()})
+
+    return make
+
+
+@pytest.fixture
+def trainer_of() -> Callable[[Config], Trainer]:
+    return lambda config: Trainer(config, Accelerator(cpu=True), progress=False)

@@ -1,0 +1,52 @@
+"""Group-relative advantages against Flow-GRPO's formula, and at its edges."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from star_trainer.advantages import group_advantages
+
+
+def test_a_group_is_standardised_by_its_own_mean_and_deviation() -> None:
+    rewards = torch.rand(24)
+    grouped = rewards.view(6, 4)
+    expected = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, correction=0, keepdim=True) + 1e-4)
+    torch.testing.assert_close(group_advantages(rewards, 4).values, expected.flatten())
+
+
+def test_global_divides_by_the_deviation_of_all_rewards() -> None:
+    rewards = torch.rand(24)
+    grouped = rewards.view(6, 4)
+    expected = (grouped - grouped.mean(1, keepdim=True)) / (rewards.std(correction=0) + 1e-4)
+    torch.testing.assert_close(group_advantages(rewards, 4, std="global").values, expected.flatten())
+
+
+def test_a_group_of_equal_rewards_has_advantage_zero_and_is_counted() -> None:
+    rewards = torch.tensor([0.1, 0.1, 0.1, 0.0, 1.0, 0.5])
+    values, flat = group_advantages(rewards, 3)
+    assert flat == 1
+    assert values[:3].tolist() == [0.0, 0.0, 0.0]
+    assert values[3:].abs().max() > 1
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+def test_a_sample_without_a_reward_counts_nowhere(std: str) -> None:
+    rewards = torch.tensor([0.2, torch.nan, 0.6, 0.1, 0.9, 0.4])
+    values, _ = group_advantages(rewards, 3, std=std)  # type: ignore[arg-type]
+    assert values[1] == 0
+    known = torch.tensor([0.2, 0.6])
+    deviation = known.std(correction=0) if std == "group" else rewards[rewards.isfinite()].std(correction=0)
+    torch.testing.assert_close(values[[0, 2]], (known - known.mean()) / (deviation + 1e-4))
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+def test_no_reward_at_all_is_no_advantage(std: str) -> None:
+    values, flat = group_advantages(torch.full((4,), torch.nan), 2, std=std)  # type: ignore[arg-type]
+    assert values.tolist() == [0.0] * 4
+    assert flat == 2
+
+
+def test_rewards_must_be_whole_groups() -> None:
+    with pytest.raises(ValueError, match=r"multiple of group_size 4, got \[6\]"):
+        group_advantages(torch.zeros(6), 4)

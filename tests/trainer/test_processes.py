@@ -1,0 +1,79 @@
+"""A run on two processes is the run on one: in DDP, and with the weights in parts (FSDP2)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from star_trainer.config import Config
+from star_trainer.record import read_metrics
+from star_trainer.trainer import Trainer
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+def on_two(config: Config, *arguments: str) -> None:
+    path = Path(config.output.folder).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(asdict(config)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [*command, str(path), *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+@pytest.mark.parametrize(
+    ("wrapper", "lora_rank", "kl_coef"), [("ddp", 0, 0.0), ("ddp", 4, 0.1), ("fsdp2", 0, 0.0), ("fsdp2", 4, 0.1)]
+)
+def test_two_processes_make_the_run_of_one(
+    configure: Callable[..., Config],
+    trainer_of: Callable[[Config], Trainer],
+    tmp_path: Path,
+    wrapper: str,
+    lora_rank: int,
+    kl_coef: float,
+) -> None:
+    base = configure(
+        model={"lora_rank": lora_rank},
+        rollout={"groups": 3, "group_size": 4, "batch": 2},  # groups lie across processes
+        train={"epochs": 2, "updates": 2, "kl_coef": kl_coef},
+        evaluation={"every": 2, "prompts": 4},
+    )
+    runs = {}
+    for name in ("one", "two"):
+        config = replace(base, output=replace(base.output, folder=str(tmp_path / name)))
+        on_two(config, wrapper) if name == "two" else trainer_of(config).run()
+        checkpoint = tmp_path / name / "checkpoint-000002"
+        weights, average, final = (
+            flat(load_file(path))
+            for path in (
+                checkpoint / "weights.safetensors",
+                checkpoint / "average.safetensors",
+                next((tmp_path / name / "final").rglob("*.safetensors")),
+            )
+        )
+        runs[name] = (weights, average, final, read_metrics(tmp_path / name))
+    moved = base.train.learning_rate * len(runs["one"][0]) ** 0.5  # of one step of AdamW
+    for one, two in zip(runs["one"][:3], runs["two"][:3], strict=True):
+        assert one.shape == two.shape
+        assert float((one - two).norm()) <= 1e-3 * moved
+    for one, two in zip(runs["one"][3], runs["two"][3], strict=True):
+        for key, value in one.items():
+            if not key.startswith("seconds"):
+                assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key

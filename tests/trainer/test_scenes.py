@@ -1,0 +1,186 @@
+"""Drawn scenes: the checker finds what was drawn, and notices each thing that is not as asked for."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from star_kernels.prompts import core_content
+from star_trainer.rewards.base import Reward
+from star_trainer.scenes import (
+    TASKS,
+    WORDS,
+    Item,
+    Scene,
+    SceneReward,
+    Word,
+    check,
+    describe,
+    draw,
+    masks,
+    sample_scene,
+    vocabulary,
+)
+from star_trainer.scenes.describe import Thing
+
+RED_CIRCLE, BLUE_SQUARE = Item("circle", "red", 8, 16, 5), Item("square", "blue", 22, 16, 3)
+
+
+def judge(scene: Scene, metadata: Any, size: int = 32) -> tuple[float, bool]:
+    graded, exact, _ = check(draw(scene, size)[None], [metadata])
+    return float(graded[0]), bool(exact[0])
+
+
+def composition(*items: Item) -> Scene:
+    return Scene("", {}, items, None, 0.95)
+
+
+def word(text: str, color: str = "black", x: int = 4, y: int = 9) -> Scene:
+    return Scene("", {}, (), Word(text, color, x, y), 0.95)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_drawn_scene_is_found_to_be_as_asked_for(task: str, size: int) -> None:
+    rng = random.Random(f"{task} {size}")
+    scenes = [sample_scene(rng, task) for _ in range(150)]
+    graded, exact, _ = check(torch.stack([draw(scene, size) for scene in scenes]), [scene.metadata for scene in scenes])
+    assert bool(exact.all()), [scene.prompt for scene, good in zip(scenes, exact, strict=True) if not good]
+    assert graded.min() > 0.95
+
+
+def test_a_scene_is_the_same_for_the_same_seed() -> None:
+    for task in TASKS:
+        first, second, other = (sample_scene(random.Random(seed), task) for seed in (1, 1, 2))
+        assert first == second
+        assert first.prompt != other.prompt or first.items != other.items
+
+
+@pytest.mark.parametrize(
+    ("items", "exact"),
+    [
+        ((RED_CIRCLE, BLUE_SQUARE), True),
+        ((replace(RED_CIRCLE, x=22), replace(BLUE_SQUARE, x=6)), False),  # on the other side
+        ((replace(RED_CIRCLE, color="blue"), replace(BLUE_SQUARE, color="red")), False),  # colours exchanged
+        ((replace(RED_CIRCLE, shape="ring"), BLUE_SQUARE), False),
+        ((RED_CIRCLE,), False),
+        ((RED_CIRCLE, BLUE_SQUARE, Item("cross", "green", 8, 28, 3)), False),  # something else besides
+        ((), False),
+    ],
+)
+def test_a_relation_between_two_things(items: tuple[Item, ...], exact: bool) -> None:
+    prompt, metadata = describe([Thing("square", "blue"), Thing("circle", "red")], "left of")
+    assert prompt == "a red circle left of a blue square"
+    graded, found = judge(composition(*items), metadata)
+    assert found is exact
+    assert (graded > 0.95) is exact
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_a_count(count: int) -> None:
+    _, metadata = describe([Thing("ring", "green", count=2)])
+    graded, exact = judge(composition(*(Item("ring", "green", 5 + 9 * n, 10, 3) for n in range(count))), metadata)
+    assert exact is (count == 2)
+    assert graded == pytest.approx({0: 0.0, 1: 0.67, 2: 1.0, 3: 0.67}[count], abs=0.03)
+
+
+def test_a_size() -> None:
+    _, metadata = describe([Thing("circle", "red", size="large")])
+    assert judge(composition(RED_CIRCLE), metadata)[1]
+    graded, exact = judge(composition(replace(RED_CIRCLE, radius=3)), metadata)
+    assert not exact
+    assert graded < 0.8
+
+
+@pytest.mark.parametrize(
+    ("drawn", "score"), [("star", 1.0), ("stir", 0.75), ("tar", 0.75), ("st", 0.5), ("moon", 0.0), (None, 0.0)]
+)
+def test_a_word_is_judged_by_its_edit_distance(drawn: str | None, score: float) -> None:
+    scene = word(drawn) if drawn else composition()
+    graded, exact = judge(scene, {"text": "star"})
+    assert graded == pytest.approx(score)
+    assert exact is (score == 1)
+
+
+def test_letters_are_read_in_any_colour_and_beside_a_shape() -> None:
+    for color in ("red", "yellow", "purple"):
+        assert judge(replace(word("fox", color), items=(Item("circle", "green", 20, 26, 3),)), {"text": "fox"})[1]
+
+
+def test_noise_is_no_word_and_no_shape() -> None:
+    noise = torch.rand(8, 3, 32, 32)
+    graded, exact, _ = check(noise, [{"text": "star"}] * 4 + [describe([Thing("circle", "red")])[1]] * 4)
+    assert not exact.any()
+    assert graded.mean() < 0.4
+
+
+def test_masks_cover_what_is_drawn() -> None:
+    scene = replace(composition(RED_CIRCLE), word=Word("on", "black", 16, 2))
+    covered = masks(scene, 32)
+    assert covered.shape == (2, 32, 32)
+    assert covered[0, 16, 8] == 1
+    assert covered[1].sum() == covered[1].count_nonzero()  # letters fill their pixels
+    assert torch.equal(draw(scene)[:, covered.sum(0) == 0].unique(), torch.tensor([0.95]))
+    assert masks(composition(), 32).shape == (0, 32, 32)
+
+
+def test_prompts_name_their_core_content_as_geneval_metadata_does() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        scene = sample_scene(rng, "composition")
+        core = core_content(scene.prompt, "geneval", metadata=scene.metadata)
+        relations = sum("position" in entry for entry in scene.metadata["include"])
+        assert len(core.phrases) == len(scene.metadata["include"]) + relations
+        assert check(draw(scene)[None], [scene.metadata]).phrases.shape == (1, len(core.phrases))
+    for _ in range(50):
+        scene = sample_scene(rng, "text")
+        assert list(core_content(scene.prompt, "quoted").words) == [scene.metadata["text"]]
+
+
+def test_the_vocabulary_has_every_word_outside_of_quotes() -> None:
+    known, rng = set(vocabulary()), random.Random(0)
+    for task in TASKS:
+        for _ in range(200):
+            prompt = sample_scene(rng, task).prompt
+            assert {w for w in prompt.replace(",", "").split() if not w.startswith('"')} <= known, prompt
+    assert len(WORDS) == len(set(WORDS))
+
+
+def test_the_reward_is_the_graded_verdict_or_the_strict_one() -> None:
+    images = torch.stack([draw(word("star")), draw(word("stir"))])
+    records: list[dict[str, Any]] = [{"text": "star"}] * 2
+    assert SceneReward()(images, ["", ""], records).tolist() == [1.0, 0.75]
+    assert SceneReward(strict=True)(images, ["", ""], records).tolist() == [1.0, 0.0]
+    assert isinstance(SceneReward(), Reward)
+
+
+def test_each_phrase_is_judged_by_itself() -> None:
+    pair = describe([Thing("square", "blue"), Thing("circle", "red")], "left of")[1]
+    single = describe([Thing("circle", "red")])[1]
+    alone = draw(composition(RED_CIRCLE))
+    phrases = check(torch.stack([alone, alone, draw(word("stir"))]), [pair, single, {"text": "star"}]).phrases
+    assert phrases.shape == (3, 3)
+    assert phrases[0].tolist() == [0.0, 1.0, 0.0]  # no square, a circle, and no relation
+    assert phrases[1, 0] == 1
+    assert phrases[2, 0] == 0.75
+    assert phrases[1:, 1].isnan().all()
+
+
+def test_bad_input_is_named() -> None:
+    image = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(ValueError, match='metadata must have "include" or "text"'):
+        check(image, [{"prompt": "a dog"}])
+    with pytest.raises(ValueError, match="an entry for each of the 1 images, got 2"):
+        check(image, [{"text": "a"}] * 2)
+    with pytest.raises(
+        ValueError, match=r"images must be \[N, 3, S, S\] with S a multiple of 32, got \[1, 3, 40, 40\]"
+    ):
+        check(torch.zeros(1, 3, 40, 40), [{"text": "a"}])
+    with pytest.raises(ValueError, match="size must be a multiple of 32, got 48"):
+        draw(composition(), 48)
+    with pytest.raises(ValueError, match="task must be one of composition, text, got 'poem'"):
+        sample_scene(random.Random(0), "poem")

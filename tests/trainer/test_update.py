@@ -1,0 +1,204 @@
+"""The update against Flow-GRPO's, written out by hand, and STAR with strength 0 against plain to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+
+from star_trainer.config import Config
+from star_trainer.rollout import Batch, roll_out
+from star_trainer.small import SMALL
+from star_trainer.small.pipeline import build
+from star_trainer.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def medium_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline whose transformer has SD3.5-Medium's parts: second attention, RMS norms, a last pre-only block."""
+    folder = tmp_path_factory.mktemp("medium")
+    recipe = replace(SMALL, heads=2, blocks=3, text_width=32, latent_channels=16)
+    pipeline = build(recipe)
+    torch.manual_seed(0)
+    config = {**pipeline.transformer.config, "dual_attention_layers": (0, 1), "pos_embed_max_size": 24}
+    pipeline.register_modules(transformer=SD3Transformer2DModel.from_config(config))
+    with torch.no_grad():  # its last layer begins as zero
+        for parameter in pipeline.transformer.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _rolled_out(trainer: Trainer, config: Config) -> Batch:
+    prompts = [trainer.prompts[n // config.rollout.group_size] for n in range(config.samples)]
+    return roll_out(trainer.policy, prompts, range(config.samples), config, 0, trainer.accelerator.autocast)
+
+
+def _flow_grpo_gradients(trainer: Trainer, batch: Batch, advantages: Tensor, config: Config) -> dict[str, Tensor]:
+    """Flow-GRPO (arXiv 2505.05470), equations 9 and 12 with its published code's means: from formulas alone."""
+    policy, train = trainer.policy, config.train
+    model = policy.pipeline.transformer
+    sigmas = policy.pipeline.scheduler.sigmas.double()
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    total = torch.zeros((), dtype=torch.float64)
+    empty = policy.encode([""] * len(batch.numbers))
+
+    def mean_of(step: Any, velocity: Tensor) -> tuple[Tensor, float, float]:
+        sigma, after = float(sigmas[step.number]), float(sigmas[step.number + 1])
+        level = sigma if sigma < 1 else float(sigmas[1])
+        noise, dt = config.rollout.noise_level * sqrt(sigma / (1 - level)), after - sigma
+        x = step.sample.double()
+        mean = x * (1 + noise**2 / (2 * sigma) * dt) + velocity * (1 + noise**2 * (1 - sigma) / (2 * sigma)) * dt
+        return mean, noise, noise * sqrt(-dt)
+
+    def velocity_of(step: Any) -> Tensor:
+        arguments = {"timestep": sigmas[step.number].float().mul(1000).expand(len(advantages)), "return_dict": False}
+        without = model(step.sample, empty.tokens, empty.pooled, **arguments)[0]
+        with_text = model(step.sample, batch.text.tokens, batch.text.pooled, **arguments)[0]
+        return (without + config.rollout.guidance * (with_text - without)).double()
+
+    for step in batch.steps:
+        mean, noise, std = mean_of(step, velocity_of(step))
+        with torch.no_grad():
+            policy.model.disable_adapters()
+            reference, *_ = mean_of(step, velocity_of(step))
+            policy.model.enable_adapters()
+        log_prob = (-((step.prev_sample.double() - mean) ** 2) / (2 * std**2)).mean(dim=(1, 2, 3))
+        ratio = (log_prob - log_prob.detach()).exp()
+        limited = advantages.double().clamp(-train.advantage_clip, train.advantage_clip)
+        clipped = ratio.clamp(1 - train.clip_range, 1 + train.clip_range)
+        policy_loss = torch.maximum(-limited * ratio, -limited * clipped).mean()
+        kl = ((mean - reference) ** 2 / (2 * noise**2)).mean()  # without dt
+        total = total + (policy_loss + train.kl_coef * kl) / len(batch.steps)
+    found = torch.autograd.grad(total, list(parameters.values()))
+    return dict(zip(parameters, found, strict=True))
+
+
+def test_the_update_is_flow_grpos(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], medium_folder: Path
+) -> None:
+    config = configure(
+        model={"path": str(medium_folder), "lora_rank": 32, "lora_alpha": 64},
+        rollout={"steps": 10, "guidance": 4.5, "groups": 2, "group_size": 3, "noise_level": 0.7},
+        allocation={"method": "plain"},
+        train={"clip_range": 1e-4, "kl_coef": 0.04, "learning_rate": 3e-4, "batch": 3},
+    )
+    trainer = trainer_of(config)
+    with torch.no_grad():  # adapters begin as the identity, for which the KL term would be zero
+        for parameter in trainer.average.parameters.values():
+            parameter.add_(0.01 * torch.randn(parameter.shape))
+    batch = _rolled_out(trainer, config)
+    advantages = torch.tensor([1.2, -0.7, -0.5, 9.0, 0.0, -1.0])
+    expected = _flow_grpo_gradients(trainer, batch, advantages, config)
+    trainer.updater.gradients([batch], advantages)
+    size = max(float(g.abs().max()) for g in expected.values())
+    assert size > 1e-5
+    error = max(
+        float((p.grad - expected[n]).abs().max()) for n, p in trainer.average.parameters.items() if p.grad is not None
+    )
+    assert error <= 1e-6 * size
+
+
+@pytest.mark.parametrize("ratio", ["sample", "location"])
+def test_strength_0_is_plain_flow_grpo_to_the_last_bit(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path, ratio: str
+) -> None:
+    written = {}
+    for method in ("plain", "star"):
+        config = configure(
+            allocation={"method": method, "strength": 0.0},
+            train={"epochs": 2, "updates": 2, "ratio": ratio, "kl_coef": 0.01, "clip_range": 1e-3},
+            output={"folder": str(tmp_path / method)},
+        )
+        trainer_of(config).run()
+        written[method] = (tmp_path / method / "checkpoint-000002" / "weights.safetensors").read_bytes()
+    assert written["plain"] == written["star"]
+
+
+def test_full_strength_is_another_update(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer]
+) -> None:
+    found = {}
+    for method in ("plain", "star"):
+        config = configure(allocation={"method": method})
+        trainer = trainer_of(config)
+        batch = _rolled_out(trainer, config)
+        weights = [step.weights for step in batch.steps]
+        if method == "star":
+            assert all(w is not None and abs(float(w.mean()) - 1) < 1e-5 and float(w.std()) > 1e-3 for w in weights)
+        else:
+            assert weights == [None, None]
+        trainer.updater.gradients([batch], torch.tensor([1.0, -1.0, 0.5, -0.5]))
+        found[method] = torch.cat([p.grad.flatten() for p in trainer.policy.model.parameters()])
+    assert torch.nn.functional.cosine_similarity(*found.values(), dim=0) < 0.9999
+
+
+def test_gradients_do_not_depend_on_the_batches(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer]
+) -> None:
+    found = []
+    for batch_size, train_batch in ((4, None), (4, 3), (1, 1)):
+        config = configure(rollout={"batch": batch_size}, train={"batch": train_batch})
+        trainer = trainer_of(config)
+        parts = [range(n, n + batch_size) for n in range(0, 4, batch_size)]
+        batches = [
+            roll_out(trainer.policy, [trainer.prompts[n // 2] for n in p], p, config, 0, trainer.accelerator.autocast)
+            for p in parts
+        ]
+        trainer.updater.gradients(batches, torch.tensor([1.0, -1.0, 0.5, -0.5]))
+        found.append(torch.cat([p.grad.flatten() for p in trainer.policy.model.parameters()]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5 * float(found[0].abs().max()))
+
+
+@pytest.mark.parametrize("transition", ["flow_sde", "flow_cps", "dance_sde"])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_an_epoch_of_every_transition_changes_the_weights(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], transition: str, lora_rank: int
+) -> None:
+    config = configure(
+        model={"lora_rank": lora_rank, "gradient_checkpointing": True},
+        rollout={"transition": transition, "noise_level": 0.4},
+        train={"ratio_norm": transition == "flow_sde", "kl_coef": 0.1, "passes": 2},
+    )
+    trainer = trainer_of(config)
+    before = {n: p.detach().clone() for n, p in trainer.average.parameters.items()}
+    metrics = trainer.train_epoch()
+    changed = [n for n, p in trainer.average.parameters.items() if not torch.equal(p, before[n])]
+    assert changed
+    assert all(torch.tensor(value).isfinite() for value in metrics.values())
+    assert metrics["loss/kl_loss"] > 0
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Its state is the process's; a precision, once set, stays."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_bfloat16_forward_passes_train_float32_weights(configure: Callable[..., Config]) -> None:
+    config = configure(model={"dtype": "bfloat16", "lora_rank": 4}, train={"mixed_precision": "bf16"})
+    trainer = Trainer(config, Accelerator(cpu=True, mixed_precision="bf16"), progress=False)
+    assert trainer.policy.model.pos_embed.proj.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in trainer.average.parameters.values()} == {torch.float32}
+    metrics = trainer.train_epoch()
+    assert all(torch.tensor(value).isfinite() for value in metrics.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float16 works on a GPU")
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_float16_without_a_gpu_is_refused(configure: Callable[..., Config]) -> None:
+    with pytest.raises(ValueError, match=r"train\.mixed_precision must be 'no' or 'bf16' on a CPU"):
+        Trainer(configure(train={"mixed_precision": "fp16"}), progress=False)
