@@ -1,4 +1,5 @@
 # make test      everything in a fresh environment, then the tests
+# make demo      the same, then trains the small model: reward curve, pictures before and after, allocation strips
 # make overhead  the same, then the benchmark behind README's numbers
 # make gpu       on a machine with a GPU: its tests, sanitizers, tuning and benchmarks; OUT=DIR takes the results
 # make lint      formatting, lint, types
@@ -16,10 +17,15 @@ STAMP := $(VENV)/.star-kernels
 PYTHON := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: test overhead gpu lint clean
+.PHONY: test demo overhead gpu lint clean
 
 test: $(STAMP)
 	$(PYTHON) -m pytest
+
+DEMO ?= runs/demo
+demo: $(STAMP)
+	rm -rf $(DEMO)
+	$(PYTHON) -m star_trainer --output.folder $(DEMO) $(ARGS)
 
 overhead: $(STAMP)
 	$(PYTHON) benchmarks/overhead.py $(ARGS)

@@ -2,8 +2,8 @@
 
 On a GPU if there is one and else on the CPU: attention with maps against attention without and against other ways to
 get maps; on a GPU its backward pass against PyTorch's; the weighted policy loss against Flow-GRPO's arithmetic in
-PyTorch; a transformer's forward pass with and without capture; and a whole rollout-and-update step with and without
-STAR. Prints tables, and writes JSON and a plot to benchmarks/results.
+PyTorch; a transformer's forward pass with and without capture; a whole rollout-and-update step with and without STAR;
+and so an epoch of the driver, with its rewards. Prints tables, and writes JSON and a plot to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ import torch
 from harness import Budget
 from thresholds import evaluate
 
-PARTS = ("attention", "backward", "policy", "capture", "end-to-end")
+PARTS = ("attention", "backward", "policy", "capture", "end-to-end", "epoch")
 # Of each comparison, after its checks.
-SECONDS = {"attention": 36.0, "backward": 12.0, "policy": 12.0, "capture": 40.0, "end-to-end": 75.0}
+SECONDS = {"attention": 36.0, "backward": 12.0, "policy": 12.0, "capture": 40.0, "end-to-end": 75.0, "epoch": 90.0}
 RECORDED = ("only", "device", "dtype", "repetitions", "seconds", "batch", "quick")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -121,6 +121,11 @@ def _runs(
 
         return measure(*common("capture"))
 
+    def epoch() -> list[dict[str, Any]]:
+        from epoch_overhead import measure
+
+        return measure(*common("epoch"))
+
     def common(part: str) -> tuple[Any, ...]:
         return device, dtypes, options.batch, budget(part), options.quick
 
@@ -130,6 +135,7 @@ def _runs(
         "policy": lambda: policy_overhead.measure(*common("policy")),
         "capture": capture,
         "end-to-end": end_to_end,
+        "epoch": epoch,
     }
 
 

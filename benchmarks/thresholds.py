@@ -9,7 +9,7 @@ ANY = ""
 # Names of cases; --quick has others.
 ATTENTION, LARGE, FLUX = "SD3.5-M 512²", "SD3.5-M 1024²", "FLUX 1024²"
 LOSS, BANDWIDTH = "policy loss", "policy loss, large"
-FORWARD, STEP = "SD3.5-M 1024² forward", "SD3.5-M step"
+FORWARD, STEP, EPOCH = "SD3.5-M 1024² forward", "SD3.5-M step", "epoch of the driver"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ THRESHOLDS = (
     Threshold("capture", "capture_over_plain", "<=", 1.015, device="cpu", case=FORWARD),
     Threshold("capture", "capture_memory", "<=", 1.01, case=FORWARD),
     Threshold("end-to-end", "star_over_plain", "<=", 1.02, case=STEP),
+    Threshold("epoch", "star_over_plain", "<=", 1.01, device="cpu", case=EPOCH),
+    Threshold("epoch", "star_memory", "<=", 1.01, case=EPOCH),
 )
 
 

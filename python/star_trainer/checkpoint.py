@@ -52,6 +52,7 @@ def save(
         "config": asdict(config),
     }
     if accelerator.is_main_process:
+        _check_complete(f"the state of epoch {epoch}", tensors["weights"], average)
         work = folder / f".{target.name}.tmp"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -87,6 +88,7 @@ def restore(path: Path, model: Any, optimizer: Any, average: Average, accelerato
     if changed:
         listed = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in changed)
         raise ValueError(f"{path} is of another configuration: {listed}")
+    _check_complete(str(path), parts["weights"], average)
     set_model_state_dict(model, parts["weights"], options=StateDictOptions(full_state_dict=True, strict=False))
     flat = {**parts["optimizer"], **state["optimizer"]}
     set_optimizer_state_dict(model, optimizer, flat, options=StateDictOptions(full_state_dict=True))
@@ -112,6 +114,12 @@ def find(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if re.fullmatch(r"checkpoint-\d{6,}", p.name))
+
+
+def _check_complete(name: str, weights: dict[str, Tensor], average: Average) -> None:
+    missing = sorted(set(average.parameters) - set(weights))
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} of {len(average.parameters)} trained weights, as {missing[0]}")
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -172,13 +172,19 @@ class Policy:
 
     @contextmanager
     def _adapters_off(self) -> Iterator[None]:
+        """By scale: peft's own switch also sets requires_grad, of whole parameters while FSDP2 trains the parts."""
+        from peft.tuners.lora import LoraLayer
+
         if not self.lora:
             raise RuntimeError("a reference is kept only for train.kl_coef above 0")
-        self.model.disable_adapters()
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            layer.scale_layer(0.0)
         try:
             yield
         finally:
-            self.model.enable_adapters()
+            for layer in layers:
+                layer.unscale_layer()
 
 
 def load_pipeline(path: str, dtype: torch.dtype) -> Any:

@@ -27,7 +27,7 @@ from star_trainer.scenes import (
 )
 from star_trainer.scenes.describe import Thing
 
-RED_CIRCLE, BLUE_SQUARE = Item("circle", "red", 8, 16, 5), Item("square", "blue", 22, 16, 3)
+RED_CIRCLE, BLUE_SQUARE = Item("circle", "red", 8, 16, 7), Item("square", "blue", 24, 16, 3)
 
 
 def judge(scene: Scene, metadata: Any, size: int = 32) -> tuple[float, bool]:
@@ -39,7 +39,7 @@ def composition(*items: Item) -> Scene:
     return Scene("", {}, items, None, 0.95)
 
 
-def word(text: str, color: str = "black", x: int = 4, y: int = 9) -> Scene:
+def word(text: str, color: str = "black", x: int = 1, y: int = 9) -> Scene:
     return Scene("", {}, (), Word(text, color, x, y), 0.95)
 
 
@@ -64,11 +64,11 @@ def test_a_scene_is_the_same_for_the_same_seed() -> None:
     ("items", "exact"),
     [
         ((RED_CIRCLE, BLUE_SQUARE), True),
-        ((replace(RED_CIRCLE, x=22), replace(BLUE_SQUARE, x=6)), False),  # on the other side
+        ((replace(RED_CIRCLE, x=23), replace(BLUE_SQUARE, x=6)), False),  # on the other side
         ((replace(RED_CIRCLE, color="blue"), replace(BLUE_SQUARE, color="red")), False),  # colours exchanged
         ((replace(RED_CIRCLE, shape="ring"), BLUE_SQUARE), False),
         ((RED_CIRCLE,), False),
-        ((RED_CIRCLE, BLUE_SQUARE, Item("cross", "green", 8, 28, 3)), False),  # something else besides
+        ((RED_CIRCLE, BLUE_SQUARE, Item("cross", "green", 24, 28, 3)), False),  # something else besides
         ((), False),
     ],
 )
@@ -119,7 +119,7 @@ def test_noise_is_no_word_and_no_shape() -> None:
 
 
 def test_masks_cover_what_is_drawn() -> None:
-    scene = replace(composition(RED_CIRCLE), word=Word("on", "black", 16, 2))
+    scene = replace(composition(RED_CIRCLE), word=Word("on", "black", 17, 17))
     covered = masks(scene, 32)
     assert covered.shape == (2, 32, 32)
     assert covered[0, 16, 8] == 1

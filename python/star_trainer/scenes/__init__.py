@@ -1,6 +1,6 @@
 """Drawn scenes: prompts with exact pictures, and a checker that sees whether a picture fulfils its prompt.
 
-A scene is one to three shapes of plain colours, or a short printed word, on a canvas of 32 by 32 units. Prompts carry
+A scene is one to three shapes of plain colours, or a short printed word, on a board of 4 by 4 cells. Prompts carry
 GenEval's metadata (or the text to be read), so that whatever serves GenEval's and OCR prompts serves these too.
 """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from star_trainer.rewards.ocr import edit_distance
 from star_trainer.scenes.detect import Detection, detect_letters, detect_shapes
-from star_trainer.scenes.draw import LETTER, RADII
+from star_trainer.scenes.draw import CELL, RADII
 
 _CLEAR = 2  # a relation holds by at least so many units between centres
 _PARTLY = 0.3  # for a thing of the right shape or the right colour alone
@@ -88,8 +88,7 @@ def read_words(letters: Sequence[Detection]) -> list[str]:
     for letter in sorted(letters, key=lambda d: d.x):
         for word in words:
             last = word[-1]
-            pitch = LETTER[1] + 1
-            if abs(last.y - letter.y) <= 1 and abs(letter.x - last.x - pitch) <= 2:
+            if abs(last.y - letter.y) <= 1 and abs(letter.x - last.x - CELL) <= 2:
                 word.append(letter)
                 break
         else:

@@ -19,10 +19,10 @@ from star_trainer.scenes.draw import CANVAS, LETTER, LETTERS, PALETTE, SHAPES, l
 
 THRESHOLD = 0.55  # of the overlap
 MOST = 8  # detections in a picture
-_RADII = (3, 4, 5)
+_RADII = (3, 5, 7)
 _OFF_COLOR = 0.45  # distance from the line between background and colour at which a pixel has no part in it
 _COLORS = tuple(PALETTE)
-_SIDE = 11  # of the largest stencil
+_SIDE = 15  # of the largest stencil
 _LEAST = 4.0  # pixels of a colour that could be a thing
 
 
@@ -42,7 +42,7 @@ class Detection:
 class _Bank:
     names: tuple[str, ...]
     radii: tuple[int, ...]
-    stencils: Tensor  # [121, K], each centred in a box of 11 x 11
+    stencils: Tensor  # [225, K], each centred in a box of 15 x 15
     boxes: tuple[tuple[int, int], ...]  # rows and columns of each
     reach: Tensor  # [K, 2]: detections suppress others within so many rows and columns
 
@@ -102,7 +102,7 @@ def _overlap(masks: Tensor, bank: _Bank) -> Tensor:
     result = torch.zeros(len(flat), len(bank.names), CANVAS, CANVAS)
     full = torch.nonzero(flat.sum(dim=(1, 2, 3)) >= _LEAST)[:, 0]
     flat = flat[full]
-    patches = F.unfold(flat, _SIDE, padding=_SIDE // 2)  # [M, 121, pixels]
+    patches = F.unfold(flat, _SIDE, padding=_SIDE // 2)  # [M, 225, pixels]
     shared = (patches.mT @ bank.stencils).mT.unflatten(2, (CANVAS, CANVAS))
     sums = {box: _box_sum(flat.square(), box) for box in set(bank.boxes)}
     there = torch.cat([sums[box] for box in bank.boxes], dim=1)

@@ -21,8 +21,9 @@ PALETTE = {
     "purple": (0.58, 0.16, 0.68),
     "black": (0.08, 0.08, 0.08),
 }
-RADII = {"small": 3, "large": 5}  # 5 % and 12 % of the canvas, as a square
-LETTER = (7, 5)  # rows and columns; a column stays free between letters
+CELL = 8  # units; scenes stand on a board of 4 x 4 cells
+RADII = {"small": 3, "large": 7}  # in one cell and in four: 5 % and 22 % of the canvas, as a square
+LETTER = (7, 5)  # rows and columns; each letter has a cell
 _OVERSAMPLING = 8
 
 # Columns of the common 5x7 dot-matrix capitals, the lowest bit on top.
@@ -94,7 +95,7 @@ class Scene:
 
 
 def word_width(text: str) -> int:
-    return (LETTER[1] + 1) * len(text) - 1
+    return CELL * len(text) - (CELL - LETTER[1])
 
 
 def draw(scene: Scene, size: int = CANVAS) -> Tensor:
@@ -149,6 +150,6 @@ def letter_stencil(letter: str) -> Tensor:
 @cache
 def word_stencil(text: str, scale: int = 1) -> Tensor:
     """0 and 1 ``[7 scale, width scale]``."""
-    gap = torch.zeros(LETTER[0], 1)
+    gap = torch.zeros(LETTER[0], CELL - LETTER[1])
     parts = [part for letter in text for part in (letter_stencil(letter), gap)][:-1]
     return torch.cat(parts, dim=1).repeat_interleave(scale, 0).repeat_interleave(scale, 1)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 
 from star_trainer.scenes.describe import COLORS, COUNTS, RELATIONS, TASKS, WORDS, Thing, describe, describe_word
-from star_trainer.scenes.draw import CANVAS, LETTER, RADII, SHAPES, Item, Scene, Word, word_width
+from star_trainer.scenes.draw import CANVAS, CELL, LETTER, RADII, SHAPES, Item, Scene, Word, word_width
 
 _TRIES = 200
 _GAP = 1
-_GRID = 4  # units between the places of things and words: a patch of the small models
-_FIRST = 5  # of the centres of shapes
+_LARGE = 0.2  # share of things, where the prompt does not ask for a size
 _CLEAR = 4  # a relation holds by at least so many units between centres
 _TAGS = {"single": 15, "two": 20, "three": 10, "position": 35, "counting": 20}  # per cent of composition prompts
 
@@ -50,8 +49,8 @@ def _word(rng: random.Random) -> Scene:
     other = _thing(rng) if rng.random() < 0.5 else None
     prompt, metadata = describe_word(text, color, other)
     for _ in range(_TRIES):
-        x = rng.randrange(_GRID, CANVAS - word_width(text), _GRID)
-        y = rng.randrange(_GRID, CANVAS - LETTER[0], _GRID)
+        x = rng.randrange(CELL - LETTER[0] + 1, CANVAS - word_width(text), CELL)
+        y = rng.randrange(CELL - LETTER[0], CANVAS - LETTER[0], CELL)
         word, items = Word(text, color, x, y), list[Item]()
         if other is None or _put(rng, other, items, word):
             return Scene(prompt, metadata, tuple(items), word, _background(rng))
@@ -69,8 +68,9 @@ def _background(rng: random.Random) -> float:
 def _put(rng: random.Random, thing: Thing, items: list[Item], word: Word | None) -> bool:
     """Adds the thing at a free place, if a few tries find one."""
     for _ in range(10):
-        radius = RADII[thing.size or rng.choice(list(RADII))]
-        x, y = (rng.randrange(_FIRST, CANVAS - radius, _GRID) for _ in range(2))
+        radius = RADII[thing.size or ("large" if rng.random() < _LARGE else "small")]
+        first = radius + 1  # small things fill a cell, large ones stand where four meet
+        x, y = (rng.randrange(first, CANVAS - radius, CELL) for _ in range(2))
         item = Item(thing.shape, thing.color, x, y, radius)
         if all(_apart(item, other) for other in items) and (word is None or _off(item, word)):
             items.append(item)
@@ -83,9 +83,8 @@ def _apart(a: Item, b: Item) -> bool:
 
 
 def _off(item: Item, word: Word) -> bool:
-    r = item.radius + _GAP
-    beside = item.x + r < word.x or item.x - r >= word.x + word.width
-    return beside or item.y + r < word.y or item.y - r >= word.y + LETTER[0]
+    """Above or below the word: a ring beside it would read as an o."""
+    return item.y + item.radius < word.y or item.y - item.radius >= word.y + LETTER[0]
 
 
 def _holds(relation: str | None, items: list[Item]) -> bool:

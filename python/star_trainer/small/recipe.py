@@ -36,11 +36,11 @@ class Recipe:
     blocks: int = 4
     text_width: int = 64
     text_length: int = 16
-    vae_steps: int = 1800
+    vae_steps: int = 1200
     vae_batch: int = 32
     vae_learning_rate: float = 3e-3
     pool: int = 49152
-    steps: int = 5500
+    steps: int = 5000
     batch: int = 32
     learning_rate: float = 1.5e-3
     warmup: int = 200

@@ -1,0 +1,138 @@
+"""Writes the measured figures into README and docs: python benchmarks/evidence.py [--check]
+
+A block between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is made from the JSON files in benchmarks/results by the
+function of that name here, so that no figure is copied by hand. ``--check`` changes nothing and exits with status 1
+where text and JSON differ; a test does the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+OVERHEAD = RESULTS / "overhead-amd-epyc-2-threads-avx2.json"
+_BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def attention() -> str:
+    """Attention with maps beside other ways to get them."""
+    columns = {
+        "ours": "ours",
+        "lse_difference": "log-sum-exp difference",
+        "augmented_value": "augmented V",
+        "materialised": "materialised softmax",
+    }
+    lines = [
+        "| attention with maps of 8 tokens, relative to PyTorch's SDPA without maps | " + _row(columns.values()),
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for case in _cases("attention"):
+        heads = re.search(r"batch \d+, (\d+) heads", case["title"])
+        part = f"{heads[1]} of 24 heads" if heads and heads[1] != "24" else "batch 2"
+        values = (_relative(case, name) for name in columns)
+        lines.append(f"| {case['name']}, {part}, {case['dtype']} | " + _row(values))
+    return "\n".join(lines)
+
+
+def policy() -> str:
+    """Times of the policy loss."""
+    columns = {
+        "ours": "ours",
+        "ours_weighted": "ours, with weights",
+        "eager": "eager Flow-GRPO",
+        "compiled": "the same under torch.compile",
+    }
+    lines = [
+        "| policy loss, forward and backward, batch 8 of 16×64×64 | " + _row(columns.values()),
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for case in _cases("policy"):
+        values = (f"{1e3 * case['times'][name]['median']:.2f} ms" for name in columns)
+        lines.append(f"| {case['dtype']} | " + _row(values))
+    return "\n".join(lines)
+
+
+def steps() -> str:
+    """Memory of the loss; capture, a training step and an epoch with STAR relative to without."""
+    memory = [case["ratios"]["memory_over_gradient_eager"]["median"] for case in _cases("policy")]
+    (capture,), (step,), (epoch,) = (_cases(part) for part in ("capture", "end-to-end", "epoch"))
+    return "\n".join(
+        [
+            f"The loss's extra memory is one gradient; eager arithmetic takes {memory[0]:.0f} (float32) to "
+            f"{memory[1]:.0f} (bfloat16) of them.",
+            "",
+            "| with STAR, relative to without | time | peak memory |",
+            "|---|---|---|",
+            f"| forward pass of {capture['size']['blocks']} blocks of SD3.5-M at 1024², maps captured | "
+            f"{_ratio(capture, 'capture_over_plain')} | {_ratio(capture, 'capture_memory')} |",
+            f"| rollout and update of 2 blocks of SD3.5-M at 256² | {_ratio(step, 'star_over_plain')} | |",
+            f"| epoch of the driver with the small model, rewards included | {_ratio(epoch, 'star_over_plain')} | "
+            f"{_ratio(epoch, 'star_memory')} |",
+        ]
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"attention": attention, "policy": policy, "steps": steps}
+
+
+def pages() -> Iterator[Path]:
+    yield ROOT / "README.md"
+    yield from sorted((ROOT / "docs").glob("*.md"))
+
+
+def render(text: str) -> str:
+    """A page with its blocks made anew.
+
+    Raises:
+        KeyError: a block of an unknown name.
+    """
+    return _BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]]()}\n{found[4]}", text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a page is out of date")
+    options = parser.parse_args(arguments)
+    stale = [page for page in pages() if render(page.read_text()) != page.read_text()]
+    for page in stale:
+        print(f"{page.relative_to(ROOT)} {'is out of date' if options.check else 'written'}")
+        if not options.check:
+            page.write_text(render(page.read_text()))
+    return int(options.check and bool(stale))
+
+
+def _cases(part: str) -> list[dict[str, Any]]:
+    cases: list[dict[str, Any]] = json.loads(OVERHEAD.read_text())["parts"][part]
+    return cases
+
+
+def _relative(case: dict[str, Any], name: str) -> str:
+    return _three(case["relative"][name]["median"])
+
+
+def _ratio(case: dict[str, Any], name: str) -> str:
+    figure = case["ratios"][name]
+    interval = f" [{figure['low']:.3f}, {figure['high']:.3f}]" if "low" in figure else ""
+    return f"{figure['median']:.3f}{interval}"
+
+
+def _three(value: float) -> str:
+    """Three decimals near one, else three digits at most."""
+    if value < 1.1:
+        return f"{value:.3f}"
+    return f"{value:.2f}" if value < 2.5 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def _row(values: Any) -> str:
+    return " | ".join(values) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

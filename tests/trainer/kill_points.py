@@ -1,0 +1,121 @@
+"""Runs a configuration again and again, kills it at another point each time, and resumes it.
+
+``kill_points.py CONFIG.yaml FOLDER POINTS``: for each of so many points a process is killed (SIGKILL) just before its
+n-th call of what moves a run on (a rollout, an optimiser step, every step of writing a checkpoint). Then every
+checkpoint there must be readable, and the resumed run must end where the run without a kill does, to the last bit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from star_trainer import checkpoint, record, trainer, update
+from star_trainer.command import parse
+from star_trainer.config import Config
+from star_trainer.trainer import Trainer
+
+# Where a process may be killed: an object and the name of a function on it.
+PLACES: tuple[tuple[Any, str], ...] = (
+    (trainer, "roll_out"),
+    (update.Updater, "step"),
+    (record.Record, "metrics"),
+    (checkpoint, "save_file"),
+    (checkpoint, "_flush"),
+    (Path, "rename"),
+    (shutil, "rmtree"),
+    (Path, "write_text"),
+)
+
+
+def main(path: str, folder: str, points: int) -> None:
+    config = parse(["--config", path])
+    whole = replace(config, output=replace(config.output, folder=f"{folder}/whole"))
+    calls = Path(folder) / "calls"
+    assert in_child(lambda: counted(whole, calls)) == 0, "the run without a kill failed"
+    total = int(calls.read_text())
+    expected = final_weights(whole)
+    chosen = sorted({1 + round(n * (total - 1) / max(1, points - 1)) for n in range(points)})
+    for point in chosen:
+        killed = replace(config, output=replace(config.output, folder=f"{folder}/{point}"))
+        status = in_child(lambda at=point, c=killed: run(c, at))  # type: ignore[misc]
+        assert status == signal.SIGKILL, f"point {point} of {total}: status {status}"
+        assert in_child(lambda c=killed: check(c)) == 0, f"point {point}: a checkpoint is damaged, or too much is lost"  # type: ignore[misc]
+        resumed = replace(killed, output=replace(killed.output, resume=True))
+        assert in_child(lambda c=resumed: run(c, None)) == 0, f"point {point}: the resumed run failed"  # type: ignore[misc]
+        assert final_weights(killed) == expected, f"point {point}: the resumed run is another one"
+        shutil.rmtree(killed.output.folder)
+    print(f"{len(chosen)} points of {total}")
+
+
+def in_child(function: Callable[[], None]) -> int:
+    """Runs it in a fork; 0, 1 for an exception, or the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def run(config: Config, kill_at: int | None) -> int:
+    """Trains; returns the calls counted."""
+    count = 0
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return call
+
+    for place, name in PLACES:
+        setattr(place, name, counting(getattr(place, name)))
+    Trainer(config, Accelerator(cpu=True), progress=False).run()
+    return count
+
+
+def counted(config: Config, path: Path) -> None:
+    count = run(config, None)
+    with path.open("w") as file:
+        file.write(str(count))
+
+
+def check(config: Config) -> None:
+    """All checkpoints can be restored, and the last one is of the last or the last but one epoch."""
+    found = checkpoint.find(Path(config.output.folder))
+    for path in found:
+        made = Trainer(
+            replace(config, output=replace(config.output, folder=f"{config.output.folder}-none")),
+            Accelerator(cpu=True),
+            progress=False,
+        )
+        checkpoint.restore(path, *made._state(), made.config)
+    done = [line["epoch"] for line in record.read_metrics(Path(config.output.folder)) if line["event"] == "epoch"]
+    last = int(found[-1].name.split("-")[1]) if found else 0
+    assert last >= max(done, default=0) - 1, (last, done)
+
+
+def final_weights(config: Config) -> bytes:
+    last = checkpoint.find(Path(config.output.folder))[-1]
+    return b"".join((last / f"{name}.safetensors").read_bytes() for name in ("weights", "optimizer", "average"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
