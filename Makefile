@@ -3,6 +3,7 @@
 # make overhead  the same, then the benchmark behind README's numbers
 # make gpu       on a machine with a GPU: its tests, sanitizers, tuning and benchmarks; OUT=DIR takes the results
 # make lint      formatting, lint, types
+# make docs      the documentation's site, in site/; a broken link is an error
 #
 # They make .venv once, with the pinned set of constraints.txt. VENV=DIR uses an existing environment instead, with the
 # torch that it has: only this package is built into it.
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.star-kernels
 PYTHON := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: test demo overhead gpu lint clean
+.PHONY: test demo overhead gpu lint docs clean
 
 test: $(STAMP)
 	$(PYTHON) -m pytest
@@ -40,10 +41,13 @@ lint: $(STAMP)
 	$(PYTHON) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES))
 
+docs: $(STAMP)
+	$(PYTHON) -m mkdocs build
+
 $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip $(INSTALL)
 	touch $@
 
 clean:
-	rm -rf .venv build star_kernels/lib *.egg-info
+	rm -rf .venv build site star_kernels/lib *.egg-info

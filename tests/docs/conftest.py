@@ -1,0 +1,43 @@
+"""The pages of the repository, and a small pipeline to run their examples on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "integrations"))  # small_pipelines
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Callable[[int], None]) -> None:
+    """The models are small: more threads only wait for each other."""
+    threads(1)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small Stable Diffusion 3: the one that ships, or one of its kind with random weights."""
+    pytest.importorskip("diffusers")
+    from star_trainer.policy import SHIPPED
+    from star_trainer.small import SMALL
+    from star_trainer.small.pipeline import build
+
+    if SHIPPED.is_dir():
+        return SHIPPED
+    folder = tmp_path_factory.mktemp("small-sd3")
+    build(replace(SMALL, heads=2, blocks=2, text_width=32)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small_pipeline(small_model: Path) -> Any:
+    import torch
+
+    from star_trainer.policy import load_pipeline
+
+    return load_pipeline(str(small_model), torch.float32)
