@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -72,6 +73,13 @@ class BuildNative(build_ext):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(work / "library.so", target)
+
+
+class PlatformWheel(bdist_wheel):
+    """Tagged by the platform alone: the libraries know nothing of Python, so one wheel serves all its versions."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 def compiler() -> str:
@@ -198,4 +206,4 @@ def libraries() -> list[Extension]:
     return [Extension(f"star_kernels.lib.{name}", sources=[], optional=True) for name in names]
 
 
-setup(ext_modules=libraries(), cmdclass={"build_ext": BuildNative})
+setup(ext_modules=libraries(), cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel})
