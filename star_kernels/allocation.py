@@ -58,9 +58,8 @@ def _cap(weights: Tensor, cap: float) -> Tensor:
     fits = (factor * ordered <= cap) & (factor > 0)  # capping the k largest leaves the next one within the cap
     first = fits.to(torch.uint8).argmax(dim=-1, keepdim=True)
     possible = fits.any(dim=-1, keepdim=True)
-    capped = torch.where(possible, weights * factor.gather(-1, first), torch.where(weights > 0, cap, 0.0)).clamp(
-        max=cap
-    )
+    every = torch.where(weights > 0, torch.full_like(weights, cap), 0.0)
+    capped = torch.where(possible, weights * factor.gather(-1, first), every).clamp(max=cap)
     # Where all mass lies on positions at the cap, zeros share what is left in equal parts.
     below = capped < cap
     left = (n - capped.sum(dim=-1, keepdim=True)) / below.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -77,6 +76,9 @@ def _check(maps: Tensor, strength: float, over: str, cap: float | None) -> None:
         raise ValueError(f"maps must have shape [B, P] or [B, Steps, P], none of them 0, got {list(maps.shape)}")
     if over == "trajectory" and maps.ndim != 3:
         raise ValueError(f"maps must have shape [B, Steps, P] for over='trajectory', got {list(maps.shape)}")
+    for name, value in (("strength", strength), ("cap", cap)):
+        if not isinstance(value, int | float) and not (name == "cap" and value is None):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must lie between 0 and 1, got {strength}")
     if cap is not None and not 1 < cap < float("inf"):

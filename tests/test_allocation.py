@@ -157,6 +157,15 @@ def test_all_mass_on_one_position_leaves_the_rest_to_equal_parts() -> None:
     torch.testing.assert_close(allocate(maps, cap=3.0), torch.tensor([[0.5, 0.5, 0.5, 3.0, 0.5]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_cap_that_the_dtype_rounds_is_kept_where_all_mass_is_at_it(dtype: torch.dtype) -> None:
+    maps = torch.zeros(1, 15, dtype=dtype)
+    maps[0, 0] = 1.0
+    weights = allocate(maps, cap=1.01)
+    torch.testing.assert_close(weights[0, 0], torch.tensor(1.01, dtype=dtype))
+    torch.testing.assert_close(weights[0, 1:], torch.full((14,), 13.99 / 14, dtype=dtype))
+
+
 def test_a_cap_that_nothing_reaches_changes_nothing() -> None:
     maps = torch.rand(2, 60) + 0.5
     torch.testing.assert_close(allocate(maps, cap=10.0), allocate(maps), rtol=1e-6, atol=0)
@@ -187,6 +196,8 @@ def test_weights_are_detached() -> None:
         (torch.ones(2, 3), {"strength": -0.1}, ValueError, "strength must lie between 0 and 1, got -0.1"),
         (torch.ones(2, 3), {"strength": 1.1}, ValueError, "strength must lie between 0 and 1, got 1.1"),
         (torch.ones(2, 3), {"strength": torch.nan}, ValueError, "strength must lie between 0 and 1, got nan"),
+        (torch.ones(2, 3), {"strength": "all"}, TypeError, "strength must be a number, got 'all'"),
+        (torch.ones(2, 3), {"cap": "none"}, TypeError, "cap must be a number, got 'none'"),
         (torch.ones(2, 3), {"cap": 1.0}, ValueError, "cap must be finite and above 1, got 1.0"),
         (torch.ones(2, 3), {"cap": torch.inf}, ValueError, "cap must be finite and above 1, got inf"),
         (torch.ones(2, 3), {"cap": torch.nan}, ValueError, "cap must be finite and above 1, got nan"),
