@@ -28,9 +28,9 @@ inline __attribute__((always_inline)) Vec load(const float* p) {
 inline __attribute__((always_inline)) void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 // Cephes' exponential: n = round(x / ln 2), a degree-6 polynomial on the remainder, 2^n put in through the exponent.
-// Below -87.3 the result would be denormal and is 0; NaN stays NaN.
+// Below -87.3 the result would be denormal and is 0; above 88.4, where no probability is, it is inf; NaN stays NaN.
 inline __attribute__((always_inline)) Vec exponential(Vec x) {
-  const Vec low = Vec{} - 87.33f, high = Vec{} + 88.37f;
+  const Vec low = Vec{} - 87.33f, high = Vec{} + 88.73f;  // at high, n is 128: the exponent of infinity
   Vec y = x > high ? high : x;
   y = y < low ? low : y;
   const Vec magic = Vec{} + 12582912.0f;  // 1.5 * 2^23 rounds to an integer

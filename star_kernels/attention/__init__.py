@@ -11,6 +11,7 @@ from torch import Tensor
 
 from star_kernels.attention import naive, ops, tuning, vendor
 from star_kernels.attention.checks import (
+    check_flag,
     check_key_mask,
     check_lse,
     check_qkv,
@@ -87,6 +88,8 @@ def attention(
     check_key_mask(key_mask, query, key.shape[2])
     start, length = resolve_rows(rows, query.shape[2])
     scale = resolve_scale(scale, query.shape[3])
+    check_flag("reduce_heads", reduce_heads)
+    check_flag("return_lse", return_lse)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     device, dtype, head_dim = query.device.type, query.dtype, query.shape[3]
@@ -151,6 +154,7 @@ def attention_maps(
     check_key_mask(key_mask, query, key.shape[2])
     start, length = resolve_rows(rows, dense.shape[2])
     scale = resolve_scale(scale, query.shape[3])
+    check_flag("reduce_heads", reduce_heads)
     if backend not in ("auto", "naive"):
         raise ValueError(f"backend must be auto or naive, got {backend!r}")
     if backend == "naive" or query.dtype == torch.float64:

@@ -52,7 +52,7 @@ def attention(
         out, lse = _laid_out(out, query), lse.contiguous()
         query, key, value = _unit_strides(query, key, value)
     else:
-        query, key, value = _unit_strides(query, key, value)
+        query, key, value = _for_pytorch(query, key, value)
         out, lse = vendor.forward(query, key, value, key_mask, scale)
     return out, _maps(query, key, lse, index, weight, key_mask, start, rows, scale, reduce_heads, False), lse
 
@@ -70,7 +70,7 @@ def attention_fake(
     reduce_heads: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = _unit_strides(query, key, value)
+    query, key, value = _for_pytorch(query, key, value)
     if query.is_cuda:
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     else:
@@ -109,7 +109,7 @@ def attention_backward(
                 grad_out, grad_maps, grad_lse, query, key, value, out, lse, index, weight, key_mask,
                 (start, rows), scale, reduce_heads, config=plan.backward_config,
             )  # fmt: skip
-    query, key, value = _unit_strides(query, key, value)
+    query, key, value = _for_pytorch(query, key, value)
     sparse = None
     if grad_maps is not None:
         sparse = maps_gradient.compute(
@@ -135,7 +135,7 @@ def attention_backward_fake(
     value: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = _unit_strides(query, key, value)
+    query, key, value = _for_pytorch(query, key, value)
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
@@ -309,6 +309,19 @@ def _unit_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
     if all([t.stride(-1) == 1 for t in tensors]):
         return tensors
     return tuple([t if t.stride(-1) == 1 else t.contiguous() for t in tensors])
+
+
+def _for_pytorch(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as PyTorch's own kernels take them: its CPU kernel lays results out like the query, and writes them
+    wrongly where the query's rows or heads are one expanded along others."""
+    if not tensors[0].is_cuda:
+        tensors = tuple([t.contiguous() if _repeats(t) else t for t in tensors])
+    return _unit_strides(*tensors)
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether an element stands for several, as after expand."""
+    return any([stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
 
 
 def _like(gradient: Tensor, tensor: Tensor) -> Tensor:

@@ -101,7 +101,8 @@ def _float32(
     query, key, value, out = query.float(), key.float(), value.float(), out.float()
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.float()
     if grad_lse is not None:
-        query, key, value = (F.pad(t, (0, columns)) for t in (query, key, value))
+        # Contiguous: heads of one element may look to F.pad like channels, which it then puts last in memory.
+        query, key, value = (F.pad(t, (0, columns)).contiguous() for t in (query, key, value))
         out = F.pad(torch.cat([out, -grad_lse[..., None]], dim=-1), (0, columns - 1))
         grad_out = F.pad(grad_out, (0, columns), value=1.0)
     return grad_out, query, key, value, out

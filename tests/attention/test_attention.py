@@ -348,8 +348,19 @@ def _expanded(t: Tensor) -> Tensor:
     return t[:1].expand(t.shape)
 
 
+def _expanded_heads(t: Tensor) -> Tensor:
+    return t[:, :1].expand(t.shape)
+
+
+def _expanded_rows(t: Tensor) -> Tensor:
+    return t.transpose(1, 2).contiguous().transpose(1, 2)[:, :, :1].expand(t.shape)
+
+
+EXPANDED = [_expanded, _expanded_heads, _expanded_rows]
+
+
 @pytest.mark.parametrize(
-    "view", [_transposed, _sliced, _last_dimension_strided, _last_dimension_first, _expanded], ids=lambda f: f.__name__
+    "view", [_transposed, _sliced, _last_dimension_strided, _last_dimension_first, *EXPANDED], ids=lambda f: f.__name__
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_strides_do_not_change_results_or_gradients(
@@ -359,7 +370,7 @@ def test_strides_do_not_change_results_or_gradients(
     inputs = make(CASES["mask_some"], dtype, device)
     strided = [view(t).detach() for t in inputs.tensors]
     dense = [t.contiguous() for t in strided]
-    if view is not _expanded:
+    if view not in EXPANDED:
         assert all(torch.equal(t, u) for t, u in zip(dense, inputs.tensors, strict=True))
     found = []
     for tensors in (strided, dense):
@@ -373,6 +384,21 @@ def test_strides_do_not_change_results_or_gradients(
         scale = expected[expected.isfinite()].abs().max()
         eps = torch.finfo(expected.dtype).eps
         torch.testing.assert_close(got, expected, rtol=0, atol=float(4 * eps * scale))
+
+
+def test_heads_of_one_element_in_any_layout(attention_backend: tuple[str, str]) -> None:
+    """PyTorch takes [B, H, S, 1] with heads innermost for an image with channels last."""
+    backend, device = attention_backend
+    tensors = [torch.randn(3, 5, 4, 1, device=device) for _ in range(3)]  # [B, S, H, D]
+    selection = TokenSelection.from_positions([[2]] * 3).to(device)
+    found = []
+    for leaves in (tensors, [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]):
+        leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in leaves]
+        out, maps, lse = attention(*leaves, selection, layout="bshd", return_lse=True, backend=backend)
+        loss = out.square().sum() + maps.sum() + lse.square().sum()
+        found.append([out, maps, lse, *torch.autograd.grad(loss, leaves)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_strided_selection_and_key_mask(attention_backend: tuple[str, str]) -> None:
@@ -525,7 +551,7 @@ def test_operators_pass_opcheck(
             )
 
 
-@pytest.mark.parametrize("view", [_transposed, _sliced, _last_dimension_strided, _expanded], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("view", [_transposed, _sliced, _last_dimension_strided, *EXPANDED], ids=lambda f: f.__name__)
 def test_operators_pass_opcheck_on_strided_inputs(view: Callable, attention_backend: tuple[str, str]) -> None:
     backend, device = attention_backend
     if backend == "naive":

@@ -50,11 +50,13 @@ SHARED = [
     ({"layout": "bshd"}, ValueError, r"key must agree with query in batch, heads .*got \[2, 3, 9, 8\]"),
     ({"backend": "xformers"}, ValueError, "backend must be .*auto.*got 'xformers'"),
     ({"backend": None}, ValueError, "backend must be .*auto.*got None"),
+    ({"reduce_heads": None}, TypeError, "reduce_heads must be True or False, got None"),
     ({"scale": "large"}, (TypeError, ValueError), "scale .*large"),
     ({"scale": torch.nan}, ValueError, "scale .*nan"),
     ({"scale": torch.inf}, ValueError, "scale .*inf"),
 ]
 ATTENTION = [
+    ({"return_lse": "yes"}, TypeError, "return_lse must be True or False, got 'yes'"),
     ({"value": K[:, :, :5]}, ValueError, r"value must have the shape of key, \[2, 3, 9, 8\], got \[2, 3, 5, 8\]"),
     ({"value": K.bfloat16()}, ValueError, "value must have the dtype and device of query, .*got torch.bfloat16"),
     ({"key": K[:1], "value": K[:1]}, ValueError, r"key must agree with query in batch.*got \[1, 3, 9, 8\]"),
