@@ -74,10 +74,8 @@ def check_old_log_prob(
             )
 
 
-def check_numbers(name: str, numbers: Tensor | None, model_output: Tensor) -> None:
-    """One float32 number for each sample, or None."""
-    if numbers is None:
-        return
+def check_numbers(name: str, numbers: Tensor, model_output: Tensor) -> None:
+    """One float32 number for each sample."""
     _check_float(name, numbers, model_output)
     batch = model_output.shape[0]
     if list(numbers.shape) != [batch]:
@@ -115,6 +113,11 @@ def check_reference(reference: Tensor | None, model_output: Tensor, kl_coef: flo
         check_latent("ref_model_output", reference, model_output)
     elif kl_coef:
         raise ValueError(f"ref_model_output must be given where kl_coef is not 0, got None and kl_coef {kl_coef}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_reduction(reduction: str) -> bool:

@@ -12,6 +12,7 @@ from star_kernels.policy.checks import (
     check_beta,
     check_clip,
     check_coefficients,
+    check_flag,
     check_latent,
     check_mask,
     check_numbers,
@@ -110,6 +111,7 @@ def weighted_policy_loss(
     per_sample = _check_common(
         model_output, channel_dim, weights, mask, step_weights, ref_model_output, advantage_clip, kl_coef, reduction
     )
+    check_flag("weighted_kl", weighted_kl)
     arguments: tuple[Any, ...] = (
         model_output,
         *map(_constant, (sample, prev_sample, old_log_prob, advantages, transition.coefficients)),
@@ -191,6 +193,8 @@ def weighted_nft_loss(
         model_output, channel_dim, weights, mask, step_weights, ref_model_output, advantage_clip, kl_coef, reduction
     )
     check_beta(beta, advantage_clip)
+    check_flag("weighted_kl", weighted_kl)
+    check_flag("adaptive", adaptive)
     arguments: tuple[Any, ...] = (
         model_output,
         *map(_constant, (old_model_output, target, advantages, sigma)),
@@ -226,7 +230,8 @@ def _check_common(
     """What the objectives share; whether each sample keeps its own loss."""
     check_weights(weights, model_output, channel_dim)
     check_mask(mask, model_output, channel_dim)
-    check_numbers("step_weights", step_weights, model_output)
+    if step_weights is not None:
+        check_numbers("step_weights", step_weights, model_output)
     check_coefficients(advantage_clip, kl_coef)
     check_reference(ref_model_output, model_output, kl_coef)
     return check_reduction(reduction)

@@ -92,13 +92,14 @@ class _Objective:
 
     def _run_backward(self, grad_loss: Tensor, statistics: Tensor, *arguments: Any) -> Tensor:
         *objective, backend = self._prepare(arguments)
-        gradient = torch.empty_like(objective[0])
+        gradient = _empty_like(objective[0], arguments[self._tensors])
         results = (grad_loss.contiguous(), statistics, gradient)
         _call(f"{self._function}_backward", backend, objective, results)
         return gradient
 
     def _shape_backward(self, grad_loss: Tensor, statistics: Tensor, *arguments: Any) -> Tensor:
-        return torch.empty_like(_collapsible(arguments[0], arguments[self._tensors]))
+        channel_dim = arguments[self._tensors]
+        return _empty_like(_collapsible(arguments[0], channel_dim), channel_dim)
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.save_for_backward(output[2], *inputs[: self._tensors])
@@ -136,7 +137,8 @@ def sample_transition_fake(
     model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     locations = [n for d, n in enumerate(model_output.shape) if d != channel_dim]
-    return torch.empty_like(_collapsible(sample, channel_dim)), model_output.new_empty(locations, dtype=torch.float32)
+    prev_sample = _empty_like(_collapsible(sample, channel_dim), channel_dim)
+    return prev_sample, model_output.new_empty(locations, dtype=torch.float32)
 
 
 def _call(
@@ -179,6 +181,14 @@ def _collapsible(tensor: Tensor, channel_dim: int) -> Tensor:
             return tensor.movedim(channel_dim, 1).contiguous().movedim(1, channel_dim)
         expected = stride * size
     return tensor
+
+
+def _empty_like(tensor: Tensor, channel_dim: int) -> Tensor:
+    """Memory for a result in the layout of a latent that the kernels can walk, or in one of theirs where it repeats."""
+    if all([stride != 0 or size == 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]):
+        return torch.empty_like(tensor)
+    channels_first = tensor.movedim(channel_dim, 1)
+    return channels_first.new_empty(channels_first.shape).movedim(1, channel_dim)
 
 
 _DEVICES = ("CPU", "CUDA")

@@ -122,6 +122,7 @@ def flow_cps(sigma: Tensor | float, sigma_next: Tensor | float, *, noise_level: 
     and the KL penalty is undefined: do not train that step with a KL.
     """
     sigma, sigma_next = _sigmas(sigma, sigma_next)
+    _number("noise_level", noise_level)
     if not 0 < noise_level <= 1:
         raise ValueError(f"noise_level must be above 0 and at most 1, got {noise_level}")
     s = sigma_next * math.sin(noise_level * math.pi / 2)
@@ -202,7 +203,13 @@ def _column(name: str, value: Tensor, sigma: Tensor, *, widens: bool = True) -> 
     return value.reshape(-1)
 
 
+def _number(name: str, value: float) -> None:
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def _positive(name: str, value: float) -> None:
+    _number(name, value)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be positive and finite, got {value}")
 

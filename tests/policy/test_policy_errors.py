@@ -94,6 +94,7 @@ LOSS_ERRORS = [
     ("old_log_prob", 0.5, TypeError, "old_log_prob must be a float32 tensor, got float"),
     ("advantages", torch.ones(2, 1), ValueError, r"advantages must have shape \[B\] = \[2\], got \[2, 1\]"),
     ("advantages", torch.ones(3), ValueError, r"advantages must have shape \[B\] = \[2\], got \[3\]"),
+    ("advantages", None, TypeError, "advantages must be a float32 tensor, got NoneType"),
     ("advantages", ONES.int(), TypeError, "advantages must be a float32 tensor, got torch.int32"),
     ("advantages", ONES.to("meta"), ValueError, "advantages must be on the device of model_output, cpu, got meta"),
     ("weights", weights(NAN), ValueError, "weights must be finite and not negative, got nan"),
@@ -124,6 +125,7 @@ LOSS_ERRORS = [
     ("clip_range", (0.1,), ValueError, r"clip_range .*\(0.1,\)"),
     ("clip_range", (0.1, 0.2, 0.3), ValueError, r"clip_range .*\(0.1, 0.2, 0.3\)"),
     ("clip_range", "wide", TypeError, "clip_range .*wide"),
+    ("weighted_kl", None, TypeError, "weighted_kl must be True or False, got None"),
     ("advantage_clip", 0.0, ValueError, "advantage_clip must be positive, got 0.0"),
     ("advantage_clip", NAN, ValueError, "advantage_clip must be positive, got nan"),
     ("advantage_clip", None, TypeError, "advantage_clip .*None"),
@@ -169,10 +171,12 @@ OBJECTIVE_ERRORS = [  # of both losses
 NFT_ERRORS = [
     ("target", LATENT[:, :2], ValueError, r"target must have the shape of model_output.*got \[2, 2, 6, 8\]"),
     ("sigma", 0.5, TypeError, "sigma must be a float32 tensor, got float"),
+    ("sigma", None, TypeError, "sigma must be a float32 tensor, got NoneType"),
     ("sigma", torch.ones(3), ValueError, r"sigma must have shape \[B\] = \[2\], got \[3\]"),
     ("beta", 0.0, ValueError, "beta must be positive and finite, got 0.0"),
     ("beta", NAN, ValueError, "beta must be positive and finite, got nan"),
     ("beta", None, TypeError, "beta must be a number, got None"),
+    ("adaptive", "yes", TypeError, "adaptive must be True or False, got 'yes'"),
     ("advantage_clip", INF, ValueError, "advantage_clip must be finite, got inf"),
 ]
 GOOD_NFT = {
@@ -182,6 +186,7 @@ GOOD_NFT = {
 }
 SHARED = (
     "model_output",
+    "weighted_kl",
     "advantages",
     "weights",
     "advantage_clip",
@@ -305,3 +310,14 @@ def test_sigmas_out_of_range_are_named(make: Any, changed: dict, message: str) -
 def test_other_options_out_of_range_are_named(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("value", ["high", None, [0.7]], ids=str)
+def test_a_noise_level_that_is_no_number_is_named(value: Any) -> None:
+    for call in (
+        lambda: flow_sde(0.8, 0.6, noise_level=value, sigma_max=0.9),
+        lambda: flow_cps(0.8, 0.6, noise_level=value),
+        lambda: dance_sde(0.8, 0.6, eta=value),
+    ):
+        with pytest.raises(TypeError, match=r"(noise_level|eta) must be a number, got"):
+            call()
