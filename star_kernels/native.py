@@ -1,7 +1,12 @@
-"""Loads the compiled libraries of csrc/, once, when they are first needed."""
+"""Loads the compiled libraries of csrc/, once, when they are first needed.
+
+The environment variable STAR_KERNELS_LIB names a folder to load them from instead of ``star_kernels/lib``, for builds
+that are compared or checked: those of the sanitizers, say.
+"""
 
 from __future__ import annotations
 
+import os
 import warnings
 from functools import cache
 from pathlib import Path
@@ -10,7 +15,7 @@ from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).with_name("lib")
+FOLDER = Path(os.environ.get("STAR_KERNELS_LIB") or Path(__file__).with_name("lib"))
 _POLICY = ("policy_forward", "policy_backward", "nft_forward", "nft_backward", "sample_transition")
 FUNCTIONS = {
     "libstar_kernels_cpu.so": (*_POLICY, "attention_maps", "isa", "runnable_isas"),

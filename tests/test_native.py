@@ -79,6 +79,16 @@ def test_a_file_that_is_no_library_is_reported_and_not_raised(no_library: Path) 
     assert "does not load" in problem
 
 
+@pytest.mark.native
+def test_a_folder_of_other_builds_is_taken_by_name(tmp_path: Path) -> None:
+    (tmp_path / "libstar_kernels_cpu.so").symlink_to(native.FOLDER / "libstar_kernels_cpu.so")
+    code = "from star_kernels import native; print(native.FOLDER, native.cpu().isa(), native.load('none.so')[1])"
+    environment = {**os.environ, "STAR_KERNELS_LIB": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[:2] == [str(tmp_path), native.cpu().isa()]
+    assert f"{tmp_path}/none.so was not built" in done.stdout
+
+
 _STEPS = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
