@@ -1,0 +1,62 @@
+"""Random calls of the allocation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from fuzzing.comparing import DTYPES
+from fuzzing.memory import Draw
+from torch import Tensor
+
+from star_kernels import allocate
+
+
+def allocation_arguments(draw: Draw) -> dict[str, Any]:
+    shape = (draw.randint(1, 4), draw.randint(1, 80)) if draw.chance(0.5) else (draw.randint(1, 3), 4, draw.size(40))
+    values = draw.uniform_tensor(*shape) ** draw.choice([0.5, 1, 4, 30])
+    values = values * (draw.uniform_tensor(*shape) < draw.choice([0.3, 1.0, 1.0]))
+    values = (values * 10.0 ** draw.choice([-30, -4, 0, 4, 30])).to(draw.choice([*DTYPES, torch.float64]))
+    if draw.chance(0.2):
+        values.view(-1)[draw.randrange(values.numel())] = draw.choice([math.nan, math.inf, -math.inf, -1.0])
+    return {
+        "maps": draw.place("maps", values),
+        "strength": draw.choice([0, 0.25, 0.5, 1, 1.0]),
+        "over": draw.choice(["step", "trajectory"]) if len(shape) == 3 else "step",
+        "cap": draw.choice([None, None, 1.01, 1.5, 3, 20.0]),
+    }
+
+
+def written(maps: Tensor, strength: float, over: str, cap: float | None) -> Tensor:
+    """The formula in float64, map by map; the factor of capped weights by bisection."""
+    size = math.prod(maps.shape[-2:]) if over == "trajectory" else maps.shape[-1]
+    weights = []
+    for row in maps.double().reshape(-1, size):
+        bad = not bool(row.isfinite().all()) or bool((row < 0).any()) or not bool(row.any())
+        relative = torch.ones_like(row) if bad else row / row.max()
+        weight = (1 - strength) + strength * relative / relative.mean()
+        if cap is not None:
+            low, high = 0.0, 700.0  # of the factor's logarithm
+            for _ in range(60):
+                middle = (low + high) / 2
+                enough = float((math.exp(middle) * weight).clamp(max=cap).mean()) >= 1
+                low, high = (low, middle) if enough else (middle, high)
+            weight = (math.exp(high) * weight).clamp(max=cap)
+            left = size - float(weight.sum())
+            if left > 1e-6 * size:  # all of the mass is at the cap
+                weight = torch.where(weight == 0, left / max(1, int((weight == 0).sum())), weight)
+        weights.append(weight)
+    return torch.stack(weights).reshape(maps.shape)
+
+
+def allocation(draw: Draw) -> None:
+    arguments = allocation_arguments(draw)
+    weights = allocate(**arguments)
+    maps = arguments["maps"]
+    assert weights.dtype == (torch.float64 if maps.dtype == torch.float64 else torch.float32)
+    exact = written(**arguments)
+    assert bool((weights >= 0).all())
+    error = (weights.double() - exact).abs()
+    least = 2e-5 if arguments["cap"] is None else 2e-4  # what a cap leaves to the others is a small difference
+    assert bool((error <= 2e-5 * exact + least).all()), f"weights: error {float(error.max()):.3g}"
