@@ -161,7 +161,7 @@ def _selection(policy: Policy, prompts: Sequence[Prompt]) -> TokenSelection:
         groups="phrase",
         image_tokens=side * side,
     )
-    keys = side * side + sum(region.length for region in regions)
+    keys = side * side + policy.encode([prompts[0].text]).tokens.shape[1]
     mask = torch.zeros(found.batch, found.groups + 1, keys)
     index = found.index.clamp(min=0).long()[:, None].expand(-1, found.groups, -1)
     mask[:, :-1].scatter_add_(2, index, found.weight)

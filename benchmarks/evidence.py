@@ -15,9 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import learning as study
+from gradient_agreement import multiple
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 OVERHEAD = RESULTS / "overhead-amd-epyc-2-threads-avx2.json"
+AGREEMENT, LEARNING = RESULTS / "gradient-agreement.json", RESULTS / "learning.json"
 _BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -79,7 +83,37 @@ def steps() -> str:
     )
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"attention": attention, "policy": policy, "steps": steps}
+def agreement() -> str:
+    """Mean cosines of gradients and effective-sample multiples, a column for each unit of the study."""
+    units = json.loads(AGREEMENT.read_text())["units"]
+    heads = [f"{unit['label']}, {unit['key']['task']} (reward {unit['reward']:.2f})" for unit in units]
+    lines = ["| allocation | " + _row(heads), "|---" * (1 + len(units)) + "|"]
+    names = [name for name in units[0]["agreement"] if ", step" not in name]
+    for name in names:
+        cells = []
+        for unit in units:
+            arm, scalar = unit["agreement"][name], unit["agreement"]["scalar"]
+            cell = f"{arm['cosine']:.4f} ± {1.96 * arm['error']:.4f}"
+            times = multiple(arm, scalar)
+            if name != "scalar" and times.known:
+                cell += f", {times.value:.2f} [{times.low:.2f}, {times.high:.2f}]"
+            cells.append(cell)
+        lines.append(f"| {name} | " + _row(cells))
+    return "\n".join(lines)
+
+
+def learning() -> str:
+    """Final rewards of every arm, paired with plain Flow-GRPO."""
+    return "```text\n" + study.text(json.loads(LEARNING.read_text())).strip() + "\n```"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "attention": attention,
+    "policy": policy,
+    "steps": steps,
+    "agreement": agreement,
+    "learning": learning,
+}
 
 
 def pages() -> Iterator[Path]:

@@ -92,7 +92,7 @@ def test_maps_are_those_of_the_driver(rollout: allocations.Rollout, config: Conf
 
 
 def test_the_object_mask_lies_on_the_object(rollout: allocations.Rollout) -> None:
-    scene = Scene("", {}, (Item("square", "red", 7, 7, 3), Item("square", "blue", 25, 25, 7)), None, 0.95)
+    scene = Scene("", {}, (Item("square", "red", 7, 7, 3), Item("square", "blue", 24, 24, 7)), None, 0.95)
     batch = replace(rollout.batch, images=draw(scene)[None])
     batch.prompts[0] = replace(
         batch.prompts[0], metadata={"include": [{"class": "square", "count": 1, "color": "red"}]}
