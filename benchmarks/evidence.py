@@ -54,7 +54,7 @@ def policy() -> str:
         "compiled": "the same under torch.compile",
     }
     lines = [
-        "| policy loss, forward and backward, batch 8 of 16×64×64 | " + _row(columns.values()),
+        "| policy loss, forward and backward, batch 8 of 16x64x64 | " + _row(columns.values()),
         "|---" * (1 + len(columns)) + "|",
     ]
     for case in _cases("policy"):

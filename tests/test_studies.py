@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from star_trainer.config import Config
 from star_trainer.policy import Policy
-from star_trainer.prompts import load_prompts
+from star_trainer.prompts import Prompt, load_prompts
 from star_trainer.scenes import Item, Scene, check, draw
 from star_trainer.small import SMALL
 from star_trainer.small.pipeline import build
@@ -93,10 +93,8 @@ def test_maps_are_those_of_the_driver(rollout: allocations.Rollout, config: Conf
 
 def test_the_object_mask_lies_on_the_object(rollout: allocations.Rollout) -> None:
     scene = Scene("", {}, (Item("square", "red", 7, 7, 3), Item("square", "blue", 24, 24, 7)), None, 0.95)
-    batch = replace(rollout.batch, images=draw(scene)[None])
-    batch.prompts[0] = replace(
-        batch.prompts[0], metadata={"include": [{"class": "square", "count": 1, "color": "red"}]}
-    )
+    red = {"include": [{"class": "square", "count": 1, "color": "red"}]}
+    batch = replace(rollout.batch, images=draw(scene)[None], prompts=[Prompt("a red square", red)])
     mask = allocations.object_mask(batch).view(8, 8)
     assert mask[1, 1] > 0.9
     assert mask[5:, 5:].max() < 0.1

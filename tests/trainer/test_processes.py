@@ -69,7 +69,8 @@ def test_two_processes_make_the_run_of_one(
             )
         )
         runs[name] = (weights, average, final, read_metrics(tmp_path / name))
-    moved = base.train.learning_rate * len(runs["one"][0]) ** 0.5  # by a step of AdamW, also where a gradient is rounding
+    # What a step of AdamW moves, also where the gradient is nothing but rounding.
+    moved = base.train.learning_rate * len(runs["one"][0]) ** 0.5
     for one, two in zip(runs["one"][:3], runs["two"][:3], strict=True):
         assert one.shape == two.shape
         assert float((one - two).norm()) <= 0.1 * moved
