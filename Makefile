@@ -2,6 +2,7 @@
 # make demo      the same, then trains the small model: reward curve, pictures before and after, allocation strips
 # make overhead  the same, then the benchmark behind README's numbers
 # make gpu       on a machine with a GPU: its tests, sanitizers, tuning and benchmarks; OUT=DIR takes the results
+# make sanitize  the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; four minutes
 # make lint      formatting, lint, types
 # make docs      the documentation's site, in site/; a broken link is an error
 #
@@ -18,7 +19,7 @@ STAMP := $(VENV)/.star-kernels
 PYTHON := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: test demo overhead gpu lint docs clean
+.PHONY: test demo overhead gpu sanitize lint docs clean
 
 test: $(STAMP)
 	$(PYTHON) -m pytest
@@ -35,11 +36,14 @@ OUT ?= benchmarks/results
 gpu: $(STAMP)
 	$(PYTHON) benchmarks/gpu.py --out $(OUT)
 
+sanitize: $(STAMP)
+	$(PYTHON) tests/sanitize.py $(ARGS)
+
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES))
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard tests/csrc/*.cpp)
 
 docs: $(STAMP)
 	$(PYTHON) -m mkdocs build

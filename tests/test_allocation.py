@@ -155,6 +155,7 @@ def test_all_mass_on_one_position_leaves_the_rest_to_equal_parts() -> None:
     maps = torch.zeros(1, 5)
     maps[0, 3] = 0.2
     torch.testing.assert_close(allocate(maps, cap=3.0), torch.tensor([[0.5, 0.5, 0.5, 3.0, 0.5]]))
+    torch.testing.assert_close(allocate(torch.tensor([[0.2, 0.0]]), cap=1.5), torch.tensor([[1.5, 0.5]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
