@@ -227,3 +227,24 @@ def test_what_has_no_meaning_without_noise_stays_visible(policy_backend: tuple[s
         loss, _, _ = policy(problem, backend, reduction="none", **options)
         assert not loss[1].isfinite()
         assert bool(loss[OTHERS].isfinite().all())
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_a_ratio_on_the_edge_of_the_clip_range_is_inside_it(ratio: str, policy_backend: tuple[str, str]) -> None:
+    backend, _ = policy_backend
+    base = make(policy_backend)
+    prev, old = sample_transition(
+        base.model_output, base.sample, base.transition, noise=base.prev_sample, backend=backend
+    )
+    problem = replace(base, prev_sample=prev, old_log_prob=old)
+    _, gradient, metrics = policy(problem, backend, ratio=ratio, clip_range=0.0)
+    assert metrics["clip_fraction"] == 0
+    assert torch.equal(gradient, policy(problem, backend, ratio=ratio)[1])
+
+
+def test_the_largest_ratio_is_one_of_a_location_that_counts(policy_backend: tuple[str, str]) -> None:
+    problem = make(policy_backend)
+    problem.old_log_prob += 1.0
+    mask = torch.rand(problem.old_log_prob.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    _, _, metrics = policy(problem, policy_backend[0], ratio="location", mask=mask.to(policy_backend[1]))
+    assert 0.3 < float(metrics["ratio_max"]) < 0.7

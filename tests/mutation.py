@@ -1,0 +1,312 @@
+"""Mutation testing of the definitions: each constant and each arithmetic operator changed in turn, and the tests run.
+
+    python tests/mutation.py [--only policy allocation attention kernels] [--list]
+
+Works on a copy of the tree in a temporary folder. A mutant that no test notices is printed; one that cannot matter is
+listed in EQUIVALENT with the reason. The exit status is 1 if any other survives. Takes about ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 120  # seconds: a mutant may never end
+TARGETS = {  # name -> file, tests, expression that selects them
+    "policy": (
+        "star_kernels/policy/naive.py",
+        ["test_nft_loss", "test_sampling", "test_policy_options", "test_policy_extremes", "test_policy_loss"],
+        "naive or definition or rounding",
+    ),
+    "allocation": ("star_kernels/allocation.py", ["test_allocation"], ""),
+    "attention": (
+        "star_kernels/attention/naive.py",
+        ["test_maps", "test_attention", "test_attention_extremes"],
+        "naive or definition",
+    ),
+    "kernels": (
+        "csrc/flow_policy.h",
+        ["test_sampling", "test_policy_options", "test_policy_extremes", "test_policy_loss"],
+        "native",
+    ),
+}
+FOLDERS = {"policy": "tests/policy", "allocation": "tests", "attention": "tests/attention", "kernels": "tests/policy"}
+# (file, line as it stands, change) -> why nothing can notice it
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "star_kernels/allocation.py",
+        "good = (mean > 0) & mean.isfinite() & (maps.amin(dim=dims, keepdim=True) >= 0) & peak.isfinite()",
+        "> -> >=",
+    ): "the largest relative entry is one, or NaN where all are zero: the mean is never zero",
+    (
+        "star_kernels/allocation.py",
+        "fits = (factor * ordered <= cap) & (factor > 0)  # capping the k largest leaves the next one within the cap",
+        "<= -> <",
+    ): "a weight that comes out at the cap is at the cap either way",
+    (
+        "star_kernels/allocation.py",
+        "fits = (factor * ordered <= cap) & (factor > 0)  # capping the k largest leaves the next one within the cap",
+        "> -> >=",
+    ): "a factor of zero follows one that fits already",
+    (
+        "star_kernels/allocation.py",
+        "every = torch.where(weights > 0, torch.full_like(weights, cap), 0.0)",
+        "0.0 -> 1.0",
+    ): "what is left is counted from these, so that they come out the same",
+    (
+        "star_kernels/attention/naive.py",
+        "scores = torch.matmul(_wide(query), _wide(key).transpose(-1, -2)) * scale  # [B, H, Sq, Sk]",
+        "- -> ",
+    ): "of four dimensions -2 is 2",
+    (
+        "star_kernels/attention/naive.py",
+        "scores = torch.matmul(dense, _wide(gathered.gather(2, slots)).transpose(-1, -2)) * scale  # [B, H, R, T]",
+        "- -> ",
+    ): "of four dimensions -2 is 2",
+    (
+        "star_kernels/attention/naive.py",
+        "normaliser = lse.gather(2, slots[..., 0])[:, :, None]  # [B, H, 1, T]",
+        "0 -> 1",
+    ): "slots are expanded along the last dimension; heads of one element, which have no second, come in tests/fuzz.py",
+    (
+        "star_kernels/policy/naive.py",
+        "log_ratio = log_ratio - (old_log_prob if mask is None else old_log_prob.masked_fill(~mask, 0.0))",
+        "0.0 -> 1.0",
+    ): "what stands under the mask is dropped again; it only must not be NaN",
+    (
+        "star_kernels/policy/naive.py",
+        "bounds = outside & (bounded > free)",
+        "> -> >=",
+    ): "equal only where the advantage is zero, and the gradient with it",
+    (
+        "star_kernels/policy/naive.py",
+        "surrogate = torch.where(bounds, bounded.detach(), -advantage * torch.exp(log_ratio.masked_fill(bounds, 0.0)))",
+        "0.0 -> 1.0",
+    ): "any finite number will do where the other branch is taken",
+}
+
+_SWAPS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Pow: "*"}
+_SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Pow: "**"}
+_COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "=="}
+_COMPARISON_SIGNS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    start: int  # of the characters that change
+    stop: int
+    text: str
+    source: str
+
+    @property
+    def line(self) -> str:
+        begin = self.source.rfind("\n", 0, self.start) + 1
+        return self.source[begin : self.source.index("\n", self.start)].strip()
+
+    @property
+    def change(self) -> str:
+        return f"{self.source[self.start : self.stop]} -> {self.text}"
+
+    @property
+    def number(self) -> int:
+        return self.source.count("\n", 0, self.start) + 1
+
+    @property
+    def mutated(self) -> str:
+        return self.source[: self.start] + self.text + self.source[self.stop :]
+
+
+def python_mutants(file: str, source: str) -> Iterator[Mutant]:
+    """Constants, arithmetic operators, comparisons and signs outside of docstrings and annotations."""
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line.encode()))
+    data = source.encode()
+    assert len(data) == len(source), "offsets are those of ASCII"
+
+    def at(line: int, column: int) -> int:
+        return starts[line - 1] + column
+
+    def span(node: ast.expr) -> tuple[int, int]:
+        return at(node.lineno, node.col_offset), at(node.end_lineno or 0, node.end_col_offset or 0)
+
+    def sign_between(left: ast.expr, right: ast.expr, sign: str) -> tuple[int, int]:
+        start = span(left)[1]
+        found = source.index(sign, start, span(right)[0])
+        return found, found + len(sign)
+
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            yield Mutant(file, *span(node), repr(node.value + 1), source)
+            if isinstance(node.value, float) and node.value:
+                yield Mutant(file, *span(node), "0.0", source)
+        elif isinstance(node, ast.BinOp) and type(node.op) in _SWAPS:
+            where = sign_between(node.left, node.right, _SIGNS[type(node.op)])
+            yield Mutant(file, *where, _SWAPS[type(node.op)], source)
+        elif isinstance(node, ast.Compare) and type(node.ops[0]) in _COMPARISONS and len(node.ops) == 1:
+            where = sign_between(node.left, node.comparators[0], _COMPARISON_SIGNS[type(node.ops[0])])
+            yield Mutant(file, *where, _COMPARISONS[type(node.ops[0])], source)
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            start = span(node)[0]
+            yield Mutant(file, start, start + 1, "", source)
+
+
+def header_mutants(file: str, source: str) -> Iterator[Mutant]:
+    """Constants, operators and comparisons of C++ code that a CPU runs."""
+    body = re.sub(r"//.*|#if defined\(__CUDA_ARCH__\)\n.*\n#else", lambda m: " " * len(m[0]), source)
+    body = re.sub(r"#.*", lambda m: " " * len(m[0]), body)
+    swaps = {
+        "+": "-",
+        "-": "+",
+        "*": "/",
+        "/": "*",
+        "<": "<=",
+        ">": ">=",
+        ">=": ">",
+        "==": "!=",
+        "!=": "==",
+        "||": "&&",
+    }
+    for found in re.finditer(r"(?<![\w.])(\d+\.\d+f)|(?<= )([-+*/<>]|>=|==|!=|\|\|)(?= )|(?<=[ (])-(?=[a-z])", body):
+        text = found[0]
+        if found[1]:
+            value = float(text[:-1])
+            for changed in (value + 1, 0.0 if value else -1.0):
+                yield Mutant(file, *found.span(), f"{changed}f", source)
+        elif found[2]:
+            yield Mutant(file, *found.span(), swaps[text], source)
+        else:
+            yield Mutant(file, *found.span(), "", source)
+    for call, other in (("multiply(", "add("), ("add(", "multiply(")):
+        for found in re.finditer(rf"(?<!float ){re.escape(call)}", body):
+            yield Mutant(file, *found.span(), other, source)
+
+
+def copy_tree(folder: Path) -> Path:
+    tree = folder / "tree"
+    ignored = shutil.ignore_patterns("__pycache__", "results", ".*", "*cuda.so")
+    for name in ("star_kernels", "tests", "csrc", "benchmarks", "python"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py"):
+        shutil.copyfile(ROOT / name, tree / name)
+    return tree
+
+
+def preload() -> None:
+    """What every run needs and no mutant changes; the runs are forks of this process."""
+    import hypothesis  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import torch.profiler
+
+    torch.set_num_threads(1)
+
+
+def noticed(tree: Path, name: str) -> bool:
+    """Whether a test fails, a file at a time: most mutants fail early."""
+    _, tests, expression = TARGETS[name]
+    return any(fails(tree, f"{FOLDERS[name]}/{test}.py", expression) for test in tests)
+
+
+def fails(tree: Path, test: str, expression: str) -> bool:
+    """Whether a test of the file fails in a fork that works in the tree."""
+    child = os.fork()
+    if child == 0:
+        status = 2
+        try:
+            status = run_tests(tree, test, expression)
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status) != 0
+        time.sleep(0.02)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return True
+
+
+def run_tests(tree: Path, test: str, expression: str) -> int:
+    import pytest
+
+    os.chdir(tree)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    sys.path[:0] = [str(tree)]
+    sys.dont_write_bytecode = True
+    options = ["-x", "-q", "-p", "no:cacheprovider", test]
+    return int(pytest.main([*options, "-k", expression] if expression else options))
+
+
+def build_kernels(tree: Path) -> bool:
+    """Builds the part of the CPU library that the header is in, for the plainest instruction set; false: it fails."""
+    work, library = tree / "build", tree / "star_kernels/lib/libstar_kernels_cpu.so"
+    code = (
+        "import platform, runpy; from pathlib import Path; from unittest import mock\n"
+        "platform.machine = lambda: 'plain'\n"
+        "with mock.patch('setuptools.setup'): made = runpy.run_path('setup.py')\n"
+        f"made['run_ninja'](Path({str(work)!r}), made['cpu_rules']().replace('-O3', '-O1'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        library.unlink(missing_ok=True)
+        shutil.copyfile(work / "library.so", library)
+    return done.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="mutation.py", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--only", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--list", action="store_true", help="only says what would be changed")
+    options = parser.parse_args()
+    unexplained = 0
+    if not options.list:
+        preload()
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        tree = copy_tree(Path(folder))
+        for name in options.only:
+            file = TARGETS[name][0]
+            source = (tree / file).read_text()
+            made = header_mutants if name == "kernels" else python_mutants
+            mutants = sorted(made(file, source), key=lambda m: (m.start, m.text))
+            if options.list:
+                print(*(f"{m.file}:{m.number}: {m.change}: {m.line}" for m in mutants), sep="\n")
+                continue
+            if name == "kernels":
+                assert build_kernels(tree), "the kernels do not build"
+            assert not noticed(tree, name), f"the tests of {name} fail without a mutant"
+            began, survivors = time.monotonic(), []
+            for mutant in mutants:
+                (tree / file).write_text(mutant.mutated)
+                if (name == "kernels" and not build_kernels(tree)) or noticed(tree, name):
+                    continue
+                survivors.append(mutant)
+                reason = EQUIVALENT.get((file, mutant.line, mutant.change))
+                unexplained += reason is None
+                print(
+                    f"{file}:{mutant.number}: {mutant.change}: {mutant.line}\n    {reason or 'NOBODY NOTICES'}",
+                    flush=True,
+                )
+            (tree / file).write_text(source)
+            seconds = time.monotonic() - began
+            print(f"{name}: {len(mutants)} mutants, {len(survivors)} survive, {seconds:.0f} s", flush=True)
+    return 1 if unexplained else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
