@@ -9,6 +9,7 @@ import os
 import re
 from dataclasses import replace
 
+import baselines
 import pytest
 
 triton = pytest.importorskip("triton")
@@ -73,6 +74,13 @@ def check(variant: Variant) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_maps_cost_no_spills_and_no_occupancy(kernel: str, architecture: str, width: int, dtype: str) -> None:
     check(Variant(kernel, architecture, width, dtype))
+
+
+def test_no_kernel_takes_more_registers_than_it_did() -> None:
+    """On Hopper; of the tiles that the tests around compile anyway."""
+    variants = [Variant(kernel, "sm_90", width) for kernel in KERNELS for width in WIDTHS]
+    measured = {f"{v.architecture} {v.kernel} {v.width} {v.dtype}": measure(v).registers for v in variants}
+    baselines.compare("registers", f"triton {triton.__version__}", measured, allowed=0.05)
 
 
 @pytest.mark.parametrize(("architecture", "kernel", "width", "name"), CASES)

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 from unittest import mock
 
+import baselines
 import pytest
 import torch
 from torch import Tensor
@@ -152,6 +153,15 @@ def test_enough_bytes_are_in_flight_and_next_to_nothing_spills(architecture: str
         assert stack <= 8
         loads = wide_accesses(compiled, "ld") // (2 if name == "backward_location" else 1)  # which reads twice
         assert blocks * warps * 32 * loads * 16 >= BYTES_IN_FLIGHT[architecture]
+
+
+def test_no_kernel_takes_more_registers_than_it_did() -> None:
+    measured = {
+        f"sm_90 policy {name} {layout}": resources(build(name, "sm_90", layout, BRAIN, FLOAT))[0]
+        for name in KERNELS
+        for layout in ("image", "packed")
+    }
+    baselines.compare("registers", f"triton {triton.__version__}", measured, allowed=0.05)
 
 
 @pytest.mark.parametrize("name", ["forward", "forward_location", "backward", "nft_forward", "nft_backward", "sampling"])
