@@ -94,6 +94,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "surrogate = torch.where(bounds, bounded.detach(), -advantage * torch.exp(log_ratio.masked_fill(bounds, 0.0)))",
         "0.0 -> 1.0",
     ): "any finite number will do where the other branch is taken",
+    (
+        "csrc/flow_policy.h",
+        "return {p[kMeanSample * columns], p[kMeanOutput * columns], p[kStd * columns],",
+        "* -> /",
+    ): "of kMeanSample alone, which is row 0",
 }
 
 _SWAPS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Pow: "*"}
