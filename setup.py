@@ -72,6 +72,7 @@ class BuildNative(build_ext):
             print(f"warning: {message}The install goes on; the operations run on PyTorch alone.", file=sys.stderr)
             return
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a process that has the old one loaded keeps it
         shutil.copyfile(work / "library.so", target)
 
 

@@ -1,8 +1,8 @@
 """Does allocating the advantage help? python benchmarks/learning.py
 
 Trains the small model from the same start under plain Flow-GRPO, under STAR and under its controls, over several seeds,
-as the committed design says (learning_design.yaml: tasks, arms, seeds, settings, analysis; settings were tuned on plain
-Flow-GRPO). Every run is one of star-train, with equal samples; what differs is the weights of the loss.
+as the committed design says (learning_design.yaml: tasks, arms, seeds, settings, analysis). Every run is one of
+star-train, with equal samples; what differs is the weights of the loss.
 
 Runs are resumed where they stopped, so that the study can be made in pieces (--minutes) and by several processes
 (--worker 0/2, --worker 1/2). Afterwards, or with --report alone, all finished runs are collected into a JSON file with

@@ -80,10 +80,12 @@ class Trainer:
         try:
             if self.epoch == 0 and config.evaluation.every:
                 self.evaluate()
-            bar = tqdm(range(self.epoch, config.train.epochs), desc="epochs", disable=not self.progress)
+            bar = tqdm(range(self.epoch, config.train.epochs), desc="epochs", disable=self._quiet)
             for _ in bar:
                 metrics = self.train_epoch()
                 bar.set_postfix(reward=f"{metrics['reward']:.3f}")
+                if bar.disable and self.progress:
+                    log.info("epoch %d: reward %.4f", self.epoch, metrics["reward"])
                 finished = self.epoch == config.train.epochs
                 last = finished or self._must_stop()
                 every = config.output.checkpoint_every
@@ -125,7 +127,8 @@ class Trainer:
         judged = time.perf_counter()
         advantages = group_advantages(rewards["total"], size, std=config.reward.std)
         metrics: dict[str, float] = {}
-        with self._bar("update", config.train.passes * sum(map(len, parts))) as bar:
+        passes = config.train.passes * sum(len(b.numbers) * len(b.steps) for part in batches for b in part)
+        with self._bar("update", passes) as bar:
             for part_batches in batches * config.train.passes:
                 reported = self.updater.step(part_batches, advantages.values, bar.update)
                 for name, value in {**reported, "grad_norm": self.updater.grad_norm}.items():
@@ -180,8 +183,13 @@ class Trainer:
         self.record.samples(self.epoch, list(images.values()), texts, scores)
         return recorded
 
+    @property
+    def _quiet(self) -> bool | None:
+        """For tqdm: None shows bars on a terminal alone; elsewhere each epoch is a line of the log."""
+        return None if self.progress else True
+
     def _bar(self, name: str, samples: int) -> Any:
-        return tqdm(total=samples, desc=name, unit="sample", leave=False, disable=not self.progress)
+        return tqdm(total=samples, desc=name, unit="sample", leave=False, disable=self._quiet)
 
     def _submit(self, images: Tensor, prompts: Sequence[Prompt], numbers: list[int]) -> Any:
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]

@@ -33,14 +33,14 @@ class Updater:
         self.grad_norm = torch.zeros(())
 
     def step(
-        self, batches: Sequence[Batch], advantages: Tensor, report: Callable[[float], object] = lambda samples: None
+        self, batches: Sequence[Batch], advantages: Tensor, report: Callable[[int], object] = lambda samples: None
     ) -> dict[str, Tensor]:
         """One optimiser step on a process's share of the samples.
 
         Args:
             batches: with the same trained steps.
             advantages: of all samples of the epoch, by number.
-            report: is told how many samples are done, a share of them after each forward and backward pass.
+            report: is told after each forward and backward pass how many samples it had.
 
         Returns:
             Means over samples and steps of what the loss reports.
@@ -55,7 +55,7 @@ class Updater:
         return metrics
 
     def gradients(
-        self, batches: Sequence[Batch], advantages: Tensor, report: Callable[[float], object] = lambda samples: None
+        self, batches: Sequence[Batch], advantages: Tensor, report: Callable[[int], object] = lambda samples: None
     ) -> dict[str, Tensor]:
         """Adds up the gradients of the mean loss over samples and trained steps."""
         total = sum(len(batch.numbers) for batch in batches)
@@ -70,7 +70,7 @@ class Updater:
                 self.accelerator.backward(loss * share)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value * share
-            report(share * total)
+            report(rows.stop - rows.start)
         return sums
 
     def _loss(self, text: Text, step: Step, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

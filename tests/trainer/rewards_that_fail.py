@@ -18,7 +18,7 @@ class Failing:
     """Does something else than scoring, from some call on.
 
     Args:
-        how: "raise", "hang", "nan", or "terminate": sends SIGTERM to the process and scores.
+        how: "raise", "hang", "nan"; "terminate": sends SIGTERM to the process and scores; "die": ends the second one.
         after: calls that go well before.
         sample: for "nan", the one's position in its batch; the others are scored by brightness.
     """
@@ -39,6 +39,8 @@ class Failing:
             released.wait()
         if self.how == "terminate":
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.how == "die" and os.environ.get("RANK") == "1":
+            os._exit(3)
         if self.how == "nan":
             scores[self.sample] = torch.nan
         return scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import rewards_that_fail
+from safetensors.torch import save_file
 
 from star_trainer import checkpoint
 from star_trainer.config import Config
@@ -92,6 +94,32 @@ def test_sigterm_finishes_the_epoch_and_saves_it(
     assert [path.name for path in checkpoint.find(tmp_path / "run")] == ["checkpoint-000002"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines if line["event"] == "epoch"] == [1, 2]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    configure: Callable[..., Config],
+    trainer_of: Callable[[Config], Trainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = []
+
+    def until_full(values: Any, path: Path) -> None:
+        written.append(path)
+        if len(written) > 4:  # the first's three files and the second's weights
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(values, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", until_full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer_of(configure(train={"epochs": 3}, output={"checkpoint_every": 1})).run()
+    assert [path.name for path in checkpoint.find(tmp_path / "run")] == ["checkpoint-000001"]
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    trainer = trainer_of(configure(train={"epochs": 3}, output={"checkpoint_every": 1, "resume": True}))
+    assert trainer.epoch == 1
+    trainer.run()
+    assert [path.name for path in checkpoint.find(tmp_path / "run")] == ["checkpoint-000002", "checkpoint-000003"]
 
 
 def test_another_runs_folder_is_refused(

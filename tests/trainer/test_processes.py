@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from star_trainer import checkpoint
 from star_trainer.config import Config
 from star_trainer.record import read_metrics
 from star_trainer.trainer import Trainer
@@ -22,7 +23,8 @@ from star_trainer.trainer import Trainer
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
-def on_two(config: Config, *arguments: str) -> None:
+def on_two(config: Config, *arguments: str, fails: bool = False) -> str:
+    """Runs it to its end; returns what it wrote to stderr."""
     path = Path(config.output.folder).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(asdict(config)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
@@ -30,7 +32,8 @@ def on_two(config: Config, *arguments: str) -> None:
     done = subprocess.run(
         [*command, str(path), *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert (done.returncode != 0) is fails, done.stderr[-4000:]
+    return done.stderr
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:
@@ -59,12 +62,12 @@ def test_two_processes_make_the_run_of_one(
     for name in ("one", "two"):
         config = replace(base, output=replace(base.output, folder=str(tmp_path / name)))
         on_two(config, wrapper) if name == "two" else trainer_of(config).run()
-        checkpoint = tmp_path / name / "checkpoint-000002"
+        saved = tmp_path / name / "checkpoint-000002"
         weights, average, final = (
             flat(load_file(path))
             for path in (
-                checkpoint / "weights.safetensors",
-                checkpoint / "average.safetensors",
+                saved / "weights.safetensors",
+                saved / "average.safetensors",
                 next((tmp_path / name / "final").rglob("*.safetensors")),
             )
         )
@@ -78,3 +81,19 @@ def test_two_processes_make_the_run_of_one(
         for key, value in one.items():
             if not key.startswith(("seconds", "event")):
                 assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+def test_a_lost_process_ends_the_run_and_keeps_its_checkpoints(
+    configure: Callable[..., Config], tmp_path: Path
+) -> None:
+    """A process has one batch an epoch here; the second one dies in the third epoch."""
+    key = "rewards_that_fail:Failing"
+    config = configure(
+        reward={"weights": {key: 1.0}, "options": {key: {"how": "die", "after": 2}}},
+        train={"epochs": 9},
+        output={"checkpoint_every": 1},
+    )
+    told = on_two(config, "ddp", fails=True)
+    assert "exitcode  : 3" in told
+    assert [path.name for path in checkpoint.find(tmp_path / "run")] == ["checkpoint-000001", "checkpoint-000002"]

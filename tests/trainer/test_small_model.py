@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from star_trainer.small import SMALL
 from star_trainer.small.card import model_card
 from star_trainer.small.command import main
 from star_trainer.small.evaluate import correlation, generate, held_out, localisation, scores
+from star_trainer.trainer import Trainer
 
 TINY = {
     "heads": 1, "blocks": 2, "text_width": 32, "vae_steps": 2, "vae_batch": 4, "pool": 8, "steps": 3, "batch": 4,
@@ -97,6 +100,17 @@ def test_correlation_is_pearsons() -> None:
     a, b = torch.rand(2, 3, 50)
     expected = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a, b, strict=True)])
     torch.testing.assert_close(correlation(a, b), expected)
+
+
+def test_no_model_of_ones_own_asks_the_network(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError(f"a connection to {arguments[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    trainer_of(configure(evaluation={"every": 1})).run()
 
 
 def test_small_is_the_default_model() -> None:
