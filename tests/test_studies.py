@@ -167,6 +167,7 @@ def test_samples_to_is_where_the_mean_curve_crosses() -> None:
 
 def test_a_study_runs_resumes_and_reports(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {
+        "allocation.blocks": "all",
         "model.path": str(folder), "train.epochs": 2, "rollout.steps": 3, "rollout.groups": 1, "rollout.group_size": 2,
         "rollout.batch": 2, "rollout.window": 1, "rollout.window_end": 2, "evaluation.every": 1,
         "evaluation.prompts": 2, "evaluation.steps": 2,
