@@ -26,7 +26,6 @@ def train_flow(pipeline: Any, recipe: Recipe, device: torch.device) -> float:
     modules = nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]).to(device).train()
     average = deepcopy(modules).eval()
     parameters = [p for p in modules.parameters() if p.requires_grad]
-    # Not fused: on a CPU that gives other bits from run to run.
     optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(recipe.seed)
     losses = torch.zeros(recipe.steps)
