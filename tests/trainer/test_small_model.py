@@ -50,7 +50,7 @@ def test_the_command_makes_a_pipeline_and_the_same_one_again(tmp_path: Path) -> 
     for path in written:  # not to the last bit: where memory is aligned otherwise, sums are split in other places
         one, other = (load_file(tmp_path / folder / path) for folder in ("a", "b"))
         for name, value in one.items():
-            torch.testing.assert_close(other[name], value, rtol=0, atol=5e-3)  # some steps of AdamW
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-2)  # three steps of AdamW, either way
     for name in ("README.md", "metrics.json", "samples.png", "localisation.png"):
         assert (tmp_path / "a" / name).stat().st_size > 100
     found = json.loads((tmp_path / "a" / "metrics.json").read_text())
