@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from star_trainer.scenes import vocabulary
 from star_trainer.small.recipe import Recipe
 
-START, END = "<|startoftext|>", "<|endoftext|>"
+START, END, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 GROUPS = 8  # of the autoencoder's group norms
 
 
@@ -38,23 +37,21 @@ def build(recipe: Recipe) -> Any:
 
 
 def build_tokenizer(length: int) -> Any:
-    """CLIP's kind: every word of the scenes is one token, other words are spelled in letters."""
-    kind = CLIPTokenizer().backend_tokenizer
-    words = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    words.normalizer, words.pre_tokenizer = kind.normalizer, kind.pre_tokenizer
+    """CLIP's kind: every word of the scenes is one token, other words are spelled in what those are made of.
+
+    Its merges are written down word by word: tokenizers' trainer breaks ties by chance.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000,
-        min_frequency=1,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    words.train_from_iterator([f" {word} " for word in vocabulary()], trainer)
-    merges: Any = [tuple(pair) for pair in json.loads(words.to_str())["model"]["merges"]]
-    letters = [*alphabet, *(letter + "</w>" for letter in alphabet)]
-    pieces = dict.fromkeys([*letters, *map("".join, merges), START, END])
-    numbered = {piece: number for number, piece in enumerate(pieces)}
+    pieces = dict.fromkeys([*alphabet, *(letter + END_OF_WORD for letter in alphabet)])
+    merges: list[tuple[str, str]] = []
+    for word in vocabulary():
+        numbered = {piece: number for number, piece in enumerate(pieces)}
+        first, *rest = (t.value for t in models.BPE(numbered, merges, end_of_word_suffix=END_OF_WORD).tokenize(word))
+        for piece in rest:
+            merges.append((first, piece))
+            first += piece
+            pieces[first] = None
+    numbered = {piece: number for number, piece in enumerate([*pieces, START, END])}
     return CLIPTokenizer(vocab=numbered, merges=merges, model_max_length=length)
 
 
