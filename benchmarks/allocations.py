@@ -25,7 +25,8 @@ from star_trainer.scenes.detect import color_masks
 # Of each allocation the terms of its loss: advantages [N] and the weights [N, Steps, P] that they act by.
 Fields = dict[str, list[tuple[Tensor, Tensor]]]
 CONTROLS = ("shuffled", "inverted", "all tokens", "frozen", "another rollout's", "permuted advantages")
-OPTIONS = ("core", "trajectory", "cap 2", "squared", "phrases", "phrases alone")
+OPTIONS = ("trajectory", "cap 2", "squared", "phrases", "phrases alone")
+STRENGTHS = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,9 @@ class Rollout:
 def names(blocks: int) -> Iterator[str]:
     """In the order of tables."""
     yield "scalar"
-    yield from OPTIONS[:1]
-    yield "strength 0.25"
-    yield "strength 0.5"
-    yield "strength 0.75"
-    yield from OPTIONS[1:]
+    yield "core"
+    yield from (f"strength {strength:g}" for strength in STRENGTHS)
+    yield from OPTIONS
     yield from (f"block {n}" for n in range(blocks))
     yield "object mask (oracle)"
     yield from CONTROLS
@@ -77,7 +76,7 @@ def roll_out(policy: Policy, prompts: Sequence[Prompt], config: Config, epoch: i
         for handle in handles:
             stack.callback(handle.remove)
         stack.callback(policy.model.register_forward_hook(lambda *_: steps.append(_taken(handles))).remove)
-        plain = _without_allocation(config)
+        plain = replace(config, allocation=replace(config.allocation, method="plain"))
         batch = plain_roll_out(policy, each, range(len(each)), plain, epoch, autocast)
     maps = torch.stack([steps[step.number] for step in batch.steps], dim=1)  # [N, Steps, Blocks, G + 1, P]
     return Rollout(batch, maps[:, :, :, :-1], maps[:, :, :, -1], size)
@@ -95,8 +94,7 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor], seed: int) -> Fields
     core = rollout.phrases.sum(dim=3)  # [N, Steps, Blocks, P]
     mean = core.mean(dim=2)
     weights = allocate(mean)
-    positions = torch.rand(mean.shape[0], mean.shape[2], generator=generator).argsort(dim=1)
-    shuffled = weights.gather(2, positions[:, None].expand_as(weights))
+    moved = shuffled(weights, generator)
     peak = mean.amax(dim=2, keepdim=True)
     other = torch.arange(len(mean)).view(-1, rollout.group_size).roll(1, dims=1).flatten()
     found: Fields = {
@@ -109,7 +107,7 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor], seed: int) -> Fields
         "phrases alone": _phrases(rollout, by_phrase),
         **{f"block {b}": [(advantages, allocate(core[:, :, b]))] for b in range(core.shape[2])},
         "object mask (oracle)": [(advantages, allocate(object_mask(rollout.batch)[:, None].expand_as(mean)))],
-        "shuffled": [(advantages, shuffled)],
+        "shuffled": [(advantages, moved)],
         "inverted": [(advantages, allocate(peak - mean))],
         "all tokens": [(advantages, allocate(rollout.everything.mean(dim=2)))],
         "frozen": [(advantages, allocate(mean.mean(dim=1, keepdim=True).expand_as(mean)))],
@@ -117,6 +115,12 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor], seed: int) -> Fields
         "permuted advantages": [(_permuted(advantages, rollout.group_size, generator), weights)],
     }
     return found
+
+
+def shuffled(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Weights ``[N, Steps, P]`` at random positions, the same ones in all steps of a sample."""
+    order = torch.rand(weights.shape[0], weights.shape[2], generator=generator).argsort(dim=1).to(weights.device)
+    return weights.gather(2, order[:, None].expand_as(weights))
 
 
 def object_mask(batch: Batch) -> Tensor:
@@ -172,7 +176,3 @@ def _selection(policy: Policy, prompts: Sequence[Prompt]) -> TokenSelection:
 def _taken(handles: Sequence[Any]) -> Tensor:
     """The maps of a forward pass, ``[N, Blocks, G, P]``."""
     return torch.stack([handle.take().flatten(2).cpu() for handle in handles], dim=1)
-
-
-def _without_allocation(config: Config) -> Config:
-    return replace(config, allocation=replace(config.allocation, method="plain"))

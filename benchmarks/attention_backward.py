@@ -55,10 +55,7 @@ def measure_case(shape: Shape, dtype: torch.dtype, device: torch.device, budget:
         "shape": asdict(shape),
         "dtype": name,
         "clock": clock.name,
-        "disturbed_calls": times.disturbed,
-        "reference": "sdpa",
-        "times": {v.name: {"label": v.label, **times.figure(v.name).as_dict()} for v in found},
-        "relative": {v.name: times.ratio(v.name, "sdpa").as_dict() for v in found},
+        **times.columns(found, "sdpa"),
         "ratios": {key: {"label": label, **times.ratio(a, b).as_dict()} for key, (label, a, b) in ratios.items()},
         "notes": [*filter(None, (times.note,))],
     }

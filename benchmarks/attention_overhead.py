@@ -64,6 +64,9 @@ def measure_case(shape: Shape, dtype: torch.dtype, device: torch.device, budget:
         "map_kernel_share": ("cross-check: our map kernel alone / SDPA", "map_kernel", "sdpa"),
         **{f"{other}_over_ours": (f"{labels[other]} / ours with maps", other, "ours") for other in ALTERNATIVES},
     }
+    columns = times.columns(variants, "sdpa")
+    for variant, row in columns["times"].items():
+        row["map_error"] = errors.get(variant)
     return {
         "name": shape.name,
         "batch": shape.batch,
@@ -73,13 +76,7 @@ def measure_case(shape: Shape, dtype: torch.dtype, device: torch.device, budget:
         "dtype": name,
         "backend": backend_of(inputs),
         "clock": clock.name,
-        "disturbed_calls": times.disturbed,
-        "reference": "sdpa",
-        "times": {
-            v.name: {"label": v.label, **times.figure(v.name).as_dict(), "map_error": errors.get(v.name)}
-            for v in variants
-        },
-        "relative": {v.name: times.ratio(v.name, "sdpa").as_dict() for v in variants},
+        **columns,
         "ratios": {key: {"label": label, **times.ratio(a, b).as_dict()} for key, (label, a, b) in ratios.items()},
         "notes": [
             f"backend: {backend_of(inputs)}; {SELECTED} selected tokens",

@@ -60,10 +60,7 @@ def measure_case(size: Size, dtype: torch.dtype, device: torch.device, budget: B
         "selected_tokens": SELECTED,
         "dtype": name,
         "clock": clock.name,
-        "disturbed_calls": times.disturbed,
-        "reference": "plain",
-        "times": {v.name: {"label": v.label, **times.figure(v.name).as_dict()} for v in variants},
-        "relative": {v.name: times.ratio(v.name, "plain").as_dict() for v in variants},
+        **times.columns(variants, "plain"),
         "ratios": {
             "capture_over_plain": {"label": f"OVERHEAD {label}", **times.ratio("captured", "plain").as_dict()},
             "capture_memory": {"label": f"peak memory beyond weights and inputs: {label}", "median": memory},

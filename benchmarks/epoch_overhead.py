@@ -18,7 +18,7 @@ from star_trainer.config import Config
 from star_trainer.trainer import Trainer
 
 GROUPS = 8  # of the preset's size: what an epoch does scales with them
-QUICK = {"groups": 1, "group_size": 2, "batch": 2, "steps": 4}
+QUICK = {"groups": 1, "group_size": 2, "batch": 2}
 
 
 def measure(
@@ -54,10 +54,7 @@ def measure_case(config: Config, device: torch.device, budget: Budget, folder: s
         f"{config.rollout.steps} steps, {config.rollout.window or config.rollout.steps - 1} of them trained",
         "dtype": "float32",
         "clock": clock.name,
-        "disturbed_calls": times.disturbed,
-        "reference": "plain",
-        "times": {v.name: {"label": v.label, **times.figure(v.name).as_dict()} for v in variants},
-        "relative": {v.name: times.ratio(v.name, "plain").as_dict() for v in variants},
+        **times.columns(variants, "plain"),
         "ratios": {
             "star_over_plain": {
                 "label": "OVERHEAD epoch with STAR / without",

@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,14 @@ def attention() -> str:
         "augmented_value": "augmented V",
         "materialised": "materialised softmax",
     }
-    lines = [
-        "| attention with maps of 8 tokens, relative to PyTorch's SDPA without maps | " + _row(columns.values()),
-        "|---" * (1 + len(columns)) + "|",
-    ]
+    rows = {}
     for case in _cases("attention"):
         heads = re.search(r"batch \d+, (\d+) heads", case["title"])
         part = f"{heads[1]} of 24 heads" if heads and heads[1] != "24" else "batch 2"
-        values = (_relative(case, name) for name in columns)
-        lines.append(f"| {case['name']}, {part}, {case['dtype']} | " + _row(values))
-    return "\n".join(lines)
+        rows[f"{case['name']}, {part}, {case['dtype']}"] = [_relative(case, name) for name in columns]
+    return _table(
+        "attention with maps of 8 tokens, relative to PyTorch's SDPA without maps", list(columns.values()), rows
+    )
 
 
 def policy() -> str:
@@ -54,14 +52,11 @@ def policy() -> str:
         "eager": "eager Flow-GRPO",
         "compiled": "the same under torch.compile",
     }
-    lines = [
-        "| policy loss, forward and backward, batch 8 of 16x64x64 | " + _row(columns.values()),
-        "|---" * (1 + len(columns)) + "|",
-    ]
-    for case in _cases("policy"):
-        values = (f"{1e3 * case['times'][name]['median']:.2f} ms" for name in columns)
-        lines.append(f"| {case['dtype']} | " + _row(values))
-    return "\n".join(lines)
+    rows = {
+        case["dtype"]: [f"{1e3 * case['times'][name]['median']:.2f} ms" for name in columns]
+        for case in _cases("policy")
+    }
+    return _table("policy loss, forward and backward, batch 8 of 16x64x64", list(columns.values()), rows)
 
 
 def steps() -> str:
@@ -100,19 +95,10 @@ def agreement() -> str:
     """Mean cosines of gradients and effective-sample multiples, a column for each unit of the study."""
     units = json.loads(AGREEMENT.read_text())["units"]
     heads = [f"{unit['label']}, {unit['key']['task']} (reward {unit['reward']:.2f})" for unit in units]
-    lines = ["| allocation | " + _row(heads), "|---" * (1 + len(units)) + "|"]
     names = [name for name in units[0]["agreement"] if ", step" not in name]
-    for name in names:
-        cells = []
-        for unit in units:
-            arm, scalar = unit["agreement"][name], unit["agreement"]["scalar"]
-            cell = f"{arm['cosine']:.4f} ± {1.96 * arm['error']:.4f}"
-            times = multiple(arm, scalar)
-            if name != "scalar" and times.known:
-                cell += f", {times.value:.2f} [{times.low:.2f}, {times.high:.2f}]"
-            cells.append(cell)
-        lines.append(f"| {name} | " + _row(cells))
-    return "\n".join(lines)
+    return _table(
+        "allocation", heads, {name: [_agreement(unit["agreement"], name) for unit in units] for name in names}
+    )
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -172,8 +158,18 @@ def _three(value: float) -> str:
     return f"{value:.2f}" if value < 2.5 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
-def _row(values: Any) -> str:
-    return " | ".join(values) + " |"
+def _agreement(arms: dict[str, Any], name: str) -> str:
+    cell = f"{arms[name]['cosine']:.4f} ± {1.96 * arms[name]['error']:.4f}"
+    times = multiple(arms[name], arms["scalar"])
+    if name != "scalar" and times.known:
+        cell += f", {times.value:.2f} [{times.low:.2f}, {times.high:.2f}]"
+    return cell
+
+
+def _table(title: str, heads: Sequence[str], rows: dict[str, list[str]]) -> str:
+    lines = [" | ".join(["", title, *heads, ""]).strip(), "|---" * (1 + len(heads)) + "|"]
+    lines += [" | ".join(["", name, *cells, ""]).strip() for name, cells in rows.items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

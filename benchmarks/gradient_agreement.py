@@ -41,7 +41,6 @@ from star_trainer.scenes import check
 from star_trainer.schedule import schedule_of
 
 RESULTS = Path(__file__).parent / "results"
-STRENGTHS = (0.25, 0.5, 0.75)
 STEPWISE = ("scalar", "core")  # whose gradients are kept for each denoising step, too
 
 
@@ -284,7 +283,7 @@ def draw(units: Sequence[dict[str, Any]]) -> Any:
 
 def _mixed(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a strength below one are a mixture of ones and the map, and so is their gradient."""
-    return {f"strength {s:g}": torch.lerp(found["scalar"], found["core"], s) for s in STRENGTHS}
+    return {f"strength {s:g}": torch.lerp(found["scalar"], found["core"], s) for s in allocations.STRENGTHS}
 
 
 def _asks_for(prompt: Prompt, size: str | None) -> bool:

@@ -88,6 +88,15 @@ class Times:
             f"{self.ENOUGH} remain"
         )
 
+    def columns(self, variants: Sequence[Variant], reference: str) -> dict[str, Any]:
+        """What the report of a case takes from its times."""
+        return {
+            "disturbed_calls": self.disturbed,
+            "reference": reference,
+            "times": {v.name: {"label": v.label, **self.figure(v.name).as_dict()} for v in variants},
+            "relative": {v.name: self.ratio(v.name, reference).as_dict() for v in variants},
+        }
+
     def _summarise(self, rows: list[tuple[Sample, ...]], value: Callable[[tuple[Sample, ...]], float]) -> Figure:
         calm = [row for row in rows if not any(sample.disturbed for sample in row)]
         chosen = calm if len(calm) >= self.ENOUGH else rows

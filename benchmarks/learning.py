@@ -76,15 +76,15 @@ class StudyTrainer(Trainer):
         if self.control is None:
             return batch
         steps = batch.steps
+        side = steps[0].sample.shape[-1] // 2
         if self.control == "shuffled":
-            generator = torch.Generator().manual_seed(self.epoch)
-            order = torch.rand(len(numbers), steps[0].weights[0].numel(), generator=generator).argsort(dim=1)
-            weights = [s.weights.flatten(1).gather(1, order.to(s.weights.device)).view_as(s.weights) for s in steps]
+            found = torch.stack([step.weights.flatten(1) for step in steps], dim=1)
+            weights = allocations.shuffled(found, torch.Generator().manual_seed(self.epoch))
         else:
-            side = steps[0].sample.shape[-1] // 2
-            mask = allocate(allocations.object_mask(batch)).view(-1, side, side).to(steps[0].sample.device)
-            weights = [mask] * len(steps)
-        return replace(batch, steps=[replace(s, weights=w) for s, w in zip(steps, weights, strict=True)])
+            mask = allocate(allocations.object_mask(batch)).to(steps[0].sample.device)
+            weights = mask[:, None].expand(-1, len(steps), -1)
+        on_grid = weights.unflatten(2, (side, side))
+        return replace(batch, steps=[replace(s, weights=on_grid[:, i].contiguous()) for i, s in enumerate(steps)])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from star_kernels.checks import check_number
+
 _MEANS = {"step": (-1,), "trajectory": (-2, -1)}
 
 
@@ -76,9 +78,9 @@ def _check(maps: Tensor, strength: float, over: str, cap: float | None) -> None:
         raise ValueError(f"maps must have shape [B, P] or [B, Steps, P], none of them 0, got {list(maps.shape)}")
     if over == "trajectory" and maps.ndim != 3:
         raise ValueError(f"maps must have shape [B, Steps, P] for over='trajectory', got {list(maps.shape)}")
-    for name, value in (("strength", strength), ("cap", cap)):
-        if not isinstance(value, int | float) and not (name == "cap" and value is None):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+    check_number("strength", strength)
+    if cap is not None:
+        check_number("cap", cap)
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must lie between 0 and 1, got {strength}")
     if cap is not None and not 1 < cap < float("inf"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,6 +85,18 @@ def poisoned() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(strict)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 3 like the one that ships, still smaller, with random weights."""
+    pytest.importorskip("diffusers")
+    from star_trainer.small import SMALL
+    from star_trainer.small.pipeline import build
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    build(replace(SMALL, heads=2, blocks=2, text_width=32)).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import os
 import re
 import shutil
@@ -211,10 +212,9 @@ def copy_tree(folder: Path) -> Path:
 
 def preload() -> None:
     """What every run needs and no mutant changes; the runs are forks of this process."""
-    import hypothesis  # noqa: F401
-    import pytest  # noqa: F401
+    for name in ("hypothesis", "pytest", "torch.profiler"):
+        importlib.import_module(name)
     import torch
-    import torch.profiler
 
     torch.set_num_threads(1)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import evidence
 import pytest
 
 
 @pytest.mark.parametrize("page", list(evidence.pages()), ids=lambda page: page.name)
-def test_pages_say_what_was_measured(page) -> None:  # type: ignore[no-untyped-def]
+def test_pages_say_what_was_measured(page: Path) -> None:
     text = page.read_text()
     assert evidence.render(text) == text, f"{page.name} is out of date: python benchmarks/evidence.py writes it"
 

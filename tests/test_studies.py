@@ -20,23 +20,14 @@ from star_trainer.config import Config
 from star_trainer.policy import Policy
 from star_trainer.prompts import Prompt, load_prompts
 from star_trainer.scenes import Item, Scene, check, draw
-from star_trainer.small import SMALL
-from star_trainer.small.pipeline import build
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pipeline")
-    build(replace(SMALL, heads=2, blocks=2, text_width=32)).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def config(folder: Path) -> Config:
+def config(pipeline_folder: Path) -> Config:
     made = Config()
     return replace(
         made,
-        model=replace(made.model, path=str(folder), text_length=1),
+        model=replace(made.model, path=str(pipeline_folder), text_length=1),
         rollout=replace(made.rollout, steps=4, groups=3, group_size=2, guidance=1.5),
     )
 
@@ -165,10 +156,12 @@ def test_samples_to_is_where_the_mean_curve_crosses() -> None:
     assert learning.samples_to(plain, slow) == math.inf
 
 
-def test_a_study_runs_resumes_and_reports(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_runs_resumes_and_reports(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings: dict[str, Any] = {
-        "allocation.blocks": "all",
-        "model.path": str(folder), "train.epochs": 2, "rollout.steps": 3, "rollout.groups": 1, "rollout.group_size": 2,
+        "model.path": str(pipeline_folder), "allocation.blocks": "all",
+        "train.epochs": 2, "rollout.steps": 3, "rollout.groups": 1, "rollout.group_size": 2,
         "rollout.batch": 2, "rollout.window": 1, "rollout.window_end": 2, "evaluation.every": 1,
         "evaluation.prompts": 2, "evaluation.steps": 2,
     }  # fmt: skip

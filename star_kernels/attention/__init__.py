@@ -11,7 +11,6 @@ from torch import Tensor
 
 from star_kernels.attention import naive, ops, tuning, vendor
 from star_kernels.attention.checks import (
-    check_flag,
     check_key_mask,
     check_lse,
     check_qkv,
@@ -19,6 +18,7 @@ from star_kernels.attention.checks import (
     resolve_rows,
     resolve_scale,
 )
+from star_kernels.checks import check_flag
 from star_kernels.selection import TokenSelection
 
 __all__ = ["AttentionOutput", "attention", "attention_maps"]

@@ -96,11 +96,6 @@ def resolve_rows(rows: slice | tuple[int, int] | None, length: int) -> tuple[int
     return start, count
 
 
-def check_flag(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
 def resolve_scale(scale: float | None, head_dim: int) -> float:
     """The factor of the scores, 1 / sqrt(D) by default."""
     if scale is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from star_kernels import native
 from star_kernels.attention import maps_gradient, naive, tuning, vendor
 from star_kernels.attention.tuning import Plan
+from star_kernels.checks import repeats
 from star_kernels.operators import Operator
 
 NATIVE_HEAD_DIM = 1024  # csrc/cpu/kernels.h; a longer head takes PyTorch's operations
@@ -315,13 +316,8 @@ def _for_pytorch(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as PyTorch's own kernels take them: its CPU kernel lays results out like the query, and writes them
     wrongly where the query's rows or heads are one expanded along others."""
     if not tensors[0].is_cuda:
-        tensors = tuple([t.contiguous() if _repeats(t) else t for t in tensors])
+        tensors = tuple([t.contiguous() if repeats(t) else t for t in tensors])
     return _unit_strides(*tensors)
-
-
-def _repeats(tensor: Tensor) -> bool:
-    """Whether an element stands for several, as after expand."""
-    return any([stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
 
 
 def _like(gradient: Tensor, tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from star_kernels.checks import check_number
 from star_kernels.policy.transitions import Transition
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -115,11 +116,6 @@ def check_reference(reference: Tensor | None, model_output: Tensor, kl_coef: flo
         raise ValueError(f"ref_model_output must be given where kl_coef is not 0, got None and kl_coef {kl_coef}")
 
 
-def check_flag(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
 def check_reduction(reduction: str) -> bool:
     """Whether each sample keeps its own loss."""
     if reduction not in ("mean", "none"):
@@ -161,9 +157,8 @@ def check_clip(clip_range: float | tuple[float, float]) -> tuple[float, float]:
 
 
 def check_coefficients(advantage_clip: float, kl_coef: float) -> None:
-    for name, value in (("advantage_clip", advantage_clip), ("kl_coef", kl_coef)):
-        if not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+    check_number("advantage_clip", advantage_clip)
+    check_number("kl_coef", kl_coef)
     if not advantage_clip > 0:
         raise ValueError(f"advantage_clip must be positive, got {advantage_clip}")
     if not 0 <= kl_coef < float("inf"):
@@ -172,8 +167,7 @@ def check_coefficients(advantage_clip: float, kl_coef: float) -> None:
 
 def check_beta(beta: float, advantage_clip: float) -> None:
     """DiffusionNFT's beta, and an advantage clip that can be divided by."""
-    if not isinstance(beta, int | float):
-        raise TypeError(f"beta must be a number, got {beta!r}")
+    check_number("beta", beta)
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be positive and finite, got {beta}")
     if not advantage_clip < float("inf"):

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from star_kernels.checks import check_flag
 from star_kernels.policy import naive, ops
 from star_kernels.policy.backends import resolve_backend
 from star_kernels.policy.checks import (
     check_beta,
     check_clip,
     check_coefficients,
-    check_flag,
     check_latent,
     check_mask,
     check_numbers,

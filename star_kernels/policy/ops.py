@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import native
+from star_kernels.checks import repeats
 from star_kernels.operators import Operator
 from star_kernels.policy import naive
 
@@ -185,7 +186,7 @@ def _collapsible(tensor: Tensor, channel_dim: int) -> Tensor:
 
 def _empty_like(tensor: Tensor, channel_dim: int) -> Tensor:
     """Memory for a result in the layout of a latent that the kernels can walk, or in one of theirs where it repeats."""
-    if all([stride != 0 or size == 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]):
+    if not repeats(tensor):
         return torch.empty_like(tensor)
     channels_first = tensor.movedim(channel_dim, 1)
     return channels_first.new_empty(channels_first.shape).movedim(1, channel_dim)

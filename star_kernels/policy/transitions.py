@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from star_kernels.checks import check_number
+
 ROWS = ("mean_sample", "mean_output", "std", "scale", "offset", "kl_scale")
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 
@@ -122,7 +124,7 @@ def flow_cps(sigma: Tensor | float, sigma_next: Tensor | float, *, noise_level: 
     and the KL penalty is undefined: do not train that step with a KL.
     """
     sigma, sigma_next = _sigmas(sigma, sigma_next)
-    _number("noise_level", noise_level)
+    check_number("noise_level", noise_level)
     if not 0 < noise_level <= 1:
         raise ValueError(f"noise_level must be above 0 and at most 1, got {noise_level}")
     s = sigma_next * math.sin(noise_level * math.pi / 2)
@@ -203,13 +205,8 @@ def _column(name: str, value: Tensor, sigma: Tensor, *, widens: bool = True) -> 
     return value.reshape(-1)
 
 
-def _number(name: str, value: float) -> None:
-    if not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-
-
 def _positive(name: str, value: float) -> None:
-    _number(name, value)
+    check_number(name, value)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be positive and finite, got {value}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pages import NOTEBOOKS, PAGES, ROOT, anchors, links, name
@@ -38,10 +39,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     yaml = pytest.importorskip("yaml")
 
-    def leaves(part: object) -> list[str]:
+    def leaves(part: Any) -> list[str]:
         if isinstance(part, str):
             return [part]
-        return [leaf for inner in (part.values() if isinstance(part, dict) else part) for leaf in leaves(inner)]  # type: ignore[attr-defined]
+        return [leaf for inner in (part.values() if isinstance(part, dict) else part) for leaf in leaves(inner)]
 
     named = leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     assert {page.name for page in PAGES if page.parent.name == "docs"} <= set(named)

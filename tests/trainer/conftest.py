@@ -1,4 +1,4 @@
-"""A tiny pipeline with random weights, and short runs of it."""
+"""Short runs of a tiny pipeline."""
 
 from __future__ import annotations
 
@@ -11,16 +11,7 @@ import pytest
 from accelerate import Accelerator
 
 from star_trainer.config import Allocation, Config, Data, Evaluation, Model, Output, Reward, Rollout, Train
-from star_trainer.small import SMALL
-from star_trainer.small.pipeline import build
 from star_trainer.trainer import Trainer
-
-
-@pytest.fixture(scope="session")
-def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pipeline")
-    build(replace(SMALL, heads=2, blocks=2, text_width=32)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -31,9 +33,9 @@ def test_a_group_of_equal_rewards_has_advantage_zero_and_is_counted() -> None:
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
-def test_a_sample_without_a_reward_counts_nowhere(std: str) -> None:
+def test_a_sample_without_a_reward_counts_nowhere(std: Literal["group", "global"]) -> None:
     rewards = torch.tensor([0.2, torch.nan, 0.6, 0.1, 0.9, 0.4])
-    values, _ = group_advantages(rewards, 3, std=std)  # type: ignore[arg-type]
+    values, _ = group_advantages(rewards, 3, std=std)
     assert values[1] == 0
     known = torch.tensor([0.2, 0.6])
     deviation = known.std(correction=0) if std == "group" else rewards[rewards.isfinite()].std(correction=0)
@@ -41,8 +43,8 @@ def test_a_sample_without_a_reward_counts_nowhere(std: str) -> None:
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
-def test_no_reward_at_all_is_no_advantage(std: str) -> None:
-    values, flat = group_advantages(torch.full((4,), torch.nan), 2, std=std)  # type: ignore[arg-type]
+def test_no_reward_at_all_is_no_advantage(std: Literal["group", "global"]) -> None:
+    values, flat = group_advantages(torch.full((4,), torch.nan), 2, std=std)
     assert values.tolist() == [0.0] * 4
     assert flat == 2
 

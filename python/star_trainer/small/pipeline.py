@@ -43,7 +43,7 @@ def build_tokenizer(length: int) -> Any:
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = dict.fromkeys([*alphabet, *(letter + END_OF_WORD for letter in alphabet)])
-    merges: list[tuple[str, str]] = []
+    merges: Any = []  # of pairs, which CLIPTokenizer takes and does not declare
     for word in vocabulary():
         numbered = {piece: number for number, piece in enumerate(pieces)}
         first, *rest = (t.value for t in models.BPE(numbered, merges, end_of_word_suffix=END_OF_WORD).tokenize(word))
