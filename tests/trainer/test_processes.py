@@ -56,6 +56,7 @@ def test_two_processes_make_the_run_of_one(
         model={"lora_rank": lora_rank},
         rollout={"groups": 3, "group_size": 4, "batch": 2},  # groups lie across processes
         train={"epochs": 2, "updates": 2, "kl_coef": kl_coef, "learning_rate": 1e-4},
+        reward={"weights": {"rewards_that_fail:Brightness": 1.0}},
         evaluation={"every": 2, "prompts": 4},
     )
     runs = {}
