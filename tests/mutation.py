@@ -96,10 +96,35 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "0.0 -> 1.0",
     ): "any finite number will do where the other branch is taken",
     (
+        "star_kernels/policy/naive.py",
+        "return latent if mask is None else latent.masked_fill(~mask.unsqueeze(channel_dim), 0.0)",
+        "0.0 -> 1.0",
+    ): "what stands under the mask is dropped again; it only must not be NaN",
+    (
         "csrc/flow_policy.h",
         "return {p[kMeanSample * columns], p[kMeanOutput * columns], p[kStd * columns],",
         "* -> /",
     ): "of kMeanSample alone, which is row 0",
+    (
+        "csrc/flow_policy.h",
+        "const float clipped = ratio < low ? low : (ratio > high ? high : ratio);",
+        "< -> <=",
+    ): "a ratio at the bound is the bound",
+    (
+        "csrc/flow_policy.h",
+        "const float clipped = ratio < low ? low : (ratio > high ? high : ratio);",
+        "> -> >=",
+    ): "a ratio at the bound is the bound",
+    (
+        "csrc/flow_policy.h",
+        "const bool acts = inside || free_loss > clipped_loss;",
+        "> -> >=",
+    ): "equal outside the range only where the advantage is zero, and the slope with it",
+    (
+        "csrc/flow_policy.h",
+        "const float loss = free_loss >= clipped_loss || free_loss != free_loss ? free_loss : clipped_loss;",
+        ">= -> >",
+    ): "of two equal numbers either may be taken",
 }
 
 _SWAPS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Pow: "*"}

@@ -26,6 +26,7 @@ from problems import (
 from torch import Tensor
 
 from star_kernels import sample_transition, weighted_policy_loss
+from star_kernels.policy import naive
 
 Options = dict[str, Any]
 
@@ -286,6 +287,28 @@ def test_weights_on_a_patch_grid_equal_the_upsampled_ones_under_every_option(pol
         ]
         assert torch.equal(found[0][0], found[1][0])
         assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_in_the_definition_a_sample_without_a_location_contributes_nothing(ratio: str) -> None:
+    """The public function refuses such a mask where it can look at it, on a CPU; kernels on a GPU are held to this."""
+    problem = make(("naive", "cpu"), "packed", drift=0.01)
+    given = options_of(problem, "masked KL")
+    given["mask"][1] = False
+    leaf = problem.model_output.detach().requires_grad_()
+    tensors = (given.get(name) for name in ("weights", "mask", "step_weights", "old_model_output", "ref_model_output"))
+    losses, metrics = naive.weighted_policy_loss(
+        leaf, *problem.positional[1:5], problem.transition.coefficients, *tensors,
+        2, ratio == "location", False, True, 0.5, 1.5, 5.0, 0.04,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    assert losses[1] == 0
+    assert not gradient[1].any()
+    others = [0, 2, 3]
+    assert bool(losses[others].all())
+    assert bool(gradient[others].flatten(1).any(dim=1).all())
+    found = dict(zip(naive.METRICS, metrics.tolist(), strict=True))
+    assert found["ratio_mean"] == pytest.approx(3 / 4, abs=0.1)  # of four samples, three count
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
