@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from star_trainer.average import Average
 from star_trainer.config import Config
+from star_trainer.redact import redacted
 
 FORMAT = 1
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -49,7 +50,7 @@ def save(
         "average_steps": average.steps,
         "optimizer": {n: v for n, v in flat.items() if not isinstance(v, Tensor)},
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        "config": asdict(config),
+        "config": redacted(asdict(config)),
     }
     if accelerator.is_main_process:
         _check_complete(f"the state of epoch {epoch}", tensors["weights"], average)
@@ -84,7 +85,7 @@ def restore(path: Path, model: Any, optimizer: Any, average: Average, accelerato
         raise ValueError(f"{path} cannot be read: {error}") from error
     if state["format"] != FORMAT:
         raise ValueError(f"{path} has format {state['format']}, this version reads {FORMAT}")
-    changed = _differences(state["config"], asdict(config))
+    changed = _differences(redacted(state["config"]), redacted(asdict(config)))
     if changed:
         listed = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in changed)
         raise ValueError(f"{path} is of another configuration: {listed}")

@@ -14,9 +14,10 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from star_trainer.config import Config
+from star_trainer.redact import redact
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         trainer = Trainer(config)
         trainer.run()
     except (ValueError, OSError, RewardError) as error:
-        print(f"star-train: error: {error}", file=sys.stderr)
+        print(f"star-train: error: {redact(str(error))}", file=sys.stderr)
         return 1
     if trainer.accelerator.is_main_process:
         print(summary(Path(config.output.folder)))
@@ -76,7 +77,12 @@ def build_parser(preset: str) -> Any:
     if preset not in names:
         raise ValueError(f"--preset must be one of {', '.join(names)}, got {preset!r}")
     set_parsing_settings(docstring_parse_style=DocstringStyle.GOOGLE)
-    parser = ArgumentParser(
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            super().error(redact(message), ex)
+
+    parser = Parser(
         prog="star-train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

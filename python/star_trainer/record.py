@@ -14,6 +14,7 @@ from torch import Tensor
 
 from star_kernels import figures
 from star_trainer.config import Config
+from star_trainer.redact import redacted
 from star_trainer.rollout import Batch
 
 COLUMNS, MOST = 8, 32  # pictures of a grid
@@ -37,7 +38,7 @@ class Record:
         lines = read_metrics(self.folder) if resumed_at else []
         kept = [line for line in lines if line["epoch"] <= resumed_at]
         (self.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-        (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        (self.folder / "config.json").write_text(json.dumps(redacted(asdict(config)), indent=1))
         if config.output.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from reward_server import Server
 
 from star_trainer.config import Allocation, Config, Data, Evaluation, Model, Output, Reward, Rollout, Train
 from star_trainer.trainer import Trainer
@@ -37,3 +39,18 @@ def configure(pipeline_folder: Path, tmp_path: Path) -> Callable[..., Config]:
 @pytest.fixture
 def trainer_of() -> Callable[[Config], Trainer]:
     return lambda config: Trainer(config, Accelerator(cpu=True), progress=False)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = Server()
+    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    if server.hold:
+        server.hold.set()
+    server.http.shutdown()
+    server.http.server_close()
+    thread.join()

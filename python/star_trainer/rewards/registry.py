@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from star_trainer.redact import redact
 from star_trainer.rewards.base import Reward
 from star_trainer.rewards.remote import RemoteReward, public_address
 from star_trainer.rewards.weighted import WeightedSum, check_weight
@@ -55,11 +56,12 @@ def build(
     options = options or {}
     stray = sorted(set(options) - set(weights))
     if stray:
-        raise ValueError(f"options must be for rewards with a weight ({', '.join(weights)}), got some for {stray}")
+        shown = ", ".join(map(redact, weights))
+        raise ValueError(f"options must be for rewards with a weight ({shown}), got some for {[*map(redact, stray)]}")
     rewards: dict[str, Reward] = {}
     named: dict[str, float] = {}
     for key, weight in weights.items():
-        checked = check_weight(key, weight)
+        checked = check_weight(redact(key), weight)
         reward = _make(key, device, options.get(key, {}))
         name = _free_name(key if key in BUILT_IN else reward.name, rewards)
         rewards[name], named[name] = reward, checked
@@ -75,8 +77,8 @@ def _make(key: str, device: str | torch.device, options: Mapping[str, Any]) -> R
     if colon and attribute and all(part.isidentifier() for part in f"{module}.{attribute}".split(".")):
         return _instance(key, _load(key), device, options)
     raise ValueError(
-        f"unknown reward {key!r}: it must be one of {', '.join(BUILT_IN)}, a 'package.module:attribute', or an http(s) "
-        "address"
+        f"unknown reward {redact(key)!r}: it must be one of {', '.join(BUILT_IN)}, a 'package.module:attribute', or an "
+        "http(s) address"
     )
 
 

@@ -24,24 +24,26 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import torch
 from torch import Tensor
 
+from star_trainer.redact import HIDDEN, redacted
 from star_trainer.rewards.base import Metadata, RewardError
 from star_trainer.rewards.images import encode, slices, to_pil
 
 _SHOWN = 200  # characters of a server's answer in an error message
+_SECRET = 8  # characters of the shortest value in an address that may be one
 
 
 class RemoteReward:
     """Posts images to a server and returns its scores; see the module for the protocol.
 
     Args:
-        url: an http or https address without a user or a password.
+        url: an http or https address without a user or a password. Its query, which may hold a token, is not shown.
         timeout: seconds to wait for a connection, and for any part of the answer.
         retries: how often a request is made again after a failed connection or a status of 500 and above. A server
             that takes longer than the timeout is not asked again: it may still be at work.
@@ -66,9 +68,9 @@ class RemoteReward:
         token_env: str | None = None,
         name: str | None = None,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            raise ValueError(f"url must be http(s)://host/path without a user or password, got {public_address(url)}")
+        if not _is_address(url):
+            shown = repr(redacted(url)) if "://" in url else "none of these"
+            raise ValueError(f"url must be http(s)://host/path without a user or password, got {shown}")
         if not (timeout > 0 and retries >= 0 and backoff >= 0 and (batch_size is None or batch_size >= 1)):
             raise ValueError(
                 "timeout must be positive, retries and backoff not negative, batch_size at least 1 or None, got "
@@ -95,7 +97,7 @@ class RemoteReward:
         scores: list[float] = []
         for part in slices(len(images), self.batch_size or max(len(images), 1)):
             body = request_body(images[part], prompts[part], metadata[part], self.name)
-            scores += read_scores(self._post(body), part.stop - part.start, self.name)
+            scores += read_scores(self._post(body), part.stop - part.start, self.name, self._hide)
         return torch.tensor(scores, dtype=torch.float32)
 
     def _post(self, body: bytes) -> bytes:
@@ -111,7 +113,7 @@ class RemoteReward:
             attempt += 1
 
     def _send(self, body: bytes) -> bytes:
-        token = os.environ.get(self._token_env, "") if self._token_env else ""
+        token = self._token()
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         request = urllib.request.Request(self.url, body, headers, method="POST")
         if token:
@@ -123,9 +125,7 @@ class RemoteReward:
         except urllib.error.HTTPError as error:
             with error:
                 shown = error.read(4 * _SHOWN).decode("utf-8", "replace")
-            if token:
-                shown = shown.replace(token, "***")
-            message = f"status {error.code}, {shown[:_SHOWN]!r}"
+            message = f"status {error.code}, {self._hide(shown)[:_SHOWN]!r}"
             raise (_Again(message) if error.code >= 500 else RewardError(f"{self.name}: {message}")) from None
         except urllib.error.URLError as error:
             if isinstance(error.reason, ssl.SSLError):
@@ -135,6 +135,18 @@ class RemoteReward:
             raise RewardError(f"{self.name}: no answer after {self.timeout:g} s") from error
         except (ConnectionError, http.client.HTTPException) as error:
             raise _Again(f"the connection broke, {type(error).__name__}: {error}") from error
+
+    def _token(self) -> str:
+        return os.environ.get(self._token_env, "") if self._token_env else ""
+
+    def _hide(self, answer: str) -> str:
+        """What a server says, without the secrets of the request, which it may repeat."""
+        query = urlsplit(self.url).query
+        values = [query, *(part.partition("=")[2] for part in query.split("&")), *(v for _, v in parse_qsl(query))]
+        secrets = {self._token(), *(value for value in values if len(value) >= _SECRET)} - {""}
+        for secret in sorted(secrets, key=len, reverse=True):
+            answer = answer.replace(secret, HIDDEN)
+        return answer
 
 
 class _Again(Exception):
@@ -148,10 +160,19 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        whole = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, brackets without an address
+        return False
+    clean = url.isprintable() and " " not in url and "@" not in parts.netloc
+    return whole and clean and parts.scheme in ("http", "https")
+
+
 def public_address(url: str) -> str:
     """Host, port and path of an address: what may be shown of it."""
-    parts = urlsplit(url)
-    return parts.netloc.rpartition("@")[2] + parts.path
+    return str(redacted(url)).partition("://")[2].partition("?")[0].removeprefix(f"{HIDDEN}@")
 
 
 def request_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata], reward: str) -> bytes:
@@ -171,8 +192,8 @@ def request_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[Meta
         raise ValueError(f"metadata must be what JSON can hold: {error}") from None
 
 
-def read_scores(answer: bytes, count: int, reward: str) -> list[float]:
-    """The scores in a server's answer; null is NaN.
+def read_scores(answer: bytes, count: int, reward: str, hide: Callable[[str], str]) -> list[float]:
+    """The scores in a server's answer; null is NaN. What a message shows of the answer goes through ``hide``.
 
     Raises:
         RewardError: the answer is not ``{"scores": [...]}`` with ``count`` numbers.
@@ -180,10 +201,11 @@ def read_scores(answer: bytes, count: int, reward: str) -> list[float]:
     try:
         scores = json.loads(answer)["scores"]
     except (ValueError, KeyError, TypeError) as error:
-        raise RewardError(f'{reward}: the answer is not {{"scores": [...]}}: {answer[:_SHOWN]!r}') from error
+        shown = hide(answer.decode("utf-8", "replace"))[:_SHOWN]
+        raise RewardError(f'{reward}: the answer is not {{"scores": [...]}}: {shown!r}') from error
     numbers = isinstance(scores, list) and all(
         score is None or (isinstance(score, int | float) and not isinstance(score, bool)) for score in scores
     )
     if not numbers or len(scores) != count:
-        raise RewardError(f"{reward}: the answer must hold {count} numbers, got {str(scores)[:_SHOWN]}")
+        raise RewardError(f"{reward}: the answer must hold {count} numbers, got {hide(str(scores))[:_SHOWN]}")
     return [math.nan if score is None else float(score) for score in scores]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from star_trainer.redact import redact
 from star_trainer.rewards.base import Metadata, Reward
 from star_trainer.rewards.images import slices
 from star_trainer.rewards.weighted import as_scores, problem_with
@@ -103,7 +104,7 @@ def _score_rows(
     except Hung as error:
         return [Failure(tuple(rows), str(error), error)]
     except BaseException as error:
-        problem, cause = f"{type(error).__name__}: {error}", error
+        problem, cause = redact(f"{type(error).__name__}: {error}"), error
     else:
         if isinstance(answer, Tensor):
             scores[rows] = torch.where(answer.isfinite(), answer, math.nan)

@@ -1,0 +1,62 @@
+"""A reward server in this process, which says what it is told to say."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class Server:
+    """Answers as it is told; keeps what it was sent."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.methods: list[str] = []
+        self.paths: list[str] = []
+        self.answer: Callable[[dict[str, Any]], tuple[int, bytes]] = lambda body: ok([0.5] * len(body["images"]))
+        self.location: str | None = None
+        self.drop = 0  # so many connections are closed without an answer
+        self.hold: threading.Event | None = None  # keeps the answer back
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                outer.methods.append("POST")
+                outer.paths.append(self.path)
+                outer.headers.append({key.lower(): value for key, value in self.headers.items()})
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.bodies.append(body)
+                if outer.drop:
+                    outer.drop -= 1
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                if outer.hold:
+                    outer.hold.wait()
+                status, answer = outer.answer(body)
+                self.send_response(status)
+                if outer.location:
+                    self.send_header("Location", outer.location)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def do_GET(self) -> None:
+                outer.methods.append("GET")
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/score"
+
+
+def ok(scores: object) -> tuple[int, bytes]:
+    return 200, json.dumps({"scores": scores}).encode()

@@ -1,0 +1,231 @@
+"""Tokens and passwords reach the servers that they are for, and nothing that a run writes or shows."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from reward_server import Server
+
+from star_trainer import checkpoint, command
+from star_trainer.config import Config
+from star_trainer.redact import redact, redacted
+from star_trainer.rewards import RewardError, RewardService
+from star_trainer.rewards.remote import RemoteReward
+from star_trainer.trainer import Trainer
+
+HUB, QUERY, BEARER, PASSWORD = "hf_hubsecret01", "querysecret02", "bearersecret03", "passwordsecret04"
+SECRETS = (HUB, QUERY, BEARER, PASSWORD)
+IMAGES = torch.rand(2, 3, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, HUB)
+    monkeypatch.setenv("JUDGE_TOKEN", BEARER)
+
+
+@pytest.fixture
+def shown(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> Callable[[], str]:
+    """All that has come out: standard output and error, logs of every level, warnings."""
+    caplog.set_level(logging.DEBUG)
+
+    def collect() -> str:
+        return "\n".join([*capfd.readouterr(), caplog.text, *(str(warning.message) for warning in recwarn)])
+
+    return collect
+
+
+@pytest.fixture
+def star_train(configure: Callable[..., Config], tmp_path: Path) -> Callable[..., int]:
+    """Runs the command with the settings of a file."""
+
+    def run(**parts: dict[str, Any]) -> int:
+        path = tmp_path / "settings.yaml"
+        path.write_text(yaml.safe_dump(asdict(configure(**parts))))
+        return command.main(["--config", str(path)])
+
+    return run
+
+
+def judge(server: Server, token: str = QUERY, **options: Any) -> dict[str, Any]:
+    """Settings of a reward with a secret in its address and one in its header."""
+    url = f"{server.url}?token={token}"
+    return {"weights": {url: 1.0}, "options": {url: {"token_env": "JUDGE_TOKEN", "backoff": 0.0, **options}}}
+
+
+def without_secrets(text: str | bytes) -> bool:
+    data = text if isinstance(text, bytes) else text.encode()
+    return not any(secret.encode() in data for secret in SECRETS)
+
+
+def test_a_run_writes_and_shows_none(
+    server: Server, star_train: Callable[..., int], shown: Callable[[], str], tmp_path: Path
+) -> None:
+    status = star_train(
+        reward=judge(server), evaluation={"every": 1}, output={"tensorboard": True, "pictures_every": 1}
+    )
+    assert status == 0
+    assert set(server.paths) == {f"/score?token={QUERY}"}
+    assert server.headers[0]["authorization"] == f"Bearer {BEARER}"
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"metrics.jsonl", "config.json", "state.json", "weights.safetensors"} <= {path.name for path in files}
+    assert any("tfevents" in path.name for path in files)
+    assert [path for path in files if not without_secrets(path.read_bytes())] == []
+    assert without_secrets(shown())
+    assert redact(f"{server.url}?token=x") in (tmp_path / "run" / "config.json").read_text()  # what remains is there
+
+
+def test_a_run_is_resumed_with_another_token(
+    server: Server, configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path
+) -> None:
+    trainer_of(configure(reward=judge(server, QUERY))).run()
+    more: dict[str, Any] = {"train": {"epochs": 2}, "output": {"resume": True}}
+    resumed = trainer_of(configure(reward=judge(server, "another-one"), **more))
+    assert resumed.epoch == 1
+    resumed.run()
+    assert server.paths[-1] == "/score?token=another-one"
+    other = {"weights": {f"http://elsewhere/score?token={QUERY}": 1.0}}
+    with pytest.raises(ValueError, match=r"is of another configuration: reward\..*elsewhere/score\?\*\*\*") as caught:
+        trainer_of(configure(reward=other, train={"epochs": 3}, output={"resume": True}))
+    assert without_secrets(str(caught.value))
+
+
+def test_a_checkpoint_that_holds_an_address_in_full_is_resumed(
+    server: Server, configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path
+) -> None:
+    """As checkpoints were written before addresses were redacted."""
+    config = configure(reward=judge(server))
+    trainer_of(config).run()
+    path = tmp_path / "run" / "checkpoint-000001" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "config": asdict(config)}))
+    more: dict[str, Any] = {"train": {"epochs": 2}, "output": {"resume": True}}
+    assert trainer_of(configure(reward=judge(server), **more)).epoch == 1
+    assert [p.name for p in checkpoint.find(tmp_path / "run")] == ["checkpoint-000001"]
+
+
+def repeats_the_request(status: int) -> tuple[int, bytes]:
+    return status, f"no such judge: /score?token={QUERY}, Authorization: Bearer {BEARER}".encode()
+
+
+@pytest.mark.parametrize("status", [200, 403, 500])
+def test_a_server_that_repeats_the_request_is_not_quoted_in_full(
+    server: Server, star_train: Callable[..., int], shown: Callable[[], str], status: int
+) -> None:
+    server.answer = lambda body: repeats_the_request(status)
+    assert star_train(reward=judge(server, retries=1)) == 1
+    text = shown()
+    assert "no such judge: /score?***, Authorization: Bearer ***" in text
+    assert without_secrets(text)
+
+
+@pytest.mark.parametrize("status", [200, 403, 500])
+def test_samples_are_skipped_without_quoting_the_request(
+    server: Server, configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], status: int
+) -> None:
+    server.answer = lambda body: repeats_the_request(status)
+    trainer = trainer_of(configure(reward={**judge(server, retries=0), "on_failure": "skip"}))
+    with pytest.warns(RuntimeWarning, match="no such judge") as warned, pytest.raises(RewardError):
+        trainer.run()
+    assert all(without_secrets(str(warning.message)) for warning in warned)
+
+
+class Quoting:
+    """Fails as clients of HTTP do."""
+
+    name = "quoting"
+
+    def __call__(self, *_: Any) -> torch.Tensor:
+        raise OSError(f"401 Client Error for url: https://me:{PASSWORD}@host/score?token={QUERY}")
+
+
+@pytest.mark.parametrize("on_failure", ["stop", "skip"])
+def test_an_address_in_the_message_of_a_reward_is_shortened(on_failure: Any) -> None:
+    with RewardService(Quoting(), on_failure=on_failure) as service:
+        pending = service.submit(IMAGES, ["a", "b"], [{}, {}], indices=[0, 1])
+        if on_failure == "stop":
+            with pytest.raises(RewardError) as caught:
+                pending.result()
+            messages = [str(caught.value)]
+        else:
+            with pytest.warns(RuntimeWarning) as warned:
+                pending.result()
+            messages = [str(warning.message) for warning in warned]
+    for message in messages:
+        assert "401 Client Error for url: https://***@host/score?***" in message
+        assert without_secrets(message)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ({"weights": {f"https://me:{PASSWORD}@host/score": 1.0}}, "without a user or password"),
+        ({"weights": {f"https://me:{PASSWORD}/2@host/score": 1.0}}, "without a user or password"),
+        ({"weights": {f"https://host:{PASSWORD}/score": 1.0}}, "without a user or password"),
+        ({"weights": {f"https://host/score?token=a {QUERY}": 1.0}}, "without a user or password"),
+        ({"weights": {f"ftp://me:{PASSWORD}@host/score": 1.0}}, "unknown reward 'ftp://***@host/score'"),
+        ({"weights": {f"https://host/score?token={QUERY}": float("nan")}}, "finite numbers, got nan"),
+        ({"weights": {"ocr": 1.0}, "options": {f"https://host/score?token={QUERY}": {}}}, "options must be for"),
+        ({"weights": {f"https://host/score?token={QUERY}": 1.0}, "options": {"ocr": {}}}, "options must be for"),
+    ],
+    ids=["user", "slash", "port", "blank", "scheme", "weight", "options", "weights"],
+)
+def test_settings_that_are_wrong_are_named_without_them(
+    star_train: Callable[..., int], shown: Callable[[], str], reward: dict[str, Any], message: str
+) -> None:
+    assert star_train(reward=reward) == 1
+    text = shown()
+    assert message in text
+    assert without_secrets(text)
+
+
+def test_options_that_cannot_be_read_are_quoted_without_them(shown: Callable[[], str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--reward.weights", f'{{"https://me:{PASSWORD}@host/score?token={QUERY}": 1.0'])
+    text = shown()
+    assert "https://***@host/score?***" in text
+    assert without_secrets(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://host:81/a/@me/b", "https://host:81/a/@me/b"),
+        ("https://host/a?token=x#y", "https://host/a?***"),
+        ("HTTPS://host#access_token=x", "HTTPS://host?***"),
+        ("https://me@host/a", "https://***@host/a"),
+        ("https://me:p@ss/w@host/a", "https://***@host/a"),
+        ("https://host:word/a", "https://host:***/a"),
+        ("http://[::1]:80/a", "http://[::1]:80/a"),
+        ("see 'http://a/b?c=d', or http://e:f@g/h?i.", "see 'http://a/b?***', or http://***@g/h?***"),
+        ("is 3 > 2? yes: a/b@c", "is 3 > 2? yes: a/b@c"),
+    ],
+)
+def test_what_an_address_shows(text: str, expected: str) -> None:
+    assert redact(text) == expected
+    assert redact(expected) == expected
+
+
+def test_settings_that_differ_in_what_is_hidden_stay_apart() -> None:
+    settings = {"weights": {"http://a/b?x": 1.0, "http://a/b?y": 2.0}, "list": ["http://a?b c", 3, None], "n": 4}
+    expected = {"weights": {"http://a/b?***": 1.0, "http://a/b?***#2": 2.0}, "list": ["http://a?***", 3, None], "n": 4}
+    assert redacted(settings) == expected
+    assert redacted(expected) == expected
+
+
+def test_the_values_of_an_address_are_hidden_however_they_are_written() -> None:
+    reward = RemoteReward("http://host/score?model=clip&token=secret%2Fsecret")
+    hidden = "***"
+    for text in ("model=clip&token=secret%2Fsecret", "secret%2Fsecret", "secret/secret"):
+        assert reward._hide(text) == hidden
+    assert reward._hide("no model clip") == "no model clip"  # what is short is no secret
