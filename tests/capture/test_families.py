@@ -11,6 +11,7 @@ from definition import expected_maps
 from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, TEXT, flux_inputs
 
 from star_kernels.capture import capture_maps
+from star_kernels.capture.cross_attention import _at_resolution
 
 
 @pytest.fixture(params=CASES)
@@ -147,3 +148,22 @@ def test_no_map_depends_on_padding_of_the_text():
         model(**inputs)
     assert not maps.value[1, 0].any()
     assert maps.value[0].any()
+
+
+@torch.no_grad()
+def test_frames_of_a_video_are_refused():
+    """A sequence of several frames has no one grid."""
+    model, inputs = CASES["qwen-image"].make()
+    inputs["img_shapes"] = [[(2, ROWS // 2, COLUMNS)]] * BATCH
+    with (
+        pytest.raises(ValueError, match="img_shapes must be of images, one frame each, got 2 frames"),
+        capture_maps(model, CASES["qwen-image"].selection, cfg=None),
+    ):
+        model(**inputs)
+
+
+def test_a_unets_resolution_follows_from_the_number_of_its_queries():
+    assert _at_resolution((9, 6), 54) == (9, 6)
+    assert _at_resolution((9, 6), 15) == (5, 3)  # odd sides are rounded up
+    with pytest.raises(ValueError, match="a latent of 9 x 6 has no resolution with 16 positions"):
+        _at_resolution((9, 6), 16)

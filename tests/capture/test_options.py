@@ -161,6 +161,15 @@ def test_bad_options_are_named(model_and_inputs):
     assert not hasattr(model.transformer_blocks[0].attn.processor, "_star_block")
 
 
+def test_a_wrong_selection_is_refused_later_too(model_and_inputs):
+    model, _ = model_and_inputs
+    selection = CASE.selection
+    with attach_maps(model, selection, cfg=None) as handle:
+        with pytest.raises(TypeError, match="selection must be a TokenSelection, got list"):
+            handle.selection = [1]
+        assert handle.selection is selection
+
+
 def test_the_batch_must_be_that_of_the_selection(model_and_inputs):
     model, inputs = model_and_inputs
     with (

@@ -185,3 +185,18 @@ def test_errors_name_the_argument() -> None:
         sde_step_with_logprob(*arguments, generator=[torch.Generator(), torch.Generator()])
     with pytest.raises(ValueError, match=r"model_output must be packed .* got \[4, 16\]"):
         sde_step_with_logprob(problem.made, torch.zeros(4, 16), problem.timestep, problem.sample)
+
+
+def test_channels_may_stand_elsewhere() -> None:
+    """A packed latent with its channels first, [B, C, S]."""
+    problem = rollout("flux", "sde")
+    first = [t.transpose(1, 2) for t in (problem.new_v, problem.sample, problem.old.prev_sample)]
+    results = [
+        dense_sde_step_with_logprob(problem.made, v, problem.timestep, sample, 0.7, prev, **options)
+        for (v, sample, prev), options in (
+            ((problem.new_v, problem.sample, problem.old.prev_sample), {}),
+            (first, {"channel_dim": 1}),
+        )
+    ]
+    close(results[1][1], results[0][1])
+    close(results[1][2].transpose(1, 2), results[0][2])

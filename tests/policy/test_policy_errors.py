@@ -305,6 +305,7 @@ def test_sigmas_out_of_range_are_named(make: Any, changed: dict, message: str) -
         (lambda: flow_matching(torch.ones(1, 2)), r"sigma must be a float or have shape .*got \[1, 2\]"),
         (lambda: flow_matching(0.5, weight=0.0), "weight must be positive and finite, got 0"),
         (lambda: flow_matching(torch.ones(2), weight=torch.ones(3)), r"weight must .*\[B\] = \[2\], got \[3\]"),
+        (lambda: flow_matching(0.5, weight=torch.ones((), device="meta")), "weight .*device of sigma, cpu, got meta"),
     ],
 )
 def test_other_options_out_of_range_are_named(call: Any, message: str) -> None:
