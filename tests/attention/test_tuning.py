@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from star_kernels.attention import ops, tuning, vendor
+from star_kernels.attention import ops, triton_config, tuning, vendor
 from star_kernels.attention.triton_config import BackwardConfig, Tile
 from star_kernels.attention.tuning import Plan
 
@@ -160,3 +160,30 @@ def test_the_tables_that_ship_can_be_read() -> None:
     for path in tuning.FOLDER.glob("*.json"):
         assert tuning._read(path)
         assert path.stem == tuning.slug(json.loads(path.read_text())["device"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "family"),
+    [((8, 0), "sm_80"), ((8, 6), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "sm_80")],
+    ids=str,
+)
+def test_a_gpu_without_tiles_of_its_own_takes_those_that_fit_the_smallest(
+    capability: tuple[int, int], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    triton_config._architecture.cache_clear()
+    assert triton_config.architecture(torch.device("cuda")) == family
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    triton_config._architecture.cache_clear()
+    assert triton_config.architecture(torch.device("cuda", 1)) == "gfx9"
+    triton_config._architecture.cache_clear()
+    assert triton_config.architecture(torch.device("cpu")) == "sm_80"  # the interpreter
+
+
+def test_no_tile_serves_a_wider_head() -> None:
+    with pytest.raises(ValueError, match="head_dim must be at most 128 for the Triton kernels, got 129"):
+        triton_config.forward_config("sm_90", 129, torch.bfloat16)
+    assert triton_config.descriptor_tiles(64) == triton_config.descriptor_tiles(129) == ()
+    assert all(tile.descriptors for tile in triton_config.descriptor_tiles(128))

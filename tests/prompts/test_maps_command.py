@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,22 @@ def test_bad_input_is_named(folder: Path, tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         run(folder, tmp_path, "--blocks", "first")
     assert '"all", "default" or indices' in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert run(folder, tmp_path) == 2
+    assert "star_kernels.maps needs the extras diffusers and figures" in capsys.readouterr().err
+
+
+def test_only_pipelines_of_stable_diffusion_double_the_batch(pipeline: Any) -> None:
+    """FLUX has its guidance as an input, Qwen-Image as a pass of its own: every half counts there."""
+
+    class FluxPipeline:
+        pass
+
+    assert maps._doubles(pipeline, {})
+    assert not maps._doubles(pipeline, {"guidance_scale": 1.0})
+    assert not maps._doubles(FluxPipeline(), {"guidance_scale": 3.5})
