@@ -3,6 +3,7 @@
 # make overhead  the same, then the benchmark behind README's numbers
 # make gpu       on a machine with a GPU: its tests, sanitizers, tuning and benchmarks; OUT=DIR takes the results
 # make sanitize  the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; four minutes
+# make coverage  the tests with the lines counted that they reach; fails under 95 %
 # make lint      formatting, lint, types
 # make docs      the documentation's site, in site/; a broken link is an error
 #
@@ -19,7 +20,7 @@ STAMP := $(VENV)/.star-kernels
 PYTHON := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: test demo overhead gpu sanitize lint docs clean
+.PHONY: test demo overhead gpu sanitize coverage lint docs clean
 
 test: $(STAMP)
 	$(PYTHON) -m pytest
@@ -38,6 +39,12 @@ gpu: $(STAMP)
 
 sanitize: $(STAMP)
 	$(PYTHON) tests/sanitize.py $(ARGS)
+
+coverage: $(STAMP)
+	$(PYTHON) -m coverage erase
+	$(PYTHON) -m coverage run -m pytest $(ARGS)
+	$(PYTHON) -m coverage combine
+	$(PYTHON) -m coverage report
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

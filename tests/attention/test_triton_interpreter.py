@@ -73,7 +73,7 @@ INNER = [
 def test_in_the_interpreter(name: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"{__file__}::{name}"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     if run.returncode != 0 or " passed" not in run.stdout:
         pytest.fail(f"{run.stdout}\n{run.stderr}", pytrace=False)
 

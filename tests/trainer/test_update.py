@@ -16,6 +16,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from star_trainer.config import Config
+from star_trainer.policy import Text
 from star_trainer.rollout import Batch, roll_out
 from star_trainer.small import SMALL
 from star_trainer.small.pipeline import build
@@ -43,6 +44,22 @@ def _rolled_out(trainer: Trainer, config: Config) -> Batch:
     return roll_out(trainer.policy, prompts, range(config.samples), config, 0, trainer.accelerator.autocast)
 
 
+def _doubled(trainer: Trainer, batch: Batch) -> Batch:
+    """The batch, and the model that is to learn from it, in float64: float32's roundings alone are about 1e-6."""
+    policy = trainer.policy
+    policy.model.double()
+    encode = policy.encode
+    policy.encode = lambda prompts: _double(encode(prompts))  # type: ignore[method-assign]
+    policy._unconditional = None
+    names = ("sample", "prev_sample", "log_prob")
+    steps = [replace(step, **{name: getattr(step, name).double() for name in names}) for step in batch.steps]
+    return replace(batch, text=_double(batch.text), steps=steps)
+
+
+def _double(text: Text) -> Text:
+    return Text(text.tokens.double(), text.pooled.double())
+
+
 def _flow_grpo_gradients(trainer: Trainer, batch: Batch, advantages: Tensor, config: Config) -> dict[str, Tensor]:
     """Flow-GRPO (arXiv 2505.05470), equations 9 and 12 with its published code's means: from formulas alone."""
     policy, train = trainer.policy, config.train
@@ -61,7 +78,7 @@ def _flow_grpo_gradients(trainer: Trainer, batch: Batch, advantages: Tensor, con
         return mean, noise, noise * sqrt(-dt)
 
     def velocity_of(step: Any) -> Tensor:
-        arguments = {"timestep": sigmas[step.number].float().mul(1000).expand(len(advantages)), "return_dict": False}
+        arguments = {"timestep": sigmas[step.number].mul(1000).expand(len(advantages)), "return_dict": False}
         without = model(step.sample, empty.tokens, empty.pooled, **arguments)[0]
         with_text = model(step.sample, batch.text.tokens, batch.text.pooled, **arguments)[0]
         return (without + config.rollout.guidance * (with_text - without)).double()
@@ -96,8 +113,8 @@ def test_the_update_is_flow_grpos(
     with torch.no_grad():  # adapters begin as the identity, for which the KL term would be zero
         for parameter in trainer.average.parameters.values():
             parameter.add_(0.01 * torch.randn(parameter.shape))
-    batch = _rolled_out(trainer, config)
-    advantages = torch.tensor([1.2, -0.7, -0.5, 9.0, 0.0, -1.0])
+    batch = _doubled(trainer, _rolled_out(trainer, config))
+    advantages = torch.tensor([1.2, -0.7, -0.5, 9.0, 0.0, -1.0], dtype=torch.float64)
     expected = _flow_grpo_gradients(trainer, batch, advantages, config)
     trainer.updater.gradients([batch], advantages)
     size = max(float(g.abs().max()) for g in expected.values())
