@@ -17,10 +17,12 @@ def allocate(maps: Tensor, *, strength: float = 1.0, over: str = "step", cap: fl
     STAR's allocation as reconstructed in docs/method.md (arXiv 2606.17979 publishes no formula).
 
     Args:
-        maps: ``[B, P]`` or ``[B, Steps, P]``, floating-point, not negative: attention mass at P positions.
+        maps: ``[B, P]``, ``[B, Steps, P]`` or, with groups of tokens, ``[B, Steps, G, P]``, floating-point, not
+            negative: attention mass at P positions. Each group has a mean of one by itself; groups of one step,
+            ``[B, G, P]``, are served as steps are by over="step".
         strength: from 0 (uniform) to 1 (in proportion to the map).
         over: "step": mean one over the positions of each step (space only); "trajectory": over positions and steps
-            together, so that a step's share is its own mass (space and time).
+            (of each group) together, so that a step's share is its own mass (space and time).
         cap: largest weight, above 1; what it takes away is given to the positions below it, in proportion
             (in equal parts where they all have zero).
 
@@ -35,6 +37,9 @@ def allocate(maps: Tensor, *, strength: float = 1.0, over: str = "step", cap: fl
     dims = _MEANS[over]
     maps = maps.detach()
     maps = maps if maps.dtype == torch.float64 else maps.float()
+    grouped = maps.ndim == 4
+    if grouped:
+        maps = maps.transpose(1, 2)  # [B, G, Steps, P]
     # Scaled by the largest entry first: neither tiny nor huge maps leave the range of the dtype.
     peak = maps.amax(dim=dims, keepdim=True)
     relative = maps / peak
@@ -44,7 +49,7 @@ def allocate(maps: Tensor, *, strength: float = 1.0, over: str = "step", cap: fl
     weights = torch.lerp(torch.ones_like(shares), shares, strength)
     if cap is not None:
         weights = _cap(weights.flatten(-len(dims)), cap).view_as(weights)
-    return weights
+    return weights.transpose(1, 2) if grouped else weights
 
 
 def _cap(weights: Tensor, cap: float) -> Tensor:
@@ -74,10 +79,14 @@ def _check(maps: Tensor, strength: float, over: str, cap: float | None) -> None:
         raise TypeError(f"maps must be a floating-point tensor, got {got}")
     if not isinstance(over, str) or over not in _MEANS:
         raise ValueError(f"over must be 'step' or 'trajectory', got {over!r}")
-    if maps.ndim not in (2, 3) or 0 in maps.shape:
-        raise ValueError(f"maps must have shape [B, P] or [B, Steps, P], none of them 0, got {list(maps.shape)}")
-    if over == "trajectory" and maps.ndim != 3:
-        raise ValueError(f"maps must have shape [B, Steps, P] for over='trajectory', got {list(maps.shape)}")
+    if maps.ndim not in (2, 3, 4) or 0 in maps.shape:
+        raise ValueError(
+            f"maps must have shape [B, P], [B, Steps, P] or [B, Steps, G, P], none of them 0, got {list(maps.shape)}"
+        )
+    if over == "trajectory" and maps.ndim == 2:
+        raise ValueError(
+            f"maps must have shape [B, Steps, P] or [B, Steps, G, P] for over='trajectory', got {list(maps.shape)}"
+        )
     check_number("strength", strength)
     if cap is not None:
         check_number("cap", cap)

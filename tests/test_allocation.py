@@ -50,6 +50,20 @@ def test_weights_are_not_negative_and_of_mean_one(problem: tuple) -> None:
         assert float(weights.max()) <= cap * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("over", ["step", "trajectory"])
+def test_each_group_has_weights_of_its_own(over: str, cap: float | None) -> None:
+    maps = torch.rand(2, 3, 4, 25) ** 4
+    maps[0, :, 1] = 0
+    maps[1, 0, 2, 7] = torch.nan
+    found = allocate(maps, over=over, cap=cap, strength=0.75)
+    assert found.shape == maps.shape
+    for group in range(4):
+        alone = allocate(maps[:, :, group], over=over, cap=cap, strength=0.75)
+        torch.testing.assert_close(found[:, :, group], alone, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[0, :, 1], torch.ones(3, 25))
+
+
 @MANY
 @given(problems())
 def test_order_is_kept(problem: tuple) -> None:
@@ -189,9 +203,9 @@ def test_weights_are_detached() -> None:
     [
         ([[1.0]], {}, TypeError, "maps must be a floating-point tensor, got list"),
         (torch.ones(2, 3, dtype=torch.int64), {}, TypeError, "maps must be a floating-point tensor, got torch.int64"),
-        (torch.ones(3), {}, ValueError, r"maps must have shape \[B, P\] or \[B, Steps, P\].*got \[3\]"),
+        (torch.ones(3), {}, ValueError, r"maps must have shape \[B, P\], \[B, Steps, P\] or.*got \[3\]"),
         (torch.ones(2, 0), {}, ValueError, r"maps must have shape .*none of them 0, got \[2, 0\]"),
-        (torch.ones(1, 1, 1, 1), {}, ValueError, r"maps must have shape .*got \[1, 1, 1, 1\]"),
+        (torch.ones(1, 1, 1, 1, 1), {}, ValueError, r"maps must have shape .*got \[1, 1, 1, 1, 1\]"),
         (torch.ones(2, 3), {"over": "trajectory"}, ValueError, r"maps must have shape \[B, Steps, P\].*got \[2, 3\]"),
         (torch.ones(2, 3), {"over": "space"}, ValueError, "over must be 'step' or 'trajectory', got 'space'"),
         (torch.ones(2, 3), {"strength": -0.1}, ValueError, "strength must lie between 0 and 1, got -0.1"),

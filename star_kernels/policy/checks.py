@@ -105,7 +105,29 @@ def check_mask(mask: Tensor | None, model_output: Tensor, channel_dim: int) -> N
 def check_weights(weights: Tensor | None, model_output: Tensor, channel_dim: int) -> None:
     """Shape of the weights: that of the locations, or of a coarser grid that divides theirs."""
     if weights is not None:
-        _check_weights(weights, _locations(model_output, channel_dim), model_output)
+        _check_weights(weights, [], model_output, channel_dim)
+
+
+def check_groups(
+    advantages: Tensor, weights: Tensor | None, model_output: Tensor, channel_dim: int, weighted_kl: bool
+) -> Tensor:
+    """The weights: as many groups of them as of advantages, and no penalty that would need others."""
+    _check_float("advantages", advantages, model_output)
+    batch, *locations = _locations(model_output, channel_dim)
+    if advantages.shape[0] != batch or advantages.shape[1] == 0:
+        raise ValueError(f"advantages must have shape [B] = [{batch}] or [B, G], got {list(advantages.shape)}")
+    groups = advantages.shape[1]
+    if weights is None:
+        raise ValueError(
+            f"weights must have shape [B, G, *locations] = {[batch, groups, *locations]} where advantages have groups, "
+            f"{list(advantages.shape)}, got None"
+        )
+    _check_weights(weights, [groups], model_output, channel_dim)
+    if weighted_kl:
+        raise ValueError(
+            "weighted_kl must be False where advantages have groups (the penalty has no weights then), got True"
+        )
+    return weights
 
 
 def check_reference(reference: Tensor | None, model_output: Tensor, kl_coef: float) -> None:
@@ -123,16 +145,19 @@ def check_reduction(reduction: str) -> bool:
     return reduction == "none"
 
 
-def _check_weights(weights: Tensor, shape: list[int], model_output: Tensor) -> None:
+def _check_weights(weights: Tensor, groups: list[int], model_output: Tensor, channel_dim: int) -> None:
+    """``groups`` is [G], or empty for weights without groups."""
     _check_float("weights", weights, model_output)
-    batch, *locations = shape
-    grid = list(weights.shape[1:])
+    batch, *locations = _locations(model_output, channel_dim)
+    leading = [batch, *groups]
+    grid = list(weights.shape[len(leading) :])
     divides = len(grid) == len(locations) and all(
         n > 0 and size % n == 0 for n, size in zip(grid, locations, strict=True)
     )
-    if weights.shape[:1] != (batch,) or not divides or (len(locations) == 1 and grid != locations):
+    if list(weights.shape[: len(leading)]) != leading or not divides or (len(locations) == 1 and grid != locations):
         coarser = " or lie on a coarser grid that divides it" if len(locations) > 1 else ""
-        raise ValueError(f"weights must have shape [B, *locations] = {shape}{coarser}, got {list(weights.shape)}")
+        names = "[B, G, *locations]" if groups else "[B, *locations]"
+        raise ValueError(f"weights must have shape {names} = {leading + locations}{coarser}, got {list(weights.shape)}")
 
 
 def check_weight_values(weights: Tensor | None) -> None:

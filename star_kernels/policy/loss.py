@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from star_kernels.checks import check_flag
@@ -13,6 +14,7 @@ from star_kernels.policy.checks import (
     check_beta,
     check_clip,
     check_coefficients,
+    check_groups,
     check_latent,
     check_mask,
     check_numbers,
@@ -73,12 +75,16 @@ def weighted_policy_loss(
         sample, prev_sample: the latents before and after the step, of that shape.
         old_log_prob: float32 ``[B, *locations]`` from :func:`sample_transition`; without weights and with
             ``ratio="sample"`` also ``[B]``, its mean over locations.
-        advantages: float32 ``[B]``, clamped to ``+-advantage_clip``.
+        advantages: float32 ``[B]``, clamped to ``+-advantage_clip``; or ``[B, G]`` for credit by group of tokens, where
+            each group's advantage acts by the group's own weights, with a ratio and a clip of its own, and the loss is
+            the sum over groups (divide the advantages by their number for a mean; an advantage of zero takes a group
+            out). Not in the paper; see docs/method.md. Costs one pass over the latents for each group.
         transition: the sampler's coefficients, see :func:`flow_sde`.
         weights: float32 ``[B, *locations]``, or on a coarser (patch) grid that divides the latent's; not negative.
+            With advantages of groups ``[B, G, *locations]`` or ``[B, G, *grid]``, and required.
         clip_range: half-width of the ratio's trust region, or (below, above) one.
         ref_model_output: velocity of the reference model; adds ``kl_coef * mean(kl_scale (mean - mean_ref)^2)``.
-        weighted_kl: whether the weights act on that penalty too.
+        weighted_kl: whether the weights act on that penalty too; not with advantages of groups.
         old_model_output: velocity of the rollout's model; turns on GRPO-Guard's normalisation of the ratio
             (arXiv 2510.22319): ``d_p <- (d_p + scale (mean - mean_old)^2) / (2 scale std)``, so that the log-ratio
             has mean zero and the same width at every step. The paper's balance of the steps is
@@ -93,7 +99,7 @@ def weighted_policy_loss(
     Returns:
         ``(loss, metrics)``: the float32 loss, and ``ratio_mean``, ``ratio_max``, ``clip_fraction`` (ratios outside the
         clip range), ``approx_kl`` (half the mean squared log-ratio), ``policy_loss`` and ``kl_loss`` (before
-        ``kl_coef``), over the batch.
+        ``kl_coef``), over the batch; with groups ``policy_loss`` is their sum, the others are over all groups.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, dtype, device or range; the message names it. Values
@@ -104,34 +110,45 @@ def weighted_policy_loss(
     check_latent("prev_sample", prev_sample, model_output)
     check_transition(transition, model_output)
     check_old_log_prob(old_log_prob, model_output, channel_dim, weights, ratio)
-    check_numbers("advantages", advantages, model_output)
+    check_flag("weighted_kl", weighted_kl)
+    groups: list[tuple[Tensor, Tensor | None]]
+    if isinstance(advantages, Tensor) and advantages.ndim == 2:
+        grouped = check_groups(advantages, weights, model_output, channel_dim, weighted_kl)
+        groups = list(zip(advantages.unbind(1), grouped.unbind(1), strict=True))
+    else:
+        check_numbers("advantages", advantages, model_output)
+        check_weights(weights, model_output, channel_dim)
+        groups = [(advantages, weights)]
     clip_low, clip_high = check_clip(clip_range)
     if old_model_output is not None:
         check_latent("old_model_output", old_model_output, model_output)
     per_sample = _check_common(
-        model_output, channel_dim, weights, mask, step_weights, ref_model_output, advantage_clip, kl_coef, reduction
-    )
-    check_flag("weighted_kl", weighted_kl)
-    arguments: tuple[Any, ...] = (
-        model_output,
-        *map(_constant, (sample, prev_sample, old_log_prob, advantages, transition.coefficients)),
-        *map(_constant, (weights, mask, step_weights, old_model_output, ref_model_output)),
-        channel_dim,
-        ratio == "location",
-        weighted_kl,
-        per_sample,
-        clip_low,
-        clip_high,
-        advantage_clip,
-        kl_coef,
+        model_output, channel_dim, mask, step_weights, ref_model_output, advantage_clip, kl_coef, reduction
     )
     backend = resolve_backend(backend, model_output)
-    if backend == "naive":
-        check_weight_values(weights)
-        loss, metrics = naive.weighted_policy_loss(*arguments)
-    else:
-        loss, metrics, _ = ops.WEIGHTED_POLICY_LOSS(*arguments, backend)
-    return PolicyLoss(loss, dict(zip(naive.METRICS, metrics.unbind(), strict=True)))
+
+    def loss_of(own: Tensor, field: Tensor | None, penalised: bool) -> PolicyLoss:
+        arguments: tuple[Any, ...] = (
+            model_output,
+            *map(_constant, (sample, prev_sample, old_log_prob, own, transition.coefficients)),
+            *map(_constant, (field, mask, step_weights, old_model_output, ref_model_output if penalised else None)),
+            channel_dim,
+            ratio == "location",
+            weighted_kl,
+            per_sample,
+            clip_low,
+            clip_high,
+            advantage_clip,
+            kl_coef if penalised else 0.0,
+        )
+        if backend == "naive":
+            check_weight_values(field)
+            loss, metrics = naive.weighted_policy_loss(*arguments)
+        else:
+            loss, metrics, _ = ops.WEIGHTED_POLICY_LOSS(*arguments, backend)
+        return PolicyLoss(loss, dict(zip(naive.METRICS, metrics.unbind(), strict=True)))
+
+    return _summed([loss_of(own, field, penalised=g == 0) for g, (own, field) in enumerate(groups)])
 
 
 def weighted_nft_loss(
@@ -190,11 +207,12 @@ def weighted_nft_loss(
     check_numbers("advantages", advantages, model_output)
     check_numbers("sigma", sigma, model_output)
     per_sample = _check_common(
-        model_output, channel_dim, weights, mask, step_weights, ref_model_output, advantage_clip, kl_coef, reduction
+        model_output, channel_dim, mask, step_weights, ref_model_output, advantage_clip, kl_coef, reduction
     )
     check_beta(beta, advantage_clip)
     check_flag("weighted_kl", weighted_kl)
     check_flag("adaptive", adaptive)
+    check_weights(weights, model_output, channel_dim)
     arguments: tuple[Any, ...] = (
         model_output,
         *map(_constant, (old_model_output, target, advantages, sigma)),
@@ -219,7 +237,6 @@ def weighted_nft_loss(
 def _check_common(
     model_output: Tensor,
     channel_dim: int,
-    weights: Tensor | None,
     mask: Tensor | None,
     step_weights: Tensor | None,
     ref_model_output: Tensor | None,
@@ -228,13 +245,27 @@ def _check_common(
     reduction: str,
 ) -> bool:
     """What the objectives share; whether each sample keeps its own loss."""
-    check_weights(weights, model_output, channel_dim)
     check_mask(mask, model_output, channel_dim)
     if step_weights is not None:
         check_numbers("step_weights", step_weights, model_output)
     check_coefficients(advantage_clip, kl_coef)
     check_reference(ref_model_output, model_output, kl_coef)
     return check_reduction(reduction)
+
+
+def _summed(found: list[PolicyLoss]) -> PolicyLoss:
+    """The losses of groups, whose first one holds the KL penalty, in one."""
+    if len(found) == 1:
+        return found[0]
+    loss = sum((f.loss for f in found[1:]), found[0].loss)
+    metrics = {}
+    for name in found[0].metrics:
+        values = torch.stack([f.metrics[name] for f in found])
+        if name in ("policy_loss", "kl_loss"):
+            metrics[name] = values.sum(dim=0)
+        else:
+            metrics[name] = values.amax(dim=0) if name == "ratio_max" else values.mean(dim=0)
+    return PolicyLoss(loss, metrics)
 
 
 def _constant(tensor: Tensor | None) -> Tensor | None:

@@ -92,7 +92,7 @@ LOSS_ERRORS = [
     ("old_log_prob", ROWS.double(), TypeError, "old_log_prob must be float32 .*got torch.float64"),
     ("old_log_prob", ROWS.to("meta"), ValueError, "old_log_prob must be on the device of model_output, cpu, got meta"),
     ("old_log_prob", 0.5, TypeError, "old_log_prob must be a float32 tensor, got float"),
-    ("advantages", torch.ones(2, 1), ValueError, r"advantages must have shape \[B\] = \[2\], got \[2, 1\]"),
+    ("advantages", ONES.view(2, 1, 1), ValueError, r"advantages must have shape \[B\] = \[2\], got \[2, 1, 1\]"),
     ("advantages", torch.ones(3), ValueError, r"advantages must have shape \[B\] = \[2\], got \[3\]"),
     ("advantages", None, TypeError, "advantages must be a float32 tensor, got NoneType"),
     ("advantages", ONES.int(), TypeError, "advantages must be a float32 tensor, got torch.int32"),
@@ -169,6 +169,7 @@ OBJECTIVE_ERRORS = [  # of both losses
     ("old_model_output", LATENT[:1], ValueError, r"old_model_output must have the shape of model_output.*got \[1, 4"),
 ]
 NFT_ERRORS = [
+    ("advantages", torch.ones(2, 1), ValueError, r"advantages must have shape \[B\] = \[2\], got \[2, 1\]"),
     ("target", LATENT[:, :2], ValueError, r"target must have the shape of model_output.*got \[2, 2, 6, 8\]"),
     ("sigma", 0.5, TypeError, "sigma must be a float32 tensor, got float"),
     ("sigma", None, TypeError, "sigma must be a float32 tensor, got NoneType"),

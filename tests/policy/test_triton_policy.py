@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import test_nft_loss as nft
+import test_policy_groups as groups
 import test_policy_loss as loss
 import test_policy_options as options
 import test_sampling as sampling
@@ -115,6 +116,8 @@ CONTRACT: list[tuple[Callable[..., None], tuple]] = [
     (options.test_one_old_log_prob_a_sample_is_the_mean_over_the_mask, ()),
     (options.test_losses_of_samples_have_gradients_of_their_own, ("location",)),
     (options.test_weights_of_the_kl_act_on_the_kl_alone, ()),
+    (groups.test_the_loss_is_the_sum_over_groups_with_one_penalty, ("packed", "location")),
+    (groups.test_one_group_is_the_loss_without_groups_to_the_last_bit, ("sample",)),
     (nft.test_loss_and_gradient_are_the_written_objective_under_every_option, ("image_odd", True)),
     (nft.test_loss_and_gradient_are_the_written_objective_under_every_option, ("channels_between", False)),
     (nft.test_each_option_alone, ("mask",)),
