@@ -73,15 +73,20 @@ def select_tokens(
     _check(prompts, regions, metadata, groups, weight)
     offsets = _offsets(regions, image_tokens)
     lines = metadata or [None] * len(prompts)
-    cores = [
-        prompt if isinstance(prompt, Core) else core_content(prompt, source, metadata=line)
-        for prompt, line in zip(prompts, lines, strict=True)
-    ]
-    known = {core: _locate(core, regions, offsets) for core in set(cores)}  # the samples of a group share a prompt
-    located = [known[core] for core in cores]
-    _warn(located, regions)
-    names = [sample.names if groups == "phrase" else (", ".join(sample.names),) for sample in located]
-    return PromptSelection(_build(located, groups == "phrase", weight == "phrase"), names)
+    # The samples of a group share a prompt and its line: whatever is found is found once.
+    keys = [(prompt, id(line)) for prompt, line in zip(prompts, lines, strict=True)]
+    cores = {
+        key: key[0] if isinstance(key[0], Core) else core_content(key[0], source, metadata=line)
+        for key, line in dict(zip(keys, lines, strict=True)).items()
+    }
+    located = {core: _locate(core, regions, offsets) for core in dict.fromkeys(cores.values())}
+    samples = [located[cores[key]] for key in keys]
+    _warn(samples, regions)
+    built = _build(list(located.values()), groups == "phrase", weight == "phrase")
+    places = {core: place for place, core in enumerate(located)}
+    rows = torch.tensor([places[cores[key]] for key in keys])
+    names = [sample.names if groups == "phrase" else (", ".join(sample.names),) for sample in samples]
+    return PromptSelection(TokenSelection(built.index[rows], built.weight[rows]), names)
 
 
 def _locate(core: Core, regions: Sequence[TextRegion], offsets: Sequence[int]) -> _Located:
