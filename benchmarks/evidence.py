@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradient_agreement import multiple
+from gradient_agreement import KINDS, multiple
+from learning import text as learning_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -23,6 +24,7 @@ OVERHEAD = RESULTS / "overhead-amd-epyc-2-threads-avx2.json"
 EPOCH = RESULTS / "epoch-amd-epyc-2-threads-avx2.json"
 DEMO = RESULTS / "demo.jsonl"
 AGREEMENT = RESULTS / "gradient-agreement.json"
+LEARNING = RESULTS / "learning.json"
 _BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -92,13 +94,23 @@ def demo() -> str:
 
 
 def agreement() -> str:
-    """Mean cosines of gradients and effective-sample multiples, a column for each unit of the study."""
-    units = json.loads(AGREEMENT.read_text())["units"]
-    heads = [f"{unit['label']}, {unit['key']['task']} (reward {unit['reward']:.2f})" for unit in units]
-    names = [name for name in units[0]["agreement"] if ", step" not in name]
-    return _table(
-        "allocation", heads, {name: [_agreement(unit["agreement"], name) for unit in units] for name in names}
-    )
+    """Mean cosines of gradients and effective-sample multiples, a table for each unit of the study."""
+    tables = []
+    for unit in json.loads(AGREEMENT.read_text())["units"]:
+        arms = {name: arm for name, arm in unit["agreement"].items() if ", step" not in name}
+        kinds = [kind for kind in KINDS if not kind or kind in arms["scalar"]]
+        key = unit["key"]
+        title = (
+            f"{unit['label']}, {key['task']}, {key['batches']} batches of {key['samples']}, reward {unit['reward']:.2f}"
+        )
+        rows = {name: [_agreement(arms, name, kind) for kind in kinds] for name in arms}
+        tables.append(_table(title, [kind or "cosine" for kind in kinds], rows))
+    return "\n\n".join(tables)
+
+
+def learning() -> str:
+    """Final rewards of the learning study, and their differences from plain Flow-GRPO with the same seeds."""
+    return f"```text\n{learning_text(json.loads(LEARNING.read_text())).strip()}\n```"
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -107,6 +119,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "steps": steps,
     "demo": demo,
     "agreement": agreement,
+    "learning": learning,
 }
 
 
@@ -158,9 +171,10 @@ def _three(value: float) -> str:
     return f"{value:.2f}" if value < 2.5 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
-def _agreement(arms: dict[str, Any], name: str) -> str:
-    cell = f"{arms[name]['cosine']:.4f} ± {1.96 * arms[name]['error']:.4f}"
-    times = multiple(arms[name], arms["scalar"])
+def _agreement(arms: dict[str, Any], name: str, kind: str) -> str:
+    own, scalar = (arms[n][kind] if kind else arms[n] for n in (name, "scalar"))
+    cell = f"{own['cosine']:.4f} ± {1.96 * own['error']:.4f}"
+    times = multiple(own, scalar)
     if name != "scalar" and times.known:
         cell += f", {times.value:.2f} [{times.low:.2f}, {times.high:.2f}]"
     return cell

@@ -4,7 +4,9 @@ Draws independent batches of samples at a fixed policy, computes the gradient of
 the same samples and rewards, and reports the mean cosine between the gradients of different batches. While the noise is
 much larger than the signal the cosine grows in proportion to the batch, so the ratio of two allocations' cosines says
 how many times the samples one is worth, relative to the other ("effective-sample multiple"). Intervals are jackknife
-over batches.
+over batches. Three cosines are reported: of the gradients; of the gradients with each entry divided by the root mean
+square that it has under scalar advantages, as Adam steps by them ("scaled"); and of scaled gradients with those of
+scalar advantages in other batches ("along scalar"), which a field that only sharpens another objective does not raise.
 
 One run measures one model; give checkpoints of star-train to measure along training. Results are appended to a JSON
 file, in which a unit that is there already is not measured again; --report prints and draws what is there.
@@ -41,6 +43,7 @@ from star_trainer.scenes import check
 from star_trainer.schedule import schedule_of
 
 RESULTS = Path(__file__).parent / "results"
+KINDS = ("", "scaled", "along scalar")  # of cosines; the first is that of the gradients as they are
 STEPWISE = ("scalar", "core")  # whose gradients are kept for each denoising step, too
 
 
@@ -52,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         key = unit_key(options, config)
         if all(unit["key"] != key for unit in found["units"]):
             unit = {"key": key, "label": options.label or key["model"], **measure(config, options)}
+            key["batches"] = unit.pop("batches")  # fewer where the time was up
             found["units"].append({**unit, "environment": environment.describe(torch.device("cpu"))})
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(found) + "\n")
@@ -73,11 +77,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--groups", type=int, default=12, help="prompts of a batch")
     parser.add_argument("--group-size", type=int, default=8, help="samples of a prompt")
     parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--arms", help="only these allocations, separated by semicolons; scalar always")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no batch begins after so many")
     parser.add_argument("--out", type=Path, default=RESULTS / "gradient-agreement.json")
     parser.add_argument("--report", action="store_true", help="measure nothing: print and draw what is there")
     options = parser.parse_args(arguments)
     if options.batches < 4:
         parser.error(f"--batches must be at least 4 for an interval, got {options.batches}")
+    if options.arms is not None:
+        options.arms = ["scalar", *(name.strip() for name in options.arms.split(";"))]
     return options
 
 
@@ -109,6 +117,7 @@ def unit_key(options: argparse.Namespace, config: Config) -> dict[str, Any]:
         "window": [rollout.window, rollout.window_end],
         "noise_level": rollout.noise_level,
         "transition": rollout.transition,
+        **({} if options.arms is None else {"arms": options.arms}),
     }
 
 
@@ -120,24 +129,27 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         policy.model.load_state_dict(load_file(options.checkpoint / "average.safetensors"), strict=False)
     prompts = [p for p in load_prompts(config.data.prompts, seed="gradient agreement") if _asks_for(p, options.size)]
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    names = list(allocations.names(len(policy.model.transformer_blocks)))
+    names = _chosen(options.arms, list(allocations.names(len(policy.model.transformer_blocks))))
     stored: dict[str, list[Tensor]] = {}
     rewards, started = [], time.perf_counter()
     for number in tqdm(range(options.batches), desc=f"gradients, {options.label or options.model}", mininterval=5):
+        if len(rewards) >= 4 and time.perf_counter() - started > 60 * options.minutes:
+            break
         chosen = choose(prompts, config.rollout.groups, number, config.train.seed)
         rolled = allocations.roll_out(policy, chosen, config, number, accelerator.autocast)
         verdicts = check(rolled.batch.images, [p.metadata for p in rolled.batch.prompts])
         rewards.append(verdicts.graded.mean().item())
         fields = allocations.fields(rolled, credit(verdicts.graded, verdicts.phrases, config), number)
+        fields = {name: terms for name, terms in fields.items() if name in names}
         found = gradients(policy, rolled.batch, fields, parameters, config)
-        for name, gradient in {**found, **_mixed(found)}.items():
+        for name, gradient in {**found, **(_mixed(found) if options.arms is None else {})}.items():
             stored.setdefault(name, []).append(gradient.bfloat16())  # its rounding is far below the noise measured
-    summary = {name: agreement(stored[name]) for name in [*names, *(n for n in sorted(stored) if n not in names)]}
     return {
         "reward": sum(rewards) / len(rewards),
+        "batches": len(rewards),
         "parameters": sum(p.numel() for p in parameters),
         "seconds": round(time.perf_counter() - started, 1),
-        "agreement": summary,
+        "agreement": compared(stored),
     }
 
 
@@ -190,18 +202,47 @@ def _slope(velocity: Tensor, step: Step, transition: Any, advantages: Tensor, we
     return slope
 
 
-def agreement(vectors: Sequence[Tensor]) -> dict[str, Any]:
-    """Mean cosine between different vectors, its jackknife error, and the means without each one of them."""
-    stacked = torch.stack(list(vectors))
-    norms = torch.stack([v.float().norm() for v in stacked])
-    inner = torch.zeros(len(stacked), len(stacked))
-    for columns in stacked.split(1 << 18, dim=1):
-        part = columns.float()
-        inner += part @ part.T
-    cosines = inner / (norms[:, None] * norms)
-    n = len(stacked)
-    total, rows = (cosines.sum() - n).item(), cosines.sum(dim=1) - 1
-    without = [(total - 2 * row) / ((n - 1) * (n - 2)) for row in rows.tolist()]
+def compared(stored: dict[str, list[Tensor]]) -> dict[str, dict[str, Any]]:
+    """Of each allocation the three cosines, see above."""
+    scalar = torch.stack(stored["scalar"])
+    squares = torch.zeros(scalar.shape[1])
+    for row in scalar:
+        squares += row.float().square()
+    scale = (squares / len(scalar)).sqrt().clamp(min=1e-12).reciprocal()
+    found = {}
+    for name, vectors in stored.items():
+        if len(vectors) < 4:  # a step that few batches trained
+            continue
+        stacked = torch.stack(vectors)
+        found[name] = agreement(stacked)
+        if ", step" not in name:
+            found[name]["scaled"] = agreement(stacked, scale=scale)
+            found[name]["along scalar"] = agreement(stacked, scalar, scale=scale)
+    return found
+
+
+def agreement(vectors: Tensor, others: Tensor | None = None, scale: Tensor | None = None) -> dict[str, Any]:
+    """Mean cosine between vectors and others of another row, its jackknife error, and the means without each row.
+
+    Args:
+        vectors: ``[N, D]``.
+        others: ``[N, D]``; None: the vectors.
+        scale: ``[D]``, a factor of every entry.
+    """
+    n, size = vectors.shape
+    inner, squares = torch.zeros(n, n), torch.zeros(2, n)
+    for start in range(0, size, 1 << 18):
+        chosen = slice(start, start + (1 << 18))
+        factor = 1.0 if scale is None else scale[chosen]
+        left = vectors[:, chosen].float() * factor
+        right = left if others is None else others[:, chosen].float() * factor
+        inner += left @ right.T
+        squares += torch.stack([left.square().sum(dim=1), right.square().sum(dim=1)])
+    norms = squares.sqrt()
+    cosines = (inner / (norms[0, :, None] * norms[1])).fill_diagonal_(0)
+    total = cosines.sum().item()
+    own = cosines.sum(dim=0) + cosines.sum(dim=1)
+    without = [(total - o) / ((n - 1) * (n - 2)) for o in own.tolist()]
     return {"cosine": total / (n * (n - 1)), "error": jackknife(without), "without": [round(w, 7) for w in without]}
 
 
@@ -243,18 +284,20 @@ def text(unit: dict[str, Any]) -> str:
         "",
         f"{unit['label']} · {key['task']}{' · ' + key['size'] if key['size'] else ''} · {key['batches']} batches of "
         f"{key['samples']} samples · reward {unit['reward']:.3f} · {unit['seconds']:.0f} s",
-        f"  {'allocation':<26}{'cosine':>9}{'± 1.96 s.e.':>13}{'difference':>12}{'± 1.96 s.e.':>13}{'multiple':>10}",
+        f"  {'allocation':<36}{'cosine':>9}{'± 1.96 s.e.':>13}{'difference':>12}{'± 1.96 s.e.':>13}{'multiple':>10}",
     ]
     for name, arm in unit["agreement"].items():
-        lines.append(f"  {name:<26}{arm['cosine']:>9.4f}{1.96 * arm['error']:>13.4f}")
-        if "step" in name:
-            continue
-        pairs = zip(arm["without"], reference["without"], strict=True)
-        error = jackknife([a - r for a, r in pairs])
-        times = multiple(arm, reference)
-        lines[-1] += f"{arm['cosine'] - reference['cosine']:>12.4f}{1.96 * error:>13.4f}"
-        if times.known:
-            lines[-1] += f"{times.value:>10.2f}  [{times.low:.2f}, {times.high:.2f}]"
+        if ", step" in name:
+            lines.append(f"  {name:<36}{arm['cosine']:>9.4f}{1.96 * arm['error']:>13.4f}")
+        for kind in KINDS if ", step" not in name else ():
+            if kind and kind not in arm:
+                continue
+            own, other = (arm[kind], reference[kind]) if kind else (arm, reference)
+            error = jackknife([a - r for a, r in zip(own["without"], other["without"], strict=True)])
+            line = f"  {', '.join(filter(None, (name, kind))):<36}{own['cosine']:>9.4f}{1.96 * own['error']:>13.4f}"
+            line += f"{own['cosine'] - other['cosine']:>12.4f}{1.96 * error:>13.4f}"
+            times = multiple(own, other)
+            lines.append(line + (f"{times.value:>10.2f}  [{times.low:.2f}, {times.high:.2f}]" if times.known else ""))
     return "\n".join(lines)
 
 
@@ -284,6 +327,13 @@ def draw(units: Sequence[dict[str, Any]]) -> Any:
 def _mixed(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a strength below one are a mixture of ones and the map, and so is their gradient."""
     return {f"strength {s:g}": torch.lerp(found["scalar"], found["core"], s) for s in allocations.STRENGTHS}
+
+
+def _chosen(arms: list[str] | None, known: list[str]) -> list[str]:
+    for name in arms or ():
+        if name not in known:
+            raise SystemExit(f"--arms: {name!r} is no allocation; there are {'; '.join(known)}")
+    return arms or known
 
 
 def _asks_for(prompt: Prompt, size: str | None) -> bool:

@@ -170,7 +170,11 @@ def collect(design: dict[str, Any], runs: Path) -> dict[str, Any]:
             found.append(
                 {**asdict(unit), "rollouts": rollouts, "evaluations": evaluations, "seconds": round(seconds, 1)}
             )
-    return {"environment": environment.describe(torch.device("cpu")), "design": design, "runs": found}
+    return {
+        "environment": environment.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "design": design,
+        "runs": found,
+    }
 
 
 def text(result: dict[str, Any]) -> str:

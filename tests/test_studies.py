@@ -16,6 +16,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+from star_trainer.command import parse as parse_settings
 from star_trainer.config import Config
 from star_trainer.policy import Policy
 from star_trainer.prompts import Prompt, load_prompts
@@ -110,7 +111,7 @@ def test_gradients_are_those_of_the_driver(rollout: allocations.Rollout, config:
 
 
 def test_agreement_is_the_mean_cosine_of_different_vectors() -> None:
-    vectors = [torch.randn(500) + 0.5 for _ in range(6)]
+    vectors = torch.randn(6, 500) + 0.5
     pairs = [torch.cosine_similarity(a, b, dim=0) for i, a in enumerate(vectors) for b in vectors[:i]]
     found = gradient_agreement.agreement(vectors)
     assert found["cosine"] == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-5)
@@ -118,8 +119,24 @@ def test_agreement_is_the_mean_cosine_of_different_vectors() -> None:
     assert found["without"][0] == pytest.approx(without, abs=1e-5)
 
 
+def test_scaled_cosines_and_those_along_scalar() -> None:
+    """An entry of huge gradients drowns all others, but not once each is divided by its root mean square."""
+    noise, loud = torch.randn(2, 6, 400), torch.cat([torch.full((1,), 1e3), torch.ones(399)])
+    scalar, other = (noise + 0.5) * loud
+    found = gradient_agreement.compared({"scalar": list(scalar), "other": list(other)})
+    rms = scalar.square().mean(dim=0).sqrt()
+    ways = [torch.cosine_similarity(a / rms, b / rms, dim=0) for i, a in enumerate(other) for b in other[:i]]
+    assert found["other"]["scaled"]["cosine"] == pytest.approx(float(torch.stack(ways).mean()), abs=1e-5)
+    pairs = [(a, b) for i, a in enumerate(other) for j, b in enumerate(scalar) if i != j]
+    ways = [torch.cosine_similarity(a / rms, b / rms, dim=0) for a, b in pairs]
+    assert found["other"]["along scalar"]["cosine"] == pytest.approx(float(torch.stack(ways).mean()), abs=1e-5)
+    assert found["scalar"]["along scalar"] == found["scalar"]["scaled"]
+    without = gradient_agreement.agreement(other[1:], scalar[1:], 1 / rms)["cosine"]
+    assert found["other"]["along scalar"]["without"][0] == pytest.approx(without, abs=1e-5)
+
+
 def test_the_jackknife_error_is_about_the_spread_of_repetitions() -> None:
-    found = [gradient_agreement.agreement([torch.randn(200) + 0.4 for _ in range(12)]) for _ in range(60)]
+    found = [gradient_agreement.agreement(torch.randn(12, 200) + 0.4) for _ in range(60)]
     spread = float(torch.tensor([f["cosine"] for f in found]).std())
     errors = float(torch.tensor([f["error"] for f in found]).mean())
     assert errors == pytest.approx(spread, rel=0.4)
@@ -128,8 +145,8 @@ def test_the_jackknife_error_is_about_the_spread_of_repetitions() -> None:
 def test_the_multiple_counts_samples() -> None:
     """Means of twice as many samples agree as much as an allocation that is worth two."""
     signal = 0.05
-    single = gradient_agreement.agreement([torch.randn(4000) + signal for _ in range(40)])
-    double = gradient_agreement.agreement([torch.randn(2, 4000).mean(dim=0) + signal for _ in range(40)])
+    single = gradient_agreement.agreement(torch.randn(40, 4000) + signal)
+    double = gradient_agreement.agreement(torch.randn(40, 2, 4000).mean(dim=1) + signal)
     times = gradient_agreement.multiple(double, single)
     assert times.low < 2 < times.high
     assert gradient_agreement.multiple({**single, "cosine": -0.01}, single).known is False
@@ -154,6 +171,19 @@ def test_samples_to_is_where_the_mean_curve_crosses() -> None:
     assert learning.samples_to(plain, fast) == pytest.approx(15 / 20)
     assert learning.samples_to(plain, plain) == 1
     assert learning.samples_to(plain, slow) == math.inf
+
+
+@pytest.mark.parametrize(
+    "design", sorted(Path(learning.__file__).parent.glob("learning_design*.yaml")), ids=lambda p: p.stem
+)
+def test_the_driver_takes_every_arm_of_a_committed_design(design: Path) -> None:
+    found = yaml.safe_load(design.read_text())
+    for arm in found["arms"].values():
+        config = parse_settings([f"--{k}={v}" for k, v in {**found["settings"], **arm}.items() if k != "control"])
+        assert arm.get("control", "shuffled") in learning.CONTROLS
+        assert config.samples % config.train.updates == 0
+    assert len(found["seeds"]) >= 5
+    assert found["settings"]["evaluation.prompts"] >= 1024
 
 
 def test_a_study_runs_resumes_and_reports(
