@@ -25,7 +25,7 @@ from star_trainer.scenes.detect import color_masks
 # Of each allocation the terms of its loss: advantages [N] and the weights [N, Steps, P] that they act by.
 Fields = dict[str, list[tuple[Tensor, Tensor]]]
 CONTROLS = ("shuffled", "inverted", "all tokens", "frozen", "another rollout's", "permuted advantages")
-OPTIONS = ("trajectory", "cap 2", "squared", "phrases", "phrases alone")
+OPTIONS = ("trajectory", "cap 2", "squared", "phrases", "phrases alone", "phrases without maps")
 STRENGTHS = (0.25, 0.5, 0.75)
 
 
@@ -105,6 +105,9 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor], seed: int) -> Fields
         "squared": [(advantages, allocate(mean.square()))],
         "phrases": _phrases(rollout, (advantages[:, None] + by_phrase) / 2),
         "phrases alone": _phrases(rollout, by_phrase),
+        "phrases without maps": [
+            (advantages, torch.ones_like(field)) for advantages, field in _phrases(rollout, by_phrase)
+        ],
         **{f"block {b}": [(advantages, allocate(core[:, :, b]))] for b in range(core.shape[2])},
         "object mask (oracle)": [(advantages, allocate(object_mask(rollout.batch)[:, None].expand_as(mean)))],
         "shuffled": [(advantages, moved)],

@@ -108,6 +108,30 @@ def agreement() -> str:
     return "\n\n".join(tables)
 
 
+def agreement_star() -> str:
+    """The study's largest unit, on STAR's default."""
+    unit = _largest_unit()
+    arms, key = unit["agreement"], unit["key"]
+    return (
+        f"**STAR's default allocation is worth {_times(arms, 'core', 'scaled')} times the samples here, not the two "
+        f"times that we aimed at.** So say {key['batches']} batches of {key['samples']} at the model as it ships, with "
+        "gradients scaled as Adam scales them (the second table); of the gradients as they are the figure is "
+        f"{_times(arms, 'core', '')}. Maps matter, but little: the inverted map is worth "
+        f"{_times(arms, 'inverted', 'scaled')}, the map at random positions {_times(arms, 'shuffled', 'scaled')}, the "
+        f"mask of the finished picture, which no rollout has, {_times(arms, 'object mask (oracle)', 'scaled')}."
+    )
+
+
+def agreement_phrases() -> str:
+    """The same unit, on credit by phrase."""
+    arms = _largest_unit()["agreement"]
+    return (
+        f"It is worth {_times(arms, 'phrases alone', 'scaled')} times the samples by the scaled gradients, "
+        f"{_times(arms, 'phrases alone', '')} by the gradients as they are; along the gradient of the scalar reward "
+        f"{_times(arms, 'phrases alone', 'along scalar')}."
+    )
+
+
 def learning() -> str:
     """Final rewards of the learning study, and their differences from plain Flow-GRPO with the same seeds."""
     return f"```text\n{learning_text(json.loads(LEARNING.read_text())).strip()}\n```"
@@ -119,6 +143,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "steps": steps,
     "demo": demo,
     "agreement": agreement,
+    "agreement-star": agreement_star,
+    "agreement-phrases": agreement_phrases,
     "learning": learning,
 }
 
@@ -171,13 +197,22 @@ def _three(value: float) -> str:
     return f"{value:.2f}" if value < 2.5 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
+def _largest_unit() -> dict[str, Any]:
+    units: list[dict[str, Any]] = json.loads(AGREEMENT.read_text())["units"]
+    return max(units, key=lambda unit: unit["key"]["batches"] * unit["key"]["samples"])
+
+
+def _times(arms: dict[str, Any], name: str, kind: str) -> str:
+    own, scalar = (arms[n][kind] if kind else arms[n] for n in (name, "scalar"))
+    times = multiple(own, scalar)
+    return f"{times.value:.2f} [{times.low:.2f}, {times.high:.2f}]"
+
+
 def _agreement(arms: dict[str, Any], name: str, kind: str) -> str:
     own, scalar = (arms[n][kind] if kind else arms[n] for n in (name, "scalar"))
     cell = f"{own['cosine']:.4f} ± {1.96 * own['error']:.4f}"
-    times = multiple(own, scalar)
-    if name != "scalar" and times.known:
-        cell += f", {times.value:.2f} [{times.low:.2f}, {times.high:.2f}]"
-    return cell
+    known = name != "scalar" and multiple(own, scalar).known
+    return f"{cell}, {_times(arms, name, kind)}" if known else cell
 
 
 def _table(title: str, heads: Sequence[str], rows: dict[str, list[str]]) -> str:
