@@ -1,4 +1,8 @@
-"""What STAR costs an epoch of the driver: rollout, rewards and update of the small model that ships."""
+"""What STAR costs an epoch of the driver: rollout, rewards and update of the small model that ships.
+
+Two ways: whole epochs with and without, whose ratio is as noisy as seconds-long calls are on a shared machine; and by
+parts, all that STAR adds to an epoch timed by itself, many times, over the time of a plain epoch.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,16 @@ import torch
 import yaml
 from accelerate import Accelerator
 from clocks import CpuClock
-from harness import Budget, Progress, Variant, interleave
+from harness import Budget, Figure, Progress, Variant, interleave
 from policy_overhead import peak_memory
+from torch import Tensor
 
+from star_kernels import weighted_policy_loss
 from star_trainer.command import PRESETS
 from star_trainer.config import Config
+from star_trainer.prompts import choose
+from star_trainer.rollout import capture, select, weighted
+from star_trainer.schedule import schedule_of
 from star_trainer.trainer import Trainer
 
 GROUPS = 8  # of the preset's size: what an epoch does scales with them
@@ -46,7 +55,9 @@ def measure_case(config: Config, device: torch.device, budget: Budget, folder: s
         Variant("star", "epoch with STAR", trainers["star"].train_epoch),
     ]
     clock = CpuClock(device)
-    times = interleave(variants, clock, budget, title, warm_up=1)
+    times = interleave(variants, clock, replace(budget, seconds=0.7 * budget.seconds), title, warm_up=1)
+    parts = added(trainers["star"], clock, replace(budget, seconds=0.3 * budget.seconds))
+    plain = times.figure("plain").median
     peaks = {method: peak_memory(trainer.train_epoch, device) for method, trainer in trainers.items()}
     return {
         "name": "smoke test" if quick else "epoch of the driver",
@@ -60,9 +71,70 @@ def measure_case(config: Config, device: torch.device, budget: Budget, folder: s
                 "label": "OVERHEAD epoch with STAR / without",
                 **times.ratio("star", "plain").as_dict(),
             },
+            "star_by_parts": {
+                "label": "OVERHEAD all that STAR adds, over an epoch without",
+                "median": 1 + sum(count * figure.median for count, figure in parts.values()) / plain,
+                "low": 1 + sum(count * figure.low for count, figure in parts.values()) / plain,
+                "high": 1 + sum(count * figure.high for count, figure in parts.values()) / plain,
+                "count": min(figure.count for _, figure in parts.values()),
+            },
             "star_memory": {"label": "peak memory: with STAR / without", "median": peaks["star"] / peaks["plain"]},
         },
+        "added": {name: {"times": count, **figure.as_dict()} for name, (count, figure) in parts.items()},
         "notes": [*filter(None, (times.note,))],
+    }
+
+
+def added(trainer: Trainer, clock: CpuClock, budget: Budget) -> dict[str, tuple[int, Figure]]:
+    """Of each part that STAR adds: how often an epoch has it, and its seconds.
+
+    They are: the tokens of the prompts, the maps of a forward pass, the weights from the maps, and what weights add to
+    the loss forward and backward.
+    """
+    config, policy = trainer.config, trainer.policy
+    size = config.rollout.group_size
+    chosen = choose(trainer.prompts, config.rollout.groups, 0, config.train.seed)
+    prompts = [prompt for prompt in chosen for _ in range(size)][: config.rollout.batch]
+    count = len(prompts)
+    batch = trainer.roll_out(prompts, range(count))
+    shape = policy.latent_shape(config.rollout.resolution)
+    selection = select(policy, prompts, config.allocation, shape)
+    schedule = schedule_of(policy.pipeline, config.rollout.steps)
+    step, advantages = batch.steps[0], torch.linspace(-1, 1, count, device=policy.device)
+    maps = torch.rand(count, len(batch.steps), *step.weights.shape[1:], device=policy.device)  # type: ignore[union-attr]
+    transition = schedule.transition(step.number, config, count, policy.device)
+    velocity = torch.randn_like(step.sample)
+
+    def forward(handle: Any, enabled: bool) -> None:
+        handle.enabled = enabled
+        policy.velocity(step.sample, schedule.timestep(step.number), batch.text)
+        if enabled:
+            handle.take()
+
+    def loss(weights: Tensor | None) -> None:
+        leaf = velocity.detach().requires_grad_()
+        found = weighted_policy_loss(
+            leaf, step.sample, step.prev_sample, step.log_prob, advantages, transition, weights=weights
+        )
+        found.loss.backward()
+
+    with torch.no_grad(), capture(policy, selection, config) as handle:
+        variants = [
+            Variant("forward", "forward pass", lambda: forward(handle, False)),
+            Variant("maps", "forward pass with maps", lambda: forward(handle, True)),
+            Variant("selection", "tokens of the prompts", lambda: select(policy, prompts, config.allocation, shape)),
+            Variant("weights", "weights from maps", lambda: weighted(batch.steps, maps, config.allocation)),
+            Variant("plain loss", "loss", torch.enable_grad()(lambda: loss(None))),
+            Variant("loss", "loss with weights", torch.enable_grad()(lambda: loss(step.weights))),
+        ]
+        times = interleave(variants, clock, budget, "epoch of the driver · parts", warm_up=2)
+    batches = -(-config.samples // count)
+    passes = batches * len(batch.steps)
+    return {
+        "selection": (batches, times.figure("selection")),
+        "maps": (passes, times.difference("maps", "forward")),
+        "weights": (batches, times.figure("weights")),
+        "loss": (passes * config.train.passes, times.difference("loss", "plain loss")),
     }
 
 

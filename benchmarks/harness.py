@@ -69,6 +69,11 @@ class Times:
         pairs = [(r[numerator], r[denominator]) for r in self.rounds if numerator in r and denominator in r]
         return self._summarise(pairs, lambda s: s[0].seconds / s[1].seconds)
 
+    def difference(self, more: str, less: str) -> Figure:
+        """Of the two times of each round in which both ran, in seconds."""
+        pairs = [(r[more], r[less]) for r in self.rounds if more in r and less in r]
+        return self._summarise(pairs, lambda s: s[0].seconds - s[1].seconds)
+
     def fastest(self, names: Sequence[str]) -> str:
         return min(names, key=lambda name: self.figure(name).median)
 

@@ -53,6 +53,7 @@ THRESHOLDS = (
     Threshold("capture", "capture_memory", "<=", 1.01, case=FORWARD),
     Threshold("end-to-end", "star_over_plain", "<=", 1.02, case=STEP),
     Threshold("epoch", "star_over_plain", "<=", 1.01, device="cpu", case=EPOCH),
+    Threshold("epoch", "star_by_parts", "<=", 1.01, device="cpu", case=EPOCH),
     Threshold("epoch", "star_memory", "<=", 1.01, case=EPOCH),
 )
 

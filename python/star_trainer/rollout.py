@@ -97,7 +97,7 @@ def roll_out(
                     maps.append(handle.take()[:, 0])
             latents = drawn
     if maps:
-        steps = _weighted(steps, torch.stack(maps, dim=1), config.allocation)
+        steps = weighted(steps, torch.stack(maps, dim=1), config.allocation)
     return Batch(list(numbers), list(prompts), text, steps, policy.decode(latents))
 
 
@@ -139,7 +139,7 @@ def sample(policy: Policy, prompts: Sequence[Prompt], names: Sequence[str], conf
     return policy.decode(latents)
 
 
-def _weighted(steps: list[Step], maps: Tensor, allocation: Allocation) -> list[Step]:
+def weighted(steps: list[Step], maps: Tensor, allocation: Allocation) -> list[Step]:
     """Steps with their weights, from maps ``[B, Steps, rows, columns]``."""
     weights = allocate(maps.flatten(2), strength=allocation.strength, over=allocation.over, cap=allocation.cap)
     on_grid = weights.unflatten(2, maps.shape[2:])

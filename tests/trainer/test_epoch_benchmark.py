@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import epoch_overhead
+import pytest
 import torch
 from harness import Budget
 
@@ -12,3 +13,7 @@ def test_both_arms_are_timed_and_weighed() -> None:
     assert set(case["times"]) == {"plain", "star"}
     assert case["ratios"]["star_memory"]["median"] > 0.5
     assert case["ratios"]["star_over_plain"]["count"] == 2
+    assert set(case["added"]) == {"selection", "maps", "weights", "loss"}
+    assert case["added"]["maps"]["times"] == 2  # both trained steps
+    extra = sum(part["times"] * part["median"] for part in case["added"].values())
+    assert case["ratios"]["star_by_parts"]["median"] == pytest.approx(1 + extra / case["times"]["plain"]["median"])
