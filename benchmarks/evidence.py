@@ -77,6 +77,7 @@ def steps() -> str:
             f"| rollout and update of 2 blocks of SD3.5-M at 256² | {_ratio(step, 'star_over_plain')} | |",
             f"| epoch of the driver with the small model, rewards included | {_ratio(epoch, 'star_over_plain')} | "
             f"{_ratio(epoch, 'star_memory')} |",
+            f"| the same epoch, all that STAR adds timed by itself | {_ratio(epoch, 'star_by_parts')} | |",
         ]
     )
 

@@ -196,10 +196,13 @@ def text(result: dict[str, Any]) -> str:
             if arm != "plain" and pairs:
                 difference, reach, p = paired(pairs)
                 line += f"{difference:>9.4f}{reach:>9.4f}{p:>9.3f}"
-                share = samples_to(arms["plain"], runs)
-                line += f"{share:>9.2f}" if math.isfinite(share) else f"{'> 1':>9}"
+                if len(next(iter(runs.values()))["evaluations"]) > 2:  # a curve, not its two ends
+                    share = samples_to(arms["plain"], runs)
+                    line += f"{share:>9.2f}" if math.isfinite(share) else f"{'> 1':>9}"
             lines.append(line)
-    lines.append("\nsamples: those after which the mean curve reaches plain's last one, as a share of plain's")
+    lines.append(
+        "\nsamples, where there is a curve: those after which the mean reaches plain's last one, as a share of plain's"
+    )
     return "\n".join(lines)
 
 
