@@ -2,7 +2,7 @@
 # make demo      the same, then trains the small model: reward curve, pictures before and after, allocation strips
 # make overhead  the same, then the benchmark behind README's numbers
 # make gpu       on a machine with a GPU: its tests, sanitizers, tuning and benchmarks; OUT=DIR takes the results
-# make gpu-study on a machine with a GPU: the learning study at its full size; goes on where it stopped; OUT=DIR as above
+# make gpu-study on a machine with a GPU: the learning study at its full size; goes on where it stopped, in runs/; OUT=DIR as above
 # make sanitize  the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; four minutes
 # make coverage  the tests with the lines counted that they reach; fails under 95 %
 # make lint      formatting, lint, types
@@ -39,7 +39,7 @@ gpu: $(STAMP)
 	$(PYTHON) benchmarks/gpu.py --out $(OUT)
 
 gpu-study: $(STAMP)
-	$(PYTHON) benchmarks/learning.py --design benchmarks/learning_design_gpu.yaml --runs $(OUT)/learning \
+	$(PYTHON) benchmarks/learning.py --design benchmarks/learning_design_gpu.yaml --runs runs/learning-gpu \
 		--out $(OUT)/learning-gpu.json $(ARGS)
 
 sanitize: $(STAMP)

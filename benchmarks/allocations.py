@@ -55,6 +55,17 @@ def names(blocks: int) -> Iterator[str]:
     yield from CONTROLS
 
 
+def listed(text: str) -> list[str]:
+    """Names on a command line, some of which have commas in them."""
+    return [name.strip() for name in text.split(";")]
+
+
+def check_arms(arms: Sequence[str], known: Sequence[str]) -> None:
+    for name in arms:
+        if name not in known:
+            raise SystemExit(f"--arms must name some of {'; '.join(known)}, got {name!r}")
+
+
 def color(name: str) -> str:
     if name == "scalar":
         return "#7F7F7F"
@@ -97,6 +108,7 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor], seed: int) -> Fields
     moved = shuffled(weights, generator)
     peak = mean.amax(dim=2, keepdim=True)
     other = torch.arange(len(mean)).view(-1, rollout.group_size).roll(1, dims=1).flatten()
+    by_own_map = _phrases(rollout, by_phrase)
     found: Fields = {
         "scalar": [(advantages, torch.ones_like(weights))],
         "core": [(advantages, weights)],
@@ -104,10 +116,8 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor], seed: int) -> Fields
         "cap 2": [(advantages, allocate(mean, cap=2.0))],
         "squared": [(advantages, allocate(mean.square()))],
         "phrases": _phrases(rollout, (advantages[:, None] + by_phrase) / 2),
-        "phrases alone": _phrases(rollout, by_phrase),
-        "phrases without maps": [
-            (advantages, torch.ones_like(field)) for advantages, field in _phrases(rollout, by_phrase)
-        ],
+        "phrases alone": by_own_map,
+        "phrases without maps": [(own, torch.ones_like(weights)) for own, _ in by_own_map],
         **{f"block {b}": [(advantages, allocate(core[:, :, b]))] for b in range(core.shape[2])},
         "object mask (oracle)": [(advantages, allocate(object_mask(rollout.batch)[:, None].expand_as(mean)))],
         "shuffled": [(advantages, moved)],

@@ -73,9 +73,10 @@ def measure_case(config: Config, device: torch.device, budget: Budget, folder: s
             },
             "star_by_parts": {
                 "label": "OVERHEAD all that STAR adds, over an epoch without",
-                "median": 1 + sum(count * figure.median for count, figure in parts.values()) / plain,
-                "low": 1 + sum(count * figure.low for count, figure in parts.values()) / plain,
-                "high": 1 + sum(count * figure.high for count, figure in parts.values()) / plain,
+                **{
+                    bound: 1 + sum(count * getattr(figure, bound) for count, figure in parts.values()) / plain
+                    for bound in ("median", "low", "high")  # as if all parts were at their bounds together
+                },
                 "count": min(figure.count for _, figure in parts.values()),
             },
             "star_memory": {"label": "peak memory: with STAR / without", "median": peaks["star"] / peaks["plain"]},
@@ -101,7 +102,8 @@ def added(trainer: Trainer, clock: CpuClock, budget: Budget) -> dict[str, tuple[
     selection = select(policy, prompts, config.allocation, shape)
     schedule = schedule_of(policy.pipeline, config.rollout.steps)
     step, advantages = batch.steps[0], torch.linspace(-1, 1, count, device=policy.device)
-    maps = torch.rand(count, len(batch.steps), *step.weights.shape[1:], device=policy.device)  # type: ignore[union-attr]
+    assert step.weights is not None
+    maps = torch.rand(count, len(batch.steps), *step.weights.shape[1:], device=policy.device)
     transition = schedule.transition(step.number, config, count, policy.device)
     velocity = torch.randn_like(step.sample)
 

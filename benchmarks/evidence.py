@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradient_agreement import KINDS, multiple
+from gradient_agreement import Multiple, cosines, multiple
 from learning import text as learning_text
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +99,7 @@ def agreement() -> str:
     tables = []
     for unit in json.loads(AGREEMENT.read_text())["units"]:
         arms = {name: arm for name, arm in unit["agreement"].items() if ", step" not in name}
-        kinds = [kind for kind in KINDS if not kind or kind in arms["scalar"]]
+        kinds = list(cosines(arms["scalar"]))
         key = unit["key"]
         title = (
             f"{unit['label']}, {key['task']}, {key['batches']} batches of {key['samples']}, reward {unit['reward']:.2f}"
@@ -203,17 +203,14 @@ def _largest_unit() -> dict[str, Any]:
     return max(units, key=lambda unit: unit["key"]["batches"] * unit["key"]["samples"])
 
 
-def _times(arms: dict[str, Any], name: str, kind: str) -> str:
-    own, scalar = (arms[n][kind] if kind else arms[n] for n in (name, "scalar"))
-    times = multiple(own, scalar)
-    return f"{times.value:.2f} [{times.low:.2f}, {times.high:.2f}]"
+def _times(arms: dict[str, Any], name: str, kind: str) -> Multiple:
+    return multiple(cosines(arms[name])[kind], cosines(arms["scalar"])[kind])
 
 
 def _agreement(arms: dict[str, Any], name: str, kind: str) -> str:
-    own, scalar = (arms[n][kind] if kind else arms[n] for n in (name, "scalar"))
+    own, times = cosines(arms[name])[kind], _times(arms, name, kind)
     cell = f"{own['cosine']:.4f} ± {1.96 * own['error']:.4f}"
-    known = name != "scalar" and multiple(own, scalar).known
-    return f"{cell}, {_times(arms, name, kind)}" if known else cell
+    return f"{cell}, {times}" if name != "scalar" and times.known else cell
 
 
 def _table(title: str, heads: Sequence[str], rows: dict[str, list[str]]) -> str:

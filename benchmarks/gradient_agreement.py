@@ -43,7 +43,6 @@ from star_trainer.scenes import check
 from star_trainer.schedule import schedule_of
 
 RESULTS = Path(__file__).parent / "results"
-KINDS = ("", "scaled", "along scalar")  # of cosines; the first is that of the gradients as they are
 STEPWISE = ("scalar", "core")  # whose gradients are kept for each denoising step, too
 
 
@@ -77,7 +76,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--groups", type=int, default=12, help="prompts of a batch")
     parser.add_argument("--group-size", type=int, default=8, help="samples of a prompt")
     parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--arms", help="only these allocations, separated by semicolons; scalar always")
+    parser.add_argument(
+        "--arms", type=allocations.listed, help="only these allocations, separated by semicolons; scalar always"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="no batch begins after so many")
     parser.add_argument("--out", type=Path, default=RESULTS / "gradient-agreement.json")
     parser.add_argument("--report", action="store_true", help="measure nothing: print and draw what is there")
@@ -85,7 +86,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.batches < 4:
         parser.error(f"--batches must be at least 4 for an interval, got {options.batches}")
     if options.arms is not None:
-        options.arms = ["scalar", *(name.strip() for name in options.arms.split(";"))]
+        options.arms = ["scalar", *options.arms]
     return options
 
 
@@ -129,7 +130,10 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         policy.model.load_state_dict(load_file(options.checkpoint / "average.safetensors"), strict=False)
     prompts = [p for p in load_prompts(config.data.prompts, seed="gradient agreement") if _asks_for(p, options.size)]
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    names = _chosen(options.arms, list(allocations.names(len(policy.model.transformer_blocks))))
+    names = list(allocations.names(len(policy.model.transformer_blocks)))
+    if options.arms is not None:
+        allocations.check_arms(options.arms, names)
+        names = options.arms
     stored: dict[str, list[Tensor]] = {}
     rewards, started = [], time.perf_counter()
     for number in tqdm(range(options.batches), desc=f"gradients, {options.label or options.model}", mininterval=5):
@@ -221,6 +225,11 @@ def compared(stored: dict[str, list[Tensor]]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def cosines(arm: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those that a unit has of an allocation, by kind; "" is that of the gradients as they are."""
+    return {"": arm, **{kind: arm[kind] for kind in ("scaled", "along scalar") if kind in arm}}
+
+
 def agreement(vectors: Tensor, others: Tensor | None = None, scale: Tensor | None = None) -> dict[str, Any]:
     """Mean cosine between vectors and others of another row, its jackknife error, and the means without each row.
 
@@ -264,6 +273,9 @@ class Multiple:
     def known(self) -> bool:
         return math.isfinite(self.value)
 
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
 
 def multiple(arm: dict[str, Any], reference: dict[str, Any]) -> Multiple:
     """Ratio of ``c / (1 - c)``, which is proportional to the samples; unknown where a cosine is not positive."""
@@ -284,20 +296,20 @@ def text(unit: dict[str, Any]) -> str:
         "",
         f"{unit['label']} · {key['task']}{' · ' + key['size'] if key['size'] else ''} · {key['batches']} batches of "
         f"{key['samples']} samples · reward {unit['reward']:.3f} · {unit['seconds']:.0f} s",
-        f"  {'allocation':<36}{'cosine':>9}{'± 1.96 s.e.':>13}{'difference':>12}{'± 1.96 s.e.':>13}{'multiple':>10}",
+        f"  {'allocation':<36}{'cosine':>9}{'± 1.96 s.e.':>13}{'difference':>12}{'± 1.96 s.e.':>13}{'multiple':>22}",
     ]
     for name, arm in unit["agreement"].items():
-        if ", step" in name:
-            lines.append(f"  {name:<36}{arm['cosine']:>9.4f}{1.96 * arm['error']:>13.4f}")
-        for kind in KINDS if ", step" not in name else ():
-            if kind and kind not in arm:
+        for kind, own in cosines(arm).items():
+            lines.append(
+                f"  {', '.join(filter(None, (name, kind))):<36}{own['cosine']:>9.4f}{1.96 * own['error']:>13.4f}"
+            )
+            if ", step" in name:
                 continue
-            own, other = (arm[kind], reference[kind]) if kind else (arm, reference)
+            other = cosines(reference)[kind]
             error = jackknife([a - r for a, r in zip(own["without"], other["without"], strict=True)])
-            line = f"  {', '.join(filter(None, (name, kind))):<36}{own['cosine']:>9.4f}{1.96 * own['error']:>13.4f}"
-            line += f"{own['cosine'] - other['cosine']:>12.4f}{1.96 * error:>13.4f}"
             times = multiple(own, other)
-            lines.append(line + (f"{times.value:>10.2f}  [{times.low:.2f}, {times.high:.2f}]" if times.known else ""))
+            lines[-1] += f"{own['cosine'] - other['cosine']:>12.4f}{1.96 * error:>13.4f}"
+            lines[-1] += f"{times!s:>22}" if times.known else ""
     return "\n".join(lines)
 
 
@@ -327,13 +339,6 @@ def draw(units: Sequence[dict[str, Any]]) -> Any:
 def _mixed(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a strength below one are a mixture of ones and the map, and so is their gradient."""
     return {f"strength {s:g}": torch.lerp(found["scalar"], found["core"], s) for s in allocations.STRENGTHS}
-
-
-def _chosen(arms: list[str] | None, known: list[str]) -> list[str]:
-    for name in arms or ():
-        if name not in known:
-            raise SystemExit(f"--arms: {name!r} is no allocation; there are {'; '.join(known)}")
-    return arms or known
 
 
 def _asks_for(prompt: Prompt, size: str | None) -> bool:

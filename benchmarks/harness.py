@@ -66,13 +66,11 @@ class Times:
 
     def ratio(self, numerator: str, denominator: str) -> Figure:
         """Of the two times of each round in which both ran."""
-        pairs = [(r[numerator], r[denominator]) for r in self.rounds if numerator in r and denominator in r]
-        return self._summarise(pairs, lambda s: s[0].seconds / s[1].seconds)
+        return self._summarise(self._pairs(numerator, denominator), lambda s: s[0].seconds / s[1].seconds)
 
     def difference(self, more: str, less: str) -> Figure:
         """Of the two times of each round in which both ran, in seconds."""
-        pairs = [(r[more], r[less]) for r in self.rounds if more in r and less in r]
-        return self._summarise(pairs, lambda s: s[0].seconds - s[1].seconds)
+        return self._summarise(self._pairs(more, less), lambda s: s[0].seconds - s[1].seconds)
 
     def fastest(self, names: Sequence[str]) -> str:
         return min(names, key=lambda name: self.figure(name).median)
@@ -101,6 +99,9 @@ class Times:
             "times": {v.name: {"label": v.label, **self.figure(v.name).as_dict()} for v in variants},
             "relative": {v.name: self.ratio(v.name, reference).as_dict() for v in variants},
         }
+
+    def _pairs(self, first: str, second: str) -> list[tuple[Sample, ...]]:
+        return [(r[first], r[second]) for r in self.rounds if first in r and second in r]
 
     def _summarise(self, rows: list[tuple[Sample, ...]], value: Callable[[tuple[Sample, ...]], float]) -> Figure:
         calm = [row for row in rows if not any(sample.disturbed for sample in row)]

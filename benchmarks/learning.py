@@ -90,9 +90,11 @@ class StudyTrainer(Trainer):
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     design = yaml.safe_load(options.design.read_text())
+    arms = options.arms or list(design["arms"])
+    allocations.check_arms(arms, list(design["arms"]))
     deadline = time.monotonic() + 60 * options.minutes
     if not options.report:
-        chosen = [unit for unit in units(design) if options.arms is None or unit.arm in options.arms]
+        chosen = [unit for unit in units(design) if unit.arm in arms]
         for unit in chosen[options.worker[0] :: options.worker[1]]:
             if time.monotonic() > deadline:
                 break
@@ -112,18 +114,13 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--design", type=Path, default=HERE / "learning_design.yaml")
-    parser.add_argument("--arms", type=lambda names: [n.strip() for n in names.split(";")], help="only these; by ';'")
+    parser.add_argument("--arms", type=allocations.listed, help="only these, separated by semicolons")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no epoch begins after so many")
     parser.add_argument("--worker", type=_share, default=(0, 1), help="0/2 and 1/2: two processes share the runs")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "learning.json")
     parser.add_argument("--report", action="store_true", help="train nothing: collect, print and draw what is there")
-    options = parser.parse_args(arguments)
-    known = list(yaml.safe_load(options.design.read_text())["arms"])
-    for name in options.arms or ():
-        if name not in known:
-            parser.error(f"--arms must name some of {'; '.join(known)}, got {name!r}")
-    return options
+    return parser.parse_args(arguments)
 
 
 def units(design: dict[str, Any]) -> Iterator[Unit]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -141,12 +142,8 @@ def weighted_policy_loss(
             advantage_clip,
             kl_coef if penalised else 0.0,
         )
-        if backend == "naive":
-            check_weight_values(field)
-            loss, metrics = naive.weighted_policy_loss(*arguments)
-        else:
-            loss, metrics, _ = ops.WEIGHTED_POLICY_LOSS(*arguments, backend)
-        return PolicyLoss(loss, dict(zip(naive.METRICS, metrics.unbind(), strict=True)))
+        definition, operator = naive.weighted_policy_loss, ops.WEIGHTED_POLICY_LOSS
+        return _computed(definition, operator, naive.METRICS, arguments, field, backend)
 
     return _summed([loss_of(own, field, penalised=g == 0) for g, (own, field) in enumerate(groups)])
 
@@ -226,12 +223,7 @@ def weighted_nft_loss(
         kl_coef,
     )
     backend = resolve_backend(backend, model_output)
-    if backend == "naive":
-        check_weight_values(weights)
-        loss, metrics = naive.weighted_nft_loss(*arguments)
-    else:
-        loss, metrics, _ = ops.WEIGHTED_NFT_LOSS(*arguments, backend)
-    return PolicyLoss(loss, dict(zip(naive.NFT_METRICS, metrics.unbind(), strict=True)))
+    return _computed(naive.weighted_nft_loss, ops.WEIGHTED_NFT_LOSS, naive.NFT_METRICS, arguments, weights, backend)
 
 
 def _check_common(
@@ -251,6 +243,23 @@ def _check_common(
     check_coefficients(advantage_clip, kl_coef)
     check_reference(ref_model_output, model_output, kl_coef)
     return check_reduction(reduction)
+
+
+def _computed(
+    definition: Callable[..., tuple[Tensor, Tensor]],
+    operator: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    names: Sequence[str],
+    arguments: tuple[Any, ...],
+    weights: Tensor | None,
+    backend: str,
+) -> PolicyLoss:
+    """An objective by its definition or by a backend's kernels, with its metrics by name."""
+    if backend == "naive":
+        check_weight_values(weights)
+        loss, metrics = definition(*arguments)
+    else:
+        loss, metrics, _ = operator(*arguments, backend)
+    return PolicyLoss(loss, dict(zip(names, metrics.unbind(), strict=True)))
 
 
 def _summed(found: list[PolicyLoss]) -> PolicyLoss:

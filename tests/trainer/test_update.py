@@ -44,13 +44,13 @@ def _rolled_out(trainer: Trainer, config: Config) -> Batch:
     return roll_out(trainer.policy, prompts, range(config.samples), config, 0, trainer.accelerator.autocast)
 
 
-def _doubled(trainer: Trainer, batch: Batch) -> Batch:
+def _doubled(trainer: Trainer, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
     """The batch, and the model that is to learn from it, in float64: float32's roundings alone are about 1e-6."""
     policy = trainer.policy
     policy.model.double()
     encode = policy.encode
-    policy.encode = lambda prompts: _double(encode(prompts))  # type: ignore[method-assign]
-    policy._unconditional = None
+    monkeypatch.setattr(policy, "encode", lambda prompts: _double(encode(prompts)))
+    monkeypatch.setattr(policy, "_unconditional", None)
     names = ("sample", "prev_sample", "log_prob")
     steps = [replace(step, **{name: getattr(step, name).double() for name in names}) for step in batch.steps]
     return replace(batch, text=_double(batch.text), steps=steps)
@@ -101,7 +101,10 @@ def _flow_grpo_gradients(trainer: Trainer, batch: Batch, advantages: Tensor, con
 
 
 def test_the_update_is_flow_grpos(
-    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], medium_folder: Path
+    configure: Callable[..., Config],
+    trainer_of: Callable[[Config], Trainer],
+    medium_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = configure(
         model={"path": str(medium_folder), "lora_rank": 32, "lora_alpha": 64},
@@ -113,7 +116,7 @@ def test_the_update_is_flow_grpos(
     with torch.no_grad():  # adapters begin as the identity, for which the KL term would be zero
         for parameter in trainer.average.parameters.values():
             parameter.add_(0.01 * torch.randn(parameter.shape))
-    batch = _doubled(trainer, _rolled_out(trainer, config))
+    batch = _doubled(trainer, _rolled_out(trainer, config), monkeypatch)
     advantages = torch.tensor([1.2, -0.7, -0.5, 9.0, 0.0, -1.0], dtype=torch.float64)
     expected = _flow_grpo_gradients(trainer, batch, advantages, config)
     trainer.updater.gradients([batch], advantages)
