@@ -1,4 +1,4 @@
-# make test      everything in a fresh environment, then the tests
+# make test      everything in a fresh environment, then the tests in JOBS=2 processes; ARGS='-k NAME' and the like reach pytest
 # make demo      the same, then trains the small model: reward curve, pictures before and after, allocation strips
 # make overhead  the same, then the benchmark behind README's numbers
 # make gpu       on a machine with a GPU: its tests, sanitizers, tuning and benchmarks; OUT=DIR takes the results
@@ -23,8 +23,9 @@ SOURCES := $(shell find csrc -type f)
 
 .PHONY: test demo overhead gpu gpu-study sanitize coverage lint docs clean
 
+JOBS ?= 2
 test: $(STAMP)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 DEMO ?= runs/demo
 demo: $(STAMP)
