@@ -85,7 +85,7 @@ def restore(path: Path, model: Any, optimizer: Any, average: Average, accelerato
         raise ValueError(f"{path} cannot be read: {error}") from error
     if state["format"] != FORMAT:
         raise ValueError(f"{path} has format {state['format']}, this version reads {FORMAT}")
-    changed = _differences(redacted(state["config"]), redacted(asdict(config)))
+    changed = _differences(_completed(redacted(state["config"])), redacted(asdict(config)))
     if changed:
         listed = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in changed)
         raise ValueError(f"{path} is of another configuration: {listed}")
@@ -121,6 +121,11 @@ def _check_complete(name: str, weights: dict[str, Tensor], average: Average) -> 
     missing = sorted(set(average.parameters) - set(weights))
     if missing:
         raise ValueError(f"{name} lacks {len(missing)} of {len(average.parameters)} trained weights, as {missing[0]}")
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of settings that came after the checkpoint: they leave everything as it was."""
+    return config | {part: values | config.get(part, {}) for part, values in asdict(Config()).items()}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

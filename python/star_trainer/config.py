@@ -85,6 +85,9 @@ class Allocation:
         cap: largest weight; None is without.
         blocks: the transformer's blocks whose maps are averaged: "default", "all", or a list of indices.
         source: core content: "auto", "geneval", "quoted" or "words", as star_kernels.prompts.core_content.
+        credit: "image", the advantage of the picture acts by the map of all core content; "split", each phrase's part
+            of that advantage acts by the phrase's own map, and the rest on all pixels alike; "phrase", each phrase has
+            an advantage of its own instead, its part of the reward compared for itself, which acts by its own map.
     """
 
     method: Literal["star", "plain"] = "star"
@@ -93,6 +96,7 @@ class Allocation:
     cap: float | None = None
     blocks: Literal["default", "all"] | list[int] = "default"
     source: Literal["auto", "geneval", "quoted", "words"] = "auto"
+    credit: Literal["image", "split", "phrase"] = "image"
 
 
 @dataclass
@@ -254,5 +258,13 @@ def check(config: Config, processes: int) -> None:
         raise ValueError(f"train.steps must lie between 1 and the {noisy} noisy steps, got {config.train.steps}")
     if not 0 <= config.train.ema < 1:
         raise ValueError(f"train.ema must be at least 0 and below 1, got {config.train.ema}")
+    credit = config.allocation.credit
+    if credit != "image" and config.allocation.method == "plain":
+        raise ValueError(f"allocation.credit must be 'image' with allocation.method 'plain', got {credit!r}")
+    if credit != "image" and config.allocation.source != "auto":
+        raise ValueError(
+            f"allocation.source must be 'auto' with allocation.credit {credit!r} (rewards score the phrases it finds), "
+            f"got {config.allocation.source!r}"
+        )
     if not config.reward.weights:
         raise ValueError("reward.weights must name at least one reward, got none")

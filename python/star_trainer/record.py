@@ -68,9 +68,12 @@ class Record:
             return
         labels = [f"step {step.number}" for step in batch.steps]
         for n in range(min(STRIPS, len(batch.numbers))):
-            values = [step.weights[n] for step in batch.steps if step.weights is not None]
+            values = torch.stack([step.weights[n] for step in batch.steps if step.weights is not None])
+            if batch.shares is not None:  # the mean over phrases
+                shares = batch.shares[n] / batch.shares[n].sum().clamp(min=1)
+                values = torch.einsum("tghw, g -> thw", values[:, -len(shares) :], shares)
             figure = figures.weights(
-                torch.stack(values),
+                values,
                 image=batch.images[n],
                 labels=labels,
                 title=batch.prompts[n].text,

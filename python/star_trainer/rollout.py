@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from star_kernels import TokenSelection, allocate, sample_transition
 from star_kernels.capture import attach_maps
 from star_kernels.prompts import regions_of, select_tokens
 from star_trainer.config import Allocation, Config
+from star_trainer.credit import cores_of, phrase_shares
 from star_trainer.policy import Policy, Text
 from star_trainer.prompts import Prompt
 from star_trainer.schedule import Schedule, noise, noisy_steps, schedule_of, trained_steps
@@ -28,7 +30,7 @@ class Step:
     prev_sample: Tensor
     log_prob: Tensor  # [B, h, w]
     model_output: Tensor | None  # kept for ratio_norm
-    weights: Tensor | None  # [B, rows, columns] of patches
+    weights: Tensor | None  # [B, rows, columns] of patches; of the advantages of phrases [B, G, rows, columns]
 
     def at(self, rows: slice) -> Step:
         """The step of some of its samples."""
@@ -44,13 +46,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples that went through the model together."""
+    """Samples that went through the model together.
+
+    Attributes:
+        shares: with credit by phrase, the share of each phrase's advantage in its sample's loss.
+    """
 
     numbers: list[int]
     prompts: list[Prompt]
     text: Text
     steps: list[Step]
     images: Tensor  # [B, 3, H, W] in 0..1
+    shares: Tensor | None = None  # [B, G]
 
 
 def roll_out(
@@ -71,6 +78,9 @@ def roll_out(
     latents = noise(shape, [f"start {seed} {n}" for n in starts], policy.device)
     text = policy.encode([prompt.text for prompt in prompts])
     selection = select(policy, prompts, config.allocation, shape) if config.allocation.method == "star" else None
+    shares = None
+    if selection is not None and config.allocation.credit != "image":
+        shares = phrase_shares(selection, config.allocation)
     steps: list[Step] = []
     maps: list[Tensor] = []
     capturing = nullcontext() if selection is None else capture(policy, selection, config)
@@ -94,27 +104,32 @@ def roll_out(
                 kept = velocity if config.train.ratio_norm else None
                 steps.append(Step(step, latents, drawn, log_prob, kept, None))
                 if handle is not None:
-                    maps.append(handle.take()[:, 0])
+                    taken = handle.take()
+                    maps.append(taken[:, 0] if shares is None else taken)
             latents = drawn
     if maps:
         steps = weighted(steps, torch.stack(maps, dim=1), config.allocation)
-    return Batch(list(numbers), list(prompts), text, steps, policy.decode(latents))
+    return Batch(list(numbers), list(prompts), text, steps, policy.decode(latents), shares)
 
 
 def select(
     policy: Policy, prompts: Sequence[Prompt], allocation: Allocation, shape: tuple[int, int, int]
 ) -> TokenSelection:
-    """The tokens of the prompts' core content."""
+    """The tokens of the prompts' core content; with credit by phrase in a group for each phrase."""
     patch = policy.model.config.patch_size
     regions = regions_of(policy.pipeline, max_sequence_length=policy.text_length)
-    found = select_tokens(
-        [prompt.text for prompt in prompts],
+    cores = cores_of(prompts, allocation)
+    selection, names = select_tokens(
+        cores,
         regions,
-        source=allocation.source,
-        metadata=[prompt.metadata for prompt in prompts],
+        groups="all" if allocation.credit == "image" else "phrase",
         image_tokens=(shape[1] // patch) * (shape[2] // patch),
     )
-    return found.selection.to(policy.device)
+    if allocation.credit != "image":
+        # Where truncation leaves none of a prompt's phrases, all its words are selected: no phrase's map.
+        own = torch.tensor([found == core.names for found, core in zip(names, cores, strict=True)])
+        selection = TokenSelection(selection.index, selection.weight * own[:, None, None])
+    return selection.to(policy.device)
 
 
 def capture(policy: Policy, selection: TokenSelection, config: Config) -> Any:
@@ -140,7 +155,12 @@ def sample(policy: Policy, prompts: Sequence[Prompt], names: Sequence[str], conf
 
 
 def weighted(steps: list[Step], maps: Tensor, allocation: Allocation) -> list[Step]:
-    """Steps with their weights, from maps ``[B, Steps, rows, columns]``."""
-    weights = allocate(maps.flatten(2), strength=allocation.strength, over=allocation.over, cap=allocation.cap)
-    on_grid = weights.unflatten(2, maps.shape[2:])
+    """Steps with their weights, from maps ``[B, Steps, rows, columns]``, of phrases ``[B, Steps, G, rows, columns]``.
+
+    Where the picture's advantage is split, what is no phrase's comes first and acts on all pixels alike.
+    """
+    weights = allocate(maps.flatten(-2), strength=allocation.strength, over=allocation.over, cap=allocation.cap)
+    if allocation.credit == "split":
+        weights = F.pad(weights, (0, 0, 1, 0), value=1.0)
+    on_grid = weights.unflatten(-1, maps.shape[-2:])
     return [replace(step, weights=on_grid[:, i].contiguous()) for i, step in enumerate(steps)]

@@ -15,14 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from star_trainer import checkpoint
-from star_trainer.advantages import group_advantages
 from star_trainer.average import Average
 from star_trainer.config import Config, check
+from star_trainer.credit import advantages_of, check_rewards, cores_of
 from star_trainer.policy import Policy
 from star_trainer.prompts import Prompt, choose, load_prompts
 from star_trainer.record import Record
 from star_trainer.rewards import build
-from star_trainer.rewards.base import RewardError
+from star_trainer.rewards.base import RewardError, Scores
 from star_trainer.rewards.images import slices
 from star_trainer.rewards.service import RewardService
 from star_trainer.rollout import Batch, roll_out, sample
@@ -54,8 +54,10 @@ class Trainer:
         self.policy.transformer, self.optimizer = self.accelerator.prepare(self.policy.transformer, optimizer)
         self.average = Average(self.policy.model, config.train.ema, config.train.ema_interval)
         self.updater = Updater(self.policy, self.optimizer, self.average, self.accelerator, config)
+        reward = build(config.reward.weights, device=str(self.accelerator.device), options=config.reward.options)
+        check_rewards(reward, config.allocation)
         self.rewards = RewardService(
-            build(config.reward.weights, device=str(self.accelerator.device), options=config.reward.options),
+            reward,
             timeout=config.reward.timeout,
             on_failure=config.reward.on_failure,
         )
@@ -110,6 +112,7 @@ class Trainer:
         config, size = self.config, self.config.rollout.group_size
         started = time.perf_counter()
         prompts = choose(self.prompts, config.rollout.groups, self.epoch, config.train.seed)
+        phrases = self._phrases(prompts)
         parts = shares(config, self.epoch, self.accelerator.num_processes, self.accelerator.process_index)
         waiting, batches = [], list[list[Batch]]()
         with self._bar("rollout", sum(map(len, parts))) as bar:
@@ -120,12 +123,13 @@ class Trainer:
                     chosen = [prompts[n // size] for n in numbers]
                     batch = self.roll_out(chosen, numbers)
                     batches[-1].append(batch)
-                    waiting.append((numbers, self._submit(batch.images, chosen, numbers)))
+                    counts = phrases and [phrases[n // size] for n in numbers]
+                    waiting.append((numbers, self._submit(batch.images, chosen, numbers, counts)))
                     bar.update(len(numbers))
         rolled_out = time.perf_counter()
-        rewards = self._collect(waiting, config.samples)
+        rewards = self._collect(waiting, config.samples, max([1, *phrases]) if phrases else 0)
         judged = time.perf_counter()
-        advantages = group_advantages(rewards["total"], size, std=config.reward.std)
+        advantages = advantages_of(rewards, config)
         metrics: dict[str, float] = {}
         passes = config.train.passes * sum(len(b.numbers) * len(b.steps) for part in batches for b in part)
         with self._bar("update", passes) as bar:
@@ -135,11 +139,11 @@ class Trainer:
                     share = 1 / (config.train.passes * len(batches))
                     metrics[name] = metrics.get(name, 0.0) + self._mean(value) * share
         self.epoch += 1
-        known = rewards["total"][rewards["total"].isfinite()]
+        known = rewards.total[rewards.total.isfinite()]
         recorded = {
             "reward": known.mean().item(),
             "reward_std": known.std(correction=0).item(),
-            **{f"reward/{name}": values[values.isfinite()].mean().item() for name, values in rewards.items()},
+            **{f"reward/{name}": values[values.isfinite()].mean().item() for name, values in rewards.parts.items()},
             "skipped": float(config.samples - len(known)),
             "flat_groups": float(advantages.flat_groups),
             **{f"loss/{name}": value for name, value in metrics.items()},
@@ -147,7 +151,6 @@ class Trainer:
             "seconds/rewards": judged - rolled_out,
             "seconds/update": time.perf_counter() - judged,
         }
-        recorded.pop("reward/total")
         self.record.metrics("epoch", self.epoch, recorded)
         every = config.output.pictures_every
         if every and (self.epoch == 1 or self.epoch % every == 0):
@@ -175,11 +178,11 @@ class Trainer:
                 waiting.append((numbers, self._submit(drawn, chosen, numbers)))
                 bar.update(len(numbers))
         rewards = self._collect(waiting, count)
-        recorded = {f"reward/{n}": v[v.isfinite()].mean().item() for n, v in rewards.items() if n != "total"}
-        recorded["reward"] = rewards["total"][rewards["total"].isfinite()].mean().item()
+        recorded = {f"reward/{n}": v[v.isfinite()].mean().item() for n, v in rewards.parts.items()}
+        recorded["reward"] = rewards.total[rewards.total.isfinite()].mean().item()
         self.record.metrics("evaluation", self.epoch, recorded)
         texts = [prompts[n].text for n in images]
-        scores = rewards["total"][list(images)].tolist()
+        scores = rewards.total[list(images)].tolist()
         self.record.samples(self.epoch, list(images.values()), texts, scores)
         return recorded
 
@@ -191,14 +194,23 @@ class Trainer:
     def _bar(self, name: str, samples: int) -> Any:
         return tqdm(total=samples, desc=name, unit="sample", leave=False, disable=self._quiet)
 
-    def _submit(self, images: Tensor, prompts: Sequence[Prompt], numbers: list[int]) -> Any:
-        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
-        return self.rewards.submit(images, texts, metadata, indices=numbers)
+    def _phrases(self, prompts: Sequence[Prompt]) -> list[int] | None:
+        """How many phrases each prompt has, with credit by phrase."""
+        if self.config.allocation.credit == "image":
+            return None
+        return [len(core.phrases) for core in cores_of(prompts, self.config.allocation)]
 
-    def _collect(self, waiting: list[tuple[list[int], Any]], count: int) -> dict[str, Tensor]:
-        """Rewards of all processes by name, each ``[count]``; "total" is their weighted sum."""
-        names = ["total", *self.rewards.reward.rewards]  # a reward by import path or URL has a name of its own
-        table = torch.zeros(len(names), count)
+    def _submit(
+        self, images: Tensor, prompts: Sequence[Prompt], numbers: list[int], phrases: list[int] | None = None
+    ) -> Any:
+        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+        return self.rewards.submit(images, texts, metadata, indices=numbers, phrases=phrases)
+
+    def _collect(self, waiting: list[tuple[list[int], Any]], count: int, phrases: int = 0) -> Scores:
+        """Rewards of all processes, of all samples by number, and of so many phrases."""
+        names = list(self.rewards.reward.rewards)  # a reward by import path or URL has a name of its own
+        first = 1 + len(names)
+        table = torch.zeros(first + phrases, count)
         failure: RewardError | None = None
         for numbers, future in waiting:
             try:
@@ -206,14 +218,18 @@ class Trainer:
             except RewardError as error:
                 failure = error
                 break
-            table[:, numbers] = torch.stack([scores.total, *(scores.parts[name] for name in names[1:])])
+            table[:first, numbers] = torch.stack([scores.total, *(scores.parts[name] for name in names)])
+            if scores.phrases is not None:
+                table[first:, numbers] = torch.nan
+                table[first : first + scores.phrases.shape[1], numbers] = scores.phrases.T
         failed = torch.tensor([float(failure is not None)], device=self.accelerator.device)
         if self.accelerator.reduce(failed, "sum").item():  # all processes stop, or none
             raise failure or RewardError("a reward failed in another process, whose message says why")
         whole = self.accelerator.reduce(table.to(self.accelerator.device), "sum").cpu()
         if not whole[0].isfinite().any():
             raise RewardError(f"after epoch {self.epoch} all {count} samples are without a reward; warnings say why")
-        return dict(zip(names, whole, strict=True))
+        parts = dict(zip(names, whole[1:first], strict=True))
+        return Scores(whole[0], parts, whole[first:].T if phrases else None)
 
     def _mean(self, value: Tensor) -> float:
         """Over processes."""

@@ -13,6 +13,7 @@ from star_kernels import weighted_policy_loss
 from star_trainer.average import Average
 from star_trainer.checkpoint import whole
 from star_trainer.config import Config
+from star_trainer.credit import acting
 from star_trainer.policy import Policy, Text
 from star_trainer.rewards.images import slices
 from star_trainer.rollout import Batch, Step
@@ -39,7 +40,7 @@ class Updater:
 
         Args:
             batches: with the same trained steps.
-            advantages: of all samples of the epoch, by number.
+            advantages: of all samples of the epoch, by number: ``[N]``, or as :func:`acting` takes them.
             report: is told after each forward and backward pass how many samples it had.
 
         Returns:
@@ -64,6 +65,9 @@ class Updater:
         for i, (batch, rows, step) in enumerate(passes):
             share = (rows.stop - rows.start) / total / len(batch.steps)
             chosen = advantages[batch.numbers[rows]].to(self.policy.device)
+            if batch.shares is not None:
+                limit = self.config.train.advantage_clip
+                chosen = acting(chosen, batch.shares[rows], self.config.allocation, limit)
             last = i == len(passes) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.policy.transformer):
                 loss, metrics = self._loss(batch.text[rows], step.at(rows), chosen)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from star_kernels.prompts import core_content
+
 released = threading.Event()  # lets the calls go that hang
 
 
@@ -21,6 +23,36 @@ class Brightness:
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         return images.mean(dim=(1, 2, 3))
+
+
+class Channels(Brightness):
+    """Scores a prompt's phrases too, each by a channel's mean, and ``more`` than it has."""
+
+    name = "channels"
+
+    def __init__(self, more: int = 0) -> None:
+        self.more = more
+
+    def by_phrase(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> tuple[Tensor, Tensor]:
+        phrases = torch.full((len(images), 6), torch.nan)
+        for row, image, prompt, entry in zip(phrases, images, prompts, metadata, strict=True):
+            count = len(core_content(prompt, metadata=entry).phrases) + self.more
+            row[:count] = image.mean(dim=(1, 2)).repeat(2)[:count]
+        return self(images, prompts, metadata), phrases
+
+
+class Whole(Brightness):
+    """The one phrase of a prompt has the score of its picture."""
+
+    name = "whole"
+
+    def by_phrase(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> tuple[Tensor, Tensor]:
+        scores = self(images, prompts, metadata)
+        return scores, scores[:, None]
 
 
 class Failing:

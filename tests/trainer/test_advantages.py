@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
-from star_trainer.advantages import group_advantages
+from star_trainer.advantages import group_advantages, phrase_advantages, split_advantages
 
 
 def test_a_group_is_standardised_by_its_own_mean_and_deviation() -> None:
@@ -52,3 +52,37 @@ def test_no_reward_at_all_is_no_advantage(std: Literal["group", "global"]) -> No
 def test_rewards_must_be_whole_groups() -> None:
     with pytest.raises(ValueError, match=r"multiple of group_size 4, got \[6\]"):
         group_advantages(torch.zeros(6), 4)
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+def test_each_phrase_is_compared_with_itself(std: Literal["group", "global"]) -> None:
+    rewards = torch.rand(9, 3)
+    rewards[3:6] = 0.5  # says nothing
+    rewards[6:, 2] = torch.nan  # a prompt of two phrases
+    rewards[8] = torch.nan  # a sample without a reward
+    values, flat = phrase_advantages(rewards, 3, std=std)
+    assert flat == 1
+    for phrase in range(3):
+        assert torch.equal(values[:, phrase], group_advantages(rewards[:, phrase], 3, std=std).values)
+    assert values[3:6].tolist() == [[0.0] * 3] * 3
+    assert values[6:, 2].tolist() == [0.0] * 3
+    assert values[8].tolist() == [0.0] * 3
+    assert float(values[6:8, :2].abs().amin()) > 0
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+def test_parts_of_an_advantage_sum_to_it_where_phrases_sum_to_the_reward(std: Literal["group", "global"]) -> None:
+    phrases = torch.rand(12, 3)
+    phrases[3:6, 1:] = torch.nan  # a prompt of one phrase
+    phrases[6:9] = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]])  # equal rewards
+    phrases[10] = torch.nan  # a sample without a reward
+    rewards = phrases.nansum(dim=1)
+    rewards[10] = torch.nan
+    values, flat = split_advantages(rewards, phrases, 3, std=std)
+    assert flat == 1
+    assert torch.equal(values[:, 0], group_advantages(rewards, 3, std=std).values)
+    torch.testing.assert_close(values[:, 1:].sum(dim=1), values[:, 0])
+    assert values[3:6, 2:].tolist() == [[0.0] * 2] * 3
+    assert values[6:9].tolist() == [[0.0] * 4] * 3
+    assert values[10].tolist() == [0.0] * 4
+    assert float(values[:3, 1:].abs().amin()) > 0

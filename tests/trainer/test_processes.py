@@ -42,7 +42,14 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 @pytest.mark.parametrize(
-    ("wrapper", "lora_rank", "kl_coef"), [("ddp", 0, 0.0), ("ddp", 4, 0.1), ("fsdp2", 0, 0.0), ("fsdp2", 4, 0.1)]
+    ("wrapper", "lora_rank", "kl_coef", "credit"),
+    [
+        ("ddp", 0, 0.0, "image"),
+        ("ddp", 4, 0.1, "image"),
+        ("ddp", 0, 0.1, "phrase"),
+        ("fsdp2", 0, 0.0, "image"),
+        ("fsdp2", 4, 0.1, "image"),
+    ],
 )
 def test_two_processes_make_the_run_of_one(
     configure: Callable[..., Config],
@@ -51,12 +58,15 @@ def test_two_processes_make_the_run_of_one(
     wrapper: str,
     lora_rank: int,
     kl_coef: float,
+    credit: str,
 ) -> None:
     base = configure(
         model={"lora_rank": lora_rank},
+        data={"prompts": "scenes:composition"},
+        allocation={"credit": credit},
         rollout={"groups": 3, "group_size": 4, "batch": 2},  # groups lie across processes
         train={"epochs": 2, "updates": 2, "kl_coef": kl_coef, "learning_rate": 1e-4},
-        reward={"weights": {"rewards_that_fail:Brightness": 1.0}},
+        reward={"weights": {"rewards_that_fail:Channels": 1.0}},
         evaluation={"every": 2, "prompts": 4},
     )
     runs = {}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from star_kernels.prompts import core_content
-from star_trainer.rewards.base import Reward
+from star_trainer.rewards.base import PhraseReward, Reward
 from star_trainer.scenes import (
     TASKS,
     WORDS,
@@ -156,6 +156,8 @@ def test_the_reward_is_the_graded_verdict_or_the_strict_one() -> None:
     assert SceneReward()(images, ["", ""], records).tolist() == [1.0, 0.75]
     assert SceneReward(strict=True)(images, ["", ""], records).tolist() == [1.0, 0.0]
     assert isinstance(SceneReward(), Reward)
+    assert isinstance(SceneReward(), PhraseReward)
+    assert SceneReward(strict=True).by_phrase(images, ["", ""], records)[1].tolist() == [[1.0], [0.75]]
 
 
 def test_each_phrase_is_judged_by_itself() -> None:
@@ -164,10 +166,31 @@ def test_each_phrase_is_judged_by_itself() -> None:
     alone = draw(composition(RED_CIRCLE))
     phrases = check(torch.stack([alone, alone, draw(word("stir"))]), [pair, single, {"text": "star"}]).phrases
     assert phrases.shape == (3, 3)
-    assert phrases[0].tolist() == [0.0, 1.0, 0.0]  # no square, a circle, and no relation
+    assert phrases[0].tolist() == [0.0, 0.25, 0.0]  # no square, a circle, and no relation
     assert phrases[1, 0] == 1
     assert phrases[2, 0] == 0.75
     assert phrases[1:, 1].isnan().all()
+
+
+def test_the_scores_of_phrases_stand_in_the_order_of_the_core_content() -> None:
+    """What is asked for by one phrase is taken out of the picture: the phrase of that name loses its score."""
+    rng, lost, relations = random.Random(0), 0, 0
+    for _ in range(100):
+        scene = sample_scene(rng, "composition")
+        include = scene.metadata["include"]
+        names = core_content(scene.prompt, metadata=scene.metadata).names
+        whole = SceneReward().by_phrase(draw(scene)[None], [scene.prompt], [scene.metadata])[1][0]
+        assert len(whole) == len(names)
+        for entry in include:
+            left = tuple(i for i in scene.items if (i.shape, i.color) != (entry["class"], entry["color"]))
+            found = check(draw(replace(scene, items=left))[None], [scene.metadata]).phrases[0]
+            mine = [n for n, name in enumerate(names) if entry["color"] in name and entry["class"] in name]
+            related = [n for n, name in enumerate(names) if any(name == e.get("position", [""])[0] for e in include)]
+            changed = (found < whole).nonzero().flatten().tolist()
+            assert changed == [*mine, *related], (scene.prompt, names)
+            lost, relations = lost + len(mine), relations + len(related)
+    assert lost > 150
+    assert relations > 20
 
 
 def test_bad_input_is_named() -> None:

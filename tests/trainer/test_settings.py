@@ -96,6 +96,16 @@ def test_an_unknown_key_of_a_file_is_refused(tmp_path: Path, capsys: pytest.Capt
         ({"train": {"steps": 3}}, 1, r"train\.steps must lie between 1 and the 2 noisy steps, got 3"),
         ({"train": {"ema": 1.0}}, 1, r"train\.ema must be at least 0 and below 1"),
         ({"reward": {"weights": {}}}, 1, r"reward\.weights must name at least one reward"),
+        (
+            {"allocation": {"credit": "phrase", "method": "plain"}},
+            1,
+            r"allocation\.credit must be 'image' with allocation\.method 'plain', got 'phrase'",
+        ),
+        (
+            {"allocation": {"credit": "phrase", "source": "words"}},
+            1,
+            r"allocation\.source must be 'auto' with allocation\.credit 'phrase' .*got 'words'",
+        ),
         ({"evaluation": {"steps": 0}}, 1, r"evaluation\.steps must be at least 1, got 0"),
     ],
 )
@@ -119,6 +129,17 @@ def test_values_that_do_not_fit_are_named(
         ({"allocation": {"strength": 2.0}}, ValueError, "strength"),
         ({"allocation": {"cap": 0.5}}, ValueError, "cap"),
         ({"allocation": {"blocks": [7]}}, ValueError, "blocks"),
+        (
+            {"allocation": {"credit": "phrase"}},
+            ValueError,
+            r"allocation\.credit must be 'image' unless all of reward\.weights score phrases.*"
+            "got 'phrase' with 'jpeg-compressibility'",
+        ),
+        (
+            {"allocation": {"credit": "phrase"}, "reward": {"weights": {"scene": 0.0}}},
+            ValueError,
+            "got 'phrase' with none of a weight but 0",
+        ),
         ({"rollout": {"noise_level": 0.0}}, ValueError, "noise_level"),
         ({"train": {"clip_range": -1.0}}, ValueError, "clip_range"),
     ],

@@ -5,9 +5,19 @@ batches by it away from the training thread, and says which sample of which rewa
 are loaded when a reward is made, not before.
 """
 
-from star_trainer.rewards.base import Reward, RewardError, Scores
+from star_trainer.rewards.base import PhraseReward, Reward, RewardError, Scores
 from star_trainer.rewards.registry import BUILT_IN, build
 from star_trainer.rewards.service import Pending, RewardService
 from star_trainer.rewards.weighted import WeightedSum
 
-__all__ = ["BUILT_IN", "Pending", "Reward", "RewardError", "RewardService", "Scores", "WeightedSum", "build"]
+__all__ = [
+    "BUILT_IN",
+    "Pending",
+    "PhraseReward",
+    "Reward",
+    "RewardError",
+    "RewardService",
+    "Scores",
+    "WeightedSum",
+    "build",
+]

@@ -39,6 +39,20 @@ class Reward(Protocol):
         ...
 
 
+@runtime_checkable
+class PhraseReward(Reward, Protocol):
+    """A reward that scores the phrases of a prompt separately too, for ``allocation.credit`` "split" and "phrase"."""
+
+    def by_phrase(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
+        """The scores of a call, and each phrase's part of them, float32 ``[N, G]``; higher is better.
+
+        Parts are in the units of the score; they and what is no phrase's sum to it, as far as it is a sum.
+        Phrases are those of ``star_kernels.prompts.core_content(prompt, metadata=metadata)``, in its order. G is at
+        least the largest number of phrases of a prompt, and NaN stands where a prompt has fewer.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Scores:
     """The scores of a batch.
@@ -46,7 +60,10 @@ class Scores:
     Args:
         total: float32 ``[N]``, what the policy is trained on.
         parts: each reward's own scores by its name, float32 ``[N]``, before weighting.
+        phrases: the weighted sum of each phrase's scores, float32 ``[N, G]``, NaN where a prompt has fewer phrases;
+            None where they were not asked for.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
+    phrases: Tensor | None = None

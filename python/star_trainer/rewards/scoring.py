@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from star_trainer.redact import redact
-from star_trainer.rewards.base import Metadata, Reward
+from star_trainer.rewards.base import Metadata, PhraseReward, Reward
 from star_trainer.rewards.images import slices
 from star_trainer.rewards.weighted import as_scores, problem_with
 from star_trainer.rewards.worker import Hung, Worker
@@ -20,12 +20,16 @@ _NAMED = 4  # samples that a message names by their prompts
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with their prompts and metadata; ``indices`` are the caller's own numbers for them."""
+    """Images with their prompts and metadata; ``indices`` are the caller's own numbers for them.
+
+    ``phrases`` says how many each prompt has, where they are to be scored as well.
+    """
 
     images: Tensor
     prompts: list[str]
     metadata: list[Metadata]
     indices: list[int]
+    phrases: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -34,6 +38,10 @@ class Batch:
         """The arguments of a reward for some rows."""
         images = self.images if len(rows) == len(self) else self.images[list(rows)]
         return images, [self.prompts[row] for row in rows], [self.metadata[row] for row in rows]
+
+    def columns(self, row: int) -> int:
+        """How many numbers a row needs: its score, and one for each of its phrases."""
+        return 1 + (self.phrases[row] if self.phrases else 0)
 
     def describe(self, row: int) -> str:
         """Names a sample in a message: its index and its prompt."""
@@ -76,9 +84,9 @@ def score(
         stop: whether to return at the first failure, with the rows after it not scored.
 
     Returns:
-        float32 ``[N]``, NaN where there is no finite score, and the failures.
+        float32 ``[N, 1 + G]``, the score and those of phrases, NaN where there is no finite one, and the failures.
     """
-    scores = torch.full((len(batch),), math.nan)
+    scores = torch.full((len(batch), max(map(batch.columns, range(len(batch))), default=1)), math.nan)
     failures = [
         Failure((row,), "the image holds NaN or infinity")
         for row, image in enumerate(batch.images)
@@ -97,19 +105,24 @@ def _score_rows(
     reward: Reward, batch: Batch, rows: list[int], scores: Tensor, worker: Worker, timeout: float, stop: bool
 ) -> list[Failure]:
     """Fills ``scores`` at ``rows``; returns what failed there."""
-    arguments = batch.at(rows)
+    arguments, columns = batch.at(rows), [batch.columns(row) for row in rows]
     cause: BaseException | None = None
     try:
-        answer = worker.call(lambda: _call(reward, arguments), timeout)
+        answer = worker.call(lambda: _call(reward, arguments, columns, batch.phrases is not None), timeout)
     except Hung as error:
         return [Failure(tuple(rows), str(error), error)]
     except BaseException as error:
         problem, cause = redact(f"{type(error).__name__}: {error}"), error
     else:
         if isinstance(answer, Tensor):
-            scores[rows] = torch.where(answer.isfinite(), answer, math.nan)
-            values = zip(rows, answer.tolist(), strict=True)
-            return [Failure((row,), f"returned {value}") for row, value in values if not math.isfinite(value)]
+            found: list[Failure] = []
+            for row, values, count in zip(rows, answer, columns, strict=True):
+                bad = values[:count][~values[:count].isfinite()]
+                if len(bad):
+                    found.append(Failure((row,), f"returned {float(bad[0])}"))
+                else:
+                    scores[row, :count] = values[:count]
+            return found
         problem = answer
     if len(rows) == 1:
         return [Failure((rows[0],), problem, cause)]
@@ -125,10 +138,32 @@ def _lost(failures: list[Failure]) -> bool:
     return any(failure.rows for failure in failures)
 
 
-def _call(reward: Reward, arguments: tuple[Tensor, list[str], list[Metadata]]) -> Tensor | str:
-    """Scores on the CPU, or what is wrong with the answer. Copied here, so that a wait for a GPU counts as the call."""
-    answer = reward(*arguments)
-    return problem_with(answer, len(arguments[1])) or as_scores(answer)
+def _call(
+    reward: Reward, arguments: tuple[Tensor, list[str], list[Metadata]], columns: list[int], by_phrase: bool
+) -> Tensor | str:
+    """Scores on the CPU, ``[N, 1 + G]``, or what is wrong with the answer.
+
+    Copied here, so that a wait for a GPU counts as the call.
+    """
+    count = len(arguments[1])
+    if not by_phrase:
+        answer = reward(*arguments)
+        return problem_with(answer, count) or as_scores(answer)[:, None]
+    assert isinstance(reward, PhraseReward)
+    answer, phrases = reward.by_phrase(*arguments)
+    problem = problem_with(answer, count) or _problem_with_phrases(phrases, answer, [n - 1 for n in columns])
+    return problem or torch.cat([as_scores(answer)[:, None], as_scores(phrases)], dim=1)
+
+
+def _problem_with_phrases(phrases: object, scores: Tensor, counts: list[int]) -> str | None:
+    """What is wrong with scores of phrases for prompts that have ``counts``, or None; samples without a score pass."""
+    if not isinstance(phrases, Tensor) or phrases.ndim != 2 or len(phrases) != len(counts) or phrases.is_complex():
+        got = f"a tensor {list(phrases.shape)} of {phrases.dtype}" if isinstance(phrases, Tensor) else type(phrases)
+        return f"returned {got} for phrases, expected real numbers [{len(counts)}, G]"
+    for scored, lost, count in zip((~phrases.isnan()).tolist(), scores.isnan().tolist(), counts, strict=True):
+        if not lost and scored != [True] * count + [False] * (len(scored) - count):
+            return f"scored {sum(scored)} phrases, expected the {count} of the prompt's core content, first in the row"
+    return None
 
 
 def shorten(prompt: str, length: int = 80) -> str:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout  # the built-in one from Python 3.11 on
+from dataclasses import replace
 from types import TracebackType
 from typing import Literal
 
@@ -98,7 +99,13 @@ class RewardService:
         threading.Thread(target=self._run, name="rewards", daemon=True).start()
 
     def submit(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata], *, indices: Sequence[int]
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+        *,
+        indices: Sequence[int],
+        phrases: Sequence[int] | None = None,
     ) -> Pending:
         """Queues a batch and returns at once.
 
@@ -108,12 +115,14 @@ class RewardService:
             prompts: N texts.
             metadata: N records.
             indices: the caller's own numbers for the samples; they name them in messages.
+            phrases: how many phrases each prompt has, to have those scored as well, by rewards that are each a
+                :class:`PhraseReward` or of weight 0. One that scores another number of them fails on the sample.
 
         Raises:
             ValueError: shapes or lengths that do not fit, or images outside 0..1.
             RuntimeError: the service is closed.
         """
-        batch = _batch(images, prompts, metadata, indices)
+        batch = _batch(images, prompts, metadata, indices, phrases)
         pending = Pending()
         with self._lock:
             if self._closed:
@@ -150,27 +159,38 @@ class RewardService:
         """The scores, and what to warn of."""
         stop = self.on_failure == "stop"
         parts: dict[str, Tensor] = {}
+        phrases: dict[str, Tensor] = {}
         notes: list[str] = []
         for key, reward in self.reward.rewards.items():
-            parts[key], failures = score(
-                reward, batch, worker, timeout=self.timeout, batch_size=self.batch_size, stop=stop
-            )
+            asked = batch if self.reward.weights[key] else replace(batch, phrases=None)
+            scores, failures = score(reward, asked, worker, timeout=self.timeout, batch_size=self.batch_size, stop=stop)
+            parts[key] = scores[:, 0]
+            if asked.phrases is not None:
+                phrases[key] = scores[:, 1:]
             for failure in failures:
                 if stop and failure.rows:
                     raise RewardError(failure.describe(key, batch)) from failure.error
                 notes += failure.notes(key, batch)
-        return self.reward.combine(parts), notes
+        return self.reward.combine(parts, phrases), notes
 
 
-def _batch(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata], indices: Sequence[int]) -> Batch:
+def _batch(
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[Metadata],
+    indices: Sequence[int],
+    phrases: Sequence[int] | None,
+) -> Batch:
     if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images must be float [N, 3, H, W], got {images.dtype} {tuple(images.shape)}")
     count = len(images)
-    for name, values in (("prompts", prompts), ("metadata", metadata), ("indices", indices)):
+    counts = range(count) if phrases is None else phrases
+    for name, values in (("prompts", prompts), ("metadata", metadata), ("indices", indices), ("phrases", counts)):
         if isinstance(values, str) or len(values) != count:
             raise ValueError(f"{name} must have one entry for each of {count} images, got {len(values)}")
     images = images.detach().to("cpu", torch.float32)
     finite = images[images.isfinite()]
     if finite.numel() and not (finite.min() >= -_RANGE_SLACK and finite.max() <= 1 + _RANGE_SLACK):
         raise ValueError(f"images must be in 0..1, got {finite.min().item():g}..{finite.max().item():g}")
-    return Batch(images, list(prompts), list(metadata), [int(index) for index in indices])
+    numbers = None if phrases is None else list(phrases)
+    return Batch(images, list(prompts), list(metadata), [int(index) for index in indices], numbers)

@@ -52,13 +52,16 @@ class WeightedSum:
             parts[key] = as_scores(answer)
         return self.combine(parts)
 
-    def combine(self, parts: Mapping[str, Tensor]) -> Scores:
-        """The total of parts that have been scored."""
+    def combine(self, parts: Mapping[str, Tensor], phrases: Mapping[str, Tensor] | None = None) -> Scores:
+        """The total of parts that have been scored, and that of their phrases ``[N, G]``."""
+        return Scores(self._sum(parts), dict(parts), self._sum(phrases) if phrases else None)
+
+    def _sum(self, parts: Mapping[str, Tensor]) -> Tensor:
         total = torch.zeros_like(next(iter(parts.values())))
         for key, weight in self.weights.items():
             if weight:
                 total = total + weight * parts[key]
-        return Scores(total, dict(parts))
+        return total
 
 
 def check_weight(key: str, weight: object) -> float:

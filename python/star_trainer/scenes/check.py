@@ -18,10 +18,11 @@ _GOOD = 0.8  # the overlap at which a thing counts in full
 
 
 class Verdicts(NamedTuple):
-    """Of each picture: the share of fulfilled conditions in 0..1, whether all are fulfilled, each phrase's share.
+    """Of each picture: the share of fulfilled conditions in 0..1, whether all are fulfilled, each phrase's part of it.
 
     Phrases are those of star_kernels.prompts.core_content: the entries of "include" and then the relations, or the one
-    text. G is the largest number of phrases of a prompt, and NaN stands where a prompt has fewer.
+    text. Their parts and what is no phrase's, that nothing else is there, sum to the share. G is the largest number of
+    phrases of a prompt, and NaN stands where a prompt has fewer.
     """
 
     graded: Tensor  # float32 [N]
@@ -34,6 +35,7 @@ class SceneReward:
 
     Args:
         strict: 1 for a picture that fulfils all conditions and 0 for others, instead of the share of conditions.
+            Phrases are scored by their parts of the share either way.
     """
 
     name = "scene"
@@ -42,8 +44,13 @@ class SceneReward:
         self.strict = strict
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        return self.by_phrase(images, prompts, metadata)[0]
+
+    def by_phrase(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> tuple[Tensor, Tensor]:
         verdicts = check(images, metadata)
-        return verdicts.exact.float() if self.strict else verdicts.graded
+        return verdicts.exact.float() if self.strict else verdicts.graded, verdicts.phrases
 
 
 def check(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Verdicts:
@@ -131,7 +138,8 @@ def _judge_things(found: Sequence[Detection], include: Sequence[Mapping[str, Any
         exact &= len(mine) == count
     alone = max(0.0, 1 - abs(len(found) - total) / total)  # nothing else is there
     parts = [*(value for values in conditions for value in values), *relations, alone]
-    return sum(parts) / len(parts), exact, [*(sum(values) / len(values) for values in conditions), *relations]
+    phrases = [*map(sum, conditions), *relations]
+    return sum(parts) / len(parts), exact, [value / len(parts) for value in phrases]
 
 
 def _fits(detection: Detection, entry: Mapping[str, Any]) -> bool:

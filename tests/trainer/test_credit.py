@@ -1,0 +1,243 @@
+"""Credit by phrase: each phrase's advantage acts by the phrase's own map, in a mean over the prompt's phrases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from star_kernels import TokenSelection
+from star_kernels.prompts import core_content
+from star_trainer import rollout
+from star_trainer.config import Allocation, Config
+from star_trainer.credit import acting, phrase_shares
+from star_trainer.prompts import Prompt
+from star_trainer.rewards.base import RewardError
+from star_trainer.rollout import Batch
+from star_trainer.scenes import check, describe
+from star_trainer.scenes.describe import Thing
+from star_trainer.trainer import Trainer
+
+CHANNELS = "rewards_that_fail:Channels"
+PAIR = Prompt(*describe([Thing("square", "blue"), Thing("circle", "red")], "left of"))
+SINGLE = Prompt(*describe([Thing("ring", "green")]))
+
+
+@pytest.fixture
+def by_phrase(configure: Callable[..., Config]) -> Callable[..., Config]:
+    def make(**parts: dict[str, Any]) -> Config:
+        allocation = {"credit": "phrase", **parts.pop("allocation", {})}
+        reward = {"weights": {"scene": 1.0}, **parts.pop("reward", {})}
+        data = {"prompts": "scenes:composition", **parts.pop("data", {})}
+        return configure(allocation=allocation, reward=reward, data=data, **parts)
+
+    return make
+
+
+def rolled_out(trainer: Trainer, config: Config, prompts: list[Prompt]) -> Batch:
+    numbers = range(len(prompts))
+    return rollout.roll_out(trainer.policy, prompts, numbers, config, 0, trainer.accelerator.autocast)
+
+
+def gradient(trainer: Trainer, batch: Batch, advantages: Tensor) -> Tensor:
+    trainer.optimizer.zero_grad()
+    trainer.updater.gradients([batch], advantages)
+    return torch.cat([p.grad.flatten().clone() for p in trainer.policy.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("method", [{}, {"over": "trajectory"}, {"strength": 0.5, "cap": 2.0}], ids=str)
+def test_weights_of_a_phrase_are_those_of_its_map(
+    by_phrase: Callable[..., Config],
+    trainer_of: Callable[[Config], Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    method: dict[str, Any],
+) -> None:
+    config = by_phrase(allocation=method)
+    trainer = trainer_of(config)
+    batch = rolled_out(trainer, config, [PAIR, SINGLE])
+    assert batch.shares is not None
+    torch.testing.assert_close(batch.shares, torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1, 0, 0]]))
+    weights = torch.stack([step.weights for step in batch.steps if step.weights is not None], dim=1)
+    assert torch.equal(weights[1, :, 1:], torch.ones_like(weights[1, :, 1:]))  # phrases that the prompt has not
+    image = replace(config, allocation=replace(config.allocation, credit="image"))
+    cores = {prompt.text: core_content(prompt.text, metadata=prompt.metadata) for prompt in (PAIR, SINGLE)}
+    for place, name in enumerate(cores[PAIR.text].names):
+        only = {**cores, PAIR.text: core_content(PAIR.text, [name])}
+        monkeypatch.setattr(rollout, "cores_of", lambda prompts, _, only=only: [only[p.text] for p in prompts])
+        alone = torch.stack([s.weights for s in rolled_out(trainer, image, [PAIR, SINGLE]).steps], dim=1)
+        torch.testing.assert_close(weights[0, :, place], alone[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights[1, :, 0], alone[1], rtol=1e-4, atol=1e-5)
+    assert float((weights[0, :, 0] - weights[0, :, 1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("ratio", ["sample", "location"])
+def test_the_gradient_is_the_mean_over_phrases(
+    by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer], ratio: str
+) -> None:
+    config = by_phrase(train={"ratio": ratio, "advantage_clip": 1.0, "batch": 1})
+    trainer = trainer_of(config)
+    batch = rolled_out(trainer, config, [PAIR, SINGLE])
+    advantages = torch.tensor([[0.9, -0.6, 3.0, 0.0], [0.7, 0.0, 0.0, 0.0]])  # another batch has prompts of four
+    found = gradient(trainer, batch, advantages)
+    expected = torch.zeros_like(found)
+    counts = torch.tensor([3.0, 1.0])
+    for phrase in range(3):
+        steps = [replace(s, weights=s.weights[:, phrase]) for s in batch.steps if s.weights is not None]
+        own = advantages[:, phrase].clamp(-1, 1) / counts
+        expected += gradient(trainer, replace(batch, steps=steps, shares=None), own)
+    assert float(expected.norm()) > 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    advantages[1, 1:], advantages[0, 3] = 5.0, 5.0  # of no phrase
+    assert torch.equal(gradient(trainer, batch, advantages), found)
+
+
+def test_a_prompt_of_one_phrase_is_trained_as_with_credit_by_image(
+    by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path
+) -> None:
+    written = {}
+    for credit in ("image", "phrase"):
+        config = by_phrase(
+            data={"prompts": "scenes:text"},
+            allocation={"credit": credit},
+            reward={"weights": {"rewards_that_fail:Whole": 1.0}},
+            rollout={"group_size": 4},
+            train={"epochs": 2, "updates": 2, "kl_coef": 0.01},
+            output={"folder": str(tmp_path / credit)},
+        )
+        trainer_of(config).run()
+        written[credit] = (tmp_path / credit / "checkpoint-000002" / "weights.safetensors").read_bytes()
+    assert written["image"] == written["phrase"]
+
+
+def test_the_advantages_of_an_epoch_are_those_of_each_phrase(
+    by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In batches that mix groups and prompts of one and three phrases: all samples by number."""
+    config = by_phrase(rollout={"groups": 4, "group_size": 3, "batch": 4}, reward={"weights": {CHANNELS: 2.0}})
+    trainer = trainer_of(config)
+    trainer.prompts = [PAIR, SINGLE]
+    given: list[tuple[Any, Tensor]] = []
+    step = trainer.updater.step
+    monkeypatch.setattr(trainer.updater, "step", lambda b, a, r: (given.append((b, a)), step(b, a, r))[1])
+    metrics = trainer.train_epoch()
+    (batches, advantages), *_ = given
+    judge = trainer.rewards.reward.rewards["channels"]
+    counts = set()
+    for batch in batches:
+        _, phrases = judge.by_phrase(batch.images, [p.text for p in batch.prompts], [p.metadata for p in batch.prompts])
+        for number, scores, prompt in zip(batch.numbers, phrases, batch.prompts, strict=True):
+            count = int(scores.isfinite().sum())
+            counts.add(count)
+            assert count == len(core_content(prompt.text, metadata=prompt.metadata).phrases)
+            assert bool((advantages[number, :count] != 0).all())
+            assert not advantages[number, count:].any()
+    assert advantages.shape == (12, max(counts))
+    assert counts == {1, 3}
+    grouped = advantages.view(4, 3, -1)
+    torch.testing.assert_close(grouped.sum(dim=1), torch.zeros_like(grouped[:, 0]), rtol=0, atol=1e-4)
+    assert all(torch.tensor(value).isfinite() for value in metrics.values())
+    assert metrics["flat_groups"] == 0
+
+
+def test_a_run_with_the_scenes_own_reward_leaves_pictures_of_its_weights(
+    by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path
+) -> None:
+    config = by_phrase(train={"kl_coef": 0.1}, evaluation={"every": 1}, output={"pictures_every": 1})
+    trainer = trainer_of(config)
+    trainer.run()
+    assert (tmp_path / "run" / "allocation-000001-0.png").is_file()
+
+
+def test_a_reward_that_scores_other_phrases_stops_the_run(
+    by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer]
+) -> None:
+    reward = {"weights": {CHANNELS: 1.0}, "options": {CHANNELS: {"more": 1}}}
+    with pytest.raises(
+        RewardError, match=r"'channels' failed on sample .*scored \d phrases, expected the \d of the prompt"
+    ):
+        trainer_of(by_phrase(reward=reward)).run()
+
+
+def test_phrases_without_tokens_have_no_share() -> None:
+    weight = torch.tensor([[[1.0, 1, 0], [0, 0, 0], [0, 0, 1]], [[0.0] * 3] * 3])
+    selection = TokenSelection(torch.tensor([[3, 4, 5], [1, 2, -1]], dtype=torch.int32), weight)
+    assert phrase_shares(selection, Allocation(credit="phrase")).tolist() == [[0.5, 0.0, 0.5], [0.0] * 3]
+    assert phrase_shares(selection, Allocation(credit="split")).tolist() == [[1.0, 0.0, 1.0], [0.0] * 3]
+
+
+def test_a_split_advantage_keeps_its_sum() -> None:
+    """A phrase without tokens, and one that only prompts of another batch have, stay with the picture."""
+    advantages = torch.tensor([[1.0, 0.25, 0.5, -0.75, 7.0], [-2.0, 3.0, 0.0, 0.0, 0.0]])
+    shares = torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    found = acting(advantages, shares, Allocation(credit="split"), limit=1.0)
+    assert found.tolist() == [[1.5, 0.25, 0.0, -0.75], [-5.0, 3.0, 0.0, 0.0]]
+    assert torch.equal(found.sum(dim=1), advantages[:, 0])
+
+
+@pytest.mark.parametrize("ratio", ["sample", "location"])
+def test_a_split_advantage_at_uniform_weights_is_flow_grpos(
+    by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer], ratio: str
+) -> None:
+    """Of the first update, where ratios are one, and so nothing is clipped."""
+    parts = {"train": {"ratio": ratio}, "reward": {"weights": {CHANNELS: 1.0}}}
+    split = by_phrase(allocation={"credit": "split", "strength": 0.0}, **parts)
+    plain = by_phrase(allocation={"credit": "image", "method": "plain"}, **parts)
+    trainer = trainer_of(plain)
+    expected = gradient(trainer, rolled_out(trainer, plain, [PAIR, SINGLE]), torch.tensor([0.8, -1.2]))
+    trainer = trainer_of(split)
+    advantages = torch.tensor([[0.8, 0.9, -0.3, 2.0], [-1.2, 0.7, 0.0, 0.0]])
+    found = gradient(trainer, rolled_out(trainer, split, [PAIR, SINGLE]), advantages)
+    assert float(expected.norm()) > 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_split_run_trains_each_part_by_its_map(
+    by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path
+) -> None:
+    config = by_phrase(allocation={"credit": "split"}, output={"pictures_every": 1})
+    trainer = trainer_of(config)
+    batch = rolled_out(trainer, config, [PAIR, SINGLE])
+    alone = rolled_out(trainer, by_phrase(), [PAIR, SINGLE])
+    for step, own in zip(batch.steps, alone.steps, strict=True):
+        assert step.weights is not None
+        assert torch.equal(step.weights[:, 0], torch.ones_like(step.weights[:, 0]))
+        assert torch.equal(step.weights[:, 1:], own.weights)
+    trainer.run()
+    assert (tmp_path / "run" / "allocation-000001-0.png").is_file()
+
+
+def test_a_prompt_that_loses_all_phrases_to_truncation_is_left_out(
+    by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer]
+) -> None:
+    config = by_phrase()
+    trainer = trainer_of(config)
+    long = Prompt("and " * 100 + PAIR.text, PAIR.metadata)
+    shape = trainer.policy.latent_shape(None)
+    with pytest.warns(UserWarning, match="no token within the limits"):
+        selection = rollout.select(trainer.policy, [long, PAIR], Allocation(credit="phrase"), shape)
+    shares = phrase_shares(selection, config.allocation)
+    assert shares[0].tolist() == [0.0] * 3
+    torch.testing.assert_close(shares[1], torch.full((3,), 1 / 3))
+
+
+def test_columns_of_the_reward_and_groups_of_tokens_are_the_same_phrases(
+    by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer]
+) -> None:
+    """Each phrase's tokens are found on its own, and stand in the group of the phrase's place."""
+    config = by_phrase()
+    trainer = trainer_of(config)
+    shape = trainer.policy.latent_shape(None)
+    both = rollout.select(trainer.policy, [PAIR], config.allocation, shape)
+    names = core_content(PAIR.text, metadata=PAIR.metadata).names
+    assert names == ("blue square", "red circle", "left of")
+    assert check(torch.zeros(1, 3, 32, 32), [PAIR.metadata]).phrases.shape == (1, both.groups)
+    for place, name in enumerate(names):
+        only = Prompt(PAIR.text, {"include": [{"class": name}]})
+        alone = rollout.select(trainer.policy, [only], config.allocation, shape)
+        chosen = both.index[0][both.weight[0, place] > 0]
+        assert sorted(chosen.tolist()) == sorted(alone.index[0][alone.weight[0, 0] > 0].tolist())
