@@ -25,7 +25,7 @@ from star_trainer.scenes.detect import color_masks
 # Of each allocation the terms of its loss: advantages [N] and the weights [N, Steps, P] that they act by.
 Fields = dict[str, list[tuple[Tensor, Tensor]]]
 CONTROLS = ("shuffled", "inverted", "all tokens", "frozen", "another rollout's", "permuted advantages")
-OPTIONS = ("trajectory", "cap 2", "squared", "phrases", "phrases alone", "phrases without maps")
+OPTIONS = ("trajectory", "cap 2", "squared", "split", "phrases", "phrases alone", "phrases without maps")
 STRENGTHS = (0.25, 0.5, 0.75)
 
 
@@ -93,14 +93,14 @@ def roll_out(policy: Policy, prompts: Sequence[Prompt], config: Config, epoch: i
     return Rollout(batch, maps[:, :, :, :-1], maps[:, :, :, -1], size)
 
 
-def fields(rollout: Rollout, credit: tuple[Tensor, Tensor], seed: int) -> Fields:
+def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int) -> Fields:
     """Of every allocation the terms of its loss.
 
     Args:
-        credit: advantages of samples ``[N]`` and of phrases ``[N, G]``.
+        credit: advantages of samples ``[N]``, of phrases ``[N, G]``, and each phrase's part of the sample's ``[N, G]``.
         seed: of the controls' random choices.
     """
-    advantages, by_phrase = credit
+    advantages, by_phrase, parts = credit
     generator = torch.Generator().manual_seed(seed)
     core = rollout.phrases.sum(dim=3)  # [N, Steps, Blocks, P]
     mean = core.mean(dim=2)
@@ -109,12 +109,15 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor], seed: int) -> Fields
     peak = mean.amax(dim=2, keepdim=True)
     other = torch.arange(len(mean)).view(-1, rollout.group_size).roll(1, dims=1).flatten()
     by_own_map = _phrases(rollout, by_phrase)
+    of_phrases = _phrases(rollout, parts, mean=False)
+    rest = advantages - torch.stack([part for part, _ in of_phrases]).sum(dim=0)
     found: Fields = {
         "scalar": [(advantages, torch.ones_like(weights))],
         "core": [(advantages, weights)],
         "trajectory": [(advantages, allocate(mean, over="trajectory"))],
         "cap 2": [(advantages, allocate(mean, cap=2.0))],
         "squared": [(advantages, allocate(mean.square()))],
+        "split": [(rest, torch.ones_like(weights)), *of_phrases],
         "phrases": _phrases(rollout, (advantages[:, None] + by_phrase) / 2),
         "phrases alone": by_own_map,
         "phrases without maps": [(own, torch.ones_like(weights)) for own, _ in by_own_map],
@@ -152,11 +155,11 @@ def object_mask(batch: Batch) -> Tensor:
     return (masks * wanted[:, :, None]).sum(dim=1)
 
 
-def _phrases(rollout: Rollout, by_phrase: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Each phrase's advantage acts by its own map; the mean over a prompt's phrases."""
+def _phrases(rollout: Rollout, by_phrase: Tensor, *, mean: bool = True) -> list[tuple[Tensor, Tensor]]:
+    """Each phrase's advantage acts by its own map; the mean over a prompt's phrases, or the sum."""
     maps = rollout.phrases.mean(dim=2)  # [N, Steps, G, P]
     there = maps.sum(dim=(1, 3)) > 0  # [N, G]
-    share = there / there.sum(dim=1, keepdim=True).clamp(min=1)
+    share = there / there.sum(dim=1, keepdim=True).clamp(min=1) if mean else there.float()
     count = min(maps.shape[2], by_phrase.shape[1])
     return [((by_phrase * share[:, : by_phrase.shape[1]])[:, g], allocate(maps[:, :, g])) for g in range(count)]
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from star_kernels import weighted_policy_loss
-from star_trainer.advantages import group_advantages
+from star_trainer.advantages import phrase_advantages, split_advantages
 from star_trainer.command import parse as parse_settings
 from star_trainer.config import Config
 from star_trainer.policy import Policy
@@ -157,13 +157,15 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def credit(graded: Tensor, phrases: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Advantages of samples ``[N]`` and, by the reward of each phrase alone, of phrases ``[N, G]`` (NaN becomes 0)."""
+def credit(graded: Tensor, phrases: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages of samples ``[N]``, by the reward of each phrase alone of phrases ``[N, G]``, and phrases' parts of
+    the samples' ``[N, G]``; NaN becomes 0."""
     size = config.rollout.group_size
-    whole = group_advantages(graded, size).values
-    each = [group_advantages(phrases[:, g], size).values for g in range(phrases.shape[1])]
+    split = split_advantages(graded, phrases, size).values
+    own = phrase_advantages(phrases, size).values
     limit = config.train.advantage_clip
-    return whole.clamp(-limit, limit), torch.stack(each, dim=1).clamp(-limit, limit)
+    whole, parts = split[:, 0], split[:, 1:]
+    return whole.clamp(-limit, limit), own.clamp(-limit, limit), parts.clamp(-limit, limit)
 
 
 def gradients(

@@ -40,6 +40,7 @@ from star_trainer.trainer import Trainer
 
 HERE = Path(__file__).parent
 CONTROLS = ("shuffled", "object mask")  # weights that the driver has no setting for
+EARLY = 0.7  # the goal: plain Flow-GRPO's final reward with this share of its samples
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def text(result: dict[str, Any]) -> str:
         if "plain" not in arms:
             continue
         lines += ["", f"{task}: reward of {result['design']['settings']['evaluation.prompts']} held-out prompts"]
-        head = ("seeds", "start", "final", "± 95 %", "- plain", "± 95 %", "p", "samples")
+        head = ("seeds", "start", "final", "± 95 %", "- plain", "± 95 %", "p", "samples", "early", "± 95 %", "p")
         lines.append(f"  {'arm':<22}" + "".join(f"{word:>9}" for word in head))
         for arm, runs in arms.items():
             finals = {seed: run["evaluations"][-1][1] for seed, run in runs.items()}
@@ -196,10 +197,16 @@ def text(result: dict[str, Any]) -> str:
                 if len(next(iter(runs.values()))["evaluations"]) > 2:  # a curve, not its two ends
                     share = samples_to(arms["plain"], runs)
                     line += f"{share:>9.2f}" if math.isfinite(share) else f"{'> 1':>9}"
+                    difference, reach, p = paired(early(arms["plain"], runs))
+                    line += f"{difference:>9.4f}{reach:>9.4f}{p:>9.3f}"
             lines.append(line)
-    lines.append(
-        "\nsamples, where there is a curve: those after which the mean reaches plain's last one, as a share of plain's"
-    )
+    lines += [
+        "",
+        "- plain: difference from plain Flow-GRPO with the same seed. Where there is a curve: samples, those after",
+        "which the mean reaches plain's last one, as a share of plain's; early, the last reward within "
+        f"{EARLY:g} x plain's",
+        "samples minus plain's final one.",
+    ]
     return "\n".join(lines)
 
 
@@ -235,6 +242,15 @@ def samples_to(plain: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]
             at = before if low >= goal else before + (after - before) * (goal - low) / (high - low)
             return at / reference[-1][0]
     return math.inf
+
+
+def early(plain: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]) -> list[float]:
+    """By seed, the last reward within EARLY of plain's samples, less plain's final reward."""
+    found = []
+    for seed in sorted(set(plain) & set(runs)):
+        last, goal = plain[seed]["evaluations"][-1]
+        found.append([reward for epoch, reward in runs[seed]["evaluations"] if epoch <= EARLY * last][-1] - goal)
+    return found
 
 
 def draw(result: dict[str, Any]) -> Any:

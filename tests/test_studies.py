@@ -173,6 +173,12 @@ def test_samples_to_is_where_the_mean_curve_crosses() -> None:
     assert learning.samples_to(plain, slow) == math.inf
 
 
+def test_early_is_the_last_reward_within_the_share_of_samples_less_plains_final_one() -> None:
+    plain = {seed: {"evaluations": [[0, 0.0], [30, 1.0 + seed]]} for seed in (0, 1, 2)}
+    runs = {seed: {"evaluations": [[0, 0.0], [10, 0.5], [21, 1.25], [22, 2.0], [30, 3.0]]} for seed in (2, 1)}
+    assert learning.early(plain, runs) == [1.25 - 2.0, 1.25 - 3.0]
+
+
 @pytest.mark.parametrize(
     "design", sorted(Path(learning.__file__).parent.glob("learning_design*.yaml")), ids=lambda p: p.stem
 )
