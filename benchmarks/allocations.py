@@ -24,8 +24,27 @@ from star_trainer.scenes.detect import color_masks
 
 # Of each allocation the terms of its loss: advantages [N] and the weights [N, Steps, P] that they act by.
 Fields = dict[str, list[tuple[Tensor, Tensor]]]
-CONTROLS = ("shuffled", "inverted", "all tokens", "frozen", "another rollout's", "permuted advantages")
-OPTIONS = ("trajectory", "cap 2", "squared", "split", "phrases", "phrases alone", "phrases without maps")
+CONTROLS = (
+    "shuffled",
+    "inverted",
+    "all tokens",
+    "frozen",
+    "another rollout's",
+    "permuted advantages",
+    "split, shuffled",
+    "split, inverted",
+)
+OPTIONS = (
+    "core, preset blocks",
+    "trajectory",
+    "cap 2",
+    "squared",
+    "split",
+    "split, preset blocks",
+    "phrases",
+    "phrases alone",
+    "phrases without maps",
+)
 STRENGTHS = (0.25, 0.5, 0.75)
 
 
@@ -93,42 +112,51 @@ def roll_out(policy: Policy, prompts: Sequence[Prompt], config: Config, epoch: i
     return Rollout(batch, maps[:, :, :, :-1], maps[:, :, :, -1], size)
 
 
-def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int) -> Fields:
-    """Of every allocation the terms of its loss.
+def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, preset_blocks: Sequence[int]) -> Fields:
+    """Of every allocation the terms of its loss; the mean over all blocks' maps where its name says nothing.
 
     Args:
         credit: advantages of samples ``[N]``, of phrases ``[N, G]``, and each phrase's part of the sample's ``[N, G]``.
         seed: of the controls' random choices.
+        preset_blocks: those that the driver takes with its preset.
     """
     advantages, by_phrase, parts = credit
     generator = torch.Generator().manual_seed(seed)
     core = rollout.phrases.sum(dim=3)  # [N, Steps, Blocks, P]
-    mean = core.mean(dim=2)
+    mean, preset = core.mean(dim=2), core[:, :, preset_blocks].mean(dim=2)
     weights = allocate(mean)
     moved = shuffled(weights, generator)
-    peak = mean.amax(dim=2, keepdim=True)
     other = torch.arange(len(mean)).view(-1, rollout.group_size).roll(1, dims=1).flatten()
-    by_own_map = _phrases(rollout, by_phrase)
-    of_phrases = _phrases(rollout, parts, mean=False)
-    rest = advantages - torch.stack([part for part, _ in of_phrases]).sum(dim=0)
+    maps = rollout.phrases.mean(dim=2)  # [N, Steps, G, P]
+    by_own_map = _phrases(maps, by_phrase)
+    of_phrases = _phrases(maps, parts, mean=False)
+    rest = [(advantages - torch.stack([part for part, _ in of_phrases]).sum(dim=0), torch.ones_like(weights))]
+    of_preset = _phrases(rollout.phrases[:, :, preset_blocks].mean(dim=2), parts, mean=False)
     found: Fields = {
         "scalar": [(advantages, torch.ones_like(weights))],
         "core": [(advantages, weights)],
+        "core, preset blocks": [(advantages, allocate(preset))],
         "trajectory": [(advantages, allocate(mean, over="trajectory"))],
         "cap 2": [(advantages, allocate(mean, cap=2.0))],
         "squared": [(advantages, allocate(mean.square()))],
-        "split": [(rest, torch.ones_like(weights)), *of_phrases],
-        "phrases": _phrases(rollout, (advantages[:, None] + by_phrase) / 2),
+        "split": [*rest, *of_phrases],
+        "split, preset blocks": [*rest, *of_preset],
+        "phrases": _phrases(maps, (advantages[:, None] + by_phrase) / 2),
         "phrases alone": by_own_map,
         "phrases without maps": [(own, torch.ones_like(weights)) for own, _ in by_own_map],
         **{f"block {b}": [(advantages, allocate(core[:, :, b]))] for b in range(core.shape[2])},
         "object mask (oracle)": [(advantages, allocate(object_mask(rollout.batch)[:, None].expand_as(mean)))],
         "shuffled": [(advantages, moved)],
-        "inverted": [(advantages, allocate(peak - mean))],
+        "inverted": [(advantages, _inverted(mean))],
         "all tokens": [(advantages, allocate(rollout.everything.mean(dim=2)))],
         "frozen": [(advantages, allocate(mean.mean(dim=1, keepdim=True).expand_as(mean)))],
         "another rollout's": [(advantages, weights[other])],
         "permuted advantages": [(_permuted(advantages, rollout.group_size, generator), weights)],
+        "split, shuffled": [*rest, *((part, shuffled(own, generator)) for part, own in of_phrases)],
+        "split, inverted": [
+            *rest,
+            *((part, allocate(own.amax(dim=2, keepdim=True) - own)) for part, own in of_phrases),
+        ],
     }
     return found
 
@@ -155,13 +183,17 @@ def object_mask(batch: Batch) -> Tensor:
     return (masks * wanted[:, :, None]).sum(dim=1)
 
 
-def _phrases(rollout: Rollout, by_phrase: Tensor, *, mean: bool = True) -> list[tuple[Tensor, Tensor]]:
-    """Each phrase's advantage acts by its own map; the mean over a prompt's phrases, or the sum."""
-    maps = rollout.phrases.mean(dim=2)  # [N, Steps, G, P]
+def _phrases(maps: Tensor, by_phrase: Tensor, *, mean: bool = True) -> list[tuple[Tensor, Tensor]]:
+    """Each phrase's advantage ``[N, G]`` acts by its own map of ``[N, Steps, G, P]``; the phrases' mean, or sum."""
     there = maps.sum(dim=(1, 3)) > 0  # [N, G]
     share = there / there.sum(dim=1, keepdim=True).clamp(min=1) if mean else there.float()
     count = min(maps.shape[2], by_phrase.shape[1])
     return [((by_phrase * share[:, : by_phrase.shape[1]])[:, g], allocate(maps[:, :, g])) for g in range(count)]
+
+
+def _inverted(maps: Tensor) -> Tensor:
+    """Weights of what the maps leave out."""
+    return allocate(maps.amax(dim=2, keepdim=True) - maps)
 
 
 def _permuted(advantages: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,8 @@ square that it has under scalar advantages, as Adam steps by them ("scaled"); an
 scalar advantages in other batches ("along scalar"), which a field that only sharpens another objective does not raise.
 
 One run measures one model; give checkpoints of star-train to measure along training. Results are appended to a JSON
-file, in which a unit that is there already is not measured again; --report prints and draws what is there.
+file; allocations that it has already, of the same model and batches, are not measured again, and others join them.
+--report prints and draws what is there.
 """
 
 from __future__ import annotations
@@ -52,10 +53,16 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.report:
         config = settings(options)
         key = unit_key(options, config)
-        if all(unit["key"] != key for unit in found["units"]):
-            unit = {"key": key, "label": options.label or key["model"], **measure(config, options)}
-            key["batches"] = unit.pop("batches")  # fewer where the time was up
-            found["units"].append({**unit, "environment": environment.describe(torch.device("cpu"))})
+        policy = Policy(config, torch.device("cpu"))
+        known = list(allocations.names(len(policy.model.transformer_blocks)))
+        allocations.check_arms(options.arms or known, known)
+        there = _unit(found, key)
+        arms = [name for name in options.arms or known if there is None or name not in there["agreement"]]
+        if arms:
+            measured = measure(policy, config, options, arms)
+            key["batches"] = measured.pop("batches")  # fewer where the time was up
+            about = {"key": key, "label": options.label or key["model"]}
+            add(found, {**about, **measured, "environment": environment.describe(torch.device("cpu"))})
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(found) + "\n")
     for unit in found["units"]:
@@ -85,8 +92,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.batches < 4:
         parser.error(f"--batches must be at least 4 for an interval, got {options.batches}")
-    if options.arms is not None:
-        options.arms = ["scalar", *options.arms]
     return options
 
 
@@ -118,35 +123,45 @@ def unit_key(options: argparse.Namespace, config: Config) -> dict[str, Any]:
         "window": [rollout.window, rollout.window_end],
         "noise_level": rollout.noise_level,
         "transition": rollout.transition,
-        **({} if options.arms is None else {"arms": options.arms}),
     }
 
 
-def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Rewards, and of each allocation the figures of :func:`agreement`."""
-    accelerator = Accelerator(cpu=True)
-    policy = Policy(config, accelerator.device)
+def add(found: dict[str, Any], unit: dict[str, Any]) -> None:
+    """Takes up a unit; further allocations of one that is there, which has the same batches, join it."""
+    there = _unit(found, unit["key"])
+    if there is None:
+        found["units"].append(unit)
+        return
+    there["agreement"] |= {name: arm for name, arm in unit["agreement"].items() if name not in there["agreement"]}
+    there["seconds"] = round(there["seconds"] + unit["seconds"], 1)
+
+
+def measure(policy: Policy, config: Config, options: argparse.Namespace, arms: Sequence[str]) -> dict[str, Any]:
+    """Rewards, and of scalar advantages and these allocations the figures of :func:`agreement`."""
     if options.checkpoint:
         policy.model.load_state_dict(load_file(options.checkpoint / "average.safetensors"), strict=False)
     prompts = [p for p in load_prompts(config.data.prompts, seed="gradient agreement") if _asks_for(p, options.size)]
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    names = list(allocations.names(len(policy.model.transformer_blocks)))
-    if options.arms is not None:
-        allocations.check_arms(options.arms, names)
-        names = options.arms
+    blocks, preset_blocks = len(policy.model.transformer_blocks), config.allocation.blocks
+    if not isinstance(preset_blocks, list):
+        preset_blocks = list(range(blocks))
+    if max(preset_blocks) >= blocks:
+        raise SystemExit(f"--model must have the blocks {preset_blocks} of the preset 'small', got {blocks} blocks")
+    wanted = {"scalar", *arms, *(("core",) if any(name.startswith("strength") for name in arms) else ())}
+    autocast = Accelerator(cpu=True).autocast
     stored: dict[str, list[Tensor]] = {}
     rewards, started = [], time.perf_counter()
     for number in tqdm(range(options.batches), desc=f"gradients, {options.label or options.model}", mininterval=5):
         if len(rewards) >= 4 and time.perf_counter() - started > 60 * options.minutes:
             break
-        chosen = choose(prompts, config.rollout.groups, number, config.train.seed)
-        rolled = allocations.roll_out(policy, chosen, config, number, accelerator.autocast)
+        drawn = choose(prompts, config.rollout.groups, number, config.train.seed)
+        rolled = allocations.roll_out(policy, drawn, config, number, autocast)
         verdicts = check(rolled.batch.images, [p.metadata for p in rolled.batch.prompts])
         rewards.append(verdicts.graded.mean().item())
-        fields = allocations.fields(rolled, credit(verdicts.graded, verdicts.phrases, config), number)
-        fields = {name: terms for name, terms in fields.items() if name in names}
+        fields = allocations.fields(rolled, credit(verdicts.graded, verdicts.phrases, config), number, preset_blocks)
+        fields = {name: terms for name, terms in fields.items() if name in wanted}
         found = gradients(policy, rolled.batch, fields, parameters, config)
-        for name, gradient in {**found, **(_mixed(found) if options.arms is None else {})}.items():
+        for name, gradient in {**found, **{name: own for name, own in _mixed(found).items() if name in wanted}}.items():
             stored.setdefault(name, []).append(gradient.bfloat16())  # its rounding is far below the noise measured
     return {
         "reward": sum(rewards) / len(rewards),
@@ -340,7 +355,13 @@ def draw(units: Sequence[dict[str, Any]]) -> Any:
 
 def _mixed(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a strength below one are a mixture of ones and the map, and so is their gradient."""
+    if "core" not in found:
+        return {}
     return {f"strength {s:g}": torch.lerp(found["scalar"], found["core"], s) for s in allocations.STRENGTHS}
+
+
+def _unit(found: dict[str, Any], key: dict[str, Any]) -> dict[str, Any] | None:
+    return next((unit for unit in found["units"] if unit["key"] == key), None)
 
 
 def _asks_for(prompt: Prompt, size: str | None) -> bool:

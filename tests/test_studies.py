@@ -43,7 +43,8 @@ def rollout(config: Config) -> allocations.Rollout:
 def fields(rollout: allocations.Rollout, config: Config) -> allocations.Fields:
     verdicts = check(rollout.batch.images, [p.metadata for p in rollout.batch.prompts])
     graded = verdicts.graded + 0.01 * torch.arange(6)
-    return allocations.fields(rollout, gradient_agreement.credit(graded, verdicts.phrases, config), 0)
+    phrases = verdicts.phrases + 0.01 * torch.arange(6)[:, None]
+    return allocations.fields(rollout, gradient_agreement.credit(graded, phrases, config), 0, [1])
 
 
 def test_every_allocation_has_weights_of_mean_one(rollout: allocations.Rollout, config: Config) -> None:
@@ -69,6 +70,27 @@ def test_controls_are_what_their_names_say(rollout: allocations.Rollout, config:
     permuted = found["permuted advantages"][0].view(3, 2)
     torch.testing.assert_close(permuted.sort(dim=1).values, advantages.view(3, 2).sort(dim=1).values)
     assert found["cap 2"][1].max() <= 2 + 1e-5
+    torch.testing.assert_close(found["core, preset blocks"][1], found["block 1"][1])
+    assert not torch.equal(found["core, preset blocks"][1], core)
+
+
+def test_split_keeps_each_advantage_and_its_controls_only_move_it(rollout: allocations.Rollout, config: Config) -> None:
+    found = fields(rollout, config)
+    names = ("split", "split, preset blocks", "split, shuffled", "split, inverted")
+    for name in names:
+        total = torch.stack([advantages for advantages, _ in found[name]]).sum(dim=0)
+        torch.testing.assert_close(total, found["scalar"][0][0], msg=name)
+        for (mine, _), (own, _) in zip(found[name], found["split"], strict=True):
+            torch.testing.assert_close(mine, own)
+        assert torch.equal(found[name][0][1], torch.ones(6, 3, 64))
+    assert any(part.abs().max() > 0.1 for part, _ in found["split"][1:])
+    for (_, own), (_, moved), (_, left) in zip(
+        found["split"][1:], found["split, shuffled"][1:], found["split, inverted"][1:], strict=True
+    ):
+        torch.testing.assert_close(moved.sort(dim=2).values, own.sort(dim=2).values)
+        there = own.std(dim=(1, 2)) > 0  # the phrases of a prompt
+        assert not torch.equal(moved[there], own[there])
+        assert torch.corrcoef(torch.stack([left[there].flatten(), own[there].flatten()]))[0, 1] < -0.5
 
 
 def test_maps_are_those_of_the_driver(rollout: allocations.Rollout, config: Config) -> None:
@@ -81,6 +103,30 @@ def test_maps_are_those_of_the_driver(rollout: allocations.Rollout, config: Conf
     for at, step in enumerate(batch.steps):
         assert step.weights is not None
         torch.testing.assert_close(step.weights.flatten(1), core[:, at], rtol=1e-3, atol=1e-4)
+
+
+def test_split_is_that_of_the_driver(config: Config) -> None:
+    from star_trainer import rollout as driver
+    from star_trainer.credit import acting, advantages_of
+    from star_trainer.rewards.base import Scores
+
+    config = replace(config, allocation=replace(config.allocation, credit="split", blocks=[1]))
+    policy, autocast = Policy(config, torch.device("cpu")), Accelerator(cpu=True).autocast
+    prompts = load_prompts("scenes:composition")[:3]
+    batch = driver.roll_out(policy, [p for p in prompts for _ in range(2)], range(6), config, 0, autocast)
+    rollout = allocations.roll_out(policy, prompts, config, 0, autocast)
+    graded = torch.tensor([0.1, 0.5, 0.3, 0.4, 0.9, 0.2])
+    generator = torch.Generator().manual_seed(0)
+    phrases = graded[:, None] * torch.rand(6, rollout.phrases.shape[3], generator=generator)
+    credit = gradient_agreement.credit(graded, phrases, config)
+    terms = allocations.fields(rollout, credit, 0, [1])["split, preset blocks"]
+    assert batch.shares is not None
+    advantages = acting(advantages_of(Scores(graded, {}, phrases), config).values, batch.shares, config.allocation, 5.0)
+    for at, step in enumerate(batch.steps):
+        assert step.weights is not None
+        expected = (advantages[:, :, None] * step.weights.flatten(2)).sum(dim=1)
+        found = sum(part[:, None] * weights[:, at] for part, weights in terms)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_object_mask_lies_on_the_object(rollout: allocations.Rollout) -> None:
@@ -108,6 +154,29 @@ def test_gradients_are_those_of_the_driver(rollout: allocations.Rollout, config:
     torch.testing.assert_close(found["scalar"] / 3, expected, rtol=1e-3, atol=1e-5)
     steps = [found[f"scalar, step {step.number}"] for step in rollout.batch.steps]
     torch.testing.assert_close(torch.stack(steps).sum(dim=0), found["scalar"])
+
+
+def test_allocations_join_the_unit_of_the_same_batches(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reused = replace(
+        config, allocation=replace(config.allocation, blocks=[1]), rollout=replace(config.rollout, groups=2)
+    )
+    monkeypatch.setattr(gradient_agreement, "settings", lambda options: reused)
+    out = tmp_path / "out.json"
+    command = ["--model", config.model.path, "--batches", "4", "--groups", "2", "--group-size", "2", "--out", str(out)]
+    gradient_agreement.main([*command, "--arms", "core; strength 0.5"])
+    (first,) = json.loads(out.read_text())["units"]
+    gradient_agreement.main([*command, "--arms", "core; split, shuffled"])
+    (unit,) = json.loads(out.read_text())["units"]
+    names = {name for name in unit["agreement"] if ", step" not in name}
+    assert names == {"scalar", "core", "strength 0.5", "split, shuffled"}
+    assert {name: unit["agreement"][name] for name in first["agreement"]} == first["agreement"]
+    monkeypatch.setattr(gradient_agreement, "measure", lambda *_: pytest.fail("all of it is there"))
+    gradient_agreement.main([*command, "--arms", "core; scalar"])
+    with pytest.raises(SystemExit, match=r"--arms must name some of scalar; core;.* got 'cores'"):
+        gradient_agreement.main([*command, "--arms", "cores"])
+    assert "split, shuffled, scaled" in capsys.readouterr().out
 
 
 def test_agreement_is_the_mean_cosine_of_different_vectors() -> None:

@@ -167,7 +167,7 @@ def test_each_phrase_is_judged_by_itself() -> None:
     phrases = check(torch.stack([alone, alone, draw(word("stir"))]), [pair, single, {"text": "star"}]).phrases
     assert phrases.shape == (3, 3)
     assert phrases[0].tolist() == [0.0, 0.25, 0.0]  # no square, a circle, and no relation
-    assert phrases[1, 0] == 1
+    assert phrases[1, 0] == 0.5  # the other half: nothing else is there
     assert phrases[2, 0] == 0.75
     assert phrases[1:, 1].isnan().all()
 
