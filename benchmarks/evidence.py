@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradient_agreement import Multiple, cosines, multiple
+from learning import by_arm, differences, paired
 from learning import text as learning_text
 
 ROOT = Path(__file__).parents[1]
@@ -126,10 +128,34 @@ def agreement_star() -> str:
 def agreement_phrases() -> str:
     """The same unit, on credit by phrase."""
     arms = _largest_unit()["agreement"]
+    rows = {
+        "**split**, each phrase's part by its own map": "split",
+        "**phrase**, advantages of phrases, by their maps": "phrases alone",
+        "**phrase**, without maps": "phrases without maps",
+    }
+    kinds = ("", "scaled", "along scalar")
+    learned = [_learned(arm) for arm in ("split", "phrases", "phrases without maps")]
+    return _table(
+        "times the samples",
+        ["gradients as they are", "scaled", "along scalar", "reward after training, beside plain Flow-GRPO"],
+        {
+            title: [*(str(_times(arms, name, kind)) for kind in kinds), end]
+            for (title, name), end in zip(rows.items(), learned, strict=True)
+        },
+    )
+
+
+def learning_star() -> str:
+    """The primary comparison of the learning study."""
+    found = json.loads(LEARNING.read_text())
+    arms, epochs = by_arm(found, "composition"), found["design"]["settings"]["train.epochs"]
+    _, reach, _ = paired(differences(arms["plain"], arms["star, step"]))
+    gains = [run["evaluations"][-1][1] - run["evaluations"][0][1] for run in arms["plain"].values()]
     return (
-        f"It is worth {_times(arms, 'phrases alone', 'scaled')} times the samples by the scaled gradients, "
-        f"{_times(arms, 'phrases alone', '')} by the gradients as they are; along the gradient of the scalar reward "
-        f"{_times(arms, 'phrases alone', 'along scalar')}."
+        f"**The primary comparison shows no difference**: {_learned('star, step')}. Plain Flow-GRPO gains "
+        f"{statistics.mean(gains):.4f} in {epochs} epochs, so the interval is as wide as "
+        f"{reach / statistics.mean(gains) * epochs:.0f} of its epochs to either side: these curves cannot see what is "
+        f"worth less than {1 + reach / statistics.mean(gains):.1f} times the samples."
     )
 
 
@@ -147,6 +173,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "agreement-star": agreement_star,
     "agreement-phrases": agreement_phrases,
     "learning": learning,
+    "learning-star": learning_star,
 }
 
 
@@ -196,6 +223,14 @@ def _three(value: float) -> str:
     if value < 1.1:
         return f"{value:.3f}"
     return f"{value:.2f}" if value < 2.5 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def _learned(arm: str) -> str:
+    """An arm's final reward of the composition task less plain's, with its interval and p-value."""
+    arms = by_arm(json.loads(LEARNING.read_text()), "composition")
+    pairs = differences(arms["plain"], arms[arm])
+    difference, reach, p = paired(pairs)
+    return f"{difference:+.4f} ± {reach:.4f}, p = {p:.2g}, {len(pairs)} seeds"
 
 
 def _largest_unit() -> dict[str, Any]:

@@ -179,18 +179,17 @@ def text(result: dict[str, Any]) -> str:
     """Final rewards, differences from plain Flow-GRPO paired by seed, and samples to plain's final reward."""
     lines = []
     for task in result["design"]["tasks"]:
-        arms = _by_arm(result, task)
+        arms = by_arm(result, task)
         if "plain" not in arms:
             continue
         lines += ["", f"{task}: reward of {result['design']['settings']['evaluation.prompts']} held-out prompts"]
         head = ("seeds", "start", "final", "± 95 %", "- plain", "± 95 %", "p", "samples", "early", "± 95 %", "p")
         lines.append(f"  {'arm':<22}" + "".join(f"{word:>9}" for word in head))
         for arm, runs in arms.items():
-            finals = {seed: run["evaluations"][-1][1] for seed, run in runs.items()}
-            pairs = [finals[s] - arms["plain"][s]["evaluations"][-1][1] for s in finals if s in arms["plain"]]
+            pairs = differences(arms["plain"], runs)
             start = statistics.mean(run["evaluations"][0][1] for run in runs.values())
-            mean, reach, _ = paired(list(finals.values()))
-            line = f"  {arm:<22}{len(finals):>9}{start:>9.4f}{mean:>9.4f}{reach:>9.4f}"
+            mean, reach, _ = paired([run["evaluations"][-1][1] for run in runs.values()])
+            line = f"  {arm:<22}{len(runs):>9}{start:>9.4f}{mean:>9.4f}{reach:>9.4f}"
             if arm != "plain" and pairs:
                 difference, reach, p = paired(pairs)
                 line += f"{difference:>9.4f}{reach:>9.4f}{p:>9.3f}"
@@ -208,6 +207,11 @@ def text(result: dict[str, Any]) -> str:
         "samples minus plain's final one.",
     ]
     return "\n".join(lines)
+
+
+def differences(plain: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]) -> list[float]:
+    """The last rewards, less plain's with the same seed."""
+    return [runs[s]["evaluations"][-1][1] - plain[s]["evaluations"][-1][1] for s in runs if s in plain]
 
 
 def paired(values: Sequence[float]) -> tuple[float, float, float]:
@@ -257,11 +261,11 @@ def draw(result: dict[str, Any]) -> Any:
     """Mean curves of the evaluations with 95 % intervals over seeds, a panel for each task."""
     from matplotlib.figure import Figure
 
-    tasks = [task for task in result["design"]["tasks"] if _by_arm(result, task)]
+    tasks = [task for task in result["design"]["tasks"] if by_arm(result, task)]
     figure = Figure(figsize=(6.4 * len(tasks), 4.2), layout="constrained")
     colors = ["#7F7F7F", "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#000000"]
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        for (arm, runs), color in zip(_by_arm(result, task).items(), colors, strict=False):
+        for (arm, runs), color in zip(by_arm(result, task).items(), colors, strict=False):
             epochs = [point[0] for point in next(iter(runs.values()))["evaluations"]]
             columns = list(zip(*([p[1] for p in run["evaluations"]] for run in runs.values()), strict=True))
             means, reaches = zip(*((m, r) for m, r, _ in map(paired, columns)), strict=True)
@@ -275,7 +279,8 @@ def draw(result: dict[str, Any]) -> Any:
     return figure
 
 
-def _by_arm(result: dict[str, Any], task: str) -> dict[str, dict[int, dict[str, Any]]]:
+def by_arm(result: dict[str, Any], task: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """The runs of each arm, by seed."""
     arms: dict[str, dict[int, dict[str, Any]]] = {}
     for run in result["runs"]:
         if run["task"] == task:
