@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from star_trainer.rollout import Batch
 from star_trainer.rollout import roll_out as plain_roll_out
 from star_trainer.scenes.describe import COLORS
 from star_trainer.scenes.detect import color_masks
+from star_trainer.schedule import schedule_of
 
 # Of each allocation the terms of its loss: advantages [N] and the weights [N, Steps, P] that they act by.
 Fields = dict[str, list[tuple[Tensor, Tensor]]]
@@ -44,6 +46,9 @@ OPTIONS = (
     "phrases",
     "phrases alone",
     "phrases without maps",
+    "steps by contrast",
+    "steps by change",
+    "steps by noise",
 )
 STRENGTHS = (0.25, 0.5, 0.75)
 
@@ -55,11 +60,15 @@ class Rollout:
     Attributes:
         phrases: ``[N, Steps, Blocks, G, P]`` of each phrase; zero where a prompt has fewer.
         everything: ``[N, Steps, Blocks, P]`` of all text tokens.
+        following: ``[N, Steps, Blocks, P]`` of all phrases, in the step after each (the last one's own in it).
+        noise: ``[Steps]``, standard deviation of the transition.
     """
 
     batch: Batch
     phrases: Tensor
     everything: Tensor
+    following: Tensor
+    noise: Tensor
     group_size: int
 
 
@@ -108,8 +117,11 @@ def roll_out(policy: Policy, prompts: Sequence[Prompt], config: Config, epoch: i
         stack.callback(policy.model.register_forward_hook(lambda *_: steps.append(_taken(handles))).remove)
         plain = replace(config, allocation=replace(config.allocation, method="plain"))
         batch = plain_roll_out(policy, each, range(len(each)), plain, epoch, autocast)
-    maps = torch.stack([steps[step.number] for step in batch.steps], dim=1)  # [N, Steps, Blocks, G + 1, P]
-    return Rollout(batch, maps[:, :, :, :-1], maps[:, :, :, -1], size)
+    numbers, schedule = [step.number for step in batch.steps], schedule_of(policy.pipeline, config.rollout.steps)
+    maps = torch.stack([steps[n] for n in numbers], dim=1)  # [N, Steps, Blocks, G + 1, P]
+    following = torch.stack([steps[min(n + 1, len(steps) - 1)] for n in numbers], dim=1)[:, :, :, :-1].sum(dim=3)
+    noise = torch.cat([schedule.transition(n, config, 1, torch.device("cpu")).std for n in numbers])
+    return Rollout(batch, maps[:, :, :, :-1], maps[:, :, :, -1], following, noise, size)
 
 
 def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, preset_blocks: Sequence[int]) -> Fields:
@@ -125,15 +137,16 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
     core = rollout.phrases.sum(dim=3)  # [N, Steps, Blocks, P]
     mean, preset = core.mean(dim=2), core[:, :, preset_blocks].mean(dim=2)
     weights = allocate(mean)
+    ones = torch.ones_like(weights)
     moved = shuffled(weights, generator)
     other = torch.arange(len(mean)).view(-1, rollout.group_size).roll(1, dims=1).flatten()
     maps = rollout.phrases.mean(dim=2)  # [N, Steps, G, P]
     by_own_map = _phrases(maps, by_phrase)
     of_phrases = _phrases(maps, parts, mean=False)
-    rest = [(advantages - torch.stack([part for part, _ in of_phrases]).sum(dim=0), torch.ones_like(weights))]
+    rest = [(advantages - torch.stack([part for part, _ in of_phrases]).sum(dim=0), ones)]
     of_preset = _phrases(rollout.phrases[:, :, preset_blocks].mean(dim=2), parts, mean=False)
     found: Fields = {
-        "scalar": [(advantages, torch.ones_like(weights))],
+        "scalar": [(advantages, ones)],
         "core": [(advantages, weights)],
         "core, preset blocks": [(advantages, allocate(preset))],
         "trajectory": [(advantages, allocate(mean, over="trajectory"))],
@@ -143,7 +156,10 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
         "split, preset blocks": [*rest, *of_preset],
         "phrases": _phrases(maps, (advantages[:, None] + by_phrase) / 2),
         "phrases alone": by_own_map,
-        "phrases without maps": [(own, torch.ones_like(weights)) for own, _ in by_own_map],
+        "phrases without maps": [(own, ones) for own, _ in by_own_map],
+        "steps by contrast": [(advantages, _over_steps(_contrast(preset), ones))],
+        "steps by change": [(advantages, _over_steps(_change(preset, rollout, preset_blocks), ones))],
+        "steps by noise": [(advantages, _over_steps(rollout.noise.expand(len(ones), -1), ones))],
         **{f"block {b}": [(advantages, allocate(core[:, :, b]))] for b in range(core.shape[2])},
         "object mask (oracle)": [(advantages, allocate(object_mask(rollout.batch)[:, None].expand_as(mean)))],
         "shuffled": [(advantages, moved)],
@@ -189,6 +205,24 @@ def _phrases(maps: Tensor, by_phrase: Tensor, *, mean: bool = True) -> list[tupl
     share = there / there.sum(dim=1, keepdim=True).clamp(min=1) if mean else there.float()
     count = min(maps.shape[2], by_phrase.shape[1])
     return [((by_phrase * share[:, : by_phrase.shape[1]])[:, g], allocate(maps[:, :, g])) for g in range(count)]
+
+
+def _over_steps(signal: Tensor, ones: Tensor) -> Tensor:
+    """Weights ``[N, Steps, P]`` of steps alone, in proportion to a signal ``[N, Steps]``, mean one."""
+    return ones * allocate(signal[:, None])[:, 0, :, None]
+
+
+def _contrast(maps: Tensor) -> Tensor:
+    """``[N, Steps]``: the divergence of a map from an even one."""
+    share = maps / maps.sum(dim=2, keepdim=True).clamp(min=1e-12)
+    return (math.log(maps.shape[2]) - torch.special.entr(share).sum(dim=2)).clamp(min=0)
+
+
+def _change(maps: Tensor, rollout: Rollout, blocks: Sequence[int]) -> Tensor:
+    """``[N, Steps]``: the share of a map that is elsewhere after the step."""
+    after = rollout.following[:, :, blocks].mean(dim=2)
+    here, then = (m / m.sum(dim=2, keepdim=True).clamp(min=1e-12) for m in (maps, after))
+    return (here - then).abs().sum(dim=2) / 2
 
 
 def _inverted(maps: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def measure(policy: Policy, config: Config, options: argparse.Namespace, arms: S
         raise SystemExit(f"--model must have the blocks {preset_blocks} of the preset 'small', got {blocks} blocks")
     wanted = {"scalar", *arms, *(("core",) if any(name.startswith("strength") for name in arms) else ())}
     autocast = Accelerator(cpu=True).autocast
-    stored: dict[str, list[Tensor]] = {}
+    stored: dict[str, dict[int, Tensor]] = {}
     rewards, started = [], time.perf_counter()
     for number in tqdm(range(options.batches), desc=f"gradients, {options.label or options.model}", mininterval=5):
         if len(rewards) >= 4 and time.perf_counter() - started > 60 * options.minutes:
@@ -162,7 +162,7 @@ def measure(policy: Policy, config: Config, options: argparse.Namespace, arms: S
         fields = {name: terms for name, terms in fields.items() if name in wanted}
         found = gradients(policy, rolled.batch, fields, parameters, config)
         for name, gradient in {**found, **{name: own for name, own in _mixed(found).items() if name in wanted}}.items():
-            stored.setdefault(name, []).append(gradient.bfloat16())  # its rounding is far below the noise measured
+            stored.setdefault(name, {})[number] = gradient.bfloat16()  # its rounding is far below the noise measured
     return {
         "reward": sum(rewards) / len(rewards),
         "batches": len(rewards),
@@ -223,22 +223,21 @@ def _slope(velocity: Tensor, step: Step, transition: Any, advantages: Tensor, we
     return slope
 
 
-def compared(stored: dict[str, list[Tensor]]) -> dict[str, dict[str, Any]]:
-    """Of each allocation the three cosines, see above."""
-    scalar = torch.stack(stored["scalar"])
-    squares = torch.zeros(scalar.shape[1])
-    for row in scalar:
+def compared(stored: dict[str, dict[int, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Of each allocation, from its gradients by batch, the three cosines, see above."""
+    scalar = stored["scalar"]
+    squares = torch.zeros(next(iter(scalar.values())).shape)
+    for row in scalar.values():
         squares += row.float().square()
     scale = (squares / len(scalar)).sqrt().clamp(min=1e-12).reciprocal()
     found = {}
     for name, vectors in stored.items():
         if len(vectors) < 4:  # a step that few batches trained
             continue
-        stacked = torch.stack(vectors)
+        stacked = torch.stack(list(vectors.values()))
         found[name] = agreement(stacked)
-        if ", step" not in name:
-            found[name]["scaled"] = agreement(stacked, scale=scale)
-            found[name]["along scalar"] = agreement(stacked, scalar, scale=scale)
+        found[name]["scaled"] = agreement(stacked, scale=scale)
+        found[name]["along scalar"] = agreement(stacked, torch.stack([scalar[n] for n in vectors]), scale=scale)
     return found
 
 

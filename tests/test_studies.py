@@ -21,6 +21,7 @@ from star_trainer.config import Config
 from star_trainer.policy import Policy
 from star_trainer.prompts import Prompt, load_prompts
 from star_trainer.scenes import Item, Scene, check, draw
+from star_trainer.schedule import schedule_of
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,25 @@ def test_controls_are_what_their_names_say(rollout: allocations.Rollout, config:
     assert found["cap 2"][1].max() <= 2 + 1e-5
     torch.testing.assert_close(found["core, preset blocks"][1], found["block 1"][1])
     assert not torch.equal(found["core, preset blocks"][1], core)
+
+
+def test_weights_of_steps_follow_their_signals(rollout: allocations.Rollout, config: Config) -> None:
+    n, _, blocks, _, p = rollout.phrases.shape
+    even, point = torch.ones(p), torch.zeros(p).index_fill(0, torch.tensor(3), 1.0)
+    maps = torch.stack([even, point, even + 20 * point])  # of the three steps
+    then = torch.stack([point, point, even])
+    phrases = maps[None, :, None, None].expand(n, -1, blocks, 1, -1)
+    made = replace(rollout, phrases=phrases, following=then[None, :, None].expand(n, -1, blocks, -1))
+    found = {name: terms[0][1] for name, terms in fields(made, config).items() if name.startswith("steps by")}
+    assert all((w == w[:, :, :1]).all() for w in found.values())
+    contrast, change, noise = (found[f"steps by {name}"][0, :, 0] for name in ("contrast", "change", "noise"))
+    assert contrast[0] < 1e-4 < contrast[2] < contrast[1]
+    moved = torch.tensor([63 / 64, 0, 21 / 84 - 1 / 64])  # the share of the map that is elsewhere
+    torch.testing.assert_close(change, moved / moved.mean())
+    torch.testing.assert_close(noise, rollout.noise / rollout.noise.mean())
+    schedule = schedule_of(Policy(config, torch.device("cpu")).pipeline, config.rollout.steps)
+    stds = [schedule.transition(s.number, config, 1, torch.device("cpu")).std for s in rollout.batch.steps]
+    torch.testing.assert_close(rollout.noise, torch.cat(stds))
 
 
 def test_split_keeps_each_advantage_and_its_controls_only_move_it(rollout: allocations.Rollout, config: Config) -> None:
@@ -192,7 +212,13 @@ def test_scaled_cosines_and_those_along_scalar() -> None:
     """An entry of huge gradients drowns all others, but not once each is divided by its root mean square."""
     noise, loud = torch.randn(2, 6, 400), torch.cat([torch.full((1,), 1e3), torch.ones(399)])
     scalar, other = (noise + 0.5) * loud
-    found = gradient_agreement.compared({"scalar": list(scalar), "other": list(other)})
+    found = gradient_agreement.compared(
+        {
+            "scalar": dict(enumerate(scalar)),
+            "other": dict(enumerate(other)),
+            "other, step 1": {n: other[n] for n in (5, 0, 2, 3)},  # of the batches that trained it
+        }
+    )
     rms = scalar.square().mean(dim=0).sqrt()
     ways = [torch.cosine_similarity(a / rms, b / rms, dim=0) for i, a in enumerate(other) for b in other[:i]]
     assert found["other"]["scaled"]["cosine"] == pytest.approx(float(torch.stack(ways).mean()), abs=1e-5)
@@ -200,6 +226,9 @@ def test_scaled_cosines_and_those_along_scalar() -> None:
     ways = [torch.cosine_similarity(a / rms, b / rms, dim=0) for a, b in pairs]
     assert found["other"]["along scalar"]["cosine"] == pytest.approx(float(torch.stack(ways).mean()), abs=1e-5)
     assert found["scalar"]["along scalar"] == found["scalar"]["scaled"]
+    some = [5, 0, 2, 3]
+    expected = gradient_agreement.agreement(other[some], scalar[some], 1 / rms)
+    assert found["other, step 1"]["along scalar"]["cosine"] == pytest.approx(expected["cosine"], abs=1e-6)
     without = gradient_agreement.agreement(other[1:], scalar[1:], 1 / rms)["cosine"]
     assert found["other"]["along scalar"]["without"][0] == pytest.approx(without, abs=1e-5)
 
