@@ -26,6 +26,8 @@ OVERHEAD = RESULTS / "overhead-amd-epyc-2-threads-avx2.json"
 EPOCH = RESULTS / "epoch-amd-epyc-2-threads-avx2.json"
 DEMO = RESULTS / "demo.jsonl"
 AGREEMENT = RESULTS / "gradient-agreement.json"
+SMALL = ROOT / "python" / "star_trainer" / "assets" / "small-sd3" / "metrics.json"
+SMALL_AGAIN = RESULTS / "small-sd3-again.json"
 LEARNING = RESULTS / "learning.json"
 _BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -94,6 +96,29 @@ def demo() -> str:
         f"In {len(epochs)} epochs, {seconds / 60:.1f} minutes on two cores, the graded reward of held-out prompts "
         f"rises from {evaluations[0]['reward']:.3f} to {evaluations[-1]['reward']:.3f}."
     )
+
+
+def small_again() -> str:
+    """Metrics of the small model that ships beside those of the same command, run again."""
+    runs = {
+        "the weights that ship": json.loads(SMALL.read_text()),
+        "`star-train-small` again": json.loads(SMALL_AGAIN.read_text()),
+    }
+    heads = [
+        "composition",
+        "all fulfilled",
+        "text",
+        "all fulfilled",
+        "correlation of map and object half-way, by block",
+    ]
+    rows = {}
+    for title, found in runs.items():
+        scores = [
+            f"{found['scenes'][task][kind]:.3f}" for task in ("composition", "text") for kind in ("graded", "exact")
+        ]
+        finding = [f"{n}: {steps[len(steps) // 2]:.2f}" for n, steps in enumerate(found["localisation"])]
+        rows[title] = [*scores, ", ".join(finding)]
+    return _table("", heads, rows)
 
 
 def agreement() -> str:
@@ -169,6 +194,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "policy": policy,
     "steps": steps,
     "demo": demo,
+    "small-again": small_again,
     "agreement": agreement,
     "agreement-star": agreement_star,
     "agreement-phrases": agreement_phrases,
