@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from star_kernels import TokenSelection
 from star_kernels.prompts import core_content
-from star_trainer import rollout
+from star_trainer import record, rollout
 from star_trainer.config import Allocation, Config
 from star_trainer.credit import acting, phrase_shares
 from star_trainer.prompts import Prompt
@@ -209,6 +210,29 @@ def test_a_split_run_trains_each_part_by_its_map(
         assert torch.equal(step.weights[:, 1:], own.weights)
     trainer.run()
     assert (tmp_path / "run" / "allocation-000001-0.png").is_file()
+
+
+@pytest.mark.parametrize("credit", ["phrase", "split"])
+def test_pictures_show_the_mean_weights_of_a_prompts_phrases(
+    by_phrase: Callable[..., Config],
+    trainer_of: Callable[[Config], Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    credit: str,
+) -> None:
+    config = by_phrase(allocation={"credit": credit})
+    trainer = trainer_of(config)
+    batch = rolled_out(trainer, config, [PAIR, SINGLE])
+    drawn: list[Tensor] = []
+
+    def weights(values: Tensor, **_: Any) -> Figure:
+        drawn.append(values)
+        return Figure()
+
+    monkeypatch.setattr(record.figures, "weights", weights)
+    record.Record(config, enabled=True).allocation(1, batch)
+    maps = torch.stack([step.weights[:, -3:] for step in batch.steps if step.weights is not None])
+    torch.testing.assert_close(drawn[0], maps[:, 0].mean(dim=1))
+    torch.testing.assert_close(drawn[1], maps[:, 1, 0])
 
 
 def test_a_prompt_that_loses_all_phrases_to_truncation_is_left_out(
