@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradient_agreement import Multiple, cosines, multiple
+from gradient_agreement import Multiple, cosines, multiple, shown
 from learning import by_arm, differences, paired
 from learning import text as learning_text
 
@@ -29,6 +29,7 @@ AGREEMENT = RESULTS / "gradient-agreement.json"
 SMALL = ROOT / "python" / "star_trainer" / "assets" / "small-sd3" / "metrics.json"
 SMALL_AGAIN = RESULTS / "small-sd3-again.json"
 LEARNING = RESULTS / "learning.json"
+KINDS = ("scaled", "along scalar")
 _BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -125,7 +126,7 @@ def agreement() -> str:
     """Mean cosines of gradients and effective-sample multiples, a table for each unit of the study."""
     tables = []
     for unit in json.loads(AGREEMENT.read_text())["units"]:
-        arms = {name: arm for name, arm in unit["agreement"].items() if ", step" not in name}
+        arms = shown(unit)
         kinds = list(cosines(arms["scalar"]))
         key = unit["key"]
         title = (
@@ -137,34 +138,61 @@ def agreement() -> str:
 
 
 def agreement_star() -> str:
-    """The study's largest unit, on STAR's default."""
-    unit = _largest_unit()
+    """STAR's default, at every policy and task of the study."""
+    unit = _unit("start")
     arms, key = unit["agreement"], unit["key"]
+    other, anew, text = _unit("start, other samples"), _unit("trained anew"), _unit("start", "text")
     return (
         f"**STAR's default allocation is worth {_times(arms, 'core', 'scaled')} times the samples here, not the two "
         f"times that we aimed at.** So say {key['batches']} batches of {key['samples']} at the model as it ships, with "
         "gradients scaled as Adam scales them (the second table); of the gradients as they are the figure is "
         f"{_times(arms, 'core', '')}. Maps matter, but little: the inverted map is worth "
         f"{_times(arms, 'inverted', 'scaled')}, the map at random positions {_times(arms, 'shuffled', 'scaled')}, the "
-        f"mask of the finished picture, which no rollout has, {_times(arms, 'object mask (oracle)', 'scaled')}."
+        f"mask of the finished picture, which no rollout has, {_times(arms, 'object mask (oracle)', 'scaled')}. "
+        f"{other['key']['batches']} batches of other samples give {_times(other['agreement'], 'core', 'scaled')}, "
+        f"{anew['key']['batches']} of a model trained anew {_times(anew['agreement'], 'core', 'scaled')}, and the text "
+        f"task {_times(text['agreement'], 'core', 'scaled')}."
     )
 
 
+def agreement_split() -> str:
+    """Credit by phrase's "split" and its controls, at a policy that it was not chosen by."""
+    unit = _unit("trained anew")
+    arms = unit["agreement"]
+    names = {"split": "split", "split, shuffled": "its maps at random positions", "split, inverted": "inverted"}
+    figures = ", ".join(
+        f"{title} {_times(arms, name, 'scaled')} (along scalar {_times(arms, name, 'along scalar')})"
+        for name, title in names.items()
+    )
+    return f"{unit['key']['batches']} batches of {unit['key']['samples']} there: {figures}."
+
+
+def agreement_steps() -> str:
+    """Agreement of single denoising steps, and of weights over steps."""
+    unit = _unit("start, other samples")
+    arms = unit["agreement"]
+    steps = sorted(name for name in arms if name.startswith("scalar, step"))
+    rows = {
+        f"step {name.split()[-1]}": [str(len(arms[name]["without"])), *(_cosine(arms[name][kind]) for kind in KINDS)]
+        for name in steps
+    }
+    return _table("scalar advantages, one step alone", ["batches", *KINDS], rows)
+
+
 def agreement_phrases() -> str:
-    """The same unit, on credit by phrase."""
-    arms = _largest_unit()["agreement"]
+    """Credit by phrase at the model that ships."""
+    arms = _unit("start")["agreement"]
     rows = {
         "**split**, each phrase's part by its own map": "split",
         "**phrase**, advantages of phrases, by their maps": "phrases alone",
         "**phrase**, without maps": "phrases without maps",
     }
-    kinds = ("", "scaled", "along scalar")
     learned = [_learned(arm) for arm in ("split", "phrases", "phrases without maps")]
     return _table(
         "times the samples",
         ["gradients as they are", "scaled", "along scalar", "reward after training, beside plain Flow-GRPO"],
         {
-            title: [*(str(_times(arms, name, kind)) for kind in kinds), end]
+            title: [*(str(_times(arms, name, kind)) for kind in ("", *KINDS)), end]
             for (title, name), end in zip(rows.items(), learned, strict=True)
         },
     )
@@ -198,6 +226,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "agreement": agreement,
     "agreement-star": agreement_star,
     "agreement-phrases": agreement_phrases,
+    "agreement-split": agreement_split,
+    "agreement-steps": agreement_steps,
     "learning": learning,
     "learning-star": learning_star,
 }
@@ -259,9 +289,11 @@ def _learned(arm: str) -> str:
     return f"{difference:+.4f} ± {reach:.4f}, p = {p:.2g}, {len(pairs)} seeds"
 
 
-def _largest_unit() -> dict[str, Any]:
-    units: list[dict[str, Any]] = json.loads(AGREEMENT.read_text())["units"]
-    return max(units, key=lambda unit: unit["key"]["batches"] * unit["key"]["samples"])
+def _unit(label: str, task: str = "composition") -> dict[str, Any]:
+    """The largest of the units of agreement with this name."""
+    units = json.loads(AGREEMENT.read_text())["units"]
+    found = [unit for unit in units if (unit["label"], unit["key"]["task"]) == (label, task)]
+    return max(found, key=lambda unit: unit["key"]["batches"] * unit["key"]["samples"])
 
 
 def _times(arms: dict[str, Any], name: str, kind: str) -> Multiple:
@@ -270,8 +302,11 @@ def _times(arms: dict[str, Any], name: str, kind: str) -> Multiple:
 
 def _agreement(arms: dict[str, Any], name: str, kind: str) -> str:
     own, times = cosines(arms[name])[kind], _times(arms, name, kind)
-    cell = f"{own['cosine']:.4f} ± {1.96 * own['error']:.4f}"
-    return f"{cell}, {times}" if name != "scalar" and times.known else cell
+    return f"{_cosine(own)}, {times}" if name != "scalar" and times.known else _cosine(own)
+
+
+def _cosine(found: dict[str, Any]) -> str:
+    return f"{found['cosine']:.4f} ± {1.96 * found['error']:.4f}"
 
 
 def _table(title: str, heads: Sequence[str], rows: dict[str, list[str]]) -> str:

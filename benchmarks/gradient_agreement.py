@@ -329,6 +329,12 @@ def text(unit: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def shown(unit: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The allocations of tables and pictures, controls last."""
+    names = [name for name in unit["agreement"] if ", step" not in name]
+    return {name: unit["agreement"][name] for name in sorted(names, key=lambda name: name in allocations.CONTROLS)}
+
+
 def draw(units: Sequence[dict[str, Any]]) -> Any:
     """A panel for each unit: the cosine of each allocation, and of scalar and core by step."""
     from matplotlib.figure import Figure
@@ -338,7 +344,7 @@ def draw(units: Sequence[dict[str, Any]]) -> Any:
     for axis in axes.flat[len(units) :]:
         axis.axis("off")
     for axis, unit in zip(axes.flat, units, strict=False):
-        arms = {name: arm for name, arm in unit["agreement"].items() if ", step" not in name}
+        arms = shown(unit)
         names = list(arms)[::-1]
         values = [arms[name]["cosine"] for name in names]
         errors = [1.96 * arms[name]["error"] for name in names]
