@@ -157,26 +157,33 @@ def agreement_star() -> str:
 
 def agreement_split() -> str:
     """Credit by phrase's "split" and its controls, at a policy that it was not chosen by."""
-    unit = _unit("trained anew")
-    arms = unit["agreement"]
-    names = {"split": "split", "split, shuffled": "its maps at random positions", "split, inverted": "inverted"}
-    figures = ", ".join(
-        f"{title} {_times(arms, name, 'scaled')} (along scalar {_times(arms, name, 'along scalar')})"
-        for name, title in names.items()
-    )
-    return f"{unit['key']['batches']} batches of {unit['key']['samples']} there: {figures}."
+    arms = _unit("trained anew")["agreement"]
+    names = {
+        "core": "core, the paper's map",
+        "split": "**split**",
+        "split, shuffled": "split, maps at random positions",
+        "split, inverted": "split, maps inverted",
+    }
+    rows = {title: [str(_times(arms, name, kind)) for kind in ("", *KINDS)] for name, title in names.items()}
+    return _table("times the samples, model trained anew", ["gradients as they are", *KINDS], rows)
 
 
 def agreement_steps() -> str:
-    """Agreement of single denoising steps, and of weights over steps."""
-    unit = _unit("start, other samples")
-    arms = unit["agreement"]
+    """Agreement of single denoising steps, and what weights over steps are worth."""
+    arms = _unit("start, other samples")["agreement"]
     steps = sorted(name for name in arms if name.startswith("scalar, step"))
     rows = {
         f"step {name.split()[-1]}": [str(len(arms[name]["without"])), *(_cosine(arms[name][kind]) for kind in KINDS)]
         for name in steps
     }
-    return _table("scalar advantages, one step alone", ["batches", *KINDS], rows)
+    signals = ("contrast", "change", "noise")
+    table = _table("scalar advantages, one step alone: cosine", ["batches", *KINDS], rows)
+    worth = _table(
+        "weights of steps: times the samples",
+        ["gradients as they are", *KINDS],
+        {name: [str(_times(arms, f"steps by {name}", kind)) for kind in ("", *KINDS)] for name in signals},
+    )
+    return f"{table}\n\n{worth}"
 
 
 def agreement_phrases() -> str:
