@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from star_kernels import TokenSelection, allocate
+from star_kernels import TokenSelection, allocate, map_change
 from star_kernels.capture import attach_maps
 from star_kernels.prompts import regions_of, select_tokens
 from star_trainer.config import Config
@@ -48,6 +48,7 @@ OPTIONS = (
     "phrases without maps",
     "steps by contrast",
     "steps by change",
+    "core, by change",
     "steps by noise",
 )
 STRENGTHS = (0.25, 0.5, 0.75)
@@ -138,6 +139,7 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
     mean, preset = core.mean(dim=2), core[:, :, preset_blocks].mean(dim=2)
     weights = allocate(mean)
     ones = torch.ones_like(weights)
+    change = map_change(preset, rollout.following[:, :, preset_blocks].mean(dim=2))
     moved = shuffled(weights, generator)
     other = torch.arange(len(mean)).view(-1, rollout.group_size).roll(1, dims=1).flatten()
     maps = rollout.phrases.mean(dim=2)  # [N, Steps, G, P]
@@ -158,7 +160,8 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
         "phrases alone": by_own_map,
         "phrases without maps": [(own, ones) for own, _ in by_own_map],
         "steps by contrast": [(advantages, _over_steps(_contrast(preset), ones))],
-        "steps by change": [(advantages, _over_steps(_change(preset, rollout, preset_blocks), ones))],
+        "steps by change": [(advantages, _over_steps(change, ones))],
+        "core, by change": [(advantages, allocate(preset, over="trajectory", step_signal=change))],
         "steps by noise": [(advantages, _over_steps(rollout.noise.expand(len(ones), -1), ones))],
         **{f"block {b}": [(advantages, allocate(core[:, :, b]))] for b in range(core.shape[2])},
         "object mask (oracle)": [(advantages, allocate(object_mask(rollout.batch)[:, None].expand_as(mean)))],
@@ -209,20 +212,13 @@ def _phrases(maps: Tensor, by_phrase: Tensor, *, mean: bool = True) -> list[tupl
 
 def _over_steps(signal: Tensor, ones: Tensor) -> Tensor:
     """Weights ``[N, Steps, P]`` of steps alone, in proportion to a signal ``[N, Steps]``, mean one."""
-    return ones * allocate(signal[:, None])[:, 0, :, None]
+    return allocate(ones, over="trajectory", step_signal=signal)
 
 
 def _contrast(maps: Tensor) -> Tensor:
     """``[N, Steps]``: the divergence of a map from an even one."""
     share = maps / maps.sum(dim=2, keepdim=True).clamp(min=1e-12)
     return (math.log(maps.shape[2]) - torch.special.entr(share).sum(dim=2)).clamp(min=0)
-
-
-def _change(maps: Tensor, rollout: Rollout, blocks: Sequence[int]) -> Tensor:
-    """``[N, Steps]``: the share of a map that is elsewhere after the step."""
-    after = rollout.following[:, :, blocks].mean(dim=2)
-    here, then = (m / m.sum(dim=2, keepdim=True).clamp(min=1e-12) for m in (maps, after))
-    return (here - then).abs().sum(dim=2) / 2
 
 
 def _inverted(maps: Tensor) -> Tensor:

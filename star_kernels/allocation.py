@@ -10,7 +10,14 @@ from star_kernels.checks import check_number
 _MEANS = {"step": (-1,), "trajectory": (-2, -1)}
 
 
-def allocate(maps: Tensor, *, strength: float = 1.0, over: str = "step", cap: float | None = None) -> Tensor:
+def allocate(
+    maps: Tensor,
+    *,
+    strength: float = 1.0,
+    over: str = "step",
+    cap: float | None = None,
+    step_signal: Tensor | None = None,
+) -> Tensor:
     """Weights ``W = (1 - strength) + strength * maps / mean(maps)``, not negative and of mean one.
 
     The mean of one keeps the size of the update that of uniform weights, and ``strength=0`` gives exactly those.
@@ -25,6 +32,9 @@ def allocate(maps: Tensor, *, strength: float = 1.0, over: str = "step", cap: fl
             (of each group) together, so that a step's share is its own mass (space and time).
         cap: largest weight, above 1; what it takes away is given to the positions below it, in proportion
             (in equal parts where they all have zero).
+        step_signal: with over="trajectory", a step's share instead of its own mass: ``[B, Steps]`` or, of each group,
+            ``[B, Steps, G]``, floating-point, not negative, such as :func:`map_change`. A degenerate signal, as of a
+            map, gives all steps the same share.
 
     Returns:
         Weights of the shape of maps, float32 (float64 for float64 maps), detached. A degenerate map, with a sum of
@@ -34,22 +44,66 @@ def allocate(maps: Tensor, *, strength: float = 1.0, over: str = "step", cap: fl
         TypeError, ValueError: wrong dtype, shape or option; the message names the argument.
     """
     _check(maps, strength, over, cap)
+    if step_signal is not None:
+        _check_signal(step_signal, maps, over)
     dims = _MEANS[over]
     maps = maps.detach()
     maps = maps if maps.dtype == torch.float64 else maps.float()
     grouped = maps.ndim == 4
     if grouped:
         maps = maps.transpose(1, 2)  # [B, G, Steps, P]
-    # Scaled by the largest entry first: neither tiny nor huge maps leave the range of the dtype.
-    peak = maps.amax(dim=dims, keepdim=True)
-    relative = maps / peak
-    mean = relative.mean(dim=dims, keepdim=True)
-    good = (mean > 0) & mean.isfinite() & (maps.amin(dim=dims, keepdim=True) >= 0) & peak.isfinite()
-    shares = torch.where(good, relative / mean, 1.0)
+    if step_signal is None:
+        shares = _shares(maps, dims)
+    else:
+        signal = step_signal.detach().to(maps.dtype)
+        if grouped:
+            signal = signal[:, None] if signal.ndim == 2 else signal.transpose(1, 2)
+        shares = _shares(maps, (-1,)) * _shares(signal, (-1,))[..., None]
     weights = torch.lerp(torch.ones_like(shares), shares, strength)
     if cap is not None:
         weights = _cap(weights.flatten(-len(dims)), cap).view_as(weights)
     return weights.transpose(1, 2) if grouped else weights
+
+
+def map_change(maps: Tensor, following: Tensor) -> Tensor:
+    """How much of each map is elsewhere in the step after: half the sum of ``|M / sum(M) - M' / sum(M')|``, in 0..1.
+
+    A signal for the steps of :func:`allocate` (ours; what it is worth: docs/experiment.md).
+
+    Args:
+        maps: ``[B, Steps, P]`` or ``[B, Steps, G, P]``, floating-point, not negative.
+        following: the maps of the step after each, of the same shape.
+
+    Returns:
+        ``[B, Steps]`` or ``[B, Steps, G]``, float32 (float64 for float64 maps), detached; 0 where one of the two maps
+        is degenerate.
+
+    Raises:
+        TypeError, ValueError: wrong dtype or shape; the message names the argument.
+    """
+    for name, given in (("maps", maps), ("following", following)):
+        _check_maps(name, given)
+    if maps.ndim == 2 or maps.shape != following.shape:
+        raise ValueError(
+            "maps and following must have one shape, [B, Steps, P] or [B, Steps, G, P], "
+            f"got {list(maps.shape)} and {list(following.shape)}"
+        )
+    dtype = torch.float64 if torch.float64 in (maps.dtype, following.dtype) else torch.float32
+    here, then = maps.detach().to(dtype), following.detach().to(dtype)
+    apart = (_shares(here, (-1,)) - _shares(then, (-1,))).abs().mean(dim=-1) / 2
+    return torch.where(_good(here, (-1,))[..., 0] & _good(then, (-1,))[..., 0], apart, 0.0)
+
+
+def _shares(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Values over their mean, scaled by the largest first: neither tiny nor huge ones leave the range of the dtype."""
+    relative = values / values.amax(dim=dims, keepdim=True)
+    return torch.where(_good(values, dims), relative / relative.mean(dim=dims, keepdim=True), 1.0)
+
+
+def _good(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Whether all are finite, none negative, and one above zero."""
+    peak = values.amax(dim=dims, keepdim=True)
+    return (peak > 0) & peak.isfinite() & (values.amin(dim=dims, keepdim=True) >= 0)
 
 
 def _cap(weights: Tensor, cap: float) -> Tensor:
@@ -73,16 +127,37 @@ def _cap(weights: Tensor, cap: float) -> Tensor:
     return torch.where(below & ~possible, capped + left, capped)
 
 
-def _check(maps: Tensor, strength: float, over: str, cap: float | None) -> None:
-    if not isinstance(maps, Tensor) or not maps.is_floating_point():
-        got = maps.dtype if isinstance(maps, Tensor) else type(maps).__name__
-        raise TypeError(f"maps must be a floating-point tensor, got {got}")
-    if not isinstance(over, str) or over not in _MEANS:
-        raise ValueError(f"over must be 'step' or 'trajectory', got {over!r}")
+def _check_maps(name: str, maps: Tensor) -> None:
+    _check_floating(name, maps)
     if maps.ndim not in (2, 3, 4) or 0 in maps.shape:
         raise ValueError(
-            f"maps must have shape [B, P], [B, Steps, P] or [B, Steps, G, P], none of them 0, got {list(maps.shape)}"
+            f"{name} must have shape [B, P], [B, Steps, P] or [B, Steps, G, P], none of them 0, got {list(maps.shape)}"
         )
+
+
+def _check_floating(name: str, given: Tensor) -> None:
+    if not isinstance(given, Tensor) or not given.is_floating_point():
+        got = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+
+
+def _check_signal(step_signal: Tensor, maps: Tensor, over: str) -> None:
+    _check_floating("step_signal", step_signal)
+    if over != "trajectory":
+        raise ValueError(f"step_signal must be None unless over='trajectory', got it with over={over!r}")
+    accepted = [list(maps.shape[:2])] if maps.ndim == 3 else [list(maps.shape[:2]), list(maps.shape[:3])]
+    if list(step_signal.shape) not in accepted:
+        shapes = " or ".join(map(str, accepted))
+        raise ValueError(
+            f"step_signal must have shape {shapes} for maps {list(maps.shape)}, got {list(step_signal.shape)}"
+        )
+
+
+def _check(maps: Tensor, strength: float, over: str, cap: float | None) -> None:
+    _check_floating("maps", maps)
+    if not isinstance(over, str) or over not in _MEANS:
+        raise ValueError(f"over must be 'step' or 'trajectory', got {over!r}")
+    _check_maps("maps", maps)
     if over == "trajectory" and maps.ndim == 2:
         raise ValueError(
             f"maps must have shape [B, Steps, P] or [B, Steps, G, P] for over='trajectory', got {list(maps.shape)}"

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from star_kernels import allocate
+from star_kernels import allocate, map_change
 
 MANY = settings(max_examples=80, deadline=None)
 SHAPES = st.one_of(
@@ -192,6 +192,82 @@ def test_narrow_maps_give_float32_weights(dtype: torch.dtype) -> None:
     weights = allocate(maps)
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights.double(), allocate(maps.double()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("groups", [(), (4,)], ids=str)
+def test_a_signal_gives_steps_their_shares_and_maps_the_positions_in_them(
+    groups: tuple[int, ...], cap: float | None
+) -> None:
+    maps, signal = torch.rand(2, 3, *groups, 25) ** 2, torch.rand(2, 3, *groups) + 0.5
+    found = allocate(maps, over="trajectory", step_signal=signal, cap=cap, strength=0.5)
+    assert found.shape == maps.shape
+    torch.testing.assert_close(found.mean(dim=(1, -1)), torch.ones(2, *groups))
+    expected = maps / maps.mean(dim=-1, keepdim=True) * (signal / signal.mean(dim=1, keepdim=True))[..., None]
+    if cap is None:
+        torch.testing.assert_close(found, 0.5 + 0.5 * expected)
+    else:
+        assert float(found.max()) <= cap * (1 + 1e-6)
+    if groups:
+        shared = allocate(maps, over="trajectory", step_signal=signal[:, :, 0], cap=cap)
+        alone = [
+            allocate(maps[:, :, g], over="trajectory", step_signal=signal[:, :, 0], cap=cap) for g in range(*groups)
+        ]
+        torch.testing.assert_close(shared, torch.stack(alone, dim=2))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, torch.nan, torch.inf])
+def test_a_degenerate_signal_leaves_the_steps_alike_and_reaches_no_other_sample(bad: float) -> None:
+    maps, signal = torch.rand(3, 4, 20), torch.rand(3, 4)
+    expected = allocate(maps, over="trajectory", step_signal=signal)
+    signal[1] = torch.tensor([bad, 0, 0, 0])
+    found = allocate(maps, over="trajectory", step_signal=signal)
+    torch.testing.assert_close(found[1], allocate(maps)[1])
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+    maps[0, 2] = 0  # a step without a map is even, at its share
+    torch.testing.assert_close(
+        allocate(maps, over="trajectory", step_signal=signal)[0, 2], (signal[0, 2] / signal[0].mean()).expand(20)
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e38])
+def test_tiny_and_huge_signals_are_in_proportion(scale: float) -> None:
+    found = allocate(torch.ones(1, 2, 5), over="trajectory", step_signal=torch.tensor([[1.0, 3.0]]) * scale)
+    torch.testing.assert_close(found[0, :, 0], torch.tensor([0.5, 1.5]))
+
+
+def test_change_is_the_share_of_a_map_that_moves() -> None:
+    maps = torch.tensor([[[4.0, 0, 0, 0], [1, 1, 1, 1], [0, 2, 2, 0], [0, 0, 0, 0]]])
+    following = torch.tensor([[[0.0, 0, 1, 0], [3, 3, 3, 3], [0, 0, 8, 8], [1, 0, 0, 0]]])
+    torch.testing.assert_close(map_change(maps, following), torch.tensor([[1.0, 0.0, 0.5, 0.0]]))
+    grouped = map_change(maps.unsqueeze(2).expand(1, 4, 3, 4), following.unsqueeze(2).expand(1, 4, 3, 4))
+    torch.testing.assert_close(grouped, torch.tensor([1.0, 0.0, 0.5, 0.0])[None, :, None].expand(1, 4, 3))
+    assert map_change(maps.half(), following.double()).dtype == torch.float64
+    following[0, 2, 3] = torch.nan
+    assert map_change(maps, following)[0].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert not map_change(maps.requires_grad_(), following).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"over": "step"}, ValueError, "step_signal must be None unless over='trajectory', got it with over='step'"),
+        ({"step_signal": torch.ones(2, 4)}, ValueError, r"step_signal must have shape \[2, 3\] for .* got \[2, 4\]"),
+        ({"step_signal": [1.0]}, TypeError, "step_signal must be a floating-point tensor, got list"),
+    ],
+)
+def test_a_bad_signal_is_named(options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        allocate(torch.ones(2, 3, 5), **{"over": "trajectory", "step_signal": torch.ones(2, 3), **options})
+
+
+def test_maps_of_which_the_change_has_no_meaning_are_named() -> None:
+    with pytest.raises(ValueError, match=r"maps and following must have one shape.*got \[2, 3, 5\] and \[2, 4, 5\]"):
+        map_change(torch.ones(2, 3, 5), torch.ones(2, 4, 5))
+    with pytest.raises(ValueError, match=r"maps and following must have one shape.*got \[2, 5\] and \[2, 5\]"):
+        map_change(torch.ones(2, 5), torch.ones(2, 5))
+    with pytest.raises(TypeError, match=r"following must be a floating-point tensor, got torch\.int64"):
+        map_change(torch.ones(2, 3, 5), torch.ones(2, 3, 5, dtype=torch.int64))
 
 
 def test_weights_are_detached() -> None:

@@ -125,6 +125,24 @@ def test_maps_are_those_of_the_driver(rollout: allocations.Rollout, config: Conf
         torch.testing.assert_close(step.weights.flatten(1), core[:, at], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("trained", [None, 2], ids=["all steps", "two of three"])
+def test_weights_by_change_are_those_of_the_driver(config: Config, trained: int | None) -> None:
+    from star_trainer import rollout as driver
+
+    config = replace(config, allocation=replace(config.allocation, over="change"))
+    config = replace(config, train=replace(config.train, steps=trained))
+    policy, autocast = Policy(config, torch.device("cpu")), Accelerator(cpu=True).autocast
+    prompts = load_prompts("scenes:composition")[:3]
+    batch = driver.roll_out(policy, [p for p in prompts for _ in range(2)], range(6), config, 0, autocast)
+    rollout = allocations.roll_out(policy, prompts, config, 0, autocast)
+    zeros = torch.zeros(6), torch.zeros(6, 3), torch.zeros(6, 3)
+    ((_, expected),) = allocations.fields(rollout, zeros, 0, [0, 1])["core, by change"]
+    assert len(batch.steps) == (trained or 3)
+    found = torch.stack([step.weights.flatten(1) for step in batch.steps if step.weights is not None], dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert float((found.mean(dim=2) - 1).abs().max()) > 0.01
+
+
 def test_split_is_that_of_the_driver(config: Config) -> None:
     from star_trainer import rollout as driver
     from star_trainer.credit import acting, advantages_of

@@ -81,7 +81,8 @@ class Allocation:
     Args:
         method: "star" by attention maps of the prompt's core content, "plain" everywhere alike.
         strength: from 0 (as plain) to 1 (in proportion to the map).
-        over: mean one over the positions of each step, or over all of the trajectory.
+        over: mean one over the positions of each "step", or over all of the "trajectory", where a step's share is its
+            mass on the content; with "change" it is how much of its map moves until the next step.
         cap: largest weight; None is without.
         blocks: the transformer's blocks whose maps are averaged: "default", "all", or a list of indices.
         source: core content: "auto", "geneval", "quoted" or "words", as star_kernels.prompts.core_content.
@@ -92,7 +93,7 @@ class Allocation:
 
     method: Literal["star", "plain"] = "star"
     strength: float = 1.0
-    over: Literal["step", "trajectory"] = "step"
+    over: Literal["step", "trajectory", "change"] = "step"
     cap: float | None = None
     blocks: Literal["default", "all"] | list[int] = "default"
     source: Literal["auto", "geneval", "quoted", "words"] = "auto"

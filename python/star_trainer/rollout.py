@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from star_kernels import TokenSelection, allocate, sample_transition
+from star_kernels import TokenSelection, allocate, map_change, sample_transition
 from star_kernels.capture import attach_maps
 from star_kernels.prompts import regions_of, select_tokens
 from star_trainer.config import Allocation, Config
@@ -82,14 +82,18 @@ def roll_out(
     if selection is not None and config.allocation.credit != "image":
         shares = phrase_shares(selection, config.allocation)
     steps: list[Step] = []
-    maps: list[Tensor] = []
+    following = [step + 1 for step in trained] if config.allocation.over == "change" else []
+    maps: dict[int, Tensor] = {}  # by step
     capturing = nullcontext() if selection is None else capture(policy, selection, config)
     with torch.no_grad(), capturing as handle:
         for step in range(schedule.steps):
             if handle is not None:
-                handle.enabled = step in trained
+                handle.enabled = step in trained or step in following
             with autocast():
                 velocity = policy.velocity(latents, schedule.timestep(step), text)
+            if handle is not None and handle.enabled:
+                taken = handle.take()
+                maps[step] = taken[:, 0] if shares is None else taken
             if step not in noisy:
                 latents = schedule.plain_step(step, latents, velocity)
                 continue
@@ -103,12 +107,11 @@ def roll_out(
             if step in trained:
                 kept = velocity if config.train.ratio_norm else None
                 steps.append(Step(step, latents, drawn, log_prob, kept, None))
-                if handle is not None:
-                    taken = handle.take()
-                    maps.append(taken[:, 0] if shares is None else taken)
             latents = drawn
     if maps:
-        steps = weighted(steps, torch.stack(maps, dim=1), config.allocation)
+        own, then = ([maps[step] for step in chosen] for chosen in (trained, following))
+        after = torch.stack(then, dim=1) if then else None
+        steps = weighted(steps, torch.stack(own, dim=1), config.allocation, after)
     return Batch(list(numbers), list(prompts), text, steps, policy.decode(latents), shares)
 
 
@@ -154,12 +157,21 @@ def sample(policy: Policy, prompts: Sequence[Prompt], names: Sequence[str], conf
     return policy.decode(latents)
 
 
-def weighted(steps: list[Step], maps: Tensor, allocation: Allocation) -> list[Step]:
+def weighted(steps: list[Step], maps: Tensor, allocation: Allocation, following: Tensor | None = None) -> list[Step]:
     """Steps with their weights, from maps ``[B, Steps, rows, columns]``, of phrases ``[B, Steps, G, rows, columns]``.
 
     Where the picture's advantage is split, what is no phrase's comes first and acts on all pixels alike.
+
+    Args:
+        following: the maps of the step after each, for ``over`` "change".
     """
-    weights = allocate(maps.flatten(-2), strength=allocation.strength, over=allocation.over, cap=allocation.cap)
+    weights = allocate(
+        maps.flatten(-2),
+        strength=allocation.strength,
+        over="trajectory" if allocation.over == "change" else allocation.over,
+        cap=allocation.cap,
+        step_signal=None if following is None else map_change(maps.flatten(-2), following.flatten(-2)),
+    )
     if allocation.credit == "split":
         weights = F.pad(weights, (0, 0, 1, 0), value=1.0)
     on_grid = weights.unflatten(-1, maps.shape[-2:])

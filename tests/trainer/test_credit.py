@@ -51,7 +51,9 @@ def gradient(trainer: Trainer, batch: Batch, advantages: Tensor) -> Tensor:
     return torch.cat([p.grad.flatten().clone() for p in trainer.policy.model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("method", [{}, {"over": "trajectory"}, {"strength": 0.5, "cap": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "method", [{}, {"over": "trajectory"}, {"over": "change"}, {"strength": 0.5, "cap": 2.0}], ids=str
+)
 def test_weights_of_a_phrase_are_those_of_its_map(
     by_phrase: Callable[..., Config],
     trainer_of: Callable[[Config], Trainer],
