@@ -88,6 +88,7 @@ def map_change(maps: Tensor, following: Tensor) -> Tensor:
             "maps and following must have one shape, [B, Steps, P] or [B, Steps, G, P], "
             f"got {list(maps.shape)} and {list(following.shape)}"
         )
+    _check_device("following", following, maps)
     dtype = torch.float64 if torch.float64 in (maps.dtype, following.dtype) else torch.float32
     here, then = maps.detach().to(dtype), following.detach().to(dtype)
     apart = (_shares(here, (-1,)) - _shares(then, (-1,))).abs().mean(dim=-1) / 2
@@ -110,21 +111,22 @@ def _cap(weights: Tensor, cap: float) -> Tensor:
     """min(cap, c * weights) along the last dimension, with c such that the mean is one.
 
     With the weights in descending order and the k largest at the cap, c = (n - k cap) / (sum of the rest); the right k
-    is the first whose next weight stays within the cap. No loop, no wait for the device.
+    is the first whose next weight stays within the cap. c itself, which has no bounds, is never computed. No loop, no
+    wait for the device.
     """
     n = weights.shape[-1]
     ordered = weights.sort(dim=-1, descending=True).values
     rest = ordered.flip(-1).cumsum(dim=-1).flip(-1)  # of the weights from position k on
-    factor = (n - cap * torch.arange(n, device=weights.device, dtype=weights.dtype)) / rest
-    fits = (factor * ordered <= cap) & (factor > 0)  # capping the k largest leaves the next one within the cap
+    left = n - cap * torch.arange(n, device=weights.device, dtype=weights.dtype)  # for them
+    fits = (left * ordered <= cap * rest) & (left > 0) & (rest > 0)  # capping the k largest leaves the next within it
     first = fits.to(torch.uint8).argmax(dim=-1, keepdim=True)
-    possible = fits.any(dim=-1, keepdim=True)
-    every = torch.where(weights > 0, torch.full_like(weights, cap), 0.0)
-    capped = torch.where(possible, weights * factor.gather(-1, first), every).clamp(max=cap)
+    capped = (weights / rest.gather(-1, first) * left[first]).clamp(max=cap)
     # Where all mass lies on positions at the cap, zeros share what is left in equal parts.
-    below = capped < cap
-    left = (n - capped.sum(dim=-1, keepdim=True)) / below.sum(dim=-1, keepdim=True).clamp(min=1)
-    return torch.where(below & ~possible, capped + left, capped)
+    positive = weights > 0
+    count = positive.sum(dim=-1, keepdim=True, dtype=weights.dtype)
+    shared = (n - cap * count) / (n - count).clamp(min=1)
+    every = torch.where(positive, cap, shared.clamp(min=0))
+    return torch.where(fits.any(dim=-1, keepdim=True), capped, every)
 
 
 def _check_maps(name: str, maps: Tensor) -> None:
@@ -151,6 +153,12 @@ def _check_signal(step_signal: Tensor, maps: Tensor, over: str) -> None:
         raise ValueError(
             f"step_signal must have shape {shapes} for maps {list(maps.shape)}, got {list(step_signal.shape)}"
         )
+    _check_device("step_signal", step_signal, maps)
+
+
+def _check_device(name: str, given: Tensor, maps: Tensor) -> None:
+    if given.device != maps.device:
+        raise ValueError(f"{name} must be on the device of maps, {maps.device}, got {given.device}")
 
 
 def _check(maps: Tensor, strength: float, over: str, cap: float | None) -> None:

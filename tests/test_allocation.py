@@ -169,6 +169,19 @@ def test_all_mass_on_one_position_leaves_the_rest_to_equal_parts() -> None:
     maps = torch.zeros(1, 5)
     maps[0, 3] = 0.2
     torch.testing.assert_close(allocate(maps, cap=3.0), torch.tensor([[0.5, 0.5, 0.5, 3.0, 0.5]]))
+
+
+@pytest.mark.parametrize("cap", [1.01, 2.0])
+def test_a_cap_is_kept_where_weights_are_of_every_size(cap: float) -> None:
+    maps = torch.logspace(0, -44, 24)[None]
+    weights = allocate(maps, cap=cap)
+    assert float(weights.min()) >= 0
+    assert float(weights.max()) <= cap
+    assert float(weights.mean()) == pytest.approx(1, rel=1e-6)
+    below = (weights < cap * (1 - 1e-6)) & (maps > 1e-37)  # those under it have few digits
+    ratio = weights[below] / maps[below]
+    if len(ratio):
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-5, atol=0)
     torch.testing.assert_close(allocate(torch.tensor([[0.2, 0.0]]), cap=1.5), torch.tensor([[1.5, 0.5]]))
 
 
@@ -254,6 +267,11 @@ def test_change_is_the_share_of_a_map_that_moves() -> None:
         ({"over": "step"}, ValueError, "step_signal must be None unless over='trajectory', got it with over='step'"),
         ({"step_signal": torch.ones(2, 4)}, ValueError, r"step_signal must have shape \[2, 3\] for .* got \[2, 4\]"),
         ({"step_signal": [1.0]}, TypeError, "step_signal must be a floating-point tensor, got list"),
+        (
+            {"step_signal": torch.ones(2, 3, device="meta")},
+            ValueError,
+            "step_signal must be on the device of maps, cpu, got meta",
+        ),
     ],
 )
 def test_a_bad_signal_is_named(options: dict, error: type, message: str) -> None:
@@ -268,6 +286,8 @@ def test_maps_of_which_the_change_has_no_meaning_are_named() -> None:
         map_change(torch.ones(2, 5), torch.ones(2, 5))
     with pytest.raises(TypeError, match=r"following must be a floating-point tensor, got torch\.int64"):
         map_change(torch.ones(2, 3, 5), torch.ones(2, 3, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="following must be on the device of maps, cpu, got meta"):
+        map_change(torch.ones(2, 3, 5), torch.ones(2, 3, 5, device="meta"))
 
 
 def test_weights_are_detached() -> None:

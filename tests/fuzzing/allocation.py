@@ -20,22 +20,38 @@ def allocation_arguments(draw: Draw) -> dict[str, Any]:
     values = (values * 10.0 ** draw.choice([-30, -4, 0, 4, 30])).to(draw.choice([*DTYPES, torch.float64]))
     if draw.chance(0.2):
         values.view(-1)[draw.randrange(values.numel())] = draw.choice([math.nan, math.inf, -math.inf, -1.0])
-    return {
+    over = draw.choice(["step", "trajectory"]) if len(shape) == 3 else "step"
+    arguments = {
         "maps": draw.place("maps", values),
         "strength": draw.choice([0, 0.25, 0.5, 1, 1.0]),
-        "over": draw.choice(["step", "trajectory"]) if len(shape) == 3 else "step",
+        "over": over,
         "cap": draw.choice([None, None, 1.01, 1.5, 3, 20.0]),
     }
+    if over == "trajectory" and draw.chance(0.5):
+        arguments["step_signal"] = _signal(draw, shape[:2])
+    return arguments
 
 
-def written(maps: Tensor, strength: float, over: str, cap: float | None) -> Tensor:
+def _signal(draw: Draw, shape: tuple[int, ...]) -> Tensor:
+    values = draw.uniform_tensor(*shape) * (draw.uniform_tensor(*shape) < draw.choice([0.5, 1.0]))
+    values = (values * 10.0 ** draw.choice([-30, 0, 30])).to(draw.choice([*DTYPES, torch.float64]))
+    if draw.chance(0.2):
+        values.view(-1)[draw.randrange(values.numel())] = draw.choice([math.nan, math.inf, -1.0])
+    return draw.place("step_signal", values)
+
+
+def written(maps: Tensor, strength: float, over: str, cap: float | None, step_signal: Tensor | None = None) -> Tensor:
     """The formula in float64, map by map; the factor of capped weights by bisection."""
     size = math.prod(maps.shape[-2:]) if over == "trajectory" else maps.shape[-1]
     weights = []
-    for row in maps.double().reshape(-1, size):
-        bad = not bool(row.isfinite().all()) or bool((row < 0).any()) or not bool(row.any())
-        relative = torch.ones_like(row) if bad else row / row.max()
-        weight = (1 - strength) + strength * relative / relative.mean()
+    for number, row in enumerate(maps.double().reshape(-1, size)):
+        if step_signal is None:
+            relative = _relative(row)
+        else:
+            steps = row.view(maps.shape[-2:])
+            relative = torch.cat([_relative(step) for step in steps])
+            relative = relative * _relative(step_signal[number].double()).repeat_interleave(maps.shape[-1])
+        weight = (1 - strength) + strength * relative
         if cap is not None:
             low, high = 0.0, 700.0  # of the factor's logarithm
             for _ in range(60):
@@ -48,6 +64,14 @@ def written(maps: Tensor, strength: float, over: str, cap: float | None) -> Tens
                 weight = torch.where(weight == 0, left / max(1, int((weight == 0).sum())), weight)
         weights.append(weight)
     return torch.stack(weights).reshape(maps.shape)
+
+
+def _relative(row: Tensor) -> Tensor:
+    """A row over its mean, ones where it is degenerate."""
+    bad = not bool(row.isfinite().all()) or bool((row < 0).any()) or not bool(row.any())
+    if bad:
+        return torch.ones_like(row)
+    return row / row.max() / (row / row.max()).mean()
 
 
 def allocation(draw: Draw) -> None:

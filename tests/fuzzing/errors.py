@@ -62,7 +62,17 @@ EVERY = {  # options that a case may not have drawn
     "attention": ("backend", "return_lse"),
     "allocation": (),
 }
-OPTIONAL = {"weights", "mask", "step_weights", "ref_model_output", "old_model_output", "noise", "key_mask", "rows"}
+OPTIONAL = {
+    "weights",
+    "mask",
+    "step_weights",
+    "ref_model_output",
+    "old_model_output",
+    "noise",
+    "key_mask",
+    "rows",
+    "step_signal",
+}
 SETS_THE_SHAPE = {"model_output", "query", "maps"}
 
 
