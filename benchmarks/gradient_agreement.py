@@ -82,6 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=32, help="independent batches")
     parser.add_argument("--groups", type=int, default=12, help="prompts of a batch")
     parser.add_argument("--group-size", type=int, default=8, help="samples of a prompt")
+    parser.add_argument("--window-end", type=int, help="rollout.window_end, where it is not the preset's")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument(
         "--arms", type=allocations.listed, help="only these allocations, separated by semicolons; scalar always"
@@ -97,7 +98,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def settings(options: argparse.Namespace) -> Config:
     """The preset of the small model, with the sizes of the measurement."""
-    made = parse_settings(["--preset", "small", "--model.path", options.model])
+    window = [] if options.window_end is None else ["--rollout.window_end", str(options.window_end)]
+    made = parse_settings(["--preset", "small", "--model.path", options.model, *window])
     return replace(
         made,
         data=replace(made.data, prompts=f"scenes:{options.task}"),

@@ -79,12 +79,15 @@ class StudyTrainer(Trainer):
         steps = batch.steps
         side = steps[0].sample.shape[-1] // 2
         if self.control == "shuffled":
-            found = torch.stack([step.weights.flatten(1) for step in steps], dim=1)
-            weights = allocations.shuffled(found, torch.Generator().manual_seed(self.epoch))
+            found = torch.stack(
+                [step.weights.flatten(-2) for step in steps], dim=-2
+            )  # [N, Steps, P] or [N, G, Steps, P]
+            moved = allocations.shuffled(found.flatten(0, -3), torch.Generator().manual_seed(self.epoch))
+            weights = moved.view_as(found).movedim(-2, 1)
         else:
             mask = allocate(allocations.object_mask(batch)).to(steps[0].sample.device)
             weights = mask[:, None].expand(-1, len(steps), -1)
-        on_grid = weights.unflatten(2, (side, side))
+        on_grid = weights.unflatten(-1, (side, side))
         return replace(batch, steps=[replace(s, weights=on_grid[:, i].contiguous()) for i, s in enumerate(steps)])
 
 

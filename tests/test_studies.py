@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import allocations
 import gradient_agreement
@@ -306,6 +306,31 @@ def test_the_driver_takes_every_arm_of_a_committed_design(design: Path) -> None:
         assert config.samples % config.train.updates == 0
     assert len(found["seeds"]) >= 5
     assert found["settings"]["evaluation.prompts"] >= 1024
+
+
+@pytest.mark.parametrize("credit", ["image", "split"])
+def test_shuffled_moves_each_map_to_random_positions_the_same_ones_in_all_steps(
+    credit: Literal["image", "split"], config: Config, tmp_path: Path
+) -> None:
+    config = replace(
+        config,
+        data=replace(config.data, prompts="scenes:composition"),
+        allocation=replace(config.allocation, blocks="all", credit=credit),
+        output=replace(config.output, folder=str(tmp_path)),
+    )
+    prompts = [p for p in load_prompts("scenes:composition")[:3] for _ in range(2)]
+    rolled = {
+        control: learning.StudyTrainer(config, control, math.inf).roll_out(prompts, range(6))
+        for control in (None, "shuffled")
+    }
+    own, moved = (torch.stack([s.weights.flatten(-2) for s in rolled[c].steps], dim=-2) for c in rolled)
+    assert own.shape == moved.shape
+    torch.testing.assert_close(own.sort(dim=-1).values, moved.sort(dim=-1).values)
+    for before, after in zip(own.flatten(0, -3), moved.flatten(0, -3), strict=True):
+        if not torch.equal(before[0], torch.ones(64)):
+            assert not torch.equal(before, after)
+        columns = {tuple(column) for column in before.T.tolist()}
+        assert {tuple(column) for column in after.T.tolist()} == columns  # a position keeps its steps
 
 
 def test_a_study_runs_resumes_and_reports(
