@@ -43,6 +43,9 @@ OPTIONS = (
     "squared",
     "split",
     "split, preset blocks",
+    "split, rest by core",
+    "split, at most one",
+    "split, by shares",
     "phrases",
     "phrases alone",
     "phrases without maps",
@@ -156,6 +159,9 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
         "squared": [(advantages, allocate(mean.square()))],
         "split": [*rest, *of_phrases],
         "split, preset blocks": [*rest, *of_preset],
+        "split, rest by core": [(left, allocate(preset)) for left, _ in rest] + of_preset,
+        "split, by shares": _by_shares(rollout.phrases[:, :, preset_blocks].mean(dim=2), advantages, parts),
+        "split, at most one": [*rest, *((part, own.clamp(max=1)) for part, own in of_preset)],
         "phrases": _phrases(maps, (advantages[:, None] + by_phrase) / 2),
         "phrases alone": by_own_map,
         "phrases without maps": [(own, ones) for own, _ in by_own_map],
@@ -208,6 +214,18 @@ def _phrases(maps: Tensor, by_phrase: Tensor, *, mean: bool = True) -> list[tupl
     share = there / there.sum(dim=1, keepdim=True).clamp(min=1) if mean else there.float()
     count = min(maps.shape[2], by_phrase.shape[1])
     return [((by_phrase * share[:, : by_phrase.shape[1]])[:, g], allocate(maps[:, :, g])) for g in range(count)]
+
+
+def _by_shares(maps: Tensor, advantages: Tensor, parts: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """As the driver splits: by the map of all phrases, and within it by each phrase's share of the attention."""
+    count = min(maps.shape[2], parts.shape[1])
+    there = maps.sum(dim=(1, 3)) > 0  # [N, G]
+    acting = parts[:, :count] * there[:, :count]
+    total = maps.sum(dim=2)
+    weights = allocate(total)
+    shares = torch.where(total[:, :, None] > 0, maps / total[:, :, None], 1.0)
+    rest = advantages - acting.sum(dim=1)
+    return [(rest, weights), *((acting[:, g], weights * shares[:, :, g]) for g in range(count))]
 
 
 def _over_steps(signal: Tensor, ones: Tensor) -> Tensor:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradient_agreement import Multiple, cosines, multiple, shown
-from learning import by_arm, differences, paired
+from learning import by_arm, differences, mean_curve, paired
 from learning import text as learning_text
 
 ROOT = Path(__file__).parents[1]
@@ -26,10 +25,16 @@ OVERHEAD = RESULTS / "overhead-amd-epyc-2-threads-avx2.json"
 EPOCH = RESULTS / "epoch-amd-epyc-2-threads-avx2.json"
 DEMO = RESULTS / "demo.jsonl"
 AGREEMENT = RESULTS / "gradient-agreement.json"
-SMALL = ROOT / "python" / "star_trainer" / "assets" / "small-sd3" / "metrics.json"
-SMALL_AGAIN = RESULTS / "small-sd3-again.json"
+SMALL_MODELS = {
+    "A": RESULTS / "small-sd3-model-a.json",
+    "B": RESULTS / "small-sd3-model-b.json",
+    "C, which ships": ROOT / "python" / "star_trainer" / "assets" / "small-sd3" / "metrics.json",
+}
 LEARNING = RESULTS / "learning.json"
+LEARNING_FIRST = RESULTS / "learning-first.json"
+TUNING = RESULTS / "learning-tuning.json"
 KINDS = ("scaled", "along scalar")
+LARGE = 5_000  # samples of a unit of agreement whose intervals say something
 _BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -99,26 +104,25 @@ def demo() -> str:
     )
 
 
-def small_again() -> str:
-    """Metrics of the small model that ships beside those of the same command, run again."""
-    runs = {
-        "the weights that ship": json.loads(SMALL.read_text()),
-        "`star-train-small` again": json.loads(SMALL_AGAIN.read_text()),
-    }
+def small_models() -> str:
+    """Metrics of the three models that ``star-train-small`` made, the last of which ships."""
     heads = [
         "composition",
         "all fulfilled",
         "text",
         "all fulfilled",
         "correlation of map and object half-way, by block",
+        "minutes",
     ]
     rows = {}
-    for title, found in runs.items():
+    for title, path in SMALL_MODELS.items():
+        found = json.loads(path.read_text())
         scores = [
             f"{found['scenes'][task][kind]:.3f}" for task in ("composition", "text") for kind in ("graded", "exact")
         ]
         finding = [f"{n}: {steps[len(steps) // 2]:.2f}" for n, steps in enumerate(found["localisation"])]
-        rows[title] = [*scores, ", ".join(finding)]
+        threads = f"{found['threads']} thread" + "s" * (found["threads"] > 1)
+        rows[title] = [*scores, ", ".join(finding), f"{found['training_minutes']:.0f}, {threads}"]
     return _table("", heads, rows)
 
 
@@ -137,40 +141,33 @@ def agreement() -> str:
     return "\n\n".join(tables)
 
 
-def agreement_star() -> str:
-    """STAR's default, at every policy and task of the study."""
-    unit = _unit("start")
-    arms, key = unit["agreement"], unit["key"]
-    other, anew, text = _unit("start, other samples"), _unit("trained anew"), _unit("start", "text")
-    return (
-        f"**STAR's default allocation is worth {_times(arms, 'core', 'scaled')} times the samples here, not the two "
-        f"times that we aimed at.** So say {key['batches']} batches of {key['samples']} at the model as it ships, with "
-        "gradients scaled as Adam scales them (the second table); of the gradients as they are the figure is "
-        f"{_times(arms, 'core', '')}. Maps matter, but little: the inverted map is worth "
-        f"{_times(arms, 'inverted', 'scaled')}, the map at random positions {_times(arms, 'shuffled', 'scaled')}, the "
-        f"mask of the finished picture, which no rollout has, {_times(arms, 'object mask (oracle)', 'scaled')}. "
-        f"{other['key']['batches']} batches of other samples give {_times(other['agreement'], 'core', 'scaled')}, "
-        f"{anew['key']['batches']} of a model trained anew {_times(anew['agreement'], 'core', 'scaled')}, and the text "
-        f"task {_times(text['agreement'], 'core', 'scaled')}."
-    )
-
-
-def agreement_split() -> str:
-    """Credit by phrase's "split" and its controls, at a policy that it was not chosen by."""
-    arms = _unit("trained anew")["agreement"]
+def agreement_multiples() -> str:
+    """STAR's allocation, "split" and their controls at every policy and task of the study, scaled and along scalar."""
+    units = {f"{u['label']}, {u['key']['task']}": u["agreement"] for u in _large_units()}
     names = {
-        "core": "core, the paper's map",
-        "split": "**split**",
-        "split, shuffled": "split, maps at random positions",
-        "split, inverted": "split, maps inverted",
+        "core": "core, the paper's map, all blocks",
+        "core, preset blocks": "core, blocks that find the words",
+        "shuffled": "core at random positions",
+        "inverted": "core inverted",
+        "split": "**split**, all blocks",
+        "split, preset blocks": "**split**, blocks that find the words",
+        "split, shuffled": "split at random positions",
+        "split, inverted": "split inverted",
+        "object mask (oracle)": "mask of the finished picture",
     }
-    rows = {title: [str(_times(arms, name, kind)) for kind in ("", *KINDS)] for name, title in names.items()}
-    return _table("times the samples, model trained anew", ["gradients as they are", *KINDS], rows)
+    tables = []
+    for kind in KINDS:
+        rows = {
+            title: [str(_times(arms, name, kind)) if name in arms else "" for arms in units.values()]
+            for name, title in names.items()
+        }
+        tables.append(_table(f"{kind}: times the samples", list(units), rows))
+    return "\n\n".join(tables)
 
 
 def agreement_steps() -> str:
     """Agreement of single denoising steps, and what weights over steps are worth."""
-    arms = _unit("start, other samples")["agreement"]
+    arms = _unit("model A, other samples")["agreement"]
     steps = sorted(name for name in arms if name.startswith("scalar, step"))
     rows = {
         f"step {name.split()[-1]}": [str(len(arms[name]["without"])), *(_cosine(arms[name][kind]) for kind in KINDS)]
@@ -187,14 +184,14 @@ def agreement_steps() -> str:
 
 
 def agreement_phrases() -> str:
-    """Credit by phrase at the model that ships."""
-    arms = _unit("start")["agreement"]
+    """Credit by phrase at model A."""
+    arms = _unit("model A")["agreement"]
     rows = {
         "**split**, each phrase's part by its own map": "split",
         "**phrase**, advantages of phrases, by their maps": "phrases alone",
         "**phrase**, without maps": "phrases without maps",
     }
-    learned = [_learned(arm) for arm in ("split", "phrases", "phrases without maps")]
+    learned = [_learned(arm, LEARNING_FIRST) for arm in ("split", "phrases", "phrases without maps")]
     return _table(
         "times the samples",
         ["gradients as they are", "scaled", "along scalar", "reward after training, beside plain Flow-GRPO"],
@@ -205,23 +202,26 @@ def agreement_phrases() -> str:
     )
 
 
-def learning_star() -> str:
-    """The primary comparison of the learning study."""
-    found = json.loads(LEARNING.read_text())
-    arms, epochs = by_arm(found, "composition"), found["design"]["settings"]["train.epochs"]
-    _, reach, _ = paired(differences(arms["plain"], arms["star, step"]))
-    gains = [run["evaluations"][-1][1] - run["evaluations"][0][1] for run in arms["plain"].values()]
-    return (
-        f"**The primary comparison shows no difference**: {_learned('star, step')}. Plain Flow-GRPO gains "
-        f"{statistics.mean(gains):.4f} in {epochs} epochs, so the interval is as wide as "
-        f"{reach / statistics.mean(gains) * epochs:.0f} of its epochs to either side: these curves cannot see what is "
-        f"worth less than {1 + reach / statistics.mean(gains):.1f} times the samples."
-    )
+def learning_tuning() -> str:
+    """Plain Flow-GRPO under the settings that the second study was chosen from."""
+    found = json.loads(TUNING.read_text())
+    rows = {}
+    for arm, runs in by_arm(found, "composition").items():
+        curve = mean_curve(runs)
+        own = [" ".join(f"{run['evaluations'][-1][1]:.3f}" for run in runs.values())]
+        rows[arm] = [*(f"{reward - curve[0][1]:+.4f}" for _, reward in curve[1:]), *own]
+    epochs = [epoch for epoch, _ in curve[1:]]
+    return _table("plain Flow-GRPO", [*(f"gain after {epoch} epochs" for epoch in epochs), "final, each seed"], rows)
 
 
 def learning() -> str:
-    """Final rewards of the learning study, and their differences from plain Flow-GRPO with the same seeds."""
-    return f"```text\n{learning_text(json.loads(LEARNING.read_text())).strip()}\n```"
+    """Final rewards of the second study, and their differences from plain Flow-GRPO with the same seeds."""
+    return _learning_table(LEARNING)
+
+
+def learning_first() -> str:
+    """The same of the first study."""
+    return _learning_table(LEARNING_FIRST)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -229,14 +229,14 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "policy": policy,
     "steps": steps,
     "demo": demo,
-    "small-again": small_again,
+    "small-models": small_models,
     "agreement": agreement,
-    "agreement-star": agreement_star,
+    "agreement-multiples": agreement_multiples,
     "agreement-phrases": agreement_phrases,
-    "agreement-split": agreement_split,
     "agreement-steps": agreement_steps,
+    "learning-tuning": learning_tuning,
     "learning": learning,
-    "learning-star": learning_star,
+    "learning-first": learning_first,
 }
 
 
@@ -288,19 +288,26 @@ def _three(value: float) -> str:
     return f"{value:.2f}" if value < 2.5 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
-def _learned(arm: str) -> str:
+def _learning_table(path: Path) -> str:
+    return f"```text\n{learning_text(json.loads(path.read_text())).strip()}\n```"
+
+
+def _learned(arm: str, path: Path) -> str:
     """An arm's final reward of the composition task less plain's, with its interval and p-value."""
-    arms = by_arm(json.loads(LEARNING.read_text()), "composition")
+    arms = by_arm(json.loads(path.read_text()), "composition")
     pairs = differences(arms["plain"], arms[arm])
     difference, reach, p = paired(pairs)
     return f"{difference:+.4f} ± {reach:.4f}, p = {p:.2g}, {len(pairs)} seeds"
 
 
-def _unit(label: str, task: str = "composition") -> dict[str, Any]:
-    """The largest of the units of agreement with this name."""
+def _large_units() -> list[dict[str, Any]]:
+    """The units of agreement that can tell allocations apart."""
     units = json.loads(AGREEMENT.read_text())["units"]
-    found = [unit for unit in units if (unit["label"], unit["key"]["task"]) == (label, task)]
-    return max(found, key=lambda unit: unit["key"]["batches"] * unit["key"]["samples"])
+    return [unit for unit in units if unit["key"]["batches"] * unit["key"]["samples"] >= LARGE]
+
+
+def _unit(label: str) -> dict[str, Any]:
+    return next(unit for unit in _large_units() if unit["label"] == label)
 
 
 def _times(arms: dict[str, Any], name: str, kind: str) -> Multiple:

@@ -39,7 +39,7 @@ from star_trainer.rollout import Batch
 from star_trainer.trainer import Trainer
 
 HERE = Path(__file__).parent
-CONTROLS = ("shuffled", "object mask")  # weights that the driver has no setting for
+CONTROLS = ("shuffled", "object mask", "means of one")  # weights that the driver has no setting for
 EARLY = 0.7  # the goal: plain Flow-GRPO's final reward with this share of its samples
 
 
@@ -77,6 +77,11 @@ class StudyTrainer(Trainer):
         if self.control is None:
             return batch
         steps = batch.steps
+        if self.control == "means of one":  # of a split advantage's parts; what is no phrase's on all pixels alike
+            for step in steps:
+                step.weights[:, 0] = 1.0
+                step.weights[:, 1:] /= step.weights[:, 1:].mean(dim=(-2, -1), keepdim=True)
+            return batch
         side = steps[0].sample.shape[-1] // 2
         if self.control == "shuffled":
             found = torch.stack(

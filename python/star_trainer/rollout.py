@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from star_kernels import TokenSelection, allocate, map_change, sample_transition
@@ -160,19 +159,30 @@ def sample(policy: Policy, prompts: Sequence[Prompt], names: Sequence[str], conf
 def weighted(steps: list[Step], maps: Tensor, allocation: Allocation, following: Tensor | None = None) -> list[Step]:
     """Steps with their weights, from maps ``[B, Steps, rows, columns]``, of phrases ``[B, Steps, G, rows, columns]``.
 
-    Where the picture's advantage is split, what is no phrase's comes first and acts on all pixels alike.
+    Where the picture's advantage is split, what is no phrase's comes first and acts by the map of all phrases; at each
+    position the phrases' parts act by the same weight times their shares of the attention there.
 
     Args:
         following: the maps of the step after each, for ``over`` "change".
     """
+    grid, splits = maps.shape[-2:], allocation.credit == "split"
+    own = maps.flatten(-2)
+    found = own.sum(dim=2) if splits else own
+    signal = None
+    if following is not None:
+        then = following.flatten(-2)
+        signal = map_change(found, then.sum(dim=2) if splits else then)
     weights = allocate(
-        maps.flatten(-2),
+        found,
         strength=allocation.strength,
         over="trajectory" if allocation.over == "change" else allocation.over,
         cap=allocation.cap,
-        step_signal=None if following is None else map_change(maps.flatten(-2), following.flatten(-2)),
+        step_signal=signal,
     )
-    if allocation.credit == "split":
-        weights = F.pad(weights, (0, 0, 1, 0), value=1.0)
-    on_grid = weights.unflatten(-1, maps.shape[-2:])
+    if splits:
+        total = found[:, :, None]
+        shares = torch.where((total > 0) & total.isfinite(), own / total, 1.0)
+        each = weights[:, :, None] * torch.lerp(torch.ones_like(shares), shares, allocation.strength)
+        weights = torch.cat([weights[:, :, None], each], dim=2)
+    on_grid = weights.unflatten(-1, grid)
     return [replace(step, weights=on_grid[:, i].contiguous()) for i, step in enumerate(steps)]
