@@ -35,6 +35,8 @@ CONTROLS = (
     "permuted advantages",
     "split, shuffled",
     "split, inverted",
+    "means of one, shuffled",
+    "means of one, inverted",
 )
 OPTIONS = (
     "core, preset blocks",
@@ -42,10 +44,8 @@ OPTIONS = (
     "cap 2",
     "squared",
     "split",
-    "split, preset blocks",
-    "split, rest by core",
-    "split, at most one",
-    "split, by shares",
+    "means of one",
+    "means of one, preset blocks",
     "phrases",
     "phrases alone",
     "phrases without maps",
@@ -149,7 +149,9 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
     by_own_map = _phrases(maps, by_phrase)
     of_phrases = _phrases(maps, parts, mean=False)
     rest = [(advantages - torch.stack([part for part, _ in of_phrases]).sum(dim=0), ones)]
-    of_preset = _phrases(rollout.phrases[:, :, preset_blocks].mean(dim=2), parts, mean=False)
+    found_words = rollout.phrases[:, :, preset_blocks].mean(dim=2)  # [N, Steps, G, P]
+    split = _by_shares(found_words, allocate(preset), advantages, parts)
+    of_preset = _phrases(found_words, parts, mean=False)
     found: Fields = {
         "scalar": [(advantages, ones)],
         "core": [(advantages, weights)],
@@ -157,11 +159,9 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
         "trajectory": [(advantages, allocate(mean, over="trajectory"))],
         "cap 2": [(advantages, allocate(mean, cap=2.0))],
         "squared": [(advantages, allocate(mean.square()))],
-        "split": [*rest, *of_phrases],
-        "split, preset blocks": [*rest, *of_preset],
-        "split, rest by core": [(left, allocate(preset)) for left, _ in rest] + of_preset,
-        "split, by shares": _by_shares(rollout.phrases[:, :, preset_blocks].mean(dim=2), advantages, parts),
-        "split, at most one": [*rest, *((part, own.clamp(max=1)) for part, own in of_preset)],
+        "split": split,
+        "means of one": [*rest, *of_phrases],
+        "means of one, preset blocks": [*rest, *of_preset],
         "phrases": _phrases(maps, (advantages[:, None] + by_phrase) / 2),
         "phrases alone": by_own_map,
         "phrases without maps": [(own, ones) for own, _ in by_own_map],
@@ -177,8 +177,10 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
         "frozen": [(advantages, allocate(mean.mean(dim=1, keepdim=True).expand_as(mean)))],
         "another rollout's": [(advantages, weights[other])],
         "permuted advantages": [(_permuted(advantages, rollout.group_size, generator), weights)],
-        "split, shuffled": [*rest, *((part, shuffled(own, generator)) for part, own in of_phrases)],
-        "split, inverted": [
+        "split, shuffled": [(part, shuffled(own, torch.Generator().manual_seed(seed))) for part, own in split],
+        "split, inverted": _by_shares(found_words, _inverted(preset), advantages, parts),
+        "means of one, shuffled": [*rest, *((part, shuffled(own, generator)) for part, own in of_phrases)],
+        "means of one, inverted": [
             *rest,
             *((part, allocate(own.amax(dim=2, keepdim=True) - own)) for part, own in of_phrases),
         ],
@@ -216,14 +218,13 @@ def _phrases(maps: Tensor, by_phrase: Tensor, *, mean: bool = True) -> list[tupl
     return [((by_phrase * share[:, : by_phrase.shape[1]])[:, g], allocate(maps[:, :, g])) for g in range(count)]
 
 
-def _by_shares(maps: Tensor, advantages: Tensor, parts: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """As the driver splits: by the map of all phrases, and within it by each phrase's share of the attention."""
+def _by_shares(maps: Tensor, weights: Tensor, advantages: Tensor, parts: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """As the driver splits: by the weights of all phrases, and within them by each one's share of the attention."""
     count = min(maps.shape[2], parts.shape[1])
     there = maps.sum(dim=(1, 3)) > 0  # [N, G]
     acting = parts[:, :count] * there[:, :count]
-    total = maps.sum(dim=2)
-    weights = allocate(total)
-    shares = torch.where(total[:, :, None] > 0, maps / total[:, :, None], 1.0)
+    total = maps.sum(dim=2, keepdim=True)
+    shares = torch.where(total > 0, maps / total, 1.0)
     rest = advantages - acting.sum(dim=1)
     return [(rest, weights), *((acting[:, g], weights * shares[:, :, g]) for g in range(count))]
 

@@ -84,11 +84,9 @@ class StudyTrainer(Trainer):
             return batch
         side = steps[0].sample.shape[-1] // 2
         if self.control == "shuffled":
-            found = torch.stack(
-                [step.weights.flatten(-2) for step in steps], dim=-2
-            )  # [N, Steps, P] or [N, G, Steps, P]
-            moved = allocations.shuffled(found.flatten(0, -3), torch.Generator().manual_seed(self.epoch))
-            weights = moved.view_as(found).movedim(-2, 1)
+            found = torch.stack([step.weights.flatten(-2) for step in steps], dim=1)  # [N, Steps, (G,) P]
+            moved = allocations.shuffled(found.flatten(1, -2), torch.Generator().manual_seed(self.epoch))
+            weights = moved.view_as(found)
         else:
             mask = allocate(allocations.object_mask(batch)).to(steps[0].sample.device)
             weights = mask[:, None].expand(-1, len(steps), -1)

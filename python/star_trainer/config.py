@@ -86,9 +86,10 @@ class Allocation:
         cap: largest weight; None is without.
         blocks: the transformer's blocks whose maps are averaged: "default", "all", or a list of indices.
         source: core content: "auto", "geneval", "quoted" or "words", as star_kernels.prompts.core_content.
-        credit: "image", the advantage of the picture acts by the map of all core content; "split", each phrase's part
-            of that advantage acts by the phrase's own map, and the rest on all pixels alike; "phrase", each phrase has
-            an advantage of its own instead, its part of the reward compared for itself, which acts by its own map.
+        credit: "image", the advantage of the picture acts by the map of all core content; "split", by the same map, and
+            at each position each phrase's part of that advantage counts for the phrase's share of the attention there;
+            "phrase", each phrase has an advantage of its own instead, its part of the reward compared for itself, which
+            acts by its own map.
     """
 
     method: Literal["star", "plain"] = "star"

@@ -69,9 +69,10 @@ class Record:
         labels = [f"step {step.number}" for step in batch.steps]
         for n in range(min(STRIPS, len(batch.numbers))):
             values = torch.stack([step.weights[n] for step in batch.steps if step.weights is not None])
-            if batch.shares is not None:  # the mean over phrases
-                shares = batch.shares[n] / batch.shares[n].sum().clamp(min=1)
-                values = torch.einsum("tghw, g -> thw", values[:, -len(shares) :], shares)
+            if self.config.allocation.credit == "split":
+                values = values[:, 0]  # by the map of all phrases
+            elif batch.shares is not None:  # the mean over phrases
+                values = torch.einsum("tghw, g -> thw", values, batch.shares[n])
             figure = figures.weights(
                 values,
                 image=batch.images[n],

@@ -199,23 +199,40 @@ def test_a_split_advantage_at_uniform_weights_is_flow_grpos(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_a_split_run_trains_each_part_by_its_map(
+@pytest.mark.parametrize(
+    "method", [{}, {"over": "trajectory"}, {"over": "change"}, {"cap": 2.0}, {"strength": 0.5}], ids=str
+)
+def test_a_split_advantage_acts_by_the_map_of_all_phrases_and_its_parts_by_their_shares(
+    by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer], method: dict[str, Any]
+) -> None:
+    found, image, phrase = (
+        rolled_out(trainer_of(config), config, [PAIR, SINGLE])
+        for config in (by_phrase(allocation={**method, "credit": c}) for c in ("split", "image", "phrase"))
+    )
+    for step, whole, own in zip(found.steps, image.steps, phrase.steps, strict=True):
+        assert step.weights is not None
+        assert whole.weights is not None
+        assert own.weights is not None
+        torch.testing.assert_close(step.weights[:, 0], whole.weights, rtol=1e-4, atol=1e-5)
+        if "strength" in method:
+            continue
+        parts = step.weights[:, 1:]
+        torch.testing.assert_close(parts.sum(dim=1), step.weights[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(parts[1, 0], step.weights[1, 0])  # the prompt's only phrase
+        if not method:
+            means = parts[0].mean(dim=(1, 2), keepdim=True)
+            torch.testing.assert_close(parts[0] / means, own.weights[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_split_run_leaves_pictures_of_its_weights(
     by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path
 ) -> None:
-    config = by_phrase(allocation={"credit": "split"}, output={"pictures_every": 1})
-    trainer = trainer_of(config)
-    batch = rolled_out(trainer, config, [PAIR, SINGLE])
-    alone = rolled_out(trainer, by_phrase(), [PAIR, SINGLE])
-    for step, own in zip(batch.steps, alone.steps, strict=True):
-        assert step.weights is not None
-        assert torch.equal(step.weights[:, 0], torch.ones_like(step.weights[:, 0]))
-        assert torch.equal(step.weights[:, 1:], own.weights)
-    trainer.run()
+    trainer_of(by_phrase(allocation={"credit": "split"}, output={"pictures_every": 1})).run()
     assert (tmp_path / "run" / "allocation-000001-0.png").is_file()
 
 
 @pytest.mark.parametrize("credit", ["phrase", "split"])
-def test_pictures_show_the_mean_weights_of_a_prompts_phrases(
+def test_pictures_show_the_weights_of_all_phrases_together(
     by_phrase: Callable[..., Config],
     trainer_of: Callable[[Config], Trainer],
     monkeypatch: pytest.MonkeyPatch,
@@ -232,8 +249,8 @@ def test_pictures_show_the_mean_weights_of_a_prompts_phrases(
 
     monkeypatch.setattr(record.figures, "weights", weights)
     record.Record(config, enabled=True).allocation(1, batch)
-    maps = torch.stack([step.weights[:, -3:] for step in batch.steps if step.weights is not None])
-    torch.testing.assert_close(drawn[0], maps[:, 0].mean(dim=1))
+    maps = torch.stack([step.weights for step in batch.steps if step.weights is not None])
+    torch.testing.assert_close(drawn[0], maps[:, 0, 0] if credit == "split" else maps[:, 0].mean(dim=1))
     torch.testing.assert_close(drawn[1], maps[:, 1, 0])
 
 
