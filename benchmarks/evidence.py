@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradient_agreement import Multiple, cosines, multiple, shown
-from learning import by_arm, differences, mean_curve, paired
+from learning import EARLY, by_arm, differences, early, mean_curve, paired
 from learning import text as learning_text
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,7 @@ SMALL_MODELS = {
 }
 LEARNING = RESULTS / "learning.json"
 LEARNING_FIRST = RESULTS / "learning-first.json"
+PARTS = RESULTS / "learning-parts.json"
 TUNING = RESULTS / "learning-tuning.json"
 KINDS = ("scaled", "along scalar")
 LARGE = 5_000  # samples of a unit of agreement whose intervals say something
@@ -219,6 +221,35 @@ def learning() -> str:
     return _learning_table(LEARNING)
 
 
+def learning_result() -> str:
+    """The comparisons of the second study in a sentence each."""
+    arms = by_arm(json.loads(LEARNING.read_text()), "composition")
+    gain = statistics.mean(run["evaluations"][-1][1] - run["evaluations"][0][1] for run in arms["plain"].values())
+    lines = [f"Plain Flow-GRPO gains {gain:.4f}. Final reward beside it:", ""]
+    for arm in arms:
+        if arm != "plain":
+            difference, reach, p = paired(early(arms["plain"], arms[arm]))
+            lines.append(
+                f"- {arm}: {_learned(arm, LEARNING)}; after {EARLY:g} of the samples {difference:+.4f} ± {reach:.4f} "
+                f"(p = {p:.2g}) beside plain's final reward"
+            )
+    return "\n".join(lines)
+
+
+def learning_parts() -> str:
+    """What the arms of the second study have learnt, part by part."""
+    runs = json.loads(PARTS.read_text())["runs"]
+    rows = {}
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        own = [run for run in runs if run["arm"] == arm]
+        means = {name: statistics.mean(run[name] for run in own) for name in ("reward", "phrases", "rest")}
+        objects = {name: statistics.mean(run[name] for run in own) for name in ("surplus", "missing")}
+        values = [*(f"{value:.3f}" for value in means.values()), *(f"{value:.2f}" for value in objects.values())]
+        rows[f"{arm} ({len(own)})" if own[0]["seed"] is not None else arm] = values
+    heads = ["reward", "from phrases", "from the rest", "surplus objects", "missing objects"]
+    return _table("means over pictures and seeds", heads, rows)
+
+
 def learning_first() -> str:
     """The same of the first study."""
     return _learning_table(LEARNING_FIRST)
@@ -236,6 +267,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "agreement-steps": agreement_steps,
     "learning-tuning": learning_tuning,
     "learning": learning,
+    "learning-result": learning_result,
+    "learning-parts": learning_parts,
     "learning-first": learning_first,
 }
 

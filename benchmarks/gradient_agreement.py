@@ -20,7 +20,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -228,10 +228,7 @@ def _slope(velocity: Tensor, step: Step, transition: Any, advantages: Tensor, we
 def compared(stored: dict[str, dict[int, Tensor]]) -> dict[str, dict[str, Any]]:
     """Of each allocation, from its gradients by batch, the three cosines, see above."""
     scalar = stored["scalar"]
-    squares = torch.zeros(next(iter(scalar.values())).shape)
-    for row in scalar.values():
-        squares += row.float().square()
-    scale = (squares / len(scalar)).sqrt().clamp(min=1e-12).reciprocal()
+    scale = adam_scale(scalar.values())
     found = {}
     for name, vectors in stored.items():
         if len(vectors) < 4:  # a step that few batches trained
@@ -239,30 +236,51 @@ def compared(stored: dict[str, dict[int, Tensor]]) -> dict[str, dict[str, Any]]:
         stacked = torch.stack(list(vectors.values()))
         found[name] = agreement(stacked)
         found[name]["scaled"] = agreement(stacked, scale=scale)
-        found[name]["along scalar"] = agreement(stacked, torch.stack([scalar[n] for n in vectors]), scale=scale)
+        others = torch.stack([scalar[n] for n in vectors])
+        found[name]["along scalar"] = agreement(stacked, others, scale=scale)
+        found[name]["step"] = agreement(stacked, others, scale=adam_scale(stacked), other_scale=None)
     return found
+
+
+def adam_scale(vectors: Iterable[Tensor]) -> Tensor:
+    """One over the root mean square of each entry over vectors ``[D]``."""
+    squares, count = torch.zeros(()), 0
+    for vector in vectors:
+        squares, count = squares + vector.float().square(), count + 1
+    return (squares / count).sqrt().clamp(min=1e-12).reciprocal()
 
 
 def cosines(arm: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Those that a unit has of an allocation, by kind; "" is that of the gradients as they are."""
-    return {"": arm, **{kind: arm[kind] for kind in ("scaled", "along scalar") if kind in arm}}
+    return {"": arm, **{kind: arm[kind] for kind in ("scaled", "along scalar", "step") if kind in arm}}
 
 
-def agreement(vectors: Tensor, others: Tensor | None = None, scale: Tensor | None = None) -> dict[str, Any]:
+SAME = torch.zeros(0)
+
+
+def agreement(
+    vectors: Tensor,
+    others: Tensor | None = None,
+    scale: Tensor | None = None,
+    other_scale: Tensor | None = SAME,
+) -> dict[str, Any]:
     """Mean cosine between vectors and others of another row, its jackknife error, and the means without each row.
 
     Args:
         vectors: ``[N, D]``.
         others: ``[N, D]``; None: the vectors.
         scale: ``[D]``, a factor of every entry.
+        other_scale: that of others, where it is not the same.
     """
+    other_scale = scale if other_scale is SAME else other_scale
     n, size = vectors.shape
     inner, squares = torch.zeros(n, n), torch.zeros(2, n)
     for start in range(0, size, 1 << 18):
         chosen = slice(start, start + (1 << 18))
-        factor = 1.0 if scale is None else scale[chosen]
-        left = vectors[:, chosen].float() * factor
-        right = left if others is None else others[:, chosen].float() * factor
+        left = vectors[:, chosen].float() * (1.0 if scale is None else scale[chosen])
+        right = left if others is None else others[:, chosen].float()
+        if others is not None and other_scale is not None:
+            right = right * other_scale[chosen]
         inner += left @ right.T
         squares += torch.stack([left.square().sum(dim=1), right.square().sum(dim=1)])
     norms = squares.sqrt()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import allocations
 import gradient_agreement
 import learning
+import learning_parts
 import pytest
 import torch
 import yaml
@@ -374,3 +375,22 @@ def test_a_study_runs_resumes_and_reports(
     learning.main([*command, "--report"])
     assert "plain" in capsys.readouterr().out
     assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_the_parts_of_what_runs_have_learnt_sum_to_the_reward(pipeline_folder: Path, tmp_path: Path) -> None:
+    settings = {
+        "model.path": str(pipeline_folder), "allocation.blocks": "all", "train.epochs": 1, "rollout.steps": 3,
+        "rollout.groups": 1, "rollout.group_size": 2, "rollout.batch": 2, "rollout.window": 1, "rollout.window_end": 2,
+        "evaluation.every": 1, "evaluation.prompts": 2, "evaluation.steps": 2,
+    }  # fmt: skip
+    design = tmp_path / "design.yaml"
+    arms = {"plain": {"allocation.method": "plain"}}
+    design.write_text(yaml.safe_dump({"tasks": ["composition"], "seeds": [0, 1], "arms": arms, "settings": settings}))
+    learning.train(learning.Unit("composition", "plain", 0), yaml.safe_load(design.read_text()), tmp_path, math.inf)
+    command = ["--design", str(design), "--runs", str(tmp_path), "--prompts", "70", "--out", str(tmp_path / "out.json")]
+    assert learning_parts.main(command) == 0
+    runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert [(run["arm"], run["seed"]) for run in runs] == [("start", None), ("plain", 0)]
+    for run in runs:
+        assert run["phrases"] + run["rest"] == pytest.approx(run["reward"], abs=2e-4)
+        assert run["surplus"] + run["missing"] > 0
