@@ -151,19 +151,24 @@ def agreement_multiples() -> str:
         "core, preset blocks": "core, blocks that find the words",
         "shuffled": "core at random positions",
         "inverted": "core inverted",
-        "split": "**split**, all blocks",
-        "split, preset blocks": "**split**, blocks that find the words",
+        "split": "**split**, blocks that find the words",
         "split, shuffled": "split at random positions",
-        "split, inverted": "split inverted",
+        "means of one": "means of one, all blocks",
+        "means of one, preset blocks": "means of one, blocks that find the words",
+        "means of one, shuffled": "means of one at random positions",
+        "means of one, inverted": "means of one inverted",
         "object mask (oracle)": "mask of the finished picture",
     }
     tables = []
-    for kind in KINDS:
-        rows = {
-            title: [str(_times(arms, name, kind)) if name in arms else "" for arms in units.values()]
-            for name, title in names.items()
-        }
-        tables.append(_table(f"{kind}: times the samples", list(units), rows))
+    for kind in (*KINDS, "step"):
+        columns = {title: arms for title, arms in units.items() if kind in cosines(arms["scalar"])}
+        rows = {}
+        for name, title in names.items():
+            there = [name in arms and kind in cosines(arms[name]) for arms in columns.values()]
+            if any(there):
+                values = zip(columns.values(), there, strict=True)
+                rows[title] = [str(_times(arms, name, kind)) if known else "" for arms, known in values]
+        tables.append(_table(f"{kind}: times the samples", list(columns), rows))
     return "\n\n".join(tables)
 
 
@@ -189,11 +194,11 @@ def agreement_phrases() -> str:
     """Credit by phrase at model A."""
     arms = _unit("model A")["agreement"]
     rows = {
-        "**split**, each phrase's part by its own map": "split",
+        "**means of one**, each phrase's part by its own map": "means of one",
         "**phrase**, advantages of phrases, by their maps": "phrases alone",
         "**phrase**, without maps": "phrases without maps",
     }
-    learned = [_learned(arm, LEARNING_FIRST) for arm in ("split", "phrases", "phrases without maps")]
+    learned = [_learned(arm, LEARNING_FIRST) for arm in ("split, means of one", "phrases", "phrases without maps")]
     return _table(
         "times the samples",
         ["gradients as they are", "scaled", "along scalar", "reward after training, beside plain Flow-GRPO"],
@@ -348,6 +353,8 @@ def _times(arms: dict[str, Any], name: str, kind: str) -> Multiple:
 
 
 def _agreement(arms: dict[str, Any], name: str, kind: str) -> str:
+    if kind not in cosines(arms[name]):
+        return ""
     own, times = cosines(arms[name])[kind], _times(arms, name, kind)
     return f"{_cosine(own)}, {times}" if name != "scalar" and times.known else _cosine(own)
 
