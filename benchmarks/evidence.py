@@ -155,6 +155,7 @@ def agreement_multiples() -> str:
         "split, shuffled": "split at random positions",
         "means of one": "means of one, all blocks",
         "means of one, preset blocks": "means of one, blocks that find the words",
+        "means of one, rest by core": "means of one, the rest by the core map of those blocks",
         "means of one, shuffled": "means of one at random positions",
         "means of one, inverted": "means of one inverted",
         "object mask (oracle)": "mask of the finished picture",
