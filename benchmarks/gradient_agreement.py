@@ -4,9 +4,10 @@ Draws independent batches of samples at a fixed policy, computes the gradient of
 the same samples and rewards, and reports the mean cosine between the gradients of different batches. While the noise is
 much larger than the signal the cosine grows in proportion to the batch, so the ratio of two allocations' cosines says
 how many times the samples one is worth, relative to the other ("effective-sample multiple"). Intervals are jackknife
-over batches. Three cosines are reported: of the gradients; of the gradients with each entry divided by the root mean
+over batches. Four cosines are reported: of the gradients; of the gradients with each entry divided by the root mean
 square that it has under scalar advantages, as Adam steps by them ("scaled"); and of scaled gradients with those of
-scalar advantages in other batches ("along scalar"), which a field that only sharpens another objective does not raise.
+scalar advantages in other batches ("along scalar"), which a field that only sharpens another objective does not raise;
+and of what Adam would step, each entry over its own root mean square, with those as they are ("step").
 
 One run measures one model; give checkpoints of star-train to measure along training. Results are appended to a JSON
 file; allocations that it has already, of the same model and batches, are not measured again, and others join them.
@@ -226,7 +227,7 @@ def _slope(velocity: Tensor, step: Step, transition: Any, advantages: Tensor, we
 
 
 def compared(stored: dict[str, dict[int, Tensor]]) -> dict[str, dict[str, Any]]:
-    """Of each allocation, from its gradients by batch, the three cosines, see above."""
+    """Of each allocation, from its gradients by batch, the cosines, see above."""
     scalar = stored["scalar"]
     scale = adam_scale(scalar.values())
     found = {}
@@ -238,7 +239,7 @@ def compared(stored: dict[str, dict[int, Tensor]]) -> dict[str, dict[str, Any]]:
         found[name]["scaled"] = agreement(stacked, scale=scale)
         others = torch.stack([scalar[n] for n in vectors])
         found[name]["along scalar"] = agreement(stacked, others, scale=scale)
-        found[name]["step"] = agreement(stacked, others, scale=adam_scale(stacked), other_scale=None)
+        found[name]["step"] = agreement(stacked, others, scale=adam_scale(stacked), scale_others=False)
     return found
 
 
@@ -255,14 +256,12 @@ def cosines(arm: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"": arm, **{kind: arm[kind] for kind in ("scaled", "along scalar", "step") if kind in arm}}
 
 
-SAME = torch.zeros(0)
-
-
 def agreement(
     vectors: Tensor,
     others: Tensor | None = None,
     scale: Tensor | None = None,
-    other_scale: Tensor | None = SAME,
+    *,
+    scale_others: bool = True,
 ) -> dict[str, Any]:
     """Mean cosine between vectors and others of another row, its jackknife error, and the means without each row.
 
@@ -270,17 +269,15 @@ def agreement(
         vectors: ``[N, D]``.
         others: ``[N, D]``; None: the vectors.
         scale: ``[D]``, a factor of every entry.
-        other_scale: that of others, where it is not the same.
+        scale_others: whether of others, too.
     """
-    other_scale = scale if other_scale is SAME else other_scale
     n, size = vectors.shape
     inner, squares = torch.zeros(n, n), torch.zeros(2, n)
     for start in range(0, size, 1 << 18):
         chosen = slice(start, start + (1 << 18))
-        left = vectors[:, chosen].float() * (1.0 if scale is None else scale[chosen])
-        right = left if others is None else others[:, chosen].float()
-        if others is not None and other_scale is not None:
-            right = right * other_scale[chosen]
+        factor = 1.0 if scale is None else scale[chosen]
+        left = vectors[:, chosen].float() * factor
+        right = left if others is None else others[:, chosen].float() * (factor if scale_others else 1.0)
         inner += left @ right.T
         squares += torch.stack([left.square().sum(dim=1), right.square().sum(dim=1)])
     norms = squares.sqrt()

@@ -263,6 +263,9 @@ def test_scaled_cosines_and_those_along_scalar() -> None:
     ways = [torch.cosine_similarity(a / rms, b / rms, dim=0) for a, b in pairs]
     assert found["other"]["along scalar"]["cosine"] == pytest.approx(float(torch.stack(ways).mean()), abs=1e-5)
     assert found["scalar"]["along scalar"] == found["scalar"]["scaled"]
+    own = other.square().mean(dim=0).sqrt()  # as Adam steps by these gradients alone
+    ways = [torch.cosine_similarity(a / own, b, dim=0) for a, b in pairs]
+    assert found["other"]["step"]["cosine"] == pytest.approx(float(torch.stack(ways).mean()), abs=1e-5)
     some = [5, 0, 2, 3]
     expected = gradient_agreement.agreement(other[some], scalar[some], 1 / rms)
     assert found["other, step 1"]["along scalar"]["cosine"] == pytest.approx(expected["cosine"], abs=1e-6)
