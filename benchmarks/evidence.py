@@ -145,7 +145,7 @@ def agreement() -> str:
 
 def agreement_multiples() -> str:
     """STAR's allocation, "split" and their controls at every policy and task of the study, scaled and along scalar."""
-    units = {f"{u['label']}, {u['key']['task']}": u["agreement"] for u in _large_units()}
+    units = {f"{u['label']}, {u['key']['task']}": u["agreement"] for u in _large_units() if _says_something(u)}
     names = {
         "core": "core, the paper's map, all blocks",
         "core, preset blocks": "core, blocks that find the words",
@@ -189,6 +189,15 @@ def agreement_steps() -> str:
         {name: [str(_times(arms, f"steps by {name}", kind)) for kind in ("", *KINDS)] for name in signals},
     )
     return f"{table}\n\n{worth}"
+
+
+def agreement_training() -> str:
+    """Cosines at the start and after training."""
+    units = {name: _unit(f"model C, first two steps{name}")["agreement"] for name in ("", ", after training")}
+    rows = {}
+    for name in ("scalar", "core, preset blocks", "split", "means of one, preset blocks", "object mask (oracle)"):
+        rows[name] = [_cosine(cosines(arms[name])[kind]) for kind in KINDS for arms in units.values()]
+    return _table("cosine", [f"{kind}, {when}" for kind in KINDS for when in ("start", "after training")], rows)
 
 
 def agreement_phrases() -> str:
@@ -270,6 +279,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "agreement": agreement,
     "agreement-multiples": agreement_multiples,
     "agreement-phrases": agreement_phrases,
+    "agreement-training": agreement_training,
     "agreement-steps": agreement_steps,
     "learning-tuning": learning_tuning,
     "learning": learning,
@@ -343,6 +353,12 @@ def _large_units() -> list[dict[str, Any]]:
     """The units of agreement that can tell allocations apart."""
     units = json.loads(AGREEMENT.read_text())["units"]
     return [unit for unit in units if unit["key"]["batches"] * unit["key"]["samples"] >= LARGE]
+
+
+def _says_something(unit: dict[str, Any]) -> bool:
+    """Whether plain Flow-GRPO's own cosine, which multiples are of, is above the noise."""
+    scaled = unit["agreement"]["scalar"]["scaled"]
+    return bool(scaled["cosine"] > 1.96 * scaled["error"])
 
 
 def _unit(label: str) -> dict[str, Any]:
