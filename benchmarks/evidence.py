@@ -101,7 +101,7 @@ def demo() -> str:
     epochs = [line for line in lines if line["event"] == "epoch"]
     seconds = sum(value for line in epochs for name, value in line.items() if name.startswith("seconds/"))
     return (
-        f"In {len(epochs)} epochs, {seconds / 60:.1f} minutes on two cores, the graded reward of held-out prompts "
+        f"In {len(epochs)} epochs, {seconds / 60:.1f} minutes on one core, the graded reward of held-out prompts "
         f"rises from {evaluations[0]['reward']:.3f} to {evaluations[-1]['reward']:.3f}."
     )
 

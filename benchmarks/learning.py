@@ -276,7 +276,7 @@ def draw(result: dict[str, Any]) -> Any:
             columns = list(zip(*([p[1] for p in run["evaluations"]] for run in runs.values()), strict=True))
             means, reaches = zip(*((m, r) for m, r, _ in map(paired, columns)), strict=True)
             axis.plot(epochs, means, color=color, label=f"{arm} ({len(runs)})", linewidth=1.6)
-            if len(runs) > 1:
+            if len(runs) > 2:  # of two, the interval says nothing
                 low, high = ([m + sign * r for m, r in zip(means, reaches, strict=True)] for sign in (-1, 1))
                 axis.fill_between(epochs, low, high, color=color, alpha=0.12, linewidth=0)
         axis.set(xlabel="epoch", ylabel="reward of held-out prompts", title=task)
