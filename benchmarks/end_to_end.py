@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -196,13 +196,16 @@ def measure(
     size = size_for(device, batch, quick)
     title = "end to end"
     with Progress(f"{title} · checking", 0) as progress:
+        # In float32 and two blocks: through a whole model in 16 bits the same step rounded otherwise differs by a tenth.
+        progress.show("two blocks in float32")
+        checked = replace(size, blocks=min(size.blocks, 2))
+        differences = check_arms(Trainer(checked, torch.float32, device, prompts, tokenizer), progress)
         progress.show("building the model")
         trainer = Trainer(size, dtype, device, prompts, tokenizer)
-        differences = check_arms(trainer, progress)
     arms = (PLAIN, STAR, EAGER)
     variants = [Variant(arm.name, arm.label, _Counted(trainer, arm)) for arm in arms]
     clock = CpuClock(device)
-    times = interleave(variants, clock, budget, title, warm_up=0)
+    times = interleave(variants, clock, budget, title)
     ratios = {
         "star_over_plain": ("STAR / plain", "star", "plain"),
         "star_over_eager": ("STAR / plain with eager arithmetic", "star", "eager"),
@@ -230,15 +233,11 @@ def measure(
     return [case]
 
 
-# Relative RMS: the same gradient by other sums, through the backward pass of the model in its dtype.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = 1e-4  # relative RMS: the same gradient by other sums
 
 
 def check_arms(trainer: Trainer, progress: Progress) -> dict[str, float]:
-    """Flow-GRPO's eager arithmetic and STAR with uniform weights take the same step as the plain arm.
-
-    It is the first call of every arm too, so that none needs a warm-up.
-    """
+    """Flow-GRPO's eager arithmetic and STAR with uniform weights take the same step as the plain arm."""
     uniform = Arm("star_uniform", "STAR with uniform weights", star=True, strength=0.0)
     progress.show(PLAIN.label)
     trainer.step(PLAIN, 0)  # the optimiser makes its state
@@ -248,7 +247,7 @@ def check_arms(trainer: Trainer, progress: Progress) -> dict[str, float]:
         progress.show(arm.label)
         other_loss, gradient = trainer.gradient(arm)
         differences[arm.name] = float((gradient - expected).norm() / expected.norm())
-        same = differences[arm.name] <= TOLERANCES[trainer.dtype] and abs(float(other_loss - loss)) <= 1e-3
+        same = differences[arm.name] <= TOLERANCE and abs(float(other_loss - loss)) <= 1e-3
         if not same:
             raise RuntimeError(f"{arm.label} is not the step of {PLAIN.label}: gradients differ by {differences}")
     return differences

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from star_kernels.attention import naive, ops, tuning, vendor
 from star_kernels.attention.checks import (
+    autocasted,
     check_key_mask,
     check_lse,
     check_qkv,
@@ -58,7 +59,8 @@ def attention(
 
     Args:
         query: ``[B, H, Sq, D]`` (``[B, Sq, H, D]`` with layout "bshd"); float32, float16 or bfloat16, any strides.
-            float64 runs the definition in plain PyTorch.
+            float64 runs the definition in plain PyTorch. Under ``torch.autocast`` all three are cast to its dtype
+            first, as SDPA's are.
         key, value: ``[B, H, Sk, D]`` in the same layout, dtype and device.
         selection: which keys are aggregated, with which weights, in G groups.
         rows: the query positions that get a map, as a slice or ``(start, length)``; all by default. Other rows cost
@@ -81,6 +83,7 @@ def attention(
         TypeError, ValueError: an argument of wrong type, shape, dtype, device or range; the message names it.
     """
     axis = _sequence_axis(layout)
+    query, key, value = autocasted(query, key, value)
     check_qkv(query, key, value, axis)
     if axis == 1:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -142,6 +145,7 @@ def attention_maps(
         TypeError, ValueError: an argument of wrong type, shape, dtype, device or range; the message names it.
     """
     axis = _sequence_axis(layout)
+    query, key = autocasted(query, key)
     check_qkv(query, key, key, axis)
     if axis == 1:
         query, key = query.transpose(1, 2), key.transpose(1, 2)
@@ -203,6 +207,7 @@ def choose_backend(device: str, dtype: torch.dtype, head_dim: int, masked: bool 
     return "naive"
 
 
+@torch.compiler.assume_constant_result
 def obstacle(backend: str, device: str, dtype: torch.dtype, head_dim: int, masked: bool = False) -> str | None:
     """What keeps a backend from these inputs, if anything."""
     if backend == "naive":

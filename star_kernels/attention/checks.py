@@ -12,6 +12,21 @@ from star_kernels.selection import TokenSelection
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def autocasted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as ``F.scaled_dot_product_attention`` takes them: under ``torch.autocast`` in its dtype.
+
+    A model's norms may leave query and key in float32 there while value is in 16 bits.
+    """
+    kinds = {t.device.type for t in tensors if isinstance(t, Tensor)}
+    if len(kinds) != 1 or not torch.is_autocast_enabled(kind := kinds.pop()):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, sequence_axis: int) -> None:
     """Query, key and value fit together; ``sequence_axis`` is 2, or 1 in layout "bshd"."""
     names = "[B, H, S, D]" if sequence_axis == 2 else "[B, S, H, D]"

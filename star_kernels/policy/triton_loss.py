@@ -149,8 +149,9 @@ def _finish(
             b_old = tl.load(p_old_log_prob + o_b, mask=m_b & (old_is_scalar != 0), other=0.0)
             b_mean = (tl.sum(b_log_ratio, axis=1) * b_inverse - b_old) * b_guard
             b_advantage = clamp_advantage(tl.load(p_advantages + o_b, mask=m_b, other=0.0), advantage_clip)
+            # in float32, as the definition's: what overflows there does so here
             b_rho, b_surrogate, b_surrogate_slope, b_outside = clipped_surrogate(
-                b_mean, b_advantage, clip_low, clip_high
+                b_mean.to(tl.float32), b_advantage, clip_low, clip_high
             )
             m_some = b_inverse > 0.0  # a sample without a location contributes nothing
             b_sample_ratio = tl.where(m_some, b_rho, 0.0)

@@ -91,14 +91,14 @@ def test_a_table_of_another_device_is_not_this_ones(gpu: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "capability", "kernel"),
     [
-        (torch.bfloat16, 64, HOPPER, "triton"),
+        (torch.bfloat16, 64, (10, 0), "triton"),
         (torch.float16, 32, AMPERE, "triton"),
         (torch.bfloat16, 128, HOPPER, "cudnn"),
         (torch.bfloat16, 128, AMPERE, "flash"),
         (torch.bfloat16, 128, (12, 0), "flash"),
         (torch.float16, 128, (7, 5), "efficient"),
         (torch.bfloat16, 512, HOPPER, "efficient"),
-        (torch.float32, 64, HOPPER, "triton"),
+        (torch.float32, 64, HOPPER, "efficient"),
         (torch.float32, 512, HOPPER, "efficient"),
     ],
 )
@@ -106,6 +106,12 @@ def test_without_a_table_the_stated_heuristic_holds(
     dtype: torch.dtype, head_dim: int, capability: tuple[int, int], kernel: str
 ) -> None:
     assert tuning.default_plan(dtype, head_dim, capability) == Plan(kernel, kernel)
+
+
+def test_narrow_heads_on_hopper_go_back_through_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuning.default_plan(torch.bfloat16, 64, HOPPER) == Plan("triton", "cudnn")
+    monkeypatch.setattr(vendor, "cudnn_problem", lambda: "too old")
+    assert tuning.default_plan(torch.bfloat16, 64, HOPPER) == Plan("triton", "triton")
 
 
 def test_an_activated_flash_attention_comes_before_cudnn() -> None:
