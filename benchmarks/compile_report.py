@@ -34,6 +34,7 @@ from star_kernels.attention.triton_config import (
     backward_config,
     descriptor_tiles,
     forward_config,
+    loads_tokens_early,
     maps_config,
 )
 
@@ -80,7 +81,7 @@ class Variant:
 
     def shipped_tile(self) -> Tile:
         if self.kernel == "maps":
-            return maps_config(self.width, DTYPES[self.dtype])
+            return maps_config(self.width, DTYPES[self.dtype], self.groups == 1 and not self.masked)
         arguments = self.architecture, self.width, DTYPES[self.dtype], self.masked
         tile: Tile = (
             forward_config(*arguments)
@@ -116,6 +117,9 @@ def build(variant: Variant) -> Any:
         "EVEN": variant.even,
         "GRAD_LSE": variant.grad_lse,
         "TOKEN_LSE": variant.text_to_image,
+        "EARLY": loads_tokens_early(variant.architecture, DTYPES[variant.dtype], tile),
+        "ONE_CHUNK": True,
+        "STAGES": tile.num_stages,
     }
     if not variant.maps:
         constants |= dict.fromkeys(("p_index", "p_weight", "p_maps", "p_partial", "p_grads", "p_table"))

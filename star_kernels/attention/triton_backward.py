@@ -25,6 +25,7 @@ from star_kernels.attention.triton_maps import (
     attend_tokens,
     dense_rows,
     load_rows,
+    load_tokens,
     mask_argument,
     padded,
     result_like,
@@ -90,10 +91,8 @@ def _add_map_term(
     """Adds sum_t P_it gw_it k_t to the accumulator of dQ and sum_t P_it gw_it to delta."""
     for t0 in tl.range(0, tokens, BLOCK_T, num_stages=1):
         o_t = t0 + tl.arange(0, BLOCK_T)
-        b_p, b_k = attend_tokens(
-            b_q, b_lse, p_k, stride_ks, p_weight, p_index, p_mask, o_t, tokens, keys, scale_log2,
-            HEAD_DIM, BLOCK_D, HAS_MASK, False,
-        )  # fmt: skip
+        b_index, m_t, b_k = load_tokens(p_k, stride_ks, p_index, t0, tokens, keys, HEAD_DIM, BLOCK_D)
+        b_p = attend_tokens(b_q, b_lse, b_index, m_t, b_k, p_weight, p_mask, scale_log2, HAS_MASK, False)
         b_gw = tl.zeros([BLOCK_M, BLOCK_T], dtype=tl.float32)
         p_g, p_w = p_grads + tl.arange(0, BLOCK_M), p_weight + o_t
         for _ in tl.range(0, groups, num_stages=1):

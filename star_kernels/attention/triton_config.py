@@ -145,11 +145,23 @@ def descriptor_tiles(head_dim: int) -> tuple[Tile, ...]:
     return Tile(128, 64, 8, 3, descriptors=True), Tile(128, 128, 8, 2, descriptors=True)
 
 
-def maps_config(head_dim: int, dtype: torch.dtype) -> Tile:
-    """The tile of the kernel that takes maps from a log-sum-exp: small, since it only waits for memory."""
+def loads_tokens_early(architecture: str, dtype: torch.dtype, tile: Tile) -> bool:
+    """Whether the forward kernel has the selected tokens' keys in registers from its start.
+
+    It saves their latency where the registers are free: on Hopper, whose products take no operands from them.
+    """
+    return architecture == "sm_90" and dtype != torch.float32 and not tile.descriptors
+
+
+def maps_config(head_dim: int, dtype: torch.dtype, simple: bool) -> Tile:
+    """The tile of the kernel that takes maps from a log-sum-exp: small, since it only waits for memory.
+
+    Three of its blocks fit on a multiprocessor. In ``simple`` calls, with one group and no key mask, there are registers
+    for the addresses of the next head's rows as well.
+    """
     if dtype == torch.float32:
-        return Tile(32, 16, 4, 1, 168)
-    return Tile(64 if head_dim <= 128 else 32, 16, 4, 1, 96)
+        return Tile(32 if head_dim <= 128 else 16, 16, 4, 1, 168)
+    return Tile(64 if head_dim <= 128 else 32, 16, 4, 2 if simple and head_dim <= 128 else 1, 168)
 
 
 _T = TypeVar("_T")

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from star_kernels.attention.triton_config import Tile, architecture, forward_config
+from star_kernels.attention.triton_config import Tile, architecture, forward_config, loads_tokens_early
 from star_kernels.attention.triton_maps import (
     LOG2E,
     SIZES,
@@ -23,6 +23,7 @@ from star_kernels.attention.triton_maps import (
     finished,
     group_tile,
     load_rows,
+    load_tokens,
     map_buffers,
     mask_argument,
     padded,
@@ -94,7 +95,7 @@ def forward_kernel(
     stride_ob, stride_oh, stride_os,
     queries, keys, row_start, row_length, tokens, groups, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
-    MAPS: tl.constexpr, REDUCE: tl.constexpr, HAS_MASK: tl.constexpr, EVEN: tl.constexpr,
+    MAPS: tl.constexpr, REDUCE: tl.constexpr, EARLY: tl.constexpr, HAS_MASK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     o_b = tl.program_id(2).to(tl.int64)
     o_h = tl.program_id(1).to(tl.int64)
@@ -110,6 +111,11 @@ def forward_kernel(
         b_q = load_rows(p_q + o_b * stride_qb + o_h * stride_qh, stride_qs, o_row, m_m, HEAD_DIM, BLOCK_D, True)
     else:
         b_q = d_q.load([tl.program_id(2), tl.program_id(1), first, 0]).reshape([BLOCK_M, BLOCK_D])
+    b_index, m_t, b_gathered = None, None, None
+    if MAPS and EARLY:  # nothing waits for them here; behind the loop their latency is the program's
+        b_index, m_t, b_gathered = load_tokens(
+            p_k, stride_ks, p_index + o_b * tokens, 0, tokens, keys, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -136,15 +142,17 @@ def forward_kernel(
     if HAS_MASK:  # a row without any key attends to nothing
         b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     p_out += o_b * stride_ob + o_h * stride_oh
-    store_rows(b_acc / b_sum[:, None], p_out, stride_os, o_row, m_m, HEAD_DIM, BLOCK_D)
-
+    if not EARLY:
+        store_rows(b_acc / b_sum[:, None], p_out, stride_os, o_row, m_m, HEAD_DIM, BLOCK_D)
     if MAPS:
         if (first < row_start + row_length) & (first + BLOCK_M > row_start):
             store_maps(
-                b_q, b_lse, p_k, stride_ks, p_lse, p_index, p_weight, p_mask, p_maps, p_partial, p_counter,
-                o_b, row_start, row_length, tokens, keys, groups, scale_log2,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, REDUCE, HAS_MASK, False,
+                b_q, b_lse, b_index, m_t, b_gathered, p_k, stride_ks, p_index, p_weight, p_mask, p_maps, p_partial,
+                p_counter, o_b, row_start, row_length, tokens, keys, groups, scale_log2,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, REDUCE, HAS_MASK, EARLY,
             )  # fmt: skip
+    if EARLY:  # last, since the maps' arrival counter waits for all stores before it
+        store_rows(b_acc / b_sum[:, None], p_out, stride_os, o_row, m_m, HEAD_DIM, BLOCK_D)
 
 
 def attention(
@@ -198,7 +206,7 @@ def attention(
         groups = tokens = 1
         if index is not None and weight is not None:
             groups, tokens = weight.shape[1:]
-            maps, partial, counter = map_buffers(query, groups, length, reduce_heads, grid[0])
+            maps, partial, counter = map_buffers(query, groups, length, reduce_heads, grid[0], heads)
             index, weight = index.contiguous(), weight.contiguous()
         mask = mask_argument(key_mask, query)
         forward_kernel[grid](
@@ -207,6 +215,7 @@ def attention(
             queries, keys, start, length, tokens, groups, scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_G=group_tile(groups), MAPS=maps is not None, REDUCE=counter is not None,
+            EARLY=loads_tokens_early(architecture(query.device), query.dtype, config),
             HAS_MASK=key_mask is not None, EVEN=keys % config.block_n == 0,
             **config.launch,
         )  # fmt: skip

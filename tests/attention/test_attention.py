@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from star_kernels import TokenSelection, attention, native
+from star_kernels import TokenSelection, attention, attention_maps, native
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 IDS = ["float32", "float16", "bfloat16"]
@@ -560,6 +560,25 @@ def test_operators_pass_opcheck_on_strided_inputs(view: Callable, attention_back
     _, _, _, *rest = _operator_arguments(inputs, False)
     tensors = [view(t).detach().requires_grad_() for t in inputs.tensors]
     torch.library.opcheck(torch.ops.star_kernels.attention.default, (*tensors, *rest, True, backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_it_does_for_pytorch(dtype: torch.dtype) -> None:
+    inputs = make(Case((2, 2, 9, 11, 8), [[1, 2], [0]]), torch.float32)
+    query, key, value = inputs.tensors[0], inputs.tensors[1], inputs.tensors[2].to(dtype)  # as behind norms of q and k
+    with torch.autocast("cpu", dtype=dtype):
+        out, maps, lse = attention(query, key, value, inputs.selection, return_lse=True)
+        pytorch = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        again = attention_maps(query, key, lse, inputs.selection)
+    assert out.dtype == pytorch.dtype == dtype
+    assert maps.dtype == lse.dtype == torch.float32
+    torch.testing.assert_close(out, pytorch)
+    torch.testing.assert_close(maps, again)
+    expected = attention(query.to(dtype), key.to(dtype), value, inputs.selection).maps
+    torch.testing.assert_close(maps, expected)
+    double = [t.double() for t in inputs.tensors]
+    with torch.autocast("cpu", dtype=dtype):
+        assert attention(*double, inputs.selection).out.dtype == torch.float64
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

@@ -17,6 +17,14 @@ def test_auto_takes_the_fused_kernels_of_the_device(dtype):
     assert choose_backend("cuda", dtype, 128) == "auto"  # the operator looks up the sizes
 
 
+def test_a_compiled_call_may_name_its_backend():
+    def f(x):
+        return x + 1 if obstacle("triton", "cuda", torch.float32, x.shape[-1]) is None else x
+
+    tuning.triton_problem.cache_clear()
+    torch.compile(f, fullgraph=True, backend="eager")(torch.ones(16))
+
+
 def test_float64_runs_the_definition():
     assert choose_backend("cpu", torch.float64, 64) == choose_backend("cuda", torch.float64, 64) == "naive"
 

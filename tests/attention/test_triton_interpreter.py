@@ -55,6 +55,8 @@ INNER = [
     "test_maps_from_a_log_sum_exp_match_the_definition",
     "test_any_strides_give_the_same_results",
     "test_the_shipped_configurations_give_the_same_results",
+    "test_tokens_loaded_early_give_the_same_maps",
+    "test_maps_alone_may_add_up_heads_in_one_program",
     "test_descriptors_give_the_same_results",
     "test_tensors_that_bulk_copies_cannot_read_are_read_by_pointers",
     "test_positions_past_the_sequence_are_empty_slots",
@@ -192,6 +194,35 @@ def test_the_shipped_configurations_give_the_same_results(architecture: str, wid
     got += kernel_gradients(inputs, upstream, backward)
     for one, two in zip(expected, got, strict=True):
         torch.testing.assert_close(one, two, rtol=2e-3, atol=2e-3)
+
+
+@inner
+@pytest.mark.parametrize(
+    "case", [Case((2, 3, 70, 50, 32), groups=5, masked="some"), Case((1, 2, 20, 50, 16), tokens=37)]
+)
+def test_tokens_loaded_early_give_the_same_maps(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make(case, torch.float16)
+    expected = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)
+    monkeypatch.setattr(triton_forward, "loads_tokens_early", lambda *_: True)
+    got = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)
+    for one, two in zip(expected, got, strict=True):
+        assert torch.equal(one, two)
+
+
+@inner
+@pytest.mark.parametrize("text_to_image", [False, True])
+@pytest.mark.parametrize("tokens", [5, 37])
+@pytest.mark.parametrize("programs", [1, 10])
+def test_maps_alone_may_add_up_heads_in_one_program(
+    programs: int, tokens: int, text_to_image: bool, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make(Case((2, 5, 70, 70, 16), tokens=tokens, groups=2, masked="some"), torch.float32)
+    wide = [t.double() for t in inputs.tensors]
+    lse = exact_lse(inputs)
+    expected = naive.attention_maps(*wide[:2], lse, *inputs.arguments, text_to_image)
+    monkeypatch.setattr(triton_maps, "PROGRAMS", programs)
+    got = triton_maps.attention_maps(*inputs.tensors[:2], lse.float(), *inputs.arguments, text_to_image, config=TILE)
+    torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=1e-5)
 
 
 BULK_CASES = ["plain", "one", "full_tiles", "cross", "cross_short", "head_dim_72", "rows", "mask_all", "scale_negative"]
