@@ -117,7 +117,7 @@ def build(variant: Variant) -> Any:
         "EVEN": variant.even,
         "GRAD_LSE": variant.grad_lse,
         "TOKEN_LSE": variant.text_to_image,
-        "EARLY": loads_tokens_early(variant.architecture, DTYPES[variant.dtype], tile),
+        "EARLY": loads_tokens_early(variant.architecture, variant.width, DTYPES[variant.dtype], tile),
         "ONE_CHUNK": True,
         "STAGES": tile.num_stages,
     }

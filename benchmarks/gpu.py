@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one run: python benchmarks/gpu.py --out DIR
 
 The tests of every kernel and, beside them, the same kernels at small sizes under compute-sanitizer; then, one after the
-other, the tuning and the benchmarks. Each step has a time limit, and all of them together stay under nine minutes. Logs, JSON and plots go to DIR; a short table
-comes last. The exit status is 1 if a test fails, a sanitizer finds something or a step does not run; targets that are
-not reached are in the table and leave it at 0.
+other, the tuning and the benchmarks. Each step has a time limit, and all of them together stay under nine minutes.
+Logs, JSON and plots go to DIR; a short table comes last. The exit status is 1 if a test fails, a sanitizer finds
+something or a step does not run; targets that are not reached are in the table and leave it at 0.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def steps(out: Path) -> list[Step]:
         for name in ("memcheck", "racecheck"):
             # Nothing but this program: Triton's compiler would run in it some times slower.
             options = ["--tool", name, "--error-exitcode", "9", "--target-processes", "application-only"]
+            options += ["--launch-timeout", "120"]  # while the tests take all processors
             command = [tool, *options, python, "tests/small_calls.py"]
             found.append(Step(name, command, 220.0, findings, timed=False, environment=alone))
     tune = [python, "benchmarks/tune_attention.py", "--out", str(out), "--seconds", "90"]

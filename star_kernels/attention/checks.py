@@ -17,8 +17,9 @@ def autocasted(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     A model's norms may leave query and key in float32 there while value is in 16 bits.
     """
-    kinds = {t.device.type for t in tensors if isinstance(t, Tensor)}
-    if len(kinds) != 1 or not torch.is_autocast_enabled(kind := kinds.pop()):
+    first = tensors[0]
+    kind = first.device.type if isinstance(first, Tensor) else ""
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(

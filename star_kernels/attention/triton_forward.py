@@ -112,7 +112,7 @@ def forward_kernel(
     else:
         b_q = d_q.load([tl.program_id(2), tl.program_id(1), first, 0]).reshape([BLOCK_M, BLOCK_D])
     b_index, m_t, b_gathered = None, None, None
-    if MAPS and EARLY:  # nothing waits for them here; behind the loop their latency is the program's
+    if MAPS and EARLY:  # see loads_tokens_early
         b_index, m_t, b_gathered = load_tokens(
             p_k, stride_ks, p_index + o_b * tokens, 0, tokens, keys, HEAD_DIM, BLOCK_D
         )  # fmt: skip
@@ -215,7 +215,7 @@ def attention(
             queries, keys, start, length, tokens, groups, scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_G=group_tile(groups), MAPS=maps is not None, REDUCE=counter is not None,
-            EARLY=loads_tokens_early(architecture(query.device), query.dtype, config),
+            EARLY=loads_tokens_early(architecture(query.device), head_dim, query.dtype, config),
             HAS_MASK=key_mask is not None, EVEN=keys % config.block_n == 0,
             **config.launch,
         )  # fmt: skip

@@ -342,10 +342,10 @@ def dense_rows(tensor: Tensor) -> Tensor:
     That holds for all usual layouts; anything else is copied, as are rows so far apart that the distance to the last
     one of a tile takes more than 32 bits.
     """
-    unit = 8 if tensor.shape[-1] % 8 == 0 else 1
-    fits = tensor.stride(-1) == 1 and tensor.stride(-2) < 1 << 23 and (unit == 1 or tensor.data_ptr() % 16 == 0)
     sizes, strides = tensor.shape[:-1], tensor.stride()[:-1]
-    if fits and all(n == 1 or s % unit == 0 for n, s in zip(sizes, strides, strict=True)):
+    unit = 8 if tensor.shape[-1] % 8 == 0 else 1
+    fits = tensor.stride(-1) == 1 and strides[-1] < 1 << 23 and (unit == 1 or tensor.data_ptr() % 16 == 0)
+    if fits and all([n == 1 or s % unit == 0 for n, s in zip(sizes, strides, strict=True)]):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
