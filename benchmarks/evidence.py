@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 OVERHEAD = RESULTS / "overhead-amd-epyc-2-threads-avx2.json"
 EPOCH = RESULTS / "epoch-amd-epyc-2-threads-avx2.json"
+GPU = RESULTS / "overhead-nvidia-h200.json"
+EPILOGUES = RESULTS / "epilogue-nvidia-h200.json"
 DEMO = RESULTS / "demo.jsonl"
 AGREEMENT = RESULTS / "gradient-agreement.json"
 SMALL_MODELS = {
@@ -92,6 +94,66 @@ def steps() -> str:
             f"| the same epoch, all that STAR adds timed by itself | {_ratio(epoch, 'star_by_parts')} | |",
         ]
     )
+
+
+def gpu_attention() -> str:
+    """Attention with maps on a GPU, with what maps add to the same kernel."""
+    columns = {
+        "sdpa_flash": "flash without maps",
+        "ours": "ours, with maps",
+        "lse_difference": "log-sum-exp difference",
+        "augmented_value": "augmented V",
+        "materialised": "materialised softmax",
+    }
+    rows = {}
+    for case in _cases("attention", GPU):
+        cells = [_relative(case, name) if name in case["relative"] else "" for name in columns]
+        rows[f"{case['name']}, batch {case['batch']}, {case['dtype']}"] = [
+            f"{1e3 * case['times']['sdpa']['median']:.2f} ms", *cells, _three(case["ratios"]["overhead"]["median"])
+        ]  # fmt: skip
+    heads = ["PyTorch's SDPA", *columns.values(), "maps over the same kernel without"]
+    return _table("relative to PyTorch's SDPA without maps (cuDNN's in bfloat16)", heads, rows)
+
+
+def gpu_steps() -> str:
+    """The policy loss, a forward pass and a step on a GPU."""
+    (capture,), (step,) = _cases("capture", GPU), _cases("end-to-end", GPU)
+    losses = [case for case in _cases("policy", GPU) if case["name"] == "policy loss"]
+    (large,) = [case for case in _cases("policy", GPU) if case["name"] == "policy loss, large"]
+    lines = [
+        f"| policy loss, batch 8 of 16x64x64, {case['dtype']}, forward and backward | "
+        f"{1e6 * case['times']['ours']['median']:.0f} µs; eager Flow-GRPO {_ratio(case, 'eager_over_ours')} times "
+        f"that, the same under torch.compile {_ratio(case, 'compiled_over_ours')} |"
+        for case in losses
+    ]
+    return "\n".join(
+        [
+            "| on an NVIDIA H200 | |",
+            "|---|---|",
+            *lines,
+            f"| policy loss, batch 64 of 16x128x128, float32 | {_ratio(large, 'copy_over_ours')} of the bandwidth of "
+            "a copy |",
+            f"| forward pass of SD3.5-M at 1024², batch 2, maps captured, over without | "
+            f"{_ratio(capture, 'capture_over_plain')} |",
+            f"| rollout and update of SD3.5-M at 512², 4 samples, STAR over plain | "
+            f"{_ratio(step, 'star_over_plain')} |",
+        ]
+    )
+
+
+def gpu_epilogues() -> str:
+    """What maps add to the Triton kernel, by the order of its epilogue."""
+    found = json.loads(EPILOGUES.read_text())
+    rows = {
+        made["epilogue"]: [f"{case['overhead']:.3f}" for case in made["cases"].values()]
+        for made in found["epilogues"].values()
+    }
+    rows |= {
+        f"{name}, without the mean over heads": [f"{value:.3f}" for value in values.values()]
+        for name, values in found["without_mean_over_heads"].items()
+    }
+    heads = list(found["epilogues"]["before"]["cases"])
+    return _table("Triton's kernel with maps over without, H200, bfloat16", heads, rows)
 
 
 def demo() -> str:
@@ -283,6 +345,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "agreement-steps": agreement_steps,
     "learning-tuning": learning_tuning,
     "learning": learning,
+    "gpu-attention": gpu_attention,
+    "gpu-steps": gpu_steps,
+    "gpu-epilogues": gpu_epilogues,
     "learning-result": learning_result,
     "learning-parts": learning_parts,
     "learning-first": learning_first,

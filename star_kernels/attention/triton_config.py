@@ -23,7 +23,7 @@ import torch
 class Tile:
     """Queries and keys of one step, warps, depth of the load pipeline, and a limit on registers of a thread.
 
-    ``descriptors``: the forward kernel reads its tiles through tensor descriptors (docs/hopper.md); not yet a default.
+    ``descriptors``: the forward kernel reads its tiles through tensor descriptors (docs/hopper.md); slower on an H200.
     """
 
     block_m: int
