@@ -95,7 +95,8 @@ def steps(out: Path) -> list[Step]:
     python = sys.executable
     parallel = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *parallel, "tests"]
-    found = [Step("tests", tests, 220.0, last_line, timed=False)]
+    # Inductor compiles in the tests' own processes: its pool of others kept pytest waiting for their end.
+    found = [Step("tests", tests, 220.0, last_line, timed=False, environment={"TORCHINDUCTOR_COMPILE_THREADS": "1"})]
     tool = sanitizer()
     if tool is not None:
         # An allocation for each tensor, so that reading past one is seen.
