@@ -34,6 +34,8 @@ SMALL_MODELS = {
     "C, which ships": ROOT / "python" / "star_trainer" / "assets" / "small-sd3" / "metrics.json",
 }
 LEARNING = RESULTS / "learning.json"
+LEARNING_TEXT = RESULTS / "learning-text.json"
+LEARNING_RATIO = RESULTS / "learning-ratio.json"
 LEARNING_FIRST = RESULTS / "learning-first.json"
 PARTS = RESULTS / "learning-parts.json"
 TUNING = RESULTS / "learning-tuning.json"
@@ -327,6 +329,16 @@ def learning_parts() -> str:
     return _table("means over pictures and seeds", heads, rows)
 
 
+def learning_text_task() -> str:
+    """The study of printed words."""
+    return _learning_table(LEARNING_TEXT)
+
+
+def learning_ratio() -> str:
+    """The study of ratios by location, with two updates on the samples of an epoch."""
+    return _learning_table(LEARNING_RATIO)
+
+
 def learning_first() -> str:
     """The same of the first study."""
     return _learning_table(LEARNING_FIRST)
@@ -350,6 +362,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu-epilogues": gpu_epilogues,
     "learning-result": learning_result,
     "learning-parts": learning_parts,
+    "learning-text": learning_text_task,
+    "learning-ratio": learning_ratio,
     "learning-first": learning_first,
 }
 

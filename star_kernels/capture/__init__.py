@@ -81,10 +81,9 @@ def attach_maps(
     family = find_or_explain(model, given)
     found = family.attentions(model)
     chosen = [found[i] for i in _choose(family.default_blocks if blocks == "default" else blocks, len(found))]
-    names = {id(module): name for name, module in model.named_modules()}
-    for attention in chosen:
-        _check_processor(family, names[id(attention)], attention.processor)
-    attentions = {names[id(attention)]: attention for attention in chosen}
+    attentions = _named(model, chosen)
+    for name, attention in attentions.items():
+        _check_processor(family, name, attention.processor)
     capture = MapCapture(model, family, attentions, rows=rows, grid=grid, cfg=cfg, detach=detach)
     try:
         capture.selection = selection
@@ -115,6 +114,24 @@ def _choose(blocks: str | Sequence[int], count: int) -> list[int]:
     if not indices or not good or len({i % count for i in indices}) != len(indices):
         raise ValueError(f"blocks must be 'all', 'default' or distinct indices below {count}, got {blocks!r}")
     return [i % count for i in indices]
+
+
+def _named(model: nn.Module, wanted: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """The modules by their names in the model, in their order: ``named_modules`` that looks into none of them."""
+    names: dict[int, str] = {}
+    ids = {id(module) for module in wanted}
+    left, stack = len(ids), [("", model)]
+    while left and stack:
+        name, module = stack.pop()
+        if id(module) in names:
+            continue
+        names[id(module)] = name
+        if id(module) in ids:
+            left -= 1
+        else:
+            prefix = f"{name}." if name else ""
+            stack += [(prefix + part, child) for part, child in module._modules.items() if child is not None]
+    return {names[id(module)]: module for module in wanted}
 
 
 def _check_processor(family: Family, name: str, processor: Any) -> None:

@@ -1,12 +1,17 @@
 """How an attention call inside a diffusers processor is answered by star_kernels.
 
-The processor runs unchanged, in a subclass made on the fly, under a mode that sees every call of PyTorch's functions.
-Its first ``F.scaled_dot_product_attention`` is answered by :func:`star_kernels.attention`. Processors that go through
-diffusers' dispatcher reach that function too, as long as the native backend is set.
+The processor runs unchanged, in a subclass made on the fly. Its first ``F.scaled_dot_product_attention`` is answered by
+:func:`star_kernels.attention`. Processors that go through diffusers' dispatcher reach that function too, as long as the
+native backend is set.
+
+While a processor runs, ``F.scaled_dot_product_attention`` is one that looks up what its thread captures. A mode that
+sees every call of PyTorch's functions needs no exchange, but costs some microseconds for each of the seventy calls of
+a block; it serves graphs as they are traced, and processors that hold the function by a name of their own.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
@@ -87,8 +92,19 @@ def _capturing_class(processor_class: Any) -> type[Any]:
         current = block.passes.current
         if current is None:
             return original(self, *args, **kwargs)
-        with _AnswerAttention(block, current):
-            return original(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            with _Mode(block, current):
+                return original(self, *args, **kwargs)
+        if processor_class not in _own_names:
+            with _Exchange(block, current) as exchange:
+                result = original(self, *args, **kwargs)
+            if exchange.answered:
+                return result
+        with _Mode(block, current) as mode:
+            result = original(self, *args, **kwargs)
+        if mode.answered:
+            _own_names.add(processor_class)
+        return result
 
     def reduce(self: Any, protocol: Any) -> Any:  # a copy of the model, as for an average of its weights, is plain
         return self._star_block.processor.__reduce_ex__(protocol)
@@ -97,8 +113,50 @@ def _capturing_class(processor_class: Any) -> type[Any]:
     return type(processor_class.__name__, (processor_class,), members)
 
 
-class _AnswerAttention(TorchFunctionMode):
-    """Answers the first ``F.scaled_dot_product_attention``; later ones (adapters of image prompts) pass."""
+_own_names: set[type[Any]] = set()  # processor classes that do not call F.scaled_dot_product_attention by that name
+_thread = threading.local()
+_lock = threading.Lock()
+_exchanges = 0  # how many run, in all threads
+_pytorch: Any = None  # F.scaled_dot_product_attention before the first of them
+
+
+class _Exchange:
+    """Answers the thread's first ``F.scaled_dot_product_attention``; later ones (adapters of image prompts) pass."""
+
+    def __init__(self, block: Block, current: Pass) -> None:
+        self.block = block
+        self.current = current
+        self.answered = False
+        self.outer: _Exchange | None = None
+
+    def __enter__(self) -> _Exchange:
+        global _exchanges, _pytorch
+        self.outer, _thread.exchange = getattr(_thread, "exchange", None), self
+        with _lock:
+            if not _exchanges:
+                _pytorch, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _answer_or_pass
+            _exchanges += 1
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _exchanges
+        _thread.exchange = self.outer
+        with _lock:
+            _exchanges -= 1
+            if not _exchanges:
+                F.scaled_dot_product_attention = _pytorch
+
+
+def _answer_or_pass(*args: Any, **kwargs: Any) -> Any:
+    exchange = getattr(_thread, "exchange", None)
+    if exchange is None or exchange.answered:
+        return _pytorch(*args, **kwargs)
+    exchange.answered = True
+    return _answer(exchange.block, exchange.current, *args, **kwargs)
+
+
+class _Mode(TorchFunctionMode):
+    """The same without an exchange."""
 
     def __init__(self, block: Block, current: Pass) -> None:
         super().__init__()

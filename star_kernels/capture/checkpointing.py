@@ -18,7 +18,8 @@ class Checkpointing:
     """Diffusers' checkpointing functions of a model, exchanged for the length of a forward pass."""
 
     def __init__(self, model: Any, passes: Passes, blocks: list[Block]) -> None:
-        self._modules = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self._model = model
+        self._modules: list[Any] | None = None  # found when first needed: a walk over a whole model takes milliseconds
         self._exchanged: list[tuple[Any, Any]] = []
         self._passes = passes
         self._blocks = blocks
@@ -27,6 +28,8 @@ class Checkpointing:
         self.end()  # of a pass that did not come to its end
         if not torch.is_grad_enabled():
             return
+        if self._modules is None:
+            self._modules = [m for m in self._model.modules() if hasattr(m, "gradient_checkpointing")]
         for module in self._modules:
             if module.gradient_checkpointing and "_gradient_checkpointing_func" in vars(module):
                 function = module._gradient_checkpointing_func

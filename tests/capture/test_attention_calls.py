@@ -1,6 +1,7 @@
 """What an attention call inside a processor may look like, on a model of one attention module."""
 
 import shutil
+import threading
 
 import pytest
 import torch
@@ -194,3 +195,85 @@ def test_one_processor_may_serve_several_modules(selection):
     expected = [map_of((*m.qkv[:2], None), selection, ROWS["rows"]) for m in (model.a, model.b)]
     torch.testing.assert_close(maps.value.flatten(2), torch.stack(expected).mean(dim=0))
     assert model.a.processor is model.b.processor
+
+
+class OwnName:
+    """Holds the function by a name of its own."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, module, options):
+        self.calls = getattr(self, "calls", 0) + 1
+        return self.function(*module.qkv, **options)
+
+
+def test_a_processor_may_call_the_function_by_a_name_of_its_own(selection):
+    model = Model()
+    model.attention.processor = OwnName(F.scaled_dot_product_attention)
+    expected = model()
+    with capture_maps(model, selection, cfg=None, **ROWS) as maps:
+        model()
+        torch.testing.assert_close(model(), expected)
+        assert model.attention.processor.calls == 4  # one before; the first is repeated, the second is not
+    torch.testing.assert_close(maps.value.flatten(2), map_of((*model.attention.qkv[:2], None), selection, ROWS["rows"]))
+
+
+def test_pytorchs_function_is_exchanged_while_a_processor_runs_and_no_longer(selection):
+    pytorch = F.scaled_dot_product_attention
+    seen = []
+
+    class Looks:
+        def __call__(self, module, options):
+            seen.append(F.scaled_dot_product_attention)
+            if options:
+                raise KeyError("a processor's own")
+            return F.scaled_dot_product_attention(*module.qkv)
+
+    model = Model()
+    model.attention.processor = Looks()
+    with capture_maps(model, selection, cfg=None, **ROWS):
+        assert F.scaled_dot_product_attention is pytorch
+        model()
+        assert F.scaled_dot_product_attention is pytorch
+        with pytest.raises(KeyError, match="a processor's own"):
+            model(scale=1.0)
+        assert F.scaled_dot_product_attention is pytorch
+    assert pytorch not in seen
+
+
+def test_other_threads_attention_is_left_alone(selection):
+    others = []
+
+    class Waits:
+        def __call__(self, module, options):
+            def attend():
+                others.append(F.scaled_dot_product_attention(*(3 * t for t in module.qkv)))
+
+            thread = threading.Thread(target=attend)
+            thread.start()
+            thread.join()
+            return F.scaled_dot_product_attention(*module.qkv)
+
+    model = Model()
+    model.attention.processor = Waits()
+    with capture_maps(model, selection, cfg=None, **ROWS) as maps:
+        model()
+    torch.testing.assert_close(others[0], F.scaled_dot_product_attention(*(3 * t for t in model.attention.qkv)))
+    torch.testing.assert_close(maps.value.flatten(2), map_of((*model.attention.qkv[:2], None), selection, ROWS["rows"]))
+
+
+def test_no_mode_watches_an_eager_block(selection):
+    """A mode sees every call of PyTorch's functions, at some microseconds each."""
+    depths = []
+
+    class Counts:
+        def __call__(self, module, options):
+            depths.append(torch.overrides._len_torch_function_stack())
+            return F.scaled_dot_product_attention(*module.qkv)
+
+    model = Model()
+    model.attention.processor = Counts()
+    with capture_maps(model, selection, cfg=None, **ROWS):
+        model()
+    assert depths == [0]
