@@ -35,7 +35,6 @@ SMALL_MODELS = {
 }
 LEARNING = RESULTS / "learning.json"
 LEARNING_TEXT = RESULTS / "learning-text.json"
-LEARNING_RATIO = RESULTS / "learning-ratio.json"
 LEARNING_FIRST = RESULTS / "learning-first.json"
 PARTS = RESULTS / "learning-parts.json"
 TUNING = RESULTS / "learning-tuning.json"
@@ -334,11 +333,6 @@ def learning_text_task() -> str:
     return _learning_table(LEARNING_TEXT)
 
 
-def learning_ratio() -> str:
-    """The study of ratios by location, with two updates on the samples of an epoch."""
-    return _learning_table(LEARNING_RATIO)
-
-
 def learning_first() -> str:
     """The same of the first study."""
     return _learning_table(LEARNING_FIRST)
@@ -363,7 +357,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "learning-result": learning_result,
     "learning-parts": learning_parts,
     "learning-text": learning_text_task,
-    "learning-ratio": learning_ratio,
     "learning-first": learning_first,
 }
 
