@@ -38,6 +38,11 @@ LEARNING_TEXT = RESULTS / "learning-text.json"
 LEARNING_FIRST = RESULTS / "learning-first.json"
 PARTS = RESULTS / "learning-parts.json"
 TUNING = RESULTS / "learning-tuning.json"
+OTHER_WAYS = {  # to attention maps
+    "lse_difference": "log-sum-exp difference",
+    "augmented_value": "augmented V",
+    "materialised": "materialised softmax",
+}
 KINDS = ("scaled", "along scalar")
 LARGE = 5_000  # samples of a unit of agreement whose intervals say something
 _BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -45,12 +50,7 @@ _BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DO
 
 def attention() -> str:
     """Attention with maps beside other ways to get them."""
-    columns = {
-        "ours": "ours",
-        "lse_difference": "log-sum-exp difference",
-        "augmented_value": "augmented V",
-        "materialised": "materialised softmax",
-    }
+    columns = {"ours": "ours", **OTHER_WAYS}
     rows = {}
     for case in _cases("attention"):
         heads = re.search(r"batch \d+, (\d+) heads", case["title"])
@@ -99,13 +99,7 @@ def steps() -> str:
 
 def gpu_attention() -> str:
     """Attention with maps on a GPU, with what maps add to the same kernel."""
-    columns = {
-        "sdpa_flash": "flash without maps",
-        "ours": "ours, with maps",
-        "lse_difference": "log-sum-exp difference",
-        "augmented_value": "augmented V",
-        "materialised": "materialised softmax",
-    }
+    columns = {"sdpa_flash": "flash without maps", "ours": "ours, with maps", **OTHER_WAYS}
     rows = {}
     for case in _cases("attention", GPU):
         cells = [_relative(case, name) if name in case["relative"] else "" for name in columns]

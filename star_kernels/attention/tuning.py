@@ -7,13 +7,13 @@ and the backward kernel.
 
 Without an entry, by what is known of the devices:
 
-* 16 bits, head dimension up to 64: Triton, forward and backward; but on Hopper cuDNN backward, which took 0.79 to 0.87
+* 16 bits, head dimension up to 64: Triton, forward and backward; but on Hopper cuDNN backward, which took 0.91 to 0.97
   of the time of Triton's on an H200.
 * 16 bits, larger heads, on Hopper and on Blackwell's sm_100 family: flash where the user has activated FA3 or FA4, or
   else cuDNN from 9.15.1 on, forward and backward. Others measure both at 1.6 times the speed of a Triton kernel there
   (head dimension 128).
 * 16 bits, larger heads, on other GPUs from sm_80 on: flash, forward and backward.
-* float32: the efficient kernel, forward and backward; Triton's took six times as long on an H200.
+* float32: the efficient kernel, forward and backward; Triton's took 3.7 and 6.5 times as long on an H200.
 * Head dimensions beyond Triton's: the first of PyTorch's kernels that takes them.
 
 A gradient of the maps or of the log-sum-exp, and a key mask, take Triton's kernels: the vendors' know neither. Where

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -31,14 +30,11 @@ from triton_cases import (
     packed,
     strided,
 )
+from triton_interpreter import require_interpreter
 
 from star_kernels.attention import naive
 
-triton = pytest.importorskip("triton")
-if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-    pytest.skip(
-        "the interpreter of triton 3.6 turns bounds of loops into numbers as numpy 2.4 forbids", allow_module_level=True
-    )
+require_interpreter()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from star_kernels.attention import triton_backward, triton_forward, triton_maps

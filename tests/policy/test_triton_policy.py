@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy
 import pytest
 import test_nft_loss as nft
 import test_policy_groups as groups
@@ -25,17 +24,14 @@ import test_sampling as sampling
 import torch
 from problems import BATCH, LAYOUTS, MEMORY, SAMPLERS, Problem, locations, make
 from torch import Tensor
+from triton_interpreter import require_interpreter
 
 from star_kernels import sample_transition, weighted_nft_loss, weighted_policy_loss
 from star_kernels.policy import loss as public_loss
 from star_kernels.policy import naive, ops
 from star_kernels.policy import sampling as public_sampling
 
-triton = pytest.importorskip("triton")
-if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-    pytest.skip(
-        "the interpreter of triton 3.6 turns bounds of loops into numbers as numpy 2.4 forbids", allow_module_level=True
-    )
+require_interpreter()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from star_kernels.policy import triton_latents, triton_loss, triton_nft, triton_sampling
