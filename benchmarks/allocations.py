@@ -56,6 +56,7 @@ OPTIONS = (
     "steps by noise",
 )
 STRENGTHS = (0.25, 0.5, 0.75)
+ORACLES = ("object mask (oracle)", "parts on own objects (oracle)", "parts off other objects (oracle)")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def names(blocks: int) -> Iterator[str]:
     yield from (f"strength {strength:g}" for strength in STRENGTHS)
     yield from OPTIONS
     yield from (f"block {n}" for n in range(blocks))
-    yield "object mask (oracle)"
+    yield from ORACLES
     yield from CONTROLS
 
 
@@ -153,6 +154,8 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
     found_words = rollout.phrases[:, :, preset_blocks].mean(dim=2)  # [N, Steps, G, P]
     split = _by_shares(found_words, allocate(preset), advantages, parts)
     of_preset = _phrases(found_words, parts, mean=False)
+    mask, own = object_mask(rollout.batch), phrase_masks(rollout.batch)
+    off_others = (1 - mask[:, None] + own) * (own.sum(dim=2, keepdim=True) > 0)
     found: Fields = {
         "scalar": [(advantages, ones)],
         "core": [(advantages, weights)],
@@ -172,7 +175,9 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
         "core, by change": [(advantages, allocate(preset, over="trajectory", step_signal=change))],
         "steps by noise": [(advantages, _over_steps(rollout.noise.expand(len(ones), -1), ones))],
         **{f"block {b}": [(advantages, allocate(core[:, :, b]))] for b in range(core.shape[2])},
-        "object mask (oracle)": [(advantages, allocate(object_mask(rollout.batch)[:, None].expand_as(mean)))],
+        "object mask (oracle)": [(advantages, allocate(mask[:, None].expand_as(mean)))],
+        "parts on own objects (oracle)": _by_masks(own, advantages, parts, weights.shape[1]),
+        "parts off other objects (oracle)": _by_masks(off_others, advantages, parts, weights.shape[1]),
         "shuffled": [(advantages, moved)],
         "inverted": [(advantages, _inverted(mean))],
         "all tokens": [(advantages, allocate(rollout.everything.mean(dim=2)))],
@@ -197,19 +202,36 @@ def shuffled(weights: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def object_mask(batch: Batch) -> Tensor:
-    """``[N, P]``: how much of each patch the colours asked for cover in the finished picture; ones where nothing does.
+    """``[N, P]``: how much of each patch the colours asked for cover in the finished picture; zero where nothing does.
 
     Printed words, which may be judged in any colour, count in every colour.
     """
-    side = batch.steps[0].sample.shape[-1] // 2
-    masks = F.adaptive_avg_pool2d(color_masks(batch.images), side).flatten(2)  # [N, colours, P]
-    wanted = torch.zeros(masks.shape[:2])
+    covered = _covered(batch)
+    wanted = torch.zeros(covered.shape[:2])
     for row, prompt in zip(wanted, batch.prompts, strict=True):
         for entry in prompt.metadata.get("include", ()):
             row[COLORS.index(entry["color"])] = 1
         if "text" in prompt.metadata:
             row[:] = 1
-    return (masks * wanted[:, :, None]).sum(dim=1)
+    return (covered * wanted[:, :, None]).sum(dim=1)
+
+
+def phrase_masks(batch: Batch) -> Tensor:
+    """``[N, G, P]``: the same for each phrase that the reward scores; zero where a prompt has fewer."""
+    covered = _covered(batch)
+    found = [
+        covered[n].sum(dim=0, keepdim=True)
+        if "text" in prompt.metadata
+        else covered[n, [COLORS.index(entry["color"]) for entry in prompt.metadata["include"]]]
+        for n, prompt in enumerate(batch.prompts)
+    ]
+    return torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+
+
+def _covered(batch: Batch) -> Tensor:
+    """``[N, colours, P]``: how much of each patch of the finished picture each colour covers."""
+    side = batch.steps[0].sample.shape[-1] // 2
+    return F.adaptive_avg_pool2d(color_masks(batch.images), side).flatten(2)
 
 
 def _phrases(maps: Tensor, by_phrase: Tensor, *, mean: bool = True) -> list[tuple[Tensor, Tensor]]:
@@ -229,6 +251,17 @@ def _by_shares(maps: Tensor, weights: Tensor, advantages: Tensor, parts: Tensor)
     shares = torch.where(total > 0, maps / total, 1.0)
     rest = advantages - acting.sum(dim=1)
     return [(rest, weights), *((acting[:, g], weights * shares[:, :, g]) for g in range(count))]
+
+
+def _by_masks(masks: Tensor, advantages: Tensor, parts: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
+    """Each phrase's part acts by its mask of ``[N, G, P]`` as it is; all else, and parts without a mask, everywhere."""
+    count = min(masks.shape[1], parts.shape[1])
+    acting = parts[:, :count] * (masks[:, :count].sum(dim=2) > 0)
+    weights = masks[:, :count, None].expand(-1, -1, steps, -1)
+    return [
+        (advantages - acting.sum(dim=1), torch.ones_like(weights[:, 0])),
+        *((acting[:, g], weights[:, g]) for g in range(count)),
+    ]
 
 
 def _over_steps(signal: Tensor, ones: Tensor) -> Tensor:

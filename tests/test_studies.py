@@ -59,7 +59,7 @@ def test_every_allocation_has_weights_of_mean_one(rollout: allocations.Rollout, 
             assert advantages.shape == (6,)
             assert weights.shape == (6, 3, 64)
             assert weights.min() >= 0
-            if name not in BY_SHARES or weights is terms[0][1]:
+            if name not in (*BY_SHARES, *allocations.ORACLES[1:]) or weights is terms[0][1]:
                 torch.testing.assert_close(weights.mean(dim=(1, 2)), torch.ones(6), msg=name)
     assert {*found} == {name for name in allocations.names(2) if not name.startswith("strength")}
 
@@ -193,6 +193,23 @@ def test_the_object_mask_lies_on_the_object(rollout: allocations.Rollout) -> Non
     mask = allocations.object_mask(batch).view(8, 8)
     assert mask[1, 1] > 0.7
     assert mask[5:, 5:].max() < 0.1
+
+
+def test_parts_by_masks_of_the_finished_picture(rollout: allocations.Rollout) -> None:
+    """Each on its own object, or wherever no other one is; a part without an object acts everywhere."""
+    scene = Scene("", {}, (Item("square", "red", 7, 7, 7), Item("square", "blue", 24, 24, 7)), None, 0.95)
+    asked = [{"class": "square", "count": 1, "color": color} for color in ("red", "blue", "green")]
+    images, prompts = draw(scene)[None].expand(6, -1, -1, -1), [Prompt("", {"include": asked})] * 6
+    rollout = replace(rollout, batch=replace(rollout.batch, images=images, prompts=prompts))
+    parts = torch.tensor([1.0, 20.0, 300.0]).expand(6, 3)
+    found = allocations.fields(rollout, (torch.full((6,), 4321.0), parts, parts), 0, [0])
+    for name, on_red, on_blue, off in (
+        ("parts on own objects", 4301, 4320, 4300),
+        ("parts off other objects", 4301, 4320, 4321),
+    ):
+        terms = found[f"{name} (oracle)"]
+        total = sum(part[:, None, None] * weights for part, weights in terms)[0, 0].view(8, 8)
+        assert [round(float(total[at])) for at in ((1, 1), (6, 6), (0, 7))] == [on_red, on_blue, off]
 
 
 def test_gradients_are_those_of_the_driver(rollout: allocations.Rollout, config: Config) -> None:
