@@ -35,6 +35,7 @@ SMALL_MODELS = {
 }
 LEARNING = RESULTS / "learning.json"
 LEARNING_TEXT = RESULTS / "learning-text.json"
+LEARNING_RATIO = RESULTS / "learning-ratio.json"
 LEARNING_FIRST = RESULTS / "learning-first.json"
 PARTS = RESULTS / "learning-parts.json"
 TUNING = RESULTS / "learning-tuning.json"
@@ -202,7 +203,11 @@ def agreement() -> str:
 
 def agreement_multiples() -> str:
     """STAR's allocation, "split" and their controls at every policy and task of the study, scaled and along scalar."""
-    units = {f"{u['label']}, {u['key']['task']}": u["agreement"] for u in _large_units() if _says_something(u)}
+    units = {
+        f"{unit['label']}, {unit['key']['task']}": unit["agreement"]
+        for unit in _large_units()
+        if _says_something(unit) and not unit["key"]["size"]
+    }
     names = {
         "core": "core, the paper's map, all blocks",
         "core, preset blocks": "core, blocks that find the words",
@@ -216,6 +221,8 @@ def agreement_multiples() -> str:
         "means of one, shuffled": "means of one at random positions",
         "means of one, inverted": "means of one inverted",
         "object mask (oracle)": "mask of the finished picture",
+        "parts off other objects (oracle)": "parts off other objects of the finished picture",
+        "parts on own objects (oracle)": "parts on their own objects of the finished picture",
     }
     tables = []
     for kind in (*KINDS, "step"):
@@ -228,6 +235,19 @@ def agreement_multiples() -> str:
                 rows[title] = [str(_times(arms, name, kind)) if known else "" for arms, known in values]
         tables.append(_table(f"{kind}: times the samples", list(columns), rows))
     return "\n\n".join(tables)
+
+
+def agreement_sizes() -> str:
+    """What allocations are worth where one thing is asked for, by its size."""
+    units = {size: _unit(f"model C, {size} objects")["agreement"] for size in ("small", "large")}
+    rows = {
+        name: [str(_times(arms, name, kind)) for kind in KINDS for arms in units.values()]
+        for name in units["small"]
+        if name != "scalar" and ", step" not in name
+    }
+    heads = [f"{kind}, {size}" for kind in KINDS for size in units]
+    scalar = [_cosine(cosines(arms["scalar"])[kind]) for kind in KINDS for arms in units.values()]
+    return _table("times the samples", heads, {"scalar, its cosine": scalar, **rows})
 
 
 def agreement_steps() -> str:
@@ -327,6 +347,11 @@ def learning_text_task() -> str:
     return _learning_table(LEARNING_TEXT)
 
 
+def learning_ratio() -> str:
+    """The study of ratios and of the weights' normalisation."""
+    return _learning_table(LEARNING_RATIO)
+
+
 def learning_first() -> str:
     """The same of the first study."""
     return _learning_table(LEARNING_FIRST)
@@ -342,6 +367,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "agreement-multiples": agreement_multiples,
     "agreement-phrases": agreement_phrases,
     "agreement-training": agreement_training,
+    "agreement-sizes": agreement_sizes,
     "agreement-steps": agreement_steps,
     "learning-tuning": learning_tuning,
     "learning": learning,
@@ -351,6 +377,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "learning-result": learning_result,
     "learning-parts": learning_parts,
     "learning-text": learning_text_task,
+    "learning-ratio": learning_ratio,
     "learning-first": learning_first,
 }
 
