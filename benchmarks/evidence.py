@@ -36,6 +36,7 @@ SMALL_MODELS = {
 LEARNING = RESULTS / "learning.json"
 LEARNING_TEXT = RESULTS / "learning-text.json"
 LEARNING_RATIO = RESULTS / "learning-ratio.json"
+LEARNING_WHEN = RESULTS / "learning-when.json"
 LEARNING_FIRST = RESULTS / "learning-first.json"
 PARTS = RESULTS / "learning-parts.json"
 TUNING = RESULTS / "learning-tuning.json"
@@ -352,6 +353,11 @@ def learning_ratio() -> str:
     return _learning_table(LEARNING_RATIO)
 
 
+def learning_when() -> str:
+    """The study of the steps that are trained."""
+    return _learning_table(LEARNING_WHEN)
+
+
 def learning_first() -> str:
     """The same of the first study."""
     return _learning_table(LEARNING_FIRST)
@@ -378,6 +384,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "learning-parts": learning_parts,
     "learning-text": learning_text_task,
     "learning-ratio": learning_ratio,
+    "learning-when": learning_when,
     "learning-first": learning_first,
 }
 
