@@ -154,8 +154,9 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
     found_words = rollout.phrases[:, :, preset_blocks].mean(dim=2)  # [N, Steps, G, P]
     split = _by_shares(found_words, allocate(preset), advantages, parts)
     of_preset = _phrases(found_words, parts, mean=False)
-    mask, own = object_mask(rollout.batch), phrase_masks(rollout.batch)
-    off_others = (1 - mask[:, None] + own) * (own.sum(dim=2, keepdim=True) > 0)
+    mask = object_mask(rollout.batch)
+    own = phrase_masks(rollout.batch)[:, None].expand(-1, weights.shape[1], -1, -1)  # [N, Steps, G, P]
+    seen = own.sum(dim=(1, 3)) > 0
     found: Fields = {
         "scalar": [(advantages, ones)],
         "core": [(advantages, weights)],
@@ -176,8 +177,8 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
         "steps by noise": [(advantages, _over_steps(rollout.noise.expand(len(ones), -1), ones))],
         **{f"block {b}": [(advantages, allocate(core[:, :, b]))] for b in range(core.shape[2])},
         "object mask (oracle)": [(advantages, allocate(mask[:, None].expand_as(mean)))],
-        "parts on own objects (oracle)": _by_masks(own, advantages, parts, weights.shape[1]),
-        "parts off other objects (oracle)": _by_masks(off_others, advantages, parts, weights.shape[1]),
+        "parts on own objects (oracle)": _by_parts(ones, own, seen, advantages, parts),
+        "parts off other objects (oracle)": _by_parts(ones, 1 - mask[:, None, None] + own, seen, advantages, parts),
         "shuffled": [(advantages, moved)],
         "inverted": [(advantages, _inverted(mean))],
         "all tokens": [(advantages, allocate(rollout.everything.mean(dim=2)))],
@@ -244,24 +245,24 @@ def _phrases(maps: Tensor, by_phrase: Tensor, *, mean: bool = True) -> list[tupl
 
 def _by_shares(maps: Tensor, weights: Tensor, advantages: Tensor, parts: Tensor) -> list[tuple[Tensor, Tensor]]:
     """As the driver splits: by the weights of all phrases, and within them by each one's share of the attention."""
-    count = min(maps.shape[2], parts.shape[1])
-    there = maps.sum(dim=(1, 3)) > 0  # [N, G]
-    acting = parts[:, :count] * there[:, :count]
     total = maps.sum(dim=2, keepdim=True)
     shares = torch.where(total > 0, maps / total, 1.0)
-    rest = advantages - acting.sum(dim=1)
-    return [(rest, weights), *((acting[:, g], weights * shares[:, :, g]) for g in range(count))]
+    return _by_parts(weights, weights[:, :, None] * shares, maps.sum(dim=(1, 3)) > 0, advantages, parts)
 
 
-def _by_masks(masks: Tensor, advantages: Tensor, parts: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
-    """Each phrase's part acts by its mask of ``[N, G, P]`` as it is; all else, and parts without a mask, everywhere."""
-    count = min(masks.shape[1], parts.shape[1])
-    acting = parts[:, :count] * (masks[:, :count].sum(dim=2) > 0)
-    weights = masks[:, :count, None].expand(-1, -1, steps, -1)
-    return [
-        (advantages - acting.sum(dim=1), torch.ones_like(weights[:, 0])),
-        *((acting[:, g], weights[:, g]) for g in range(count)),
-    ]
+def _by_parts(
+    weights: Tensor, of_parts: Tensor, there: Tensor, advantages: Tensor, parts: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Each phrase's part acts by its own of ``of_parts``, and by ``weights`` what is left.
+
+    Args:
+        weights: ``[N, Steps, P]``.
+        of_parts: ``[N, Steps, G, P]``.
+        there: ``[N, G]``; the part of a phrase that is not there is left, too.
+    """
+    count = min(of_parts.shape[2], parts.shape[1])
+    acting = parts[:, :count] * there[:, :count]
+    return [(advantages - acting.sum(dim=1), weights), *((acting[:, g], of_parts[:, :, g]) for g in range(count))]
 
 
 def _over_steps(signal: Tensor, ones: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -309,9 +310,9 @@ def learning_tuning() -> str:
     return _table("plain Flow-GRPO", [*(f"gain after {epoch} epochs" for epoch in epochs), "final, each seed"], rows)
 
 
-def learning() -> str:
-    """Final rewards of the second study, and their differences from plain Flow-GRPO with the same seeds."""
-    return _learning_table(LEARNING)
+def learning_table(path: Path) -> str:
+    """A study's final rewards, and their differences from plain Flow-GRPO with the same seeds."""
+    return f"```text\n{learning_text(json.loads(path.read_text())).strip()}\n```"
 
 
 def learning_result() -> str:
@@ -343,26 +344,6 @@ def learning_parts() -> str:
     return _table("means over pictures and seeds", heads, rows)
 
 
-def learning_text_task() -> str:
-    """The study of printed words."""
-    return _learning_table(LEARNING_TEXT)
-
-
-def learning_ratio() -> str:
-    """The study of ratios and of the weights' normalisation."""
-    return _learning_table(LEARNING_RATIO)
-
-
-def learning_when() -> str:
-    """The study of the steps that are trained."""
-    return _learning_table(LEARNING_WHEN)
-
-
-def learning_first() -> str:
-    """The same of the first study."""
-    return _learning_table(LEARNING_FIRST)
-
-
 BLOCKS: dict[str, Callable[[], str]] = {
     "attention": attention,
     "policy": policy,
@@ -376,16 +357,16 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "agreement-sizes": agreement_sizes,
     "agreement-steps": agreement_steps,
     "learning-tuning": learning_tuning,
-    "learning": learning,
+    "learning": partial(learning_table, LEARNING),
     "gpu-attention": gpu_attention,
     "gpu-steps": gpu_steps,
     "gpu-epilogues": gpu_epilogues,
     "learning-result": learning_result,
     "learning-parts": learning_parts,
-    "learning-text": learning_text_task,
-    "learning-ratio": learning_ratio,
-    "learning-when": learning_when,
-    "learning-first": learning_first,
+    "learning-text": partial(learning_table, LEARNING_TEXT),
+    "learning-ratio": partial(learning_table, LEARNING_RATIO),
+    "learning-when": partial(learning_table, LEARNING_WHEN),
+    "learning-first": partial(learning_table, LEARNING_FIRST),
 }
 
 
@@ -435,10 +416,6 @@ def _three(value: float) -> str:
     if value < 1.1:
         return f"{value:.3f}"
     return f"{value:.2f}" if value < 2.5 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
-
-
-def _learning_table(path: Path) -> str:
-    return f"```text\n{learning_text(json.loads(path.read_text())).strip()}\n```"
 
 
 def _learned(arm: str, path: Path) -> str:
