@@ -1,4 +1,7 @@
-# make test      everything in a fresh environment, then the tests in JOBS=2 processes; ARGS='-k NAME' and the like reach pytest
+# make test      makes the environment, then tests every operation and property, in JOBS=2 processes: minutes;
+#                ARGS='-k NAME' and the like reach pytest
+# make test-all  the same, and the exhaustive tests: whole grids, ahead-of-time compiles, kill points, notebooks
+# make numerics  the numeric contract with each instruction set and number of threads that this processor has
 # make demo      the same, then trains the small model: reward curve, pictures before and after, allocation strips
 # make overhead  the same, then the benchmark behind README's numbers
 # make gpu       on a machine with a GPU: its tests, sanitizers, tuning and benchmarks; OUT=DIR takes the results
@@ -21,11 +24,21 @@ STAMP := $(VENV)/.star-kernels
 PYTHON := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: test demo overhead gpu gpu-study sanitize coverage lint docs clean
+.PHONY: test test-all test-exhaustive numerics demo overhead gpu gpu-study sanitize coverage lint docs clean
 
 JOBS ?= 2
+PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist worksteal
 test: $(STAMP)
-	$(PYTHON) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: $(STAMP)
+	$(PYTEST) -m "" $(ARGS)
+
+test-exhaustive: $(STAMP)
+	$(PYTEST) -m exhaustive $(ARGS)
+
+numerics: $(STAMP)
+	$(PYTHON) tests/numerics.py -n $(JOBS) --dist worksteal $(ARGS)
 
 DEMO ?= runs/demo
 demo: $(STAMP)
@@ -48,7 +61,7 @@ sanitize: $(STAMP)
 
 coverage: $(STAMP)
 	$(PYTHON) -m coverage erase
-	$(PYTHON) -m coverage run -m pytest $(ARGS)
+	$(PYTHON) -m coverage run -m pytest -m "" $(ARGS)
 	$(PYTHON) -m coverage combine
 	$(PYTHON) -m coverage report
 

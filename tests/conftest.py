@@ -44,6 +44,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "native: needs the compiled CPU library")
     config.addinivalue_line("markers", "gpu: runs on a GPU")
+    config.addinivalue_line("markers", "exhaustive: left to make test-all (see tiers.py)")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if config.getoption("markexpr") == "not exhaustive":
+        return "exhaustive grids, ahead-of-time compiles, kill points and notebooks are left to make test-all"
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -39,6 +39,7 @@ def count(program: Path, kernel: str) -> int:
     return int(found[1])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.native
 def test_no_kernel_runs_more_instructions_than_it_did(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")

@@ -19,6 +19,7 @@ SANITIZERS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SANITIZERS)
 def test_the_kernels_run_without_a_finding(name: str, tmp_path: Path) -> None:
     pytest.importorskip("setuptools")

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import baselines
 import pytest
+from tiers import mostly_exhaustive
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -69,13 +70,17 @@ def check(variant: Variant) -> None:
         assert with_maps.shared <= 99 * 1024, "sm_86, sm_89 and sm_120 have no more"
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize(("architecture", "width"), SHIPPED)
-@pytest.mark.parametrize("kernel", KERNELS)
+# One configuration of each kernel is checked always.
+QUICK = [(kernel, "sm_90", 64, "bf16") for kernel in KERNELS]
+COMBINATIONS = [(k, *device, dtype) for k in KERNELS for device in SHIPPED for dtype in ("bf16", "fp16")]
+
+
+@pytest.mark.parametrize(("kernel", "architecture", "width", "dtype"), mostly_exhaustive(COMBINATIONS, QUICK))
 def test_maps_cost_no_spills_and_no_occupancy(kernel: str, architecture: str, width: int, dtype: str) -> None:
     check(Variant(kernel, architecture, width, dtype))
 
 
+@pytest.mark.exhaustive
 def test_no_kernel_takes_more_registers_than_it_did() -> None:
     """On Hopper; of the tiles that the tests around compile anyway."""
     variants = [Variant(kernel, "sm_90", width) for kernel in KERNELS for width in WIDTHS]
@@ -83,6 +88,7 @@ def test_no_kernel_takes_more_registers_than_it_did() -> None:
     baselines.compare("registers", f"triton {triton.__version__}", measured, allowed=0.05)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("architecture", "kernel", "width", "name"), CASES)
 def test_no_variant_spills(architecture: str, kernel: str, width: int, name: str) -> None:
     usage = measure(replace(Variant(kernel, architecture, width), **VARIANTS[name]))
@@ -90,6 +96,7 @@ def test_no_variant_spills(architecture: str, kernel: str, width: int, name: str
     assert usage.blocks >= 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_maps_cost_as_little_with_even_tiles_and_masks_on_hopper(kernel: str, masked: bool) -> None:
@@ -97,6 +104,7 @@ def test_maps_cost_as_little_with_even_tiles_and_masks_on_hopper(kernel: str, ma
         check(Variant(kernel, "sm_90", width, masked=masked, even=not masked))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("architecture", "width"), [("sm_80", 128), ("sm_90", 64), ("sm_90", 128), ("sm_100", 128)])
 def test_float32_does_not_spill(architecture: str, width: int, kernel: str) -> None:
@@ -105,6 +113,7 @@ def test_float32_does_not_spill(architecture: str, width: int, kernel: str) -> N
     assert usage.blocks >= 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("text_to_image", [False, True], ids=["image_to_text", "text_to_image"])
 @pytest.mark.parametrize("architecture", NVIDIA)
 def test_the_kernel_for_maps_alone_does_not_spill(architecture: str, text_to_image: bool) -> None:
@@ -118,6 +127,7 @@ def test_the_kernel_for_maps_alone_does_not_spill(architecture: str, text_to_ima
     assert measure(replace(plain, dtype="fp16", reduce_heads=False)).stack == 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_hopper_runs_warp_group_products_that_follow_one_another(kernel: str) -> None:
     """Where ptxas sees too few registers or a mixed-up accumulator it fences every single product of a tile."""
@@ -127,6 +137,7 @@ def test_hopper_runs_warp_group_products_that_follow_one_another(kernel: str) ->
     assert instructions(build(Variant(kernel, "sm_90", 32)))["HGMMA"] > 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("tile", descriptor_tiles(128), ids=lambda tile: f"{tile.block_m}x{tile.block_n}")
 def test_descriptors_replace_address_registers_by_bulk_copies(tile: Tile, dtype: str) -> None:
@@ -143,6 +154,7 @@ def test_descriptors_replace_address_registers_by_bulk_copies(tile: Tile, dtype:
     assert found["WARPGROUP"] < found["HGMMA"]
 
 
+@pytest.mark.exhaustive
 def test_arrival_is_announced_after_all_stores_and_read_before_all_loads() -> None:
     """Barrier, acquire-release on the counter, barrier: the order that the mean over heads rests on."""
     for architecture in NVIDIA:
@@ -152,6 +164,7 @@ def test_arrival_is_announced_after_all_stores_and_read_before_all_loads() -> No
         assert after.index("bar.sync") < after.index("ld.global")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kernel", [*KERNELS, "maps"])
 @pytest.mark.parametrize("width", [64, 128])
 def test_amd_compiles(kernel: str, width: int) -> None:

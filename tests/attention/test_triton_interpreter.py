@@ -1,19 +1,16 @@
 """The Triton kernels against their definition, run by Triton's interpreter on a CPU.
 
-A kernel belongs to the interpreter if the variable was set when it was imported, so the tests of this file run in a
-process of their own: plain pytest starts one for each test function, and shows its output where it fails.
+The tests of this file run in the interpreter's process, whose output is shown where one fails.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from tiers import mostly_exhaustive
 from torch import Tensor
 from triton_cases import (
     CASES,
@@ -30,12 +27,11 @@ from triton_cases import (
     packed,
     strided,
 )
-from triton_interpreter import require_interpreter
+from triton_interpreter import INTERPRETED, TIERS, inner, outer, require_interpreter, run_interpreted
 
 from star_kernels.attention import naive
 
 require_interpreter()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from star_kernels.attention import triton_backward, triton_forward, triton_maps
     from star_kernels.attention.triton_config import BackwardConfig, Tile, backward_config, forward_config
@@ -44,44 +40,24 @@ if INTERPRETED:
     BULK = Tile(32, 32, 4, 1, descriptors=True)
     TALL = Tile(64, 16, 4, 1)  # rows and columns of a tile differ, so that one cannot pass for the other
 
-inner = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the interpreter has for itself")
-INNER = [
-    "test_results_are_as_exact_as_pytorch",
-    "test_gradients_are_as_exact_as_pytorch",
-    "test_maps_from_a_log_sum_exp_match_the_definition",
-    "test_any_strides_give_the_same_results",
-    "test_the_shipped_configurations_give_the_same_results",
-    "test_tokens_loaded_early_give_the_same_maps",
-    "test_maps_alone_may_add_up_heads_in_one_program",
-    "test_descriptors_give_the_same_results",
-    "test_tensors_that_bulk_copies_cannot_read_are_read_by_pointers",
-    "test_positions_past_the_sequence_are_empty_slots",
-    "test_weights_that_cancel_still_have_their_gradient",
-    "test_any_layout_of_the_gradient_of_maps_gives_the_same_results",
-    "test_equal_calls_give_equal_bits",
-    "test_where_stores_may_arrive_late_the_mean_over_heads_is_a_step_of_its_own",
-    "test_rows_outside_the_range_write_nothing",
-    "test_without_a_selection_there_are_no_maps",
-    "test_arrival_counters_are_left_at_zero",
-]
 
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.parametrize("name", INNER)
-def test_in_the_interpreter(name: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"{__file__}::{name}"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    if run.returncode != 0 or " passed" not in run.stdout:
-        pytest.fail(f"{run.stdout}\n{run.stderr}", pytrace=False)
+@outer
+@pytest.mark.parametrize("tier", TIERS)
+def test_in_the_interpreter(tier: str) -> None:
+    run_interpreted(__file__, tier)
 
 
 DTYPES = {torch.float32: list(CASES), torch.float16: ["plain", "cross", "head_dim_40", "head_dim_128", "mask_all"]}
 CASES_AND_DTYPES = [(name, dtype) for dtype in DTYPES for name in DTYPES[dtype]]
+QUICK = {"plain", "one", "cross_short", "head_dim_13", "groups", "per_head", "mask_all"}
+
+
+def quick(name: str, dtype: torch.dtype, wanted: str = "out maps lse") -> bool:
+    return wanted == "out maps lse" and name in (QUICK if dtype == torch.float32 else {"plain"})
 
 
 @inner
-@pytest.mark.parametrize(("name", "dtype"), CASES_AND_DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "dtype"), mostly_exhaustive(CASES_AND_DTYPES, quick), ids=str)
 def test_results_are_as_exact_as_pytorch(
     name: str, dtype: torch.dtype, assert_as_exact: Callable, poisoned: None
 ) -> None:
@@ -118,7 +94,7 @@ def kernel_gradients(inputs: Inputs, upstream: list[Tensor | None], config: Back
 
 
 @inner
-@pytest.mark.parametrize(("name", "dtype", "wanted"), GRADIENT_CASES, ids=str)
+@pytest.mark.parametrize(("name", "dtype", "wanted"), mostly_exhaustive(GRADIENT_CASES, quick), ids=str)
 def test_gradients_are_as_exact_as_pytorch(
     name: str, dtype: torch.dtype, wanted: str, assert_as_exact: Callable, poisoned: None
 ) -> None:
@@ -134,7 +110,7 @@ def test_gradients_are_as_exact_as_pytorch(
 
 @inner
 @pytest.mark.parametrize("text_to_image", [False, True], ids=["image_to_text", "text_to_image"])
-@pytest.mark.parametrize(("name", "dtype"), CASES_AND_DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "dtype"), mostly_exhaustive(CASES_AND_DTYPES, quick), ids=str)
 def test_maps_from_a_log_sum_exp_match_the_definition(
     name: str, dtype: torch.dtype, text_to_image: bool, poisoned: None
 ) -> None:
@@ -179,7 +155,12 @@ def test_any_strides_give_the_same_results(change: Callable, poisoned: None) -> 
 
 
 @inner
-@pytest.mark.parametrize(("architecture", "width"), [("sm_80", 32), ("sm_80", 64), ("sm_80", 128), ("sm_90", 128)])
+@pytest.mark.parametrize(
+    ("architecture", "width"),
+    mostly_exhaustive(
+        [("sm_80", 32), ("sm_80", 64), ("sm_80", 128), ("sm_90", 128)], lambda architecture, width: width == 32
+    ),
+)
 def test_the_shipped_configurations_give_the_same_results(architecture: str, width: int, poisoned: None) -> None:
     inputs = make(Case((1, 2, 140, 133, width), groups=2), torch.float16)
     upstream = cotangents(inputs, "out maps lse")
@@ -225,7 +206,7 @@ BULK_CASES = ["plain", "one", "full_tiles", "cross", "cross_short", "head_dim_72
 
 
 @inner
-@pytest.mark.parametrize("name", BULK_CASES)
+@pytest.mark.parametrize("name", mostly_exhaustive(BULK_CASES, QUICK))
 def test_descriptors_give_the_same_results(name: str, assert_as_exact: Callable, poisoned: None) -> None:
     inputs = make(CASES[name], torch.float16)
     out, maps, lse = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=BULK)

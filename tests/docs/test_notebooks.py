@@ -9,6 +9,7 @@ import pytest
 from pages import NOTEBOOKS
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(notebook: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("star_trainer.policy.SHIPPED", small_model)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.exhaustive
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("80", "90a", "100a")
 # A multiprocessor has 65536 registers. A thread of a vector kernel has 96 to 192 bytes of loads under way, so that 512

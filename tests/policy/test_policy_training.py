@@ -10,6 +10,7 @@ import distributed_worker
 import pytest
 import torch
 from problems import BATCH, SIGMA, make
+from tiers import mostly_exhaustive
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -118,7 +119,7 @@ def test_using_a_freed_graph_again_is_an_error() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+@pytest.mark.parametrize("wrapper", mostly_exhaustive(["ddp", "fsdp"], ["ddp"]))
 def test_two_processes_give_the_gradients_of_one(wrapper: str, tmp_path: Path) -> None:
     file = tmp_path / "meeting"
     workers = [

@@ -1,16 +1,12 @@
 """The Triton kernels of the policy, held to the contract of every backend by Triton's interpreter on a CPU.
 
-A kernel belongs to the interpreter if the variable was set when it was imported, so the tests of this file run in a
-process of their own: plain pytest starts one for all of them, and shows its output where one fails. The contract's
-tests are called here with a choice of their parameters; a machine with a GPU runs them all. Rounding to bfloat16 is
-left to such a machine: the interpreter cuts bits off.
+The tests of this file run in the interpreter's process, whose output is shown where one fails. The contract's tests
+are called here with a choice of their parameters; a machine with a GPU runs them all. Rounding to bfloat16 is left to
+such a machine: the interpreter cuts bits off.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,8 +19,9 @@ import test_policy_options as options
 import test_sampling as sampling
 import torch
 from problems import BATCH, LAYOUTS, MEMORY, SAMPLERS, Problem, locations, make
+from tiers import mostly_exhaustive
 from torch import Tensor
-from triton_interpreter import require_interpreter
+from triton_interpreter import INTERPRETED, TIERS, inner, outer, require_interpreter, run_interpreted
 
 from star_kernels import sample_transition, weighted_nft_loss, weighted_policy_loss
 from star_kernels.policy import loss as public_loss
@@ -32,38 +29,16 @@ from star_kernels.policy import naive, ops
 from star_kernels.policy import sampling as public_sampling
 
 require_interpreter()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from star_kernels.policy import triton_latents, triton_loss, triton_nft, triton_sampling
 
 BACKEND = ("triton", "cpu")
-inner = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the interpreter has for itself")
-INNER = [
-    "test_the_contract_holds",
-    "test_errors_are_at_most_twice_pytorchs",
-    "test_nft_errors_are_at_most_twice_pytorchs",
-    "test_an_unchanged_model_has_a_ratio_of_exactly_one_wherever_its_numbers_lie",
-    "test_a_sample_without_a_location_contributes_nothing",
-    "test_programs_that_walk_over_tiles_find_the_same_loss",
-    "test_all_samples_and_all_tiles_are_added_up",
-    "test_each_pass_is_one_launch",
-    "test_equal_calls_give_equal_bits",
-]
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.parametrize("name", INNER)
-def test_in_the_interpreter(name: str, interpreter: subprocess.CompletedProcess) -> None:
-    lines = [line for line in interpreter.stdout.splitlines() if f"::{name}" in line and "%]" in line]
-    if not lines or not all(" PASSED " in line for line in lines):
-        pytest.fail(f"{interpreter.stdout}\n{interpreter.stderr}", pytrace=False)
+@outer
+@pytest.mark.parametrize("tier", TIERS)
+def test_in_the_interpreter(tier: str) -> None:
+    run_interpreted(__file__, tier)
 
 
 @pytest.fixture(autouse=True)
@@ -137,8 +112,29 @@ CONTRACT: list[tuple[Callable[..., None], tuple]] = [
 ]
 
 
+# One call of each kind.
+QUICK = {
+    loss.test_no_weights_give_flow_grpo: ("flow_cps", 0.05, 0.04, False),
+    loss.test_uniform_weights_give_flow_grpo_bit_by_bit: ("sample", "image"),
+    loss.test_weights_on_a_patch_grid_equal_the_upsampled_ones: ("image", [[6, 4]], "sample"),
+    loss.test_memory_layout_does_not_change_loss_or_gradient: ("rows", "sliced", "sample"),
+    loss.test_16_bit_outputs_give_a_gradient_with_one_rounding: ("packed", "sample", HALF, "as model_output"),
+    loss.test_a_clip_range_of_1e5_is_resolved: ("sample",),
+    loss.test_metrics_are_what_they_say: (),
+    options.test_loss_and_gradient_are_the_written_objective: ("channels_between", "all", "location"),
+    options.test_whatever_lies_under_the_mask_reaches_nothing: ("packed", "sample"),
+    groups.test_one_group_is_the_loss_without_groups_to_the_last_bit: ("sample",),
+    nft.test_loss_and_gradient_are_the_written_objective_under_every_option: ("channels_between", False),
+    sampling.test_step_and_log_prob_are_those_of_the_gaussian: ("packed", HALF, torch.float32),
+}
+
+
 @inner
-@pytest.mark.parametrize(("test", "parameters"), CONTRACT, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("test", "parameters"),
+    mostly_exhaustive(CONTRACT, lambda test, parameters: QUICK.get(test) == parameters),
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_the_contract_holds(test: Callable[..., None], parameters: tuple, poisoned: None) -> None:
     wanted = test.__code__.co_varnames[: test.__code__.co_argcount]
     given = [name for name in wanted if name not in ("policy_backend", "poisoned")]
@@ -201,21 +197,21 @@ def hold_to_pytorch(operator: Callable, definition: Callable, arguments: tuple) 
 @inner
 @pytest.mark.parametrize("ratio", ["sample", "location"])
 @pytest.mark.parametrize("every_option", [False, True], ids=["plain", "every_option"])
-@pytest.mark.parametrize("layout", EVERY_OPTION)
+@pytest.mark.parametrize("layout", mostly_exhaustive(EVERY_OPTION, ["rows"]))
 def test_errors_are_at_most_twice_pytorchs(layout: str, every_option: bool, ratio: str, poisoned: None) -> None:
     arguments = policy_arguments(make(BACKEND, layout, drift=0.01), ratio, every_option)
     hold_to_pytorch(ops.WEIGHTED_POLICY_LOSS, naive.weighted_policy_loss, arguments)
 
 
 @inner
-@pytest.mark.parametrize("layout", EVERY_OPTION)
+@pytest.mark.parametrize("layout", mostly_exhaustive(EVERY_OPTION, ["rows"]))
 def test_nft_errors_are_at_most_twice_pytorchs(layout: str, poisoned: None) -> None:
     hold_to_pytorch(ops.WEIGHTED_NFT_LOSS, naive.weighted_nft_loss, nft_arguments(layout))
 
 
 @inner
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["rows", "packed", "one_position", "channels_between"])
+@pytest.mark.parametrize("layout", mostly_exhaustive(["rows", "packed", "one_position", "channels_between"], ["rows"]))
 def test_an_unchanged_model_has_a_ratio_of_exactly_one_wherever_its_numbers_lie(
     layout: str, dtype: torch.dtype
 ) -> None:

@@ -17,6 +17,7 @@ from star_trainer.config import Config
 POINTS = 20
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_run_resumes_to_the_same_end(configure: Callable[..., Config], tmp_path: Path) -> None:
     config = configure(train={"epochs": 3, "updates": 2}, output={"checkpoint_every": 1, "keep": 1})

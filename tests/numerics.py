@@ -1,0 +1,70 @@
+"""The numeric contract on the processors that users have, as far as this one can be any of them (`make numerics`).
+
+    python tests/numerics.py [ARGUMENTS OF PYTEST]
+
+Runs the contract tests once for each instruction set, of PyTorch (ATEN_CPU_CAPABILITY) and of the compiled kernels
+(STAR_KERNELS_ISA) alike, and each number of threads. The exit status is 1 if any run fails.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from star_kernels import native
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTRACT = [
+    "tests/attention/test_attention.py",
+    "tests/attention/test_attention_extremes.py",
+    "tests/attention/test_maps.py",
+    "tests/policy/test_nft_loss.py",
+    "tests/policy/test_policy_extremes.py",
+    "tests/policy/test_policy_invariants.py",
+    "tests/policy/test_policy_loss.py",
+    "tests/policy/test_policy_options.py",
+    "tests/policy/test_sampling.py",
+    "tests/policy/test_transitions.py",
+    "tests/test_allocation.py",
+]
+# Compilers, operators' schemas, peaks of memory and processes of their own have no numbers that depend on these.
+NUMBERS = "not compile and not opcheck and not gradcheck and not held and not instruction_set"
+CAPABILITIES = {"default": "baseline", "avx2": "avx2", "": ""}  # of PyTorch -> of the kernels; "": the best there is
+THREADS = (1, 2, 4)
+
+
+def runs(capability: str) -> bool:
+    library = native.cpu()
+    return library is None or not capability or CAPABILITIES[capability] in library.runnable_isas().split()
+
+
+def run(capability: str, threads: int, arguments: list[str]) -> bool:
+    environment = {k: v for k, v in os.environ.items() if k not in ("ATEN_CPU_CAPABILITY", "STAR_KERNELS_ISA")}
+    environment |= {"OMP_NUM_THREADS": str(threads)}
+    if capability:
+        environment |= {"ATEN_CPU_CAPABILITY": capability, "STAR_KERNELS_ISA": CAPABILITIES[capability]}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", NUMBERS, *arguments, *CONTRACT]
+    name = f"{capability or 'best'} instructions, {threads} thread{'s' if threads > 1 else ''}"
+    print(f"numerics: {name} ...", flush=True)
+    began = time.perf_counter()
+    done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    print(
+        "\n".join(lines[-1:] if done.returncode == 0 else lines), f"[{time.perf_counter() - began:.0f} s]", flush=True
+    )
+    return done.returncode == 0
+
+
+def main(arguments: list[str]) -> int:
+    skipped = [capability for capability in CAPABILITIES if not runs(capability)]
+    for capability in skipped:
+        print(f"numerics: this processor does not run {capability}")
+    outcomes = [run(c, threads, arguments) for c in CAPABILITIES if c not in skipped for threads in THREADS]
+    return 0 if all(outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
