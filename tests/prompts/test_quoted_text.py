@@ -110,8 +110,8 @@ def test_an_escaped_text_stands_between_its_marks() -> None:
 @pytest.mark.parametrize(
     ("prompt", "quoted"),
     [
-        ("says “Hello\", „Hallo\" and ‘oui'", ["Hello", "Hallo", "oui"]),
-        ('says "World” and \'yes’', ["World", "yes"]),
+        ('says “Hello", „Hallo" and ‘oui\'', ["Hello", "Hallo", "oui"]),
+        ("says \"World” and 'yes’", ["World", "yes"]),
         ("”Hej” and »Hallo« and ›du‹ and “Cześć“", ["Hej", "Hallo", "du", "Cześć"]),
         ("«a» and « b » and ｢猫｣", ["a", "b", "猫"]),
         ("an “unclosed one and “two three", []),
