@@ -105,7 +105,8 @@ def write(drawing: Drawing, prompt: str, folder: Path, settings: dict[str, Any])
         for i, (s, maps) in enumerate(zip(drawing.noise, drawing.maps, strict=True))
     ]
     record = {**settings, "prompt": prompt, "groups": list(drawing.names), "shape": list(drawing.maps.shape)}
-    paths[4].write_text(json.dumps({**record, "steps": steps}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps({**record, "steps": steps}, indent=1, ensure_ascii=False) + "\n"
+    paths[4].write_text(text, encoding="utf-8", errors="backslashreplace")  # of half a surrogate pair: JSON's escape
     return paths
 
 

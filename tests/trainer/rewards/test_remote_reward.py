@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import math
 import socket
+import ssl
 import threading
+import traceback
+import types
+import urllib.error
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
 import torch
-from reward_server import Server, ok
+from reward_server import Server, breaks_off, ok, resets
 from torch import Tensor
 
 from star_trainer.rewards import RewardError, RewardService
+from star_trainer.rewards import remote as remote_module
 from star_trainer.rewards.images import to_uint8
-from star_trainer.rewards.remote import RemoteReward
+from star_trainer.rewards.remote import RemoteReward, wait_of
 
 pytest.importorskip("PIL")
 PROMPTS = ["a cat", "ein Stra\u00dfenschild", "", "x"]
@@ -68,8 +75,8 @@ def test_null_is_a_sample_without_a_score(server: Server, images: Tensor) -> Non
     assert [math.isnan(score) for score in scores.tolist()] == [False, True, False, False]
 
 
-@pytest.mark.parametrize("status", [500, 502, 503])
-def test_a_server_error_is_tried_again(server: Server, images: Tensor, status: int) -> None:
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503])
+def test_a_failure_that_may_pass_is_tried_again(server: Server, images: Tensor, status: int) -> None:
     server.answer = in_turn((status, b"busy"), (status, b"busy"), ok([2.0] * 4))
     assert remote(server, retries=2)(images, PROMPTS, [{}] * 4).tolist() == [2.0] * 4
     assert len(server.bodies) == 3
@@ -83,7 +90,7 @@ def test_a_server_error_that_stays_is_an_error_with_what_the_server_says(server:
     assert len(server.bodies) == 3
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 422, 429])
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
 def test_a_refusal_is_final(server: Server, images: Tensor, status: int) -> None:
     server.answer = lambda body: (status, b"no")
     with pytest.raises(RewardError, match=rf"status {status}, 'no'"):
@@ -107,20 +114,174 @@ def test_a_server_that_is_not_there_is_an_error_with_its_address(images: Tensor)
             RemoteReward(f"http://{address}", retries=2, backoff=0.0)(images, PROMPTS, [{}] * 4)
 
 
-def test_an_answer_that_takes_too_long_is_an_error_and_not_asked_for_again(server: Server, images: Tensor) -> None:
+LENGTH = ("Content-Length", "100")
+CHUNKED = ("Transfer-Encoding", "chunked")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        breaks_off(503, LENGTH),
+        breaks_off(429, CHUNKED, body=b"ff\r\nhalf"),
+        breaks_off(200, LENGTH, body=b'{"scores": [1'),
+        breaks_off(200, CHUNKED, body=b"ff\r\nhalf"),
+        breaks_off(200, CHUNKED, body=b"no number\r\n"),
+        resets,
+    ],
+    ids=["503", "429", "200", "chunk", "no chunk", "reset"],
+)
+def test_an_answer_that_breaks_off_is_asked_for_again(
+    server: Server, images: Tensor, answer: Callable[[BaseHTTPRequestHandler], None]
+) -> None:
+    server.instead = [answer] * 2
+    assert remote(server, retries=2)(images, PROMPTS, [{}] * 4).tolist() == [0.5] * 4
+    server.instead = [answer] * 2
+    with pytest.raises(RewardError, match=r"(status (503|429), '.*'|the connection broke, .*), 2 times in a row"):
+        remote(server, retries=1)(images, PROMPTS, [{}] * 4)
+
+
+def test_a_refusal_whose_body_breaks_off_is_final(server: Server, images: Tensor) -> None:
+    server.instead = [breaks_off(404, LENGTH)]
+    with pytest.raises(RewardError, match="status 404, 'half'"):
+        remote(server)(images, PROMPTS, [{}] * 4)
+    assert len(server.bodies) == 1
+
+
+def test_an_answer_that_takes_too_long_is_asked_for_again(server: Server, images: Tensor) -> None:
     server.hold = threading.Event()
-    with pytest.raises(RewardError, match=r"no answer after 0.1 s"):
-        remote(server, timeout=0.1)(images, PROMPTS, [{}] * 4)
-    assert len(server.bodies) <= 1  # a slow machine may not have read it yet
+    reward = remote(server, timeout=0.1, retries=1, backoff=0.01)
+
+    def release(seconds: float) -> None:
+        assert server.hold
+        reward.timeout = 30.0
+        server.hold.set()
+
+    reward._sleep = release
+    assert reward(images, PROMPTS, [{}] * 4).tolist() == [0.5] * 4
+    reward._opener = StubOpener(TimeoutError())
+    with pytest.raises(RewardError, match=r"no answer after 30 s, 2 times in a row"):
+        reward(images, PROMPTS, [{}] * 4)
 
 
-def test_waits_double_from_attempt_to_attempt(server: Server, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+class StubOpener:
+    """Raises, instead of opening an address."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.calls = 0
+
+    def open(self, *_: object, **__: object) -> None:
+        self.calls += 1
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "calls"),
+    [
+        (ssl.SSLEOFError(8, "EOF occurred in violation of protocol"), 3),
+        (urllib.error.URLError(ssl.SSLError(1, "[SSL] record layer failure")), 3),
+        (OSError(errno.EHOSTUNREACH, "No route to host"), 3),
+        (urllib.error.URLError(ssl.SSLCertVerificationError(1, "self-signed certificate")), 1),
+    ],
+    ids=["eof", "record", "route", "certificate"],
+)
+def test_errors_of_tls_are_tried_again_and_those_of_certificates_are_final(
+    images: Tensor, error: Exception, calls: int
+) -> None:
+    reward = RemoteReward("https://host/x", backoff=0.0, retries=2)
+    reward._opener = opener = StubOpener(error)
+    with pytest.raises(RewardError, match="host/x: ") as caught:
+        reward(images, PROMPTS, [{}] * 4)
+    assert opener.calls == calls
+    assert "certificate" in str(caught.value) or "3 times in a row" in str(caught.value)
+
+
+def test_a_server_that_streams_for_ever_is_left(
+    server: Server, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_module, "_LONGEST", 1 << 20)
+    left = threading.Event()
+
+    def stream(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.end_headers()
+        try:
+            while True:
+                request.wfile.write(bytes(1 << 16))
+        except OSError:
+            left.set()
+
+    server.instead = [stream]
+    with pytest.raises(RewardError, match="the answer must not be longer than 1 MiB"):
+        remote(server)(images, PROMPTS, [{}] * 4)
+    assert left.wait(30)
+    assert len(server.bodies) == 1
+
+
+class Dripping:
+    """A response of one byte a second that never ends."""
+
+    length = None
+
+    def __init__(self) -> None:
+        self.seconds = 0
+
+    def read1(self, count: int) -> bytes:
+        self.seconds += 1
+        return b" "
+
+
+def test_a_body_that_drips_ends_with_the_timeout(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    response = Dripping()
+    monkeypatch.setattr(remote_module, "time", types.SimpleNamespace(monotonic=lambda: response.seconds, sleep=None))
+    with pytest.raises(TimeoutError):
+        remote(server, timeout=20)._fill(bytearray(), response, 1000)
+    assert response.seconds == 21
+
+
+@pytest.mark.parametrize(
+    ("header", "waits"),
+    [("7", [7.0, 7.0, 7.0]), ("1", [1.0, 1.0, 2.0]), ("100000", [30.0] * 3), ("soon", [0.5, 1.0, 2.0])],
+)
+def test_retry_after_is_respected_up_to_the_timeout(
+    server: Server, images: Tensor, header: str, waits: list[float]
+) -> None:
+    seen: list[float] = []
+    server.headers_back = {"Retry-After": header}
+    server.answer = in_turn((429, b""), (503, b""), (429, b""), ok([1.0] * 4))
+    reward = remote(server, retries=3, backoff=0.5, timeout=30.0)
+    reward._sleep = seen.append
+    assert reward(images, PROMPTS, [{}] * 4).tolist() == [1.0] * 4
+    assert seen == waits
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        (None, 0.0),
+        ("", 0.0),
+        ("-3", 0.0),
+        ("Wed, 21 Oct 2015 07:28:30 GMT", 30.0),
+        ("Wed, 21 Oct 2015 07:27:00 GMT", 0.0),
+        ("Wed, 99 Oct", 0.0),
+        ("9" * 400, 999999999.0),
+    ],
+)
+def test_retry_after_is_a_number_or_a_date(
+    header: str | None, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_module, "time", types.SimpleNamespace(time=lambda: 1445412480.0))
+    assert wait_of(header) == seconds
+
+
+def test_waits_double_from_attempt_to_attempt_up_to_the_timeout(server: Server, images: Tensor) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("star_trainer.rewards.remote.time.sleep", waits.append)
     server.answer = lambda body: (500, b"")
+    reward = remote(server, retries=4, backoff=4.0)
+    reward._sleep = waits.append
     with pytest.raises(RewardError):
-        remote(server, retries=3, backoff=0.5)(images, PROMPTS, [{}] * 4)
-    assert waits == [0.5, 1.0, 2.0]
+        reward(images, PROMPTS, [{}] * 4)
+    assert waits == [4.0, 8.0, 16.0, 30.0]
 
 
 @pytest.mark.parametrize(
@@ -136,8 +297,10 @@ def test_waits_double_from_attempt_to_attempt(server: Server, images: Tensor, mo
         b'{"scores": [1, 2, 3, true]}',
         b'{"scores": [[1], [2], [3], [4]]}',
         b"\xff\xfe",
+        b"[" * 100000,
+        b'{"scores": [1, 2, 3, 1%s]}' % (b"0" * 400),
     ],
-    ids=repr,
+    ids=lambda answer: repr(answer[:30]),
 )
 def test_an_answer_that_is_not_the_protocol_is_an_error(server: Server, images: Tensor, answer: bytes) -> None:
     server.answer = lambda body: (200, answer)
@@ -174,10 +337,37 @@ def test_without_a_token_there_is_no_authorization(server: Server, images: Tenso
     assert "authorization" not in server.headers[0]
 
 
-def test_a_token_that_is_not_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_the_newline_at_the_end_of_a_mounted_secret_is_left_out(
+    server: Server, images: Tensor, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", TOKEN + end)
+    remote(server, token_env="MY_TOKEN")(images, PROMPTS, [{}] * 4)
+    assert server.headers[0]["authorization"] == f"Bearer {TOKEN}"
+
+
+@pytest.mark.parametrize("token", [f"{TOKEN}\n\n", f"{TOKEN}\nx", f"\r{TOKEN}", f"{TOKEN}\x7f", f"{TOKEN}\u20ac"], ids=repr)
+def test_a_token_that_no_header_can_hold_is_refused_without_showing_it(
+    monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", token)
+    with pytest.raises(ValueError, match="'MY_TOKEN', which must hold printable ASCII characters") as caught:
+        RemoteReward("http://127.0.0.1/x", token_env="MY_TOKEN")
+    assert "".join(traceback.format_exception(caught.value)).count(TOKEN) == 0
+
+
+@pytest.mark.parametrize("token", [None, "", "\n"])
+def test_a_token_that_is_not_set_is_refused(monkeypatch: pytest.MonkeyPatch, token: str | None) -> None:
     monkeypatch.delenv("MY_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("MY_TOKEN", token)
     with pytest.raises(ValueError, match="'MY_TOKEN', which is not set"):
         RemoteReward("http://127.0.0.1/x", token_env="MY_TOKEN")
+
+
+def test_a_token_in_place_of_its_variable_is_not_shown() -> None:
+    with pytest.raises(ValueError, match=r"the environment variable \(not shown\), which is not set"):
+        RemoteReward("http://127.0.0.1/x", token_env=TOKEN)
 
 
 def test_the_name_shows_no_query(server: Server) -> None:
@@ -185,16 +375,32 @@ def test_the_name_shows_no_query(server: Server) -> None:
     assert RemoteReward("https://host/a", name="mine").name == "mine"
 
 
-@pytest.mark.parametrize("url", ["http://user:secret@host/x", "http:///x", "ftp://host/x", "host/x"])
+@pytest.mark.parametrize("url", ["http://user:secret@host/x", "http:///x", "ftp://host/x", "host/x", "http://host/\u00fc?key=secret", 3])
 def test_a_wrong_address_is_refused_and_no_password_shown(url: str) -> None:
     with pytest.raises(ValueError, match="without a user or password") as caught:
         RemoteReward(url)
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("setting", [{"timeout": 0}, {"retries": -1}, {"backoff": -1}, {"batch_size": 0}], ids=str)
-def test_a_wrong_setting_is_refused(setting: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="timeout must be positive"):
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ({"timeout": 0}, ValueError),
+        ({"timeout": math.nan}, ValueError),
+        ({"timeout": "30"}, TypeError),
+        ({"retries": -1}, ValueError),
+        ({"retries": 1.5}, TypeError),
+        ({"backoff": -1}, ValueError),
+        ({"backoff": math.inf}, ValueError),
+        ({"batch_size": 0}, ValueError),
+        ({"batch_size": True}, TypeError),
+        ({"token_env": 3}, TypeError),
+        ({"name": ["x"]}, TypeError),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_refused(setting: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"{next(iter(setting))} must be"):
         RemoteReward("http://host/x", **setting)
 
 
