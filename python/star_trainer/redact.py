@@ -20,22 +20,23 @@ _USER = re.compile(r"[^/@:]*:(?!\d+(?:/|$)).*@|[^/@:]*@")
 _PORT = re.compile(r"^([^/:[]*):(?!\d*(?:/|$))[^/]*")  # one that is no number
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_SECRETS = frozenset(
-    "secret secrets password passwords passwd pwd passphrase passcode credential credentials auth authorization bearer "
-    "cookie cookies jwt apikey apikeys accesskey secretkey authtoken accesstoken headers".split()
-)
-_KEYS = frozenset("api access secret private auth account service signing encryption subscription license ssh".split())
-# What comes before "token" in names that are no secrets: of tokenizers, and of numbers.
-_NO_SECRET = frozenset(
-    "pad eos bos unk sep cls mask stop start end image text special max min num new per first last".split()
-)
-_VALUES = frozenset("value string str header".split())  # words that may follow: "auth_header"
+_SECRET_WORDS = """
+    secret secrets password passwords passwd pwd passphrase passcode credential credentials auth authorization bearer
+    cookie cookies jwt apikey apikeys accesskey secretkey authtoken accesstoken headers
+"""
+_SECRETS = frozenset(_SECRET_WORDS.split())
+_BEFORE_KEY = "api access secret private auth account service signing encryption subscription license ssh"
+_KEYS = frozenset(_BEFORE_KEY.split())
+# Of names that are no secrets: those of tokenizers, and numbers.
+_BEFORE_TOKEN = "pad eos bos unk sep cls mask stop start end image text special max min num new per first last"
+_NO_SECRET = frozenset(_BEFORE_TOKEN.split())
+_VALUES = frozenset(("value", "string", "str", "header"))  # words that may follow: "auth_header"
 # A name like a secret's and its value, in a text: api_key="...", 'token': '...', Authorization: Bearer ...
 _NAMED = re.compile(
     r"""(?P<name>[A-Za-z][\w.-]*)(?P<between>\\*["']?\s*[:=]\s*\\*(?:(?i:Bearer|Basic|Token)\s+)?)"""
     r"""(?P<value>"[^"]*"?|'[^']*'?|[^\s,;"'{}()\[\]]+)"""
 )
-_NOTHING = frozenset("None null True False true false".split())
+_NOTHING = frozenset(("None", "null", "True", "False", "true", "false"))
 _SHORTEST = 6  # characters of a value that is looked for in texts
 _known: set[str] = set()
 

@@ -39,7 +39,7 @@ def test_function_words_and_what_leads_to_an_of_do_not_count(prompt: str, phrase
         ("قطة على المقعد", ["قطة", "على", "المقعد"]),
         ("cafe\u0301 na\u00efve", ["cafe\u0301", "na\u00efve"]),
         ("\ufeffbi\u00adcycle \u200fדלת\u200f", ["bi\u00adcycle", "דלת"]),
-        ("ＴＨＥ owl, don\u02bct", ["owl"]),
+        ("\uff34\uff28\uff25 owl, don\u02bct", ["owl"]),
         ("🏳️‍🌈flag 👩🏽‍🚀", ["🏳️‍🌈", "flag", "👩🏽‍🚀"]),
     ],
 )

@@ -141,13 +141,13 @@ def test_a_core_is_checked_and_cannot_change() -> None:
     [
         ("a cafe\u0301 by the sea", "Café", "cafe\u0301"),
         ("a café by the sea", "cafe\u0301", "café"),
-        ("the wizard’s hat", "wizard's hat", "wizard’s hat"),
-        ("the wizard's hat", "wizard’s hat", "wizard's hat"),
+        ("the wizard\u2019s hat", "wizard's hat", "wizard\u2019s hat"),
+        ("the wizard's hat", "wizard\u2019s hat", "wizard's hat"),
         ("a wi\u2011fi box", "wi-fi", "wi\u2011fi"),
-        ("ｏｐｅｎ door", "open", "ｏｐｅｎ"),
+        ("\uff4f\uff50\uff45\uff4e door", "open", "\uff4f\uff50\uff45\uff4e"),
         ("a bi\u00adcycle", "bicycle", "bi\u00adcycle"),
         ("the ﬁre", "fire", "ﬁre"),
-        ("\u200fקטה אדומה\u200f", "קטה", "קטה"),
+        ("\u200fק\u05d8ה אדומה\u200f", "קטה", "קטה"),
     ],
 )
 def test_a_phrase_is_found_however_it_is_spelt(prompt: str, wanted: str, found: str) -> None:

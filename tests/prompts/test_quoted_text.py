@@ -110,9 +110,9 @@ def test_an_escaped_text_stands_between_its_marks() -> None:
 @pytest.mark.parametrize(
     ("prompt", "quoted"),
     [
-        ('says “Hello", „Hallo" and ‘oui\'', ["Hello", "Hallo", "oui"]),
-        ("says \"World” and 'yes’", ["World", "yes"]),
-        ("”Hej” and »Hallo« and ›du‹ and “Cześć“", ["Hej", "Hallo", "du", "Cześć"]),
+        ('says “Hello", „Hallo" and \u2018oui\'', ["Hello", "Hallo", "oui"]),
+        ("says \"World” and 'yes\u2019", ["World", "yes"]),
+        ("”Hej” and »Hallo« and \u203adu\u2039 and “Cześć“", ["Hej", "Hallo", "du", "Cześć"]),
         ("«a» and « b » and ｢猫｣", ["a", "b", "猫"]),
         ("an “unclosed one and “two three", []),
     ],

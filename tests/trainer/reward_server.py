@@ -71,7 +71,9 @@ def ok(scores: object) -> tuple[int, bytes]:
     return 200, json.dumps({"scores": scores}).encode()
 
 
-def breaks_off(status: int, *headers: tuple[str, str], body: bytes = b"half") -> Callable[[BaseHTTPRequestHandler], None]:
+def breaks_off(
+    status: int, *headers: tuple[str, str], body: bytes = b"half"
+) -> Callable[[BaseHTTPRequestHandler], None]:
     """Answers with these headers and a part of the body that they announce."""
 
     def answer(request: BaseHTTPRequestHandler) -> None:

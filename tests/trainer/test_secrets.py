@@ -291,21 +291,23 @@ def test_options_that_do_not_fit_are_refused_without_them(keyed: Callable[..., d
     assert without_secrets(f"{caught.value} {other.value}")
 
 
-@pytest.mark.parametrize(
-    "name",
-    "api_key apiKey API-Key X-Api-Key OPENAI_API_KEY token hf_token accessToken api_tokens secret client_secret password "
-    "db.password passwd passphrase credentials authorization Authorization auth auth_header headers extra_headers Cookie "
-    "private_key secretAccessKey bearer token_value".split(),
-)
+SECRET_NAMES = """
+    api_key apiKey API-Key X-Api-Key OPENAI_API_KEY token hf_token accessToken api_tokens token_value secret client_secret
+    password db.password passwd passphrase credentials authorization Authorization auth auth_header headers extra_headers
+    Cookie private_key secretAccessKey bearer
+"""
+OTHER_NAMES = """
+    token_env max_tokens num_tokens tokens tokenizer pad_token eos_token stop_token token_url key keys image_key sort_key
+    keyboard author secretary password_file passes monkey mine:Token https://host/token ocr
+"""
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES.split())
 def test_names_of_secrets(name: str) -> None:
     assert is_secret(name)
 
 
-@pytest.mark.parametrize(
-    "name",
-    "token_env max_tokens num_tokens tokens tokenizer pad_token eos_token stop_token key keys image_key sort_key keyboard "
-    "author secretary password_file token_url passes monkey mine:Token https://host/token ocr".split(),
-)
+@pytest.mark.parametrize("name", OTHER_NAMES.split())
 def test_names_of_what_is_no_secret(name: str) -> None:
     assert not is_secret(name)
 

@@ -13,14 +13,16 @@ from star_kernels.prompts.spelling import plain
 from star_trainer.rewards.base import Metadata
 from star_trainer.rewards.extras import require
 from star_trainer.rewards.images import to_uint8
+from star_trainer.rewards.options import check_flag, check_number
 
 
 class Ocr:
     """``1 - distance / length`` of the wanted text, 0..1: Flow-GRPO's reward (``flow_grpo/ocr.py``), read by RapidOCR.
 
-    Texts are compared in one spelling (:func:`star_kernels.prompts.spelling.plain`), so that "Don't" is read right with
-    either apostrophe and "CAF\u00c9" with either accent. Flow-GRPO reads with PaddleOCR 2 and no classifier of the text's orientation; RapidOCR runs models of the same
-    family, which come with its package, on the CPU. Lines that it is less than half sure of do not count in either.
+    Texts are compared in one spelling (:func:`star_kernels.prompts.spelling.plain`): the kind of an apostrophe and how
+    an accent is encoded are no errors. Flow-GRPO reads with PaddleOCR 2 and no classifier of the text's orientation;
+    RapidOCR runs models of the same family, which come with its package, on the CPU. Lines that it is less than half
+    sure of do not count in either.
 
     Args:
         normalize: False compares as Flow-GRPO does, whatever looks alike: see :func:`text_score`.
@@ -28,7 +30,7 @@ class Ocr:
         params: RapidOCR's own settings by dotted name, say ``{"Global.text_score": 0.3}``.
 
     Raises:
-        TypeError, ValueError: an option of another type, or settings that RapidOCR does not have.
+        TypeError, ValueError: an option of another type or out of range, or settings that RapidOCR does not have.
         ImportError: rapidocr or onnxruntime is not installed.
     """
 
@@ -37,8 +39,11 @@ class Ocr:
     def __init__(
         self, *, normalize: bool = True, threads: int | None = None, params: Mapping[str, Any] | None = None
     ) -> None:
-        if not isinstance(normalize, bool):
-            raise TypeError(f"normalize must be true or false, got {normalize!r}")
+        check_flag("normalize", normalize)
+        if threads is not None:
+            check_number("threads", threads, at_least=1, whole=True)
+        if params is not None and not (isinstance(params, Mapping) and all(isinstance(name, str) for name in params)):
+            raise TypeError(f"params must be a mapping of settings, got {params!r}")
         self.normalize = normalize
         rapidocr = require("rapidocr", self.name)
         require("onnxruntime", self.name)

@@ -49,7 +49,7 @@ def build(
 
     Raises:
         ValueError: a key of none of these kinds, options for a key that has no weight or that the reward does not
-            take, a weight that is not finite, or no weights.
+            accept, a weight that is not finite, or no weights.
         TypeError: what a path leads to is no reward, or weights or options are no mappings.
         ImportError: a package is missing.
     """
@@ -108,7 +108,7 @@ def _instance(key: str, found: Any, device: str | torch.device, options: Mapping
     try:
         signature = inspect.signature(found)
     except ValueError:  # some built-in callables have none
-        return _checked(key, found(**keywords))
+        return _made(key, found, keywords)
     if "device" in signature.parameters:
         keywords.setdefault("device", device)
     try:
@@ -117,12 +117,12 @@ def _instance(key: str, found: Any, device: str | torch.device, options: Mapping
         shown = signature.replace(parameters=[_without_default(p) for p in signature.parameters.values()])
         name = getattr(found, "__name__", type(found).__name__)
         raise ValueError(f"options of {key!r} must fit {name}{shown}: {error}") from None
-    return _checked(key, found(**keywords))
+    return _made(key, found, keywords)
 
 
 def _check_shape(name: str, values: object) -> None:
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
-        raise TypeError(f"{name} must be a mapping of names, got {type(values).__name__}")
+        raise TypeError(f"{name} must be a mapping with strings for keys, got {type(values).__name__}")
 
 
 def _without_default(parameter: inspect.Parameter) -> inspect.Parameter:
@@ -130,7 +130,11 @@ def _without_default(parameter: inspect.Parameter) -> inspect.Parameter:
     return parameter.replace(default=HIDDEN) if hide else parameter
 
 
-def _checked(key: str, made: Any) -> Reward:
+def _made(key: str, found: Any, keywords: dict[str, Any]) -> Reward:
+    try:
+        made = found(**keywords)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"reward {key!r}: {error}") from error
     if not _is_reward(made):
         raise TypeError(f"{key!r} must make a reward (a callable with a name), got {type(made).__name__}")
     return cast(Reward, made)

@@ -17,6 +17,7 @@ token the request carries ``Authorization: Bearer <token>``: use https then, unl
 from __future__ import annotations
 
 import base64
+import contextlib
 import email.utils
 import http.client
 import json
@@ -159,10 +160,8 @@ class RemoteReward:
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
         """What to raise for a status other than 200."""
         answer = bytearray()
-        try:
+        with contextlib.suppress(OSError, http.client.HTTPException):  # the status says enough
             self._fill(answer, error.fp, _REFUSAL)
-        except (OSError, http.client.HTTPException):
-            pass  # the status says enough
         message = f"status {error.code}, {self._hide(answer.decode('utf-8', 'replace'))[:_SHOWN]!r}"
         if error.code >= 500 or error.code in _AGAIN:
             return _Again(message, wait_of(error.headers.get("Retry-After")))
@@ -288,4 +287,6 @@ def read_scores(answer: bytes, count: int, reward: str, hide: Callable[[str], st
     try:
         return [math.nan if score is None else float(score) for score in scores]
     except OverflowError as error:
-        raise RewardError(f"{reward}: the answer must hold {count} numbers that a float can be, got a longer one") from error
+        raise RewardError(
+            f"{reward}: the answer must hold {count} numbers that a float can be, got a longer one"
+        ) from error

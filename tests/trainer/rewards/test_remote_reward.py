@@ -267,9 +267,7 @@ def test_retry_after_is_respected_up_to_the_timeout(
         ("9" * 400, 999999999.0),
     ],
 )
-def test_retry_after_is_a_number_or_a_date(
-    header: str | None, seconds: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retry_after_is_a_number_or_a_date(header: str | None, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_module, "time", types.SimpleNamespace(time=lambda: 1445412480.0))
     assert wait_of(header) == seconds
 
@@ -346,7 +344,9 @@ def test_the_newline_at_the_end_of_a_mounted_secret_is_left_out(
     assert server.headers[0]["authorization"] == f"Bearer {TOKEN}"
 
 
-@pytest.mark.parametrize("token", [f"{TOKEN}\n\n", f"{TOKEN}\nx", f"\r{TOKEN}", f"{TOKEN}\x7f", f"{TOKEN}\u20ac"], ids=repr)
+@pytest.mark.parametrize(
+    "token", [f"{TOKEN}\n\n", f"{TOKEN}\nx", f"\r{TOKEN}", f"{TOKEN}\x7f", f"{TOKEN}\u20ac"], ids=repr
+)
 def test_a_token_that_no_header_can_hold_is_refused_without_showing_it(
     monkeypatch: pytest.MonkeyPatch, token: str
 ) -> None:
@@ -375,7 +375,9 @@ def test_the_name_shows_no_query(server: Server) -> None:
     assert RemoteReward("https://host/a", name="mine").name == "mine"
 
 
-@pytest.mark.parametrize("url", ["http://user:secret@host/x", "http:///x", "ftp://host/x", "host/x", "http://host/\u00fc?key=secret", 3])
+@pytest.mark.parametrize(
+    "url", ["http://user:secret@host/x", "http:///x", "ftp://host/x", "host/x", "http://host/\u00fc?key=secret", 3]
+)
 def test_a_wrong_address_is_refused_and_no_password_shown(url: str) -> None:
     with pytest.raises(ValueError, match="without a user or password") as caught:
         RemoteReward(url)
