@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-_SCHEME = r"(?i:\b[a-z][a-z0-9+.-]*://)"
+_SCHEME = r"(?i:\b[a-z][a-z0-9+.-]{0,30}://)"
 _ADDRESS = re.compile(rf"""({_SCHEME})([^\s'"<>]*)""")
 # A user with a password, up to the last @, for a password may hold a slash; or a user alone.
 _USER = re.compile(r"[^/@:]*:(?!\d+(?:/|$)).*@|[^/@:]*@")
@@ -33,7 +33,7 @@ _NO_SECRET = frozenset(_BEFORE_TOKEN.split())
 _VALUES = frozenset(("value", "string", "str", "header"))  # words that may follow: "auth_header"
 # A name like a secret's and its value, in a text: api_key="...", 'token': '...', Authorization: Bearer ...
 _NAMED = re.compile(
-    r"""(?P<name>[A-Za-z][\w.-]*)(?P<between>\\*["']?\s*[:=]\s*\\*(?:(?i:Bearer|Basic|Token)\s+)?)"""
+    r"""(?<![\w.-])(?P<name>[\w.-]+)(?P<between>\\*["']?\s*[:=]\s*\\*(?:(?i:Bearer|Basic|Token)\s+)?)"""
     r"""(?P<value>"[^"]*"?|'[^']*'?|[^\s,;"'{}()\[\]]+)"""
 )
 _NOTHING = frozenset(("None", "null", "True", "False", "true", "false"))

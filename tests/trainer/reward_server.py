@@ -10,6 +10,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from star_trainer.rewards.remote import RemoteReward
+
 
 class Server:
     """Answers as it is told; keeps what it was sent."""
@@ -91,3 +93,13 @@ def resets(request: BaseHTTPRequestHandler) -> None:
     request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     request.rfile.close()  # the last reference but one
     request.connection.close()
+
+
+def in_turn(*answers: tuple[int, bytes]) -> Callable[[dict[str, Any]], tuple[int, bytes]]:
+    left = list(answers)
+    return lambda body: left.pop(0)
+
+
+def remote(server: Server, **options: Any) -> RemoteReward:
+    """The reward of a server, which waits for nothing between attempts."""
+    return RemoteReward(server.url, **{"backoff": 0.0, "timeout": 30.0, **options})

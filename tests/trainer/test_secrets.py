@@ -292,13 +292,13 @@ def test_options_that_do_not_fit_are_refused_without_them(keyed: Callable[..., d
 
 
 SECRET_NAMES = """
-    api_key apiKey API-Key X-Api-Key OPENAI_API_KEY token hf_token accessToken api_tokens token_value secret client_secret
-    password db.password passwd passphrase credentials authorization Authorization auth auth_header headers extra_headers
-    Cookie private_key secretAccessKey bearer
+    api_key apiKey API-Key X-Api-Key OPENAI_API_KEY token hf_token accessToken api_tokens token_value secret
+    client_secret password db.password passwd passphrase credentials authorization Authorization auth headers
+    auth_header extra_headers Cookie private_key secretAccessKey bearer
 """
 OTHER_NAMES = """
-    token_env max_tokens num_tokens tokens tokenizer pad_token eos_token stop_token token_url key keys image_key sort_key
-    keyboard author secretary password_file passes monkey mine:Token https://host/token ocr
+    token_env max_tokens num_tokens tokens tokenizer pad_token eos_token stop_token token_url key keys image_key
+    sort_key keyboard author secretary password_file passes monkey mine:Token https://host/token ocr
 """
 
 
@@ -340,6 +340,7 @@ def test_options_named_like_secrets_keep_their_shape() -> None:
         ('{"token": "abc", "n": 3}', '{"token": "***", "n": 3}'),
         (r'"{\"token\": \"abc\"}"', r'"{\"token\": \"***"}"'),
         ("password=abc, user=me", "password=***, user=me"),
+        ("--judge.api-key=abc self._token = 'abc'", "--judge.api-key=*** self._token = '***'"),
         ("Authorization: Bearer abc; x", "Authorization: Bearer ***; x"),
         ("token: None, max_tokens=5, pad_token: '<pad>'", "token: None, max_tokens=5, pad_token: '<pad>'"),
         ("the token is wrong: try again", "the token is wrong: try again"),
