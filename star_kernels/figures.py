@@ -8,7 +8,6 @@ both of which the colour-blind can read.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,8 @@ from matplotlib.colors import Colormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from star_kernels.captions import LITERAL, caption
 
 __all__ = ["difference", "overlay", "phrases", "strip", "weights"]
 
@@ -43,7 +44,7 @@ def overlay(image: Any, values: Tensor | ArrayLike, *, title: str = "", top: flo
     figure, axes, bar = _panels(1, 1)
     norm = Normalize(0.0, _top(grid, top))
     _draw_over(axes[0, 0], picture(image), grid, norm)
-    axes[0, 0].set_title(_wrapped(title), fontsize=9)
+    axes[0, 0].set_title(caption(title, 44), fontsize=9, **LITERAL)
     _colour_bar(figure, bar, norm, AMOUNT, "attention")
     return figure
 
@@ -71,8 +72,8 @@ def strip(
     norm = Normalize(0.0, _top(grids, None))
     for axis, grid, name, image in zip(axes.flat, grids, names, pictures, strict=False):
         _draw_over(axis, image, grid, norm)
-        axis.set_title(_wrapped(name, 18), fontsize=9)
-    figure.suptitle(_wrapped(title, 90), fontsize=11)
+        axis.set_title(caption(name, 18), fontsize=9, **LITERAL)
+    _head(figure, title)
     _colour_bar(figure, bar, norm, AMOUNT, "attention")
     return figure
 
@@ -91,9 +92,9 @@ def phrases(image: Any, maps: Tensor | ArrayLike, names: Sequence[str], *, title
     for axis, grid, name in zip(axes.flat, grids, labels, strict=False):
         top = _top(grid, None)
         _draw_over(axis, shared, grid, Normalize(0.0, top))
-        axis.set_title(_wrapped(name, 22), fontsize=9)
+        axis.set_title(caption(name, 22), fontsize=9, **LITERAL)
         axis.set_xlabel(f"up to {top:.2g}", fontsize=8)
-    figure.suptitle(_wrapped(title, 90), fontsize=11)
+    _head(figure, title)
     _colour_bar(figure, bar, Normalize(0.0, 1.0), AMOUNT, "share of the panel's top")
     return figure
 
@@ -118,6 +119,7 @@ def difference(
         raise ValueError(f"after must have the shape of before, {list(first.shape)}, got {list(second.shape)}")
     first, second = (m[None] if m.ndim == 2 else m for m in (first, second))
     steps = _labels("labels", labels, len(first), "step")
+    runs = _labels("names", names, 2, "run")
     figure, axes, bar = _panels(3 * len(first), len(first), bars=2)
     amount = Normalize(0.0, _top(np.stack([first, second]), None))
     change = _symmetric(second - first)
@@ -126,10 +128,10 @@ def difference(
             ((first, amount, AMOUNT), (second, amount, AMOUNT), (second - first, change, CHANGE))
         ):
             axes[row, column].imshow(grid[column], norm=norm, cmap=colours, interpolation="nearest")
-        axes[0, column].set_title(_wrapped(name, 18), fontsize=9)
-    for row, name in enumerate((*names, f"{names[1]} less {names[0]}")):
-        axes[row, 0].set_ylabel(_wrapped(name, 20), fontsize=9)
-    figure.suptitle(_wrapped(title, 90), fontsize=11)
+        axes[0, column].set_title(caption(name, 18), fontsize=9, **LITERAL)
+    for row, name in enumerate((*runs, f"{runs[1]} less {runs[0]}")):
+        axes[row, 0].set_ylabel(caption(name, 20), fontsize=9, **LITERAL)
+    _head(figure, title)
     _colour_bar(figure, bar[0], amount, AMOUNT, "attention")
     _colour_bar(figure, bar[1], change, CHANGE, "difference")
     return figure
@@ -159,7 +161,7 @@ def weights(
         axes[0, 0].set_title("image", fontsize=9)
     for axis, grid, name in zip(axes.flat[extra:], grids, names, strict=True):
         axis.imshow(grid, norm=norm, cmap=CHANGE, interpolation="nearest")
-        axis.set_title(_wrapped(name, 18), fontsize=9)
+        axis.set_title(caption(name, 18), fontsize=9, **LITERAL)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     bar = upper.colorbar(ScalarMappable(norm, CHANGE), ax=axes.ravel().tolist(), shrink=0.8)
@@ -168,10 +170,10 @@ def weights(
     axis = lower.subplots()
     axis.bar(range(len(means)), means, color="#0072B2")
     axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
-    axis.set_xticks(range(len(means)), [_wrapped(name, 12) for name in names], fontsize=8)
+    axis.set_xticks(range(len(means)), [caption(name, 12) for name in names], fontsize=8, **LITERAL)
     axis.set_ylabel("mean weight of the step", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(_wrapped(title, 90), fontsize=11)
+    _head(figure, title)
     return figure
 
 
@@ -229,6 +231,12 @@ def _panels(count: int, columns: int, bars: int = 1) -> tuple[Figure, NDArray[An
     return figure, axes, places[0] if bars == 1 else places
 
 
+def _head(figure: Figure, title: str) -> None:
+    """A title over the whole figure, in lines of its width."""
+    letters = int(10 * figure.get_figwidth())  # ten to an inch
+    figure.suptitle(caption(title, letters), fontsize=11, **LITERAL)
+
+
 def _colour_bar(figure: Figure, place: Axes, norm: Normalize, colours: str | Colormap, label: str) -> None:
     bar = figure.colorbar(ScalarMappable(norm, colours), cax=place)
     bar.set_label(label, fontsize=9)
@@ -248,7 +256,7 @@ def _map(name: str, values: Tensor | ArrayLike, dimensions: int | None) -> Array
 def _labels(name: str, labels: Sequence[str] | None, count: int, word: str) -> list[str]:
     if labels is None:
         return [f"{word} {i}" for i in range(count)]
-    if isinstance(labels, str) or len(labels) != count:
+    if isinstance(labels, str) or len(labels) != count or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{name} must be {count} strings, one for each map, got {labels!r}")
     return list(labels)
 
@@ -274,7 +282,3 @@ def _top(values: Array, top: float | None) -> float:
 def _symmetric(values: Array) -> Normalize:
     reach = float(np.nanmax(np.abs(values))) or 1.0
     return Normalize(-reach, reach)
-
-
-def _wrapped(text: str, width: int = 60) -> str:
-    return textwrap.fill(text, width)

@@ -93,7 +93,7 @@ def write(drawing: Drawing, prompt: str, folder: Path, settings: dict[str, Any])
     folder.mkdir(parents=True, exist_ok=True)
     labels = [f"step {i}" if math.isnan(s) else f"sigma {s:.2f}" for i, s in enumerate(drawing.noise)]
     whole = drawing.maps.sum(dim=1)  # the mass on all phrases together
-    strip = figures.strip(whole, images=drawing.image, labels=labels, title=f"{prompt}\n{', '.join(drawing.names)}")
+    strip = figures.strip(whole, images=drawing.image, labels=labels, title=f"{', '.join(drawing.names)} in: {prompt}")
     panels = figures.phrases(drawing.image, drawing.maps.mean(dim=0), drawing.names, title=prompt)
     paths = [folder / name for name in ("image.png", "strip.png", "phrases.png", "maps.npy", "maps.json")]
     drawing.image.save(paths[0])
@@ -105,7 +105,8 @@ def write(drawing: Drawing, prompt: str, folder: Path, settings: dict[str, Any])
         for i, (s, maps) in enumerate(zip(drawing.noise, drawing.maps, strict=True))
     ]
     record = {**settings, "prompt": prompt, "groups": list(drawing.names), "shape": list(drawing.maps.shape)}
-    paths[4].write_text(json.dumps({**record, "steps": steps}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps({**record, "steps": steps}, indent=1, ensure_ascii=False) + "\n"
+    paths[4].write_text(text, encoding="utf-8", errors="backslashreplace")  # of half a surrogate pair: JSON's escape
     return paths
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
-from star_kernels import figures
+from star_kernels import captions, figures
 
 IMAGE = np.full((64, 96, 3), 200, dtype=np.uint8)
 SPOT = torch.zeros(8, 12)
@@ -126,3 +129,75 @@ def test_bad_input_is_named(call: Callable[[], Any], message: str) -> None:
 def test_something_that_is_no_image_is_named() -> None:
     with pytest.raises(TypeError, match="image must be a PIL image"):
         figures.overlay(np.zeros((4, 4)), SPOT)
+
+
+AWKWARD = [
+    'a sign "$5" and "$6"',
+    r"\$x_1^{2$ \frac{ $",
+    r"100% of #1_a & {b} ~^\ ",
+    "猫と犬の看板 \ud800 \U0001f9d1\u200d\U0001f680 ❤\ufe0f",
+    "tab\tline\nbell\x07 escape\x1b[31m null\x00 \x85\u2028 end",
+    "קטה \u200fאד\u05d5מה\u202e",
+    "cafe\u0301",
+    "very " * 500,
+    "x" * 3000,
+    "",
+    "\u200b",
+]
+
+
+def figures_of(text: str) -> dict[str, Figure]:
+    """Every figure, with the text at every place that takes one."""
+    maps = torch.stack([SPOT, 0.5 * SPOT])
+    both = [text, text]
+    return {
+        "overlay": figures.overlay(IMAGE, SPOT, title=text),
+        "strip": figures.strip(maps, labels=both, title=text),
+        "phrases": figures.phrases(IMAGE, maps, both, title=text),
+        "difference": figures.difference(maps, maps, names=(text, text), labels=both, title=text),
+        "weights": figures.weights(maps, image=IMAGE, labels=both, title=text),
+    }
+
+
+def test_any_text_is_drawn_without_an_error_or_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captions, "_warned", True)
+    figure = figures.strip(SPOT.expand(len(AWKWARD), 8, 12), labels=AWKWARD, title="".join(AWKWARD), columns=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.savefig(io.BytesIO(), dpi=20)
+
+
+@pytest.mark.parametrize("tex", [False, True])
+def test_a_text_with_dollar_signs_is_drawn_as_it_is(tex: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", tex)
+    text = "$5_a$"
+    for name, figure in figures_of(text).items():
+        found = [artist for artist in figure.findobj(Text) if text in artist.get_text()]
+        assert len(found) >= {"overlay": 1, "strip": 3, "phrases": 3, "difference": 6, "weights": 5}[name]
+        assert not any(artist.get_parse_math() or artist.get_usetex() for artist in found)
+
+
+def test_characters_without_a_glyph_are_squares_and_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captions, "_warned", False)
+    with pytest.warns(UserWarning, match=r"no font of figures has a glyph for U\+732B") as warned:
+        first = figures.overlay(IMAGE, SPOT, title="猫 cat")
+    assert [warning.filename for warning in warned] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures.overlay(IMAGE, SPOT, title="犬 dog")
+    assert first.axes[0].get_title() == "\u25a1 cat"
+
+
+def test_long_titles_are_cut_and_leave_room_for_the_picture() -> None:
+    figure = figures.strip(torch.stack([SPOT, SPOT]), title="very " * 500)
+    lines = figure.get_suptitle().splitlines()
+    assert len(lines) == 4
+    assert lines[-1].endswith("\u2026")
+    assert max(map(len, lines)) <= 10 * figure.get_figwidth()
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_window_extent().height > 0.3 * figure.bbox.height
+
+
+def test_labels_that_are_no_strings_are_named() -> None:
+    with pytest.raises(ValueError, match=r"labels must be 2 strings.*got \[1, 2\]"):
+        figures.strip(torch.zeros(2, 3, 4), labels=[1, 2])

@@ -17,23 +17,28 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from star_trainer.config import Config
-from star_trainer.redact import redact
+from star_trainer.redact import RedactingFormatter, redact, redacted_traceback
 
 PRESETS = Path(__file__).parent / "presets"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command. Returns 0, 1 after an error that the settings explain, or 2 for wrong settings."""
+    """Runs the command. Returns 0, 1 after an error, or 2 for settings that cannot be read."""
     config = parse(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     from star_trainer.rewards.base import RewardError
     from star_trainer.trainer import Trainer
 
     try:
         trainer = Trainer(config)
         trainer.run()
-    except (ValueError, OSError, RewardError) as error:
+    except (ValueError, OSError, ImportError, RewardError) as error:
         print(f"star-train: error: {redact(str(error))}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        print(redacted_traceback(error), end="", file=sys.stderr)
         return 1
     if trainer.accelerator.is_main_process:
         print(summary(Path(config.output.folder)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from star_kernels import figures
+from star_kernels.captions import LITERAL, caption
 from star_trainer.config import Config
 from star_trainer.redact import redacted
 from star_trainer.rollout import Batch
@@ -59,7 +59,7 @@ class Record:
     def samples(self, epoch: int, images: list[Tensor], prompts: list[str], scores: list[float]) -> None:
         """A grid of evaluation samples with their prompts and rewards."""
         if self.enabled:
-            titles = [f"{prompt} ({score:.2f})" for prompt, score in zip(prompts, scores, strict=True)]
+            titles = [f"{score:.2f}: {prompt}" for prompt, score in zip(prompts, scores, strict=True)]
             grid(images[:MOST], titles[:MOST]).savefig(self.folder / f"samples-{epoch:06d}.png", dpi=90)
 
     def allocation(self, epoch: int, batch: Batch) -> None:
@@ -112,7 +112,7 @@ def grid(images: list[Tensor], titles: list[str]) -> Figure:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
         axis.imshow(figures.picture(image), interpolation="nearest")
-        axis.set_title(textwrap.fill(title, 24), fontsize=7)
+        axis.set_title(caption(title, 24), fontsize=7, **LITERAL)
     return figure
 
 

@@ -1,32 +1,94 @@
-"""Addresses as they may be shown: without user, password and query, which may hold a secret."""
+"""What a run shows and writes, without secrets.
+
+Hidden are the users, passwords and queries of addresses, the values of options that are named like secrets, and secrets
+that are known (:func:`remember`), wherever a text repeats them.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
+import traceback
+from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-_SCHEME = r"(?i:\b[a-z][a-z0-9+.-]*://)"
+_SCHEME = r"(?i:\b[a-z][a-z0-9+.-]{0,30}://)"
 _ADDRESS = re.compile(rf"""({_SCHEME})([^\s'"<>]*)""")
 # A user with a password, up to the last @, for a password may hold a slash; or a user alone.
 _USER = re.compile(r"[^/@:]*:(?!\d+(?:/|$)).*@|[^/@:]*@")
 _PORT = re.compile(r"^([^/:[]*):(?!\d*(?:/|$))[^/]*")  # one that is no number
 
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_SECRET_WORDS = """
+    secret secrets password passwords passwd pwd passphrase passcode credential credentials auth authorization bearer
+    cookie cookies jwt apikey apikeys accesskey secretkey authtoken accesstoken headers
+"""
+_SECRETS = frozenset(_SECRET_WORDS.split())
+_BEFORE_KEY = "api access secret private auth account service signing encryption subscription license ssh"
+_KEYS = frozenset(_BEFORE_KEY.split())
+# Of names that are no secrets: those of tokenizers, and numbers.
+_BEFORE_TOKEN = "pad eos bos unk sep cls mask stop start end image text special max min num new per first last"
+_NO_SECRET = frozenset(_BEFORE_TOKEN.split())
+_VALUES = frozenset(("value", "string", "str", "header"))  # words that may follow: "auth_header"
+# A name like a secret's and its value, in a text: api_key="...", 'token': '...', Authorization: Bearer ...
+_NAMED = re.compile(
+    r"""(?<![\w.-])(?P<name>[\w.-]+)(?P<between>\\*["']?\s*[:=]\s*\\*(?:(?i:Bearer|Basic|Token)\s+)?)"""
+    r"""(?P<value>"[^"]*"?|'[^']*'?|[^\s,;"'{}()\[\]]+)"""
+)
+_NOTHING = frozenset(("None", "null", "True", "False", "true", "false"))
+_SHORTEST = 6  # characters of a value that is looked for in texts
+_known: set[str] = set()
+
+
+def remember(secret: object) -> None:
+    """From now on :func:`redact` hides a secret, whatever the text. One that is shorter than six characters is not."""
+    if isinstance(secret, str) and len(secret.strip()) >= _SHORTEST:
+        _known.update({secret.strip(), repr(secret.strip())[1:-1]})
+
+
+def remember_options(options: object, *, secret: bool = False) -> None:
+    """Remembers the values of options that are named like secrets, at any depth."""
+    if isinstance(options, Mapping):
+        for name, value in options.items():
+            remember_options(value, secret=secret or is_secret(name))
+    elif isinstance(options, list | tuple):
+        for value in options:
+            remember_options(value, secret=secret)
+    elif secret:
+        remember(options)
+
+
+def is_secret(name: object) -> bool:
+    """Whether an option's name says that its value is a secret: "api_key", "authToken", "headers", not "max_tokens"."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        return False
+    words = [word.lower() for word in _WORD.findall(name)]
+    while len(words) > 1 and words[-1] in _VALUES:
+        words.pop()
+    last, before = words[-1] if words else "", words[-2] if len(words) > 1 else ""
+    if last in ("token", "key", "tokens", "keys"):
+        return before in _KEYS or (last == "token" and before not in _NO_SECRET)
+    return last in _SECRETS
+
 
 def redact(text: str) -> str:
-    """A text with the user, password, query and fragment of every address in it replaced by ``***``."""
-    return _ADDRESS.sub(lambda found: found[1] + _without_secrets(found[2]), text)
+    """A text, for people, without secrets."""
+    text = _NAMED.sub(_without_value, _ADDRESS.sub(_shown, text))
+    for secret in sorted(_known, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return text
 
 
 def redacted(settings: Any) -> Any:
-    """Settings, of dictionaries, lists and values, with every text redacted, keys as well.
+    """Settings, of dictionaries, lists and values, without the secrets in addresses, keys as well, and in options.
 
     Keys that are alike without what is hidden are numbered: the second has "#2" at its end.
     """
-    if isinstance(settings, dict):
+    if isinstance(settings, Mapping):
         shown: dict[Any, Any] = {}
         for key, value in settings.items():
-            shown[_free(redacted(key), shown)] = redacted(value)
+            shown[_free(redacted(key), shown)] = _hidden(value) if is_secret(key) else redacted(value)
         return shown
     if isinstance(settings, list | tuple):
         return [redacted(value) for value in settings]
@@ -35,10 +97,44 @@ def redacted(settings: Any) -> Any:
     return settings
 
 
+def redacted_traceback(error: BaseException) -> str:
+    """The traceback of an exception, with those of its causes."""
+    return redact("".join(traceback.format_exception(error)))
+
+
+class RedactingFormatter(logging.Formatter):
+    """Formats records of a log, exceptions included, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def _hidden(value: Any) -> Any:
+    """The shape of a secret: what may be one is hidden, names of headers and what is switched on or off are not."""
+    if isinstance(value, Mapping):
+        return {key: _hidden(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hidden(part) for part in value]
+    return value if value is None or isinstance(value, bool) else HIDDEN
+
+
+def _without_value(found: re.Match[str]) -> str:
+    value = found["value"]
+    if value in _NOTHING or found["name"] == "headers" or not is_secret(found["name"]):
+        return found[0]
+    quote = value[0] if value[0] in "\"'" else ""
+    return f"{found['name']}{found['between']}{quote}{HIDDEN}{quote}"
+
+
+def _shown(found: re.Match[str]) -> str:
+    """An address in a text."""
+    return found[1] + _without_secrets(found[2])
+
+
 def _whole(setting: str) -> str:
     """An address that is a setting may hold blanks and quotes: all of it counts."""
     found = re.match(_SCHEME, setting)
-    return found[0] + _without_secrets(setting[found.end() :]) if found else redact(setting)
+    return found[0] + _without_secrets(setting[found.end() :]) if found else _ADDRESS.sub(_shown, setting)
 
 
 def _without_secrets(address: str) -> str:

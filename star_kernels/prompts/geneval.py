@@ -14,6 +14,7 @@ from typing import Any
 
 from star_kernels.prompts.core import Core, Phrase, Span, check_prompt
 from star_kernels.prompts.phrases import occurrences
+from star_kernels.prompts.spelling import plain
 
 _NUMBER_WORDS = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
@@ -131,12 +132,16 @@ def _read(metadata: Mapping[str, Any]) -> list[_Object]:
 def _read_object(entry: Mapping[str, Any]) -> _Object:
     noun, count, color = entry.get("class"), entry.get("count", 1), entry.get("color")
     position = entry.get("position")
-    good = isinstance(noun, str) and bool(noun.strip()) and isinstance(count, int) and count >= 1
-    good = good and (color is None or (isinstance(color, str) and bool(color.strip())))
-    good = good and (position is None or (bool(position) and isinstance(position[0], str)))
+    good = _is_word(noun) and isinstance(count, int) and not isinstance(count, bool) and count >= 1
+    good = good and (color is None or _is_word(color))
+    good = good and (position is None or (isinstance(position, list | tuple) and _is_word(next(iter(position), None))))
     if not good:
         raise ValueError(
             'metadata must describe an object by a "class", a "count" of at least 1, and perhaps a "color" and a '
             f'"position" of [relation, index], got {dict(entry)!r}'
         )
     return _Object(str(noun), count, color, position[0] if position else None)
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and bool(plain(value).strip())

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from star_kernels.prompts.core import Core, Span, check_prompt, core_of
+from star_kernels.prompts.spelling import located, plain
 from star_kernels.prompts.words import is_boundary
 
 
 def phrases(prompt: str, wanted: Sequence[str]) -> Core:
-    """Every occurrence of each wanted phrase, as whole words and whatever the case and the spaces between words.
+    """Every occurrence of each wanted phrase, as whole words and whatever the spelling.
+
+    Capitals, the spaces between words, the kind of apostrophes and dashes, and how accents are encoded make no
+    difference (:func:`star_kernels.prompts.spelling.plain`).
 
     Scripts that set no spaces between words (Chinese, Japanese, Thai, ...) have no word boundaries to respect.
 
@@ -26,19 +31,23 @@ def phrases(prompt: str, wanted: Sequence[str]) -> Core:
 
 def occurrences(prompt: str, phrase: str) -> list[Span]:
     """Where a phrase stands as whole words."""
-    pattern = r"\s+".join(map(re.escape, phrase.split()))
+    text, places = located(prompt)
+    # A ligature is several characters of the text at one place: whole, or no part of the phrase.
+    edges = {0, len(places), *(i for i, (before, after) in enumerate(pairwise(places), 1) if before != after)}
+    pattern = re.compile(r"\s+".join(map(re.escape, plain(phrase).split())))
     spans = []
     at = 0
-    while match := re.compile(pattern, re.IGNORECASE).search(prompt, at):
-        whole = is_boundary(prompt, match.start()) and is_boundary(prompt, match.end())
+    while match := pattern.search(text, at):
+        start, stop = places[match.start()][0], places[match.end() - 1][1]
+        whole = edges >= {match.start(), match.end()} and is_boundary(prompt, start) and is_boundary(prompt, stop)
         if whole:
-            spans.append(match.span())
+            spans.append((start, stop))
         at = match.end() if whole else match.start() + 1
     return spans
 
 
 def _present(prompt: str, phrase: str) -> list[Span]:
-    if not phrase.strip():
+    if not plain(phrase).strip():
         raise ValueError(f"phrases must not be blank, got {phrase!r}")
     spans = occurrences(prompt, phrase)
     if not spans:

@@ -1,7 +1,8 @@
 """The words of a text in any script, and the rule for content words.
 
-A *word* is a run of letters, digits and combining marks, or one of pictographs (emoji). Apostrophes, hyphens and
-zero-width joiners within a run belong to it ("wizard's", "wi-fi"), points and commas between digits too ("3.5").
+A *word* is a run of letters, digits and combining marks, or one of pictographs (emoji). Apostrophes, hyphens, soft ones
+too, and zero-width joiners within a run belong to it ("wizard's", "wi-fi"), points and commas between digits as well
+("3.5").
 Scripts without spaces give one word from punctuation to punctuation.
 
 A *content word* is a word that is neither an English function word (`FUNCTION_WORDS`: articles, prepositions,
@@ -14,6 +15,7 @@ from __future__ import annotations
 import unicodedata
 
 from star_kernels.prompts.core import Core, Span, check_prompt, core_of
+from star_kernels.prompts.spelling import plain
 
 _FUNCTION_WORDS = """
     a an the this that these those there here some any each every all both such other another same own
@@ -32,7 +34,7 @@ _BEFORE_OF = """
     left right top bottom front side middle center centre
 """
 BEFORE_OF = frozenset(_BEFORE_OF.split())
-_JOINERS = frozenset("'\u2019-\u2010\u2011\u200c\u200d")
+_JOINERS = frozenset("'\u2019-\u2010\u2011\u00ad\u200c\u200d\u2060\ufeff")
 _NUMBER_JOINERS = frozenset(".,")
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 _LETTER, _PICTOGRAPH = "letter", "pictograph"
@@ -86,7 +88,7 @@ def is_letter(character: str) -> bool:
 
 def _content_spans(prompt: str) -> list[Span]:
     spans = word_spans(prompt)
-    words = [prompt[start:stop].casefold().replace("\u2019", "'") for start, stop in spans]
+    words = [plain(prompt[start:stop]) for start, stop in spans]
     following = [*words, ""][1:]
     return [
         span

@@ -134,3 +134,37 @@ def test_a_core_is_checked_and_cannot_change() -> None:
         Core("a red owl", (Phrase("owl", ()),))
     with pytest.raises(ValueError, match=r"got \(6, 10\)"):
         Core("a red owl", (Phrase("owl", ((6, 10),)),))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted", "found"),
+    [
+        ("a cafe\u0301 by the sea", "Café", "cafe\u0301"),
+        ("a café by the sea", "cafe\u0301", "café"),
+        ("the wizard\u2019s hat", "wizard's hat", "wizard\u2019s hat"),
+        ("the wizard's hat", "wizard\u2019s hat", "wizard's hat"),
+        ("a wi\u2011fi box", "wi-fi", "wi\u2011fi"),
+        ("\uff4f\uff50\uff45\uff4e door", "open", "\uff4f\uff50\uff45\uff4e"),
+        ("a bi\u00adcycle", "bicycle", "bi\u00adcycle"),
+        ("the ﬁre", "fire", "ﬁre"),
+        ("\u200fק\u05d8ה אדומה\u200f", "קטה", "קטה"),
+    ],
+)
+def test_a_phrase_is_found_however_it_is_spelt(prompt: str, wanted: str, found: str) -> None:
+    assert core_content(prompt, [wanted]).words == (found,)
+
+
+@pytest.mark.parametrize(("prompt", "wanted"), [("a ﬁx", "ix"), ("a café", "cafe"), ("a cat", "\u200b"), ("", "a")])
+def test_a_phrase_that_is_part_of_a_character_or_none_is_refused(prompt: str, wanted: str) -> None:
+    with pytest.raises(ValueError, match="phrases must"):
+        core_content(prompt, [wanted])
+
+
+def test_one_phrase_in_two_spellings_is_one() -> None:
+    assert len(core_content("“café” and “cafe\u0301”").phrases) == 1
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\u200b", "\u200f\u202c", "\ufeff", "\x00", "...", '""'])
+def test_a_prompt_without_a_word_has_an_empty_core(prompt: str) -> None:
+    for source in ("auto", "words", "quoted"):
+        assert core_content(prompt, source).phrases == ()

@@ -55,6 +55,12 @@ def test_each_word_serves_one_object() -> None:
     assert geneval("a van, red, and a bus, also red", metadata).spans == ((2, 5), (7, 10), (18, 21), (28, 31))
 
 
+def test_words_are_found_however_they_are_spelt() -> None:
+    metadata = {"include": [{"class": "café", "count": 1, "color": "rosé"}, {"class": "chef's knife", "count": 2}]}
+    prompt = "a photo of a rose\u0301 cafe\u0301 and two chef\u2019s knives"
+    assert geneval(prompt, metadata).names == ("rose\u0301 cafe\u0301", "two chef\u2019s knives")
+
+
 def test_excluded_objects_are_no_core_content() -> None:
     metadata = {"include": [{"class": "owl", "count": 1}], "exclude": [{"class": "barn", "count": 1}]}
     assert geneval("an owl in a barn", metadata).words == ("owl",)
@@ -84,6 +90,11 @@ def test_a_word_that_the_prompt_lacks_is_named(item: dict[str, Any], missing: st
         ({"include": [{"class": "owl", "count": 0}]}, ValueError, "'count': 0"),
         ({"include": [{"class": "owl", "color": 3}]}, ValueError, "'color': 3"),
         ({"include": [{"class": "owl", "position": []}]}, ValueError, "position"),
+        ({"include": [{"class": "owl", "position": "left of"}]}, ValueError, "'position': 'left of'"),
+        ({"include": [{"class": "owl", "position": ["", 0]}]}, ValueError, "'position': \\['', 0]"),
+        ({"include": [{"class": "owl", "position": {"left of": 0}}]}, ValueError, "'position': {"),
+        ({"include": [{"class": "\u200b", "count": 1}]}, ValueError, "'class'"),
+        ({"include": [{"class": "owl", "count": True}]}, ValueError, "'count': True"),
     ],
 )
 def test_other_metadata_is_an_error(metadata: Any, error: type[Exception], message: str) -> None:

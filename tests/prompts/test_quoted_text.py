@@ -70,6 +70,57 @@ def test_the_outermost_quotes_count(prompt: str, quoted: list[str]) -> None:
     assert list(quoted_text(prompt).words) == quoted
 
 
+@pytest.mark.parametrize(
+    ("prompt", "quoted"),
+    [
+        ("a sign ''Hello'' and ''Don't''", ["Hello", "Don't"]),
+        ("a sign ``Hello'', `you' and `there`", ["Hello", "you", "there"]),
+        ('a sign ""Hello"" and """World"""', ["Hello", "World"]),
+        ("the kids' ''menu''", ["menu"]),
+        ('nothing "" and then "Hello""World"', ["Hello", "World"]),
+        ("a 6'2'' man, a 5''x7'' print and a 5'' nail", []),
+    ],
+)
+def test_doubled_marks_are_quotes(prompt: str, quoted: list[str]) -> None:
+    assert list(quoted_text(prompt).words) == quoted
+
+
+@pytest.mark.parametrize(
+    ("prompt", "quoted"),
+    [
+        (r"a sign \"Hello\" and \'World\'", ["Hello", "World"]),
+        (r'a sign \\"Hello\\"', ["Hello"]),
+        (r"a sign \'\'Hello\'\'", ["Hello"]),
+        ("a sign \\“Open\\”", ["Open"]),
+        (r'a sign "say \"hi\" now"', ['say "hi" now']),
+        (r"a sign 'it\'s late'", ["it's late"]),
+        (r"\"She said \\\"Hi\\\" twice\"", ['She said "Hi" twice']),
+        (r'a prompt "C:\" beside "D:\"', ["C:\\", "D:\\"]),
+        (r"a 5\" print beside a 7\" print, don\'t", []),
+    ],
+)
+def test_backslashes_before_marks_are_no_text(prompt: str, quoted: list[str]) -> None:
+    assert list(quoted_text(prompt).names) == quoted
+
+
+def test_an_escaped_text_stands_between_its_marks() -> None:
+    assert quoted_text(r"a sign \" Hello \" here").spans == ((10, 15),)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "quoted"),
+    [
+        ('says “Hello", „Hallo" and \u2018oui\'', ["Hello", "Hallo", "oui"]),
+        ("says \"World” and 'yes\u2019", ["World", "yes"]),
+        ("”Hej” and »Hallo« and \u203adu\u2039 and “Cześć“", ["Hej", "Hallo", "du", "Cześć"]),
+        ("«a» and « b » and ｢猫｣", ["a", "b", "猫"]),
+        ("an “unclosed one and “two three", []),
+    ],
+)
+def test_marks_of_other_languages_and_of_two_kinds(prompt: str, quoted: list[str]) -> None:
+    assert list(quoted_text(prompt).words) == quoted
+
+
 def test_a_mark_that_another_opening_follows_is_a_stray() -> None:
     assert quoted_text('a sign "Open and a door "Closed" shut').words == ("Closed",)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from star_trainer.rewards.remote import RemoteReward
 
 
 class Server:
@@ -22,6 +25,8 @@ class Server:
         self.location: str | None = None
         self.drop = 0  # so many connections are closed without an answer
         self.hold: threading.Event | None = None  # keeps the answer back
+        self.headers_back: dict[str, str] = {}  # further headers of answers
+        self.instead: list[Callable[[BaseHTTPRequestHandler], None]] = []  # answer the next requests instead
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -35,12 +40,18 @@ class Server:
                     outer.drop -= 1
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
+                if outer.instead:
+                    self.close_connection = True
+                    outer.instead.pop(0)(self)
+                    return
                 if outer.hold:
                     outer.hold.wait()
                 status, answer = outer.answer(body)
                 self.send_response(status)
                 if outer.location:
                     self.send_header("Location", outer.location)
+                for name, value in outer.headers_back.items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
                 self.wfile.write(answer)
@@ -60,3 +71,35 @@ class Server:
 
 def ok(scores: object) -> tuple[int, bytes]:
     return 200, json.dumps({"scores": scores}).encode()
+
+
+def breaks_off(
+    status: int, *headers: tuple[str, str], body: bytes = b"half"
+) -> Callable[[BaseHTTPRequestHandler], None]:
+    """Answers with these headers and a part of the body that they announce."""
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        for name, value in headers:
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(body)
+
+    return answer
+
+
+def resets(request: BaseHTTPRequestHandler) -> None:
+    """Ends the connection by a reset."""
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.rfile.close()  # the last reference but one
+    request.connection.close()
+
+
+def in_turn(*answers: tuple[int, bytes]) -> Callable[[dict[str, Any]], tuple[int, bytes]]:
+    left = list(answers)
+    return lambda body: left.pop(0)
+
+
+def remote(server: Server, **options: Any) -> RemoteReward:
+    """The reward of a server, which waits for nothing between attempts."""
+    return RemoteReward(server.url, **{"backoff": 0.0, "timeout": 30.0, **options})

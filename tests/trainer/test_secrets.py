@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,13 +18,14 @@ from reward_server import Server
 
 from star_trainer import checkpoint, command
 from star_trainer.config import Config
-from star_trainer.redact import redact, redacted
-from star_trainer.rewards import RewardError, RewardService
+from star_trainer.redact import RedactingFormatter, is_secret, redact, redacted
+from star_trainer.rewards import RewardError, RewardService, build
 from star_trainer.rewards.remote import RemoteReward
 from star_trainer.trainer import Trainer
 
 HUB, QUERY, BEARER, PASSWORD = "hf_hubsecret01", "querysecret02", "bearersecret03", "passwordsecret04"
-SECRETS = (HUB, QUERY, BEARER, PASSWORD)
+KEY, HEADER, NESTED = "sk-keysecret05", "headersecret06", "nestedsecret07"
+SECRETS = (HUB, QUERY, BEARER, PASSWORD, KEY, HEADER, NESTED)
 IMAGES = torch.rand(2, 3, 8, 8)
 
 
@@ -31,6 +34,34 @@ def tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, HUB)
     monkeypatch.setenv("JUDGE_TOKEN", BEARER)
+
+
+class Keyed:
+    """A reward of the user's, with secrets among its options."""
+
+    name = "keyed"
+    made: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, **options: Any) -> None:
+        self.made.append(options)
+
+    def __call__(self, images: torch.Tensor, prompts: Any, metadata: Any) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+
+@pytest.fixture
+def keyed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Settings of that reward."""
+    monkeypatch.setattr(Keyed, "made", [])
+    module = types.ModuleType("keyed")
+    module.Keyed = Keyed  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "keyed", module)
+
+    def settings(key: str = KEY, header: str = HEADER, nested: str = NESTED, max_tokens: int = 5) -> dict[str, Any]:
+        client = {"headers": {"X-Judge": header}, "retry": [{"clientSecret": nested}], "max_tokens": max_tokens}
+        return {"weights": {"keyed:Keyed": 1.0}, "options": {"keyed:Keyed": {"api_key": key, "client": client}}}
+
+    return settings
 
 
 @pytest.fixture
@@ -69,13 +100,22 @@ def without_secrets(text: str | bytes) -> bool:
     return not any(secret.encode() in data for secret in SECRETS)
 
 
+def both(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Settings of two rewards."""
+    return {part: one[part] | other[part] for part in ("weights", "options")}
+
+
 def test_a_run_writes_and_shows_none(
-    server: Server, star_train: Callable[..., int], shown: Callable[[], str], tmp_path: Path
+    server: Server,
+    keyed: Callable[..., dict[str, Any]],
+    star_train: Callable[..., int],
+    shown: Callable[[], str],
+    tmp_path: Path,
 ) -> None:
-    status = star_train(
-        reward=judge(server), evaluation={"every": 1}, output={"tensorboard": True, "pictures_every": 1}
-    )
+    reward = both(judge(server), keyed())
+    status = star_train(reward=reward, evaluation={"every": 1}, output={"tensorboard": True, "pictures_every": 1})
     assert status == 0
+    assert Keyed.made == [reward["options"]["keyed:Keyed"]]
     assert set(server.paths) == {f"/score?token={QUERY}"}
     assert server.headers[0]["authorization"] == f"Bearer {BEARER}"
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
@@ -87,11 +127,18 @@ def test_a_run_writes_and_shows_none(
 
 
 def test_a_run_is_resumed_with_another_token(
-    server: Server, configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path
+    server: Server,
+    keyed: Callable[..., dict[str, Any]],
+    configure: Callable[..., Config],
+    trainer_of: Callable[[Config], Trainer],
 ) -> None:
-    trainer_of(configure(reward=judge(server, QUERY))).run()
+    trainer_of(configure(reward=both(judge(server, QUERY), keyed()))).run()
     more: dict[str, Any] = {"train": {"epochs": 2}, "output": {"resume": True}}
-    resumed = trainer_of(configure(reward=judge(server, "another-one"), **more))
+    changed = both(judge(server, QUERY), keyed(max_tokens=6))
+    with pytest.raises(ValueError, match=r"keyed:Keyed\.client\.max_tokens: 5 there, 6 here"):
+        trainer_of(configure(reward=changed, **more))
+    others = keyed("another-key", "another-header", "another-secret")
+    resumed = trainer_of(configure(reward=both(judge(server, "another-one"), others), **more))
     assert resumed.epoch == 1
     resumed.run()
     assert server.paths[-1] == "/score?token=another-one"
@@ -187,6 +234,121 @@ def test_settings_that_are_wrong_are_named_without_them(
     text = shown()
     assert message in text
     assert without_secrets(text)
+
+
+class Chain:
+    """A trainer that fails as no setting explains, for a reason that quotes secrets."""
+
+    def __init__(self, config: Config) -> None:
+        try:
+            raise OSError(f"401 Client Error for url: https://me:{PASSWORD}@host/score?token={QUERY}")
+        except OSError as error:
+            raise RuntimeError(f"Authorization: Bearer {BEARER}, password={NESTED!r}") from error
+
+
+def test_tracebacks_of_unexpected_errors_are_printed_without_them(
+    monkeypatch: pytest.MonkeyPatch, star_train: Callable[..., int], shown: Callable[[], str]
+) -> None:
+    monkeypatch.setattr("star_trainer.trainer.Trainer", Chain)
+    assert star_train() == 1
+    text = shown()
+    assert text.count("Traceback (most recent call last)") == 2
+    assert "OSError: 401 Client Error for url: https://***@host/score?***" in text
+    assert "RuntimeError: Authorization: Bearer ***, password='***'" in text
+    assert without_secrets(text)
+
+
+def test_logged_exceptions_are_formatted_without_them() -> None:
+    try:
+        raise OSError(f"https://me:{PASSWORD}@host")
+    except OSError:
+        record = logging.LogRecord("x", 40, __file__, 1, "token: %s", (QUERY,), sys.exc_info())
+    text = RedactingFormatter().format(record)
+    assert "token: ***" in text
+    assert "https://***@host" in text
+    assert without_secrets(text)
+
+
+def test_the_secrets_of_options_are_hidden_wherever_they_come_again(
+    keyed: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = keyed()
+    build(settings["weights"], options=settings["options"])
+    assert redact(f"no such key: {KEY!r}, {HEADER} {NESTED}") == "no such key: '***', *** ***"
+
+
+def test_options_that_do_not_fit_are_refused_without_them(keyed: Callable[..., dict[str, Any]]) -> None:
+    def make(api_key: str = KEY, limit: str = "no secret") -> Keyed:
+        return Keyed()
+
+    sys.modules["keyed"].make = make  # type: ignore[attr-defined]
+    sys.modules["keyed"].ready = Keyed()  # type: ignore[attr-defined]
+    options = keyed()["options"]["keyed:Keyed"]
+    with pytest.raises(ValueError, match=r"must fit make.*= 'no secret'.*'client'") as caught:
+        build({"keyed:make": 1.0}, options={"keyed:make": options})
+    with pytest.raises(ValueError, match=r"it is a reward already, got .*'max_tokens': 5") as other:
+        build({"keyed:ready": 1.0}, options={"keyed:ready": options})
+    assert without_secrets(f"{caught.value} {other.value}")
+
+
+SECRET_NAMES = """
+    api_key apiKey API-Key X-Api-Key OPENAI_API_KEY token hf_token accessToken api_tokens token_value secret
+    client_secret password db.password passwd passphrase credentials authorization Authorization auth headers
+    auth_header extra_headers Cookie private_key secretAccessKey bearer
+"""
+OTHER_NAMES = """
+    token_env max_tokens num_tokens tokens tokenizer pad_token eos_token stop_token token_url key keys image_key
+    sort_key keyboard author secretary password_file passes monkey mine:Token https://host/token ocr
+"""
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES.split())
+def test_names_of_secrets(name: str) -> None:
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES.split())
+def test_names_of_what_is_no_secret(name: str) -> None:
+    assert not is_secret(name)
+
+
+def test_options_named_like_secrets_keep_their_shape() -> None:
+    options = {
+        "token": "abc",
+        "api_key": None,
+        "use_auth": True,
+        "headers": {"Authorization": "Bearer abc", "n": [1, 2]},
+        "clients": [{"password": 1234, "user": "me"}],
+        "auth": ("me", "abc"),
+    }
+    expected = {
+        "token": "***",
+        "api_key": None,
+        "use_auth": True,
+        "headers": {"Authorization": "***", "n": ["***", "***"]},
+        "clients": [{"password": "***", "user": "me"}],
+        "auth": ["***", "***"],
+    }
+    assert redacted(options) == expected
+    assert redacted(expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("bad {'api_key': 'abc def', 'n': 3}", "bad {'api_key': '***', 'n': 3}"),
+        ('{"token": "abc", "n": 3}', '{"token": "***", "n": 3}'),
+        (r'"{\"token\": \"abc\"}"', r'"{\"token\": \"***"}"'),
+        ("password=abc, user=me", "password=***, user=me"),
+        ("--judge.api-key=abc self._token = 'abc'", "--judge.api-key=*** self._token = '***'"),
+        ("Authorization: Bearer abc; x", "Authorization: Bearer ***; x"),
+        ("token: None, max_tokens=5, pad_token: '<pad>'", "token: None, max_tokens=5, pad_token: '<pad>'"),
+        ("the token is wrong: try again", "the token is wrong: try again"),
+    ],
+)
+def test_what_a_text_shows_of_named_secrets(text: str, expected: str) -> None:
+    assert redact(text) == expected
+    assert redact(expected) == expected
 
 
 def test_options_that_cannot_be_read_are_quoted_without_them(shown: Callable[[], str]) -> None:

@@ -23,6 +23,7 @@ from star_trainer.rewards.base import Metadata
 from star_trainer.rewards.clip import Clip
 from star_trainer.rewards.extras import require
 from star_trainer.rewards.images import to_pil
+from star_trainer.rewards.options import check_path
 
 _KEY = re.compile(r"layers\.(\d+)\.(weight|bias)")
 
@@ -55,6 +56,7 @@ class Aesthetic:
     ) -> None:
         if head is None:
             raise ValueError("aesthetic needs the option 'head': a safetensors file of the predictor's linear layers")
+        check_path("head", head)
         if not Path(head).is_file():
             raise FileNotFoundError(f"aesthetic: there is no file {os.fspath(head)!r} (the option 'head')")
         tensors = require("safetensors.torch", self.name).load_file(head)

@@ -28,7 +28,7 @@ class Reward(Protocol):
         """The score of each image; higher is better.
 
         Args:
-            images: float32 ``[N, 3, H, W]`` in 0..1 on the CPU.
+            images: float32 ``[N, 3, H, W]`` in 0..1 on the CPU; the reward's own copy, as the metadata.
             prompts: N texts.
             metadata: each prompt's own record: a GenEval line, ``{"text": ...}`` for text rendering, ``{}`` for a plain
                 prompt.

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from star_trainer.rewards.extras import require
 from star_trainer.rewards.images import slices
+from star_trainer.rewards.options import check_number, check_path, device_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,6 +32,7 @@ class Clip:
         dtype: of the weights.
 
     Raises:
+        TypeError, ValueError: an option of another type, or out of range.
         ImportError: transformers is not installed.
         OSError: there is no such model, or it has no safetensors.
     """
@@ -45,11 +47,13 @@ class Clip:
         batch_size: int = 32,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_path("model", model)
+        if processor is not None:
+            check_path("processor", processor)
+        check_number("batch_size", batch_size, at_least=1, whole=True)
+        self.device = device_of(device)
         transformers = require("transformers", reward)
         require("PIL.Image", reward)
-        self.device = torch.device(device)
         self.dtype = dtype
         self.batch_size = batch_size
         self.processor = transformers.CLIPProcessor.from_pretrained(model if processor is None else processor)

@@ -17,6 +17,7 @@ from star_trainer.rewards.geneval_colors import ColorClassifier
 from star_trainer.rewards.geneval_detector import Mask2Former
 from star_trainer.rewards.geneval_task import Task, read_task
 from star_trainer.rewards.images import to_pil
+from star_trainer.rewards.options import check_number, check_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,7 +44,7 @@ class GenEval:
         position_threshold: see :func:`geneval_rules.relations`.
 
     Raises:
-        ValueError: an unknown ``score``.
+        TypeError, ValueError: an unknown ``score``, or an option of another type or out of range.
         ImportError: transformers, scipy or pillow is not installed.
         OSError: there is no such model.
     """
@@ -67,6 +68,12 @@ class GenEval:
     ) -> None:
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+        for name, value in (("threshold", threshold), ("counting_threshold", counting_threshold)):
+            check_number(name, value, at_least=0, at_most=1)
+        check_number("max_objects", max_objects, at_least=1, whole=True)
+        for name, value in (("max_overlap", max_overlap), ("position_threshold", position_threshold)):
+            check_number(name, value, at_least=0)
+        check_path("clip", clip)
         self.score = score
         self.threshold = threshold
         self.counting_threshold = counting_threshold

@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 from star_trainer.rewards.extras import require
 from star_trainer.rewards.geneval_rules import Detection
 from star_trainer.rewards.images import slices
+from star_trainer.rewards.options import check_number, check_path, device_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,6 +49,7 @@ class Mask2Former:
         resize: shortest and longest edge that images are brought to; None is what the image processor says.
 
     Raises:
+        TypeError, ValueError: an option of another type, or out of range.
         ImportError: transformers, scipy or pillow is not installed.
         OSError: there is no such model.
     """
@@ -60,12 +62,17 @@ class Mask2Former:
         batch_size: int = 8,
         resize: tuple[int, int] | None = (800, 1333),
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_path("detector", model)
+        check_number("batch_size", batch_size, at_least=1, whole=True)
+        self.device = device_of(device)
+        if resize is not None:
+            if not isinstance(resize, list | tuple) or len(resize) != 2:
+                raise TypeError(f"resize must be a shortest and a longest edge, or None, got {resize!r}")
+            for edge in resize:
+                check_number("resize", edge, at_least=1, whole=True)
         transformers = require("transformers", "geneval")
         require("PIL.Image", "geneval")
         require("scipy", "geneval")  # which transformers' Mask2Former asks for
-        self.device = torch.device(device)
         self.batch_size = batch_size
         self._size = None if resize is None else {"shortest_edge": resize[0], "longest_edge": resize[1]}
         self._processor = transformers.AutoImageProcessor.from_pretrained(model)

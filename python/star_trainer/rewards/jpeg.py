@@ -9,6 +9,7 @@ from torch import Tensor
 
 from star_trainer.rewards.base import Metadata
 from star_trainer.rewards.images import encode, to_pil
+from star_trainer.rewards.options import check_number
 
 
 class JpegCompressibility:
@@ -19,16 +20,14 @@ class JpegCompressibility:
         divisor: 500 is Flow-GRPO's reward (``flow_grpo/rewards.py``), 1 is ddpo's (``ddpo_pytorch/rewards.py``).
 
     Raises:
-        ValueError: a quality outside 1..95, or a divisor that is not positive.
+        TypeError, ValueError: a quality outside 1..95, or a divisor that is not positive.
     """
 
     name = "jpeg-compressibility"
 
     def __init__(self, *, quality: int = 95, divisor: float = 500.0) -> None:
-        if not 1 <= quality <= 95:
-            raise ValueError(f"quality must be in 1..95, got {quality}")
-        if not divisor > 0:
-            raise ValueError(f"divisor must be positive, got {divisor}")
+        check_number("quality", quality, at_least=1, at_most=95, whole=True)
+        check_number("divisor", divisor, above=0)
         self.quality = quality
         self.divisor = divisor
 

@@ -9,28 +9,42 @@ import torch
 from torch import Tensor
 
 from star_kernels.prompts import quoted_text
+from star_kernels.prompts.spelling import plain
 from star_trainer.rewards.base import Metadata
 from star_trainer.rewards.extras import require
 from star_trainer.rewards.images import to_uint8
+from star_trainer.rewards.options import check_flag, check_number
 
 
 class Ocr:
     """``1 - distance / length`` of the wanted text, 0..1: Flow-GRPO's reward (``flow_grpo/ocr.py``), read by RapidOCR.
 
-    Flow-GRPO reads with PaddleOCR 2 and no classifier of the text's orientation; RapidOCR runs models of the same
-    family, which come with its package, on the CPU. Lines that it is less than half sure of do not count in either.
+    Texts are compared in one spelling (:func:`star_kernels.prompts.spelling.plain`): the kind of an apostrophe and how
+    an accent is encoded are no errors. Flow-GRPO reads with PaddleOCR 2 and no classifier of the text's orientation;
+    RapidOCR runs models of the same family, which come with its package, on the CPU. Lines that it is less than half
+    sure of do not count in either.
 
     Args:
+        normalize: False compares as Flow-GRPO does, whatever looks alike: see :func:`text_score`.
         threads: of onnxruntime; None is all cores.
         params: RapidOCR's own settings by dotted name, say ``{"Global.text_score": 0.3}``.
 
     Raises:
+        TypeError, ValueError: an option of another type or out of range, or settings that RapidOCR does not have.
         ImportError: rapidocr or onnxruntime is not installed.
     """
 
     name = "ocr"
 
-    def __init__(self, *, threads: int | None = None, params: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, *, normalize: bool = True, threads: int | None = None, params: Mapping[str, Any] | None = None
+    ) -> None:
+        check_flag("normalize", normalize)
+        if threads is not None:
+            check_number("threads", threads, at_least=1, whole=True)
+        if params is not None and not (isinstance(params, Mapping) and all(isinstance(name, str) for name in params)):
+            raise TypeError(f"params must be a mapping of settings, got {params!r}")
+        self.normalize = normalize
         rapidocr = require("rapidocr", self.name)
         require("onnxruntime", self.name)
         settings = {
@@ -43,7 +57,9 @@ class Ocr:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         wanted = [target_text(prompt, record) for prompt, record in zip(prompts, metadata, strict=True)]
         read = [self.read(image) for image in images]
-        return torch.tensor([text_score(seen, text) for seen, text in zip(read, wanted, strict=True)])
+        return torch.tensor(
+            [text_score(seen, text, normalize=self.normalize) for seen, text in zip(read, wanted, strict=True)]
+        )
 
     def read(self, image: Tensor) -> str:
         """The lines of text in an image, float ``[3, H, W]`` in 0..1, from top to bottom, joined by spaces."""
@@ -63,18 +79,27 @@ def target_text(prompt: str, metadata: Metadata) -> str:
         if not quoted:
             raise ValueError(f'ocr needs metadata with a "text" or a prompt that quotes one, got {prompt!r}')
         text = quoted[0]
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not plain(text).strip():
         raise ValueError(f'ocr needs a "text" that is not blank, got {text!r}')
     return text
 
 
-def text_score(read: str, wanted: str) -> float:
+def text_score(read: str, wanted: str, *, normalize: bool = True) -> float:
     """Flow-GRPO's score of a recognised text, in 0..1.
 
-    Both texts lose their spaces and capitals. The score is 1 if the wanted text is part of the other; else one minus
-    the edit distance over the wanted text's length, and not below 0.
+    Both texts lose their white space and the differences that :func:`star_kernels.prompts.spelling.plain` takes away;
+    without ``normalize`` their spaces and capitals alone, as in Flow-GRPO. The score is 1 if the wanted text is part of
+    the other; else one minus the edit distance over the wanted text's length, and not below 0.
+
+    Raises:
+        ValueError: there is nothing left of the wanted text.
     """
-    read, wanted = ("".join(text.split()).lower() for text in (read, wanted))
+    if normalize:
+        read, wanted = ("".join(plain(text).split()) for text in (read, wanted))
+    else:
+        read, wanted = (text.replace(" ", "").lower() for text in (read, wanted))
+    if not wanted:
+        raise ValueError("wanted must have a character that can be seen, got none")
     if wanted in read:
         return 1.0
     return 1 - min(edit_distance(read, wanted), len(wanted)) / len(wanted)

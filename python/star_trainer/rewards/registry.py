@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from star_trainer.redact import redact
+from star_trainer.redact import HIDDEN, is_secret, redact, redacted, remember_options
 from star_trainer.rewards.base import Reward
 from star_trainer.rewards.remote import RemoteReward, public_address
 from star_trainer.rewards.weighted import WeightedSum, check_weight
@@ -49,11 +49,16 @@ def build(
 
     Raises:
         ValueError: a key of none of these kinds, options for a key that has no weight or that the reward does not
-            take, or no weights.
-        TypeError: what a path leads to is no reward.
+            accept, a weight that is not finite, or no weights.
+        TypeError: what a path leads to is no reward, or weights or options are no mappings.
         ImportError: a package is missing.
     """
-    options = options or {}
+    options = {} if options is None else options
+    _check_shape("weights", weights)
+    _check_shape("options", options)
+    remember_options(options)
+    for key, given in options.items():
+        _check_shape(f"options of {redact(key)!r}", given)
     stray = sorted(set(options) - set(weights))
     if stray:
         shown = ", ".join(map(redact, weights))
@@ -63,7 +68,7 @@ def build(
     for key, weight in weights.items():
         checked = check_weight(redact(key), weight)
         reward = _make(key, device, options.get(key, {}))
-        name = _free_name(key if key in BUILT_IN else reward.name, rewards)
+        name = _free_name(key if key in BUILT_IN else redact(reward.name), rewards)
         rewards[name], named[name] = reward, checked
     return WeightedSum(rewards, named)
 
@@ -95,7 +100,7 @@ def _load(path: str) -> Any:
 def _instance(key: str, found: Any, device: str | torch.device, options: Mapping[str, Any]) -> Reward:
     if not isinstance(found, type) and _is_reward(found):
         if options:
-            raise ValueError(f"options of {key!r} must be empty: it is a reward already, got {dict(options)!r}")
+            raise ValueError(f"options of {key!r} must be empty: it is a reward already, got {redacted(options)!r}")
         return cast(Reward, found)
     if not callable(found):
         raise TypeError(f"{key!r} must lead to a reward, a class or a function, got {type(found).__name__}")
@@ -103,17 +108,33 @@ def _instance(key: str, found: Any, device: str | torch.device, options: Mapping
     try:
         signature = inspect.signature(found)
     except ValueError:  # some built-in callables have none
-        return _checked(key, found(**keywords))
+        return _made(key, found, keywords)
     if "device" in signature.parameters:
         keywords.setdefault("device", device)
     try:
         signature.bind(**keywords)
     except TypeError as error:
-        raise ValueError(f"options of {key!r} must fit {found.__name__}{signature}: {error}") from None
-    return _checked(key, found(**keywords))
+        shown = signature.replace(parameters=[_without_default(p) for p in signature.parameters.values()])
+        name = getattr(found, "__name__", type(found).__name__)
+        raise ValueError(f"options of {key!r} must fit {name}{shown}: {error}") from None
+    return _made(key, found, keywords)
 
 
-def _checked(key: str, made: Any) -> Reward:
+def _check_shape(name: str, values: object) -> None:
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise TypeError(f"{name} must be a mapping with strings for keys, got {type(values).__name__}")
+
+
+def _without_default(parameter: inspect.Parameter) -> inspect.Parameter:
+    hide = is_secret(parameter.name) and isinstance(parameter.default, str)
+    return parameter.replace(default=HIDDEN) if hide else parameter
+
+
+def _made(key: str, found: Any, keywords: dict[str, Any]) -> Reward:
+    try:
+        made = found(**keywords)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"reward {key!r}: {error}") from error
     if not _is_reward(made):
         raise TypeError(f"{key!r} must make a reward (a callable with a name), got {type(made).__name__}")
     return cast(Reward, made)

@@ -8,18 +8,22 @@ The answer has status 200 and a score for each image, in order; null, or NaN, fo
 
     {"scores": [0.25, null, ...]}
 
-A status of 500 and above, and a connection that fails, are tried again; any other status is final, redirections
-included. With a token the request carries ``Authorization: Bearer <token>``: use https then, unless the server is at
-hand.
+What may pass is tried again: a status of 408, 425, 429, or 500 and above, a connection that fails or breaks, and an
+answer that takes too long. ``Retry-After`` is respected, up to the timeout. Any other status is final, redirections
+included, and so is a certificate that is not accepted, or an answer that is not as above or longer than 16 MiB. With a
+token the request carries ``Authorization: Bearer <token>``: use https then, unless the server is at hand.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import email.utils
 import http.client
 import json
 import math
 import os
+import re
 import ssl
 import time
 import urllib.error
@@ -31,12 +35,16 @@ from urllib.parse import parse_qsl, urlsplit
 import torch
 from torch import Tensor
 
-from star_trainer.redact import HIDDEN, redacted
+from star_trainer.redact import HIDDEN, redacted, remember
 from star_trainer.rewards.base import Metadata, RewardError
 from star_trainer.rewards.images import encode, slices, to_pil
+from star_trainer.rewards.options import check_number, check_text
 
 _SHOWN = 200  # characters of a server's answer in an error message
 _SECRET = 8  # characters of the shortest value in an address that may be one
+_AGAIN = (408, 425, 429)  # besides 500 and above
+_LONGEST = 1 << 24  # bytes of an answer
+_REFUSAL = 1 << 16  # bytes that are read of an answer with another status
 
 
 class RemoteReward:
@@ -44,17 +52,17 @@ class RemoteReward:
 
     Args:
         url: an http or https address without a user or a password. Its query, which may hold a token, is not shown.
-        timeout: seconds to wait for a connection, and for any part of the answer.
-        retries: how often a request is made again after a failed connection or a status of 500 and above. A server
-            that takes longer than the timeout is not asked again: it may still be at work.
-        backoff: seconds before the first retry; they double with each.
+        timeout: seconds to wait for a connection, and for the answer.
+        retries: how often a request is made again after a failure that may pass (see the module), time-outs included.
+        backoff: seconds before the first retry; they double with each, up to the timeout.
         batch_size: images in a request; None is all.
-        token_env: name of the environment variable that holds a token. Its value goes into the request, never into a
-            message.
+        token_env: name of the environment variable that holds a token, of printable ASCII characters; a newline at its
+            end is left out. Its value goes into the request, never into a message.
         name: the reward's name; None is host and path of the address.
 
     Raises:
-        ValueError: an address or a number that is not as above, or an environment variable that is not set.
+        TypeError: an option of another type.
+        ValueError: an address or a number that is not as above, or a token that is not set or holds other characters.
     """
 
     def __init__(
@@ -68,16 +76,19 @@ class RemoteReward:
         token_env: str | None = None,
         name: str | None = None,
     ) -> None:
-        if not _is_address(url):
-            shown = repr(redacted(url)) if "://" in url else "none of these"
-            raise ValueError(f"url must be http(s)://host/path without a user or password, got {shown}")
-        if not (timeout > 0 and retries >= 0 and backoff >= 0 and (batch_size is None or batch_size >= 1)):
+        if not isinstance(url, str) or not _is_address(url):
+            shown = repr(redacted(url)) if isinstance(url, str) and "://" in url else "none of these"
             raise ValueError(
-                "timeout must be positive, retries and backoff not negative, batch_size at least 1 or None, got "
-                f"{timeout}, {retries}, {backoff}, {batch_size}"
+                f"url must be http(s)://host/path in ASCII characters, without a user or password, got {shown}"
             )
-        if token_env is not None and not os.environ.get(token_env):
-            raise ValueError(f"token_env names the environment variable {token_env!r}, which is not set")
+        check_number("timeout", timeout, above=0)
+        check_number("retries", retries, at_least=0, whole=True)
+        check_number("backoff", backoff, at_least=0)
+        if batch_size is not None:
+            check_number("batch_size", batch_size, at_least=1, whole=True)
+        for option, text in (("token_env", token_env), ("name", name)):
+            if text is not None:
+                check_text(option, text)
         self.url = url
         self.name = public_address(url) if name is None else name
         self.timeout = timeout
@@ -86,6 +97,8 @@ class RemoteReward:
         self.batch_size = batch_size
         self._token_env = token_env
         self._opener = urllib.request.build_opener(_NoRedirect)
+        self._sleep: Callable[[float], None] = time.sleep
+        self._token()
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         """The server's scores.
@@ -108,8 +121,9 @@ class RemoteReward:
             except _Again as problem:
                 if attempt == self.retries:
                     raise RewardError(f"{self.name}: {problem}, {attempt + 1} times in a row") from problem.__cause__
-            if self.backoff:
-                time.sleep(self.backoff * 2**attempt)
+                wait = max(self.backoff * 2.0 ** min(attempt, 30), problem.wait)
+            if wait:
+                self._sleep(min(wait, self.timeout))
             attempt += 1
 
     def _send(self, body: bytes) -> bytes:
@@ -120,24 +134,71 @@ class RemoteReward:
             request.add_unredirected_header("Authorization", f"Bearer {token}")
         try:
             with self._opener.open(request, timeout=self.timeout) as response:
-                answer: bytes = response.read()
-                return answer
+                return self._read(response)
         except urllib.error.HTTPError as error:
             with error:
-                shown = error.read(4 * _SHOWN).decode("utf-8", "replace")
-            message = f"status {error.code}, {self._hide(shown)[:_SHOWN]!r}"
-            raise (_Again(message) if error.code >= 500 else RewardError(f"{self.name}: {message}")) from None
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, ssl.SSLError):
+                raise self._refusal(error) from None
+        except urllib.error.URLError as error:  # while connecting or sending
+            if isinstance(error.reason, ssl.SSLCertVerificationError):
                 raise RewardError(f"{self.name}: {error.reason}") from error
             raise _Again(f"no connection, {error.reason}") from error
         except TimeoutError as error:
-            raise RewardError(f"{self.name}: no answer after {self.timeout:g} s") from error
-        except (ConnectionError, http.client.HTTPException) as error:
-            raise _Again(f"the connection broke, {type(error).__name__}: {error}") from error
+            raise _Again(f"no answer after {self.timeout:g} s") from error
+        except (OSError, http.client.HTTPException) as error:
+            shown = self._hide(str(error))[:_SHOWN]
+            raise _Again(f"the connection broke, {type(error).__name__}: {shown}") from error
+
+    def _read(self, response: Any) -> bytes:
+        answer = bytearray()
+        length = self._fill(answer, response, _LONGEST + 1)
+        if len(answer) > _LONGEST:
+            raise RewardError(f"{self.name}: the answer must not be longer than {_LONGEST >> 20} MiB")
+        if length is not None and len(answer) < length:
+            raise http.client.IncompleteRead(bytes(answer), length - len(answer))
+        return bytes(answer)
+
+    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
+        """What to raise for a status other than 200."""
+        answer = bytearray()
+        with contextlib.suppress(OSError, http.client.HTTPException):  # the status says enough
+            self._fill(answer, error.fp, _REFUSAL)
+        message = f"status {error.code}, {self._hide(answer.decode('utf-8', 'replace'))[:_SHOWN]!r}"
+        if error.code >= 500 or error.code in _AGAIN:
+            return _Again(message, wait_of(error.headers.get("Retry-After")))
+        return RewardError(f"{self.name}: {message}")
+
+    def _fill(self, answer: bytearray, response: Any, most: int) -> int | None:
+        """Reads a body up to a number of bytes. Returns its length, where the server says that.
+
+        Raises:
+            TimeoutError: the body goes on for longer than the timeout. The timeout of the connection is for each part.
+        """
+        length: int | None = response.length
+        deadline = time.monotonic() + self.timeout
+        left = most if length is None else min(most, length)
+        while left and (part := response.read1(min(left, 1 << 16))):
+            answer += part
+            left -= len(part)
+            if left and time.monotonic() > deadline:
+                raise TimeoutError
+        return length
 
     def _token(self) -> str:
-        return os.environ.get(self._token_env, "") if self._token_env else ""
+        """The token as it is now, without the newline that files of secrets end with."""
+        if self._token_env is None:
+            return ""
+        token = os.environ.get(self._token_env, "").removesuffix("\n").removesuffix("\r")
+        # What does not look like a name of a variable may be the token itself.
+        shown = repr(self._token_env) if re.fullmatch("[A-Z_][A-Z0-9_]*", self._token_env) else "(not shown)"
+        if not token:
+            raise ValueError(f"token_env names the environment variable {shown}, which is not set")
+        remember(token)
+        if not (token.isascii() and token.isprintable()):
+            raise ValueError(
+                f"token_env names the environment variable {shown}, which must hold printable ASCII characters alone; "
+                "one newline may follow them"
+            )
+        return token
 
     def _hide(self, answer: str) -> str:
         """What a server says, without the secrets of the request, which it may repeat."""
@@ -150,7 +211,11 @@ class RemoteReward:
 
 
 class _Again(Exception):
-    """A failure that a further attempt may mend."""
+    """A failure that a further attempt may mend, after the seconds that the server asks for."""
+
+    def __init__(self, message: str, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait = wait
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -166,8 +231,19 @@ def _is_address(url: str) -> bool:
         whole = bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number, brackets without an address
         return False
-    clean = url.isprintable() and " " not in url and "@" not in parts.netloc
+    clean = url.isascii() and url.isprintable() and " " not in url and "@" not in parts.netloc
     return whole and clean and parts.scheme in ("http", "https")
+
+
+def wait_of(retry_after: str | None) -> float:
+    """The seconds that a header ``Retry-After`` asks for, a number or a date; 0 where it says nothing of the kind."""
+    text = (retry_after or "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
 
 
 def public_address(url: str) -> str:
@@ -200,7 +276,7 @@ def read_scores(answer: bytes, count: int, reward: str, hide: Callable[[str], st
     """
     try:
         scores = json.loads(answer)["scores"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         shown = hide(answer.decode("utf-8", "replace"))[:_SHOWN]
         raise RewardError(f'{reward}: the answer is not {{"scores": [...]}}: {shown!r}') from error
     numbers = isinstance(scores, list) and all(
@@ -208,4 +284,9 @@ def read_scores(answer: bytes, count: int, reward: str, hide: Callable[[str], st
     )
     if not numbers or len(scores) != count:
         raise RewardError(f"{reward}: the answer must hold {count} numbers, got {hide(str(scores))[:_SHOWN]}")
-    return [math.nan if score is None else float(score) for score in scores]
+    try:
+        return [math.nan if score is None else float(score) for score in scores]
+    except OverflowError as error:
+        raise RewardError(
+            f"{reward}: the answer must hold {count} numbers that a float can be, got a longer one"
+        ) from error

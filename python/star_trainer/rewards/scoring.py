@@ -12,7 +12,7 @@ from torch import Tensor
 from star_trainer.redact import redact
 from star_trainer.rewards.base import Metadata, PhraseReward, Reward
 from star_trainer.rewards.images import slices
-from star_trainer.rewards.weighted import as_scores, problem_with
+from star_trainer.rewards.weighted import as_scores, copied, problem_with
 from star_trainer.rewards.worker import Hung, Worker
 
 _NAMED = 4  # samples that a message names by their prompts
@@ -35,9 +35,9 @@ class Batch:
         return len(self.prompts)
 
     def at(self, rows: Sequence[int]) -> tuple[Tensor, list[str], list[Metadata]]:
-        """The arguments of a reward for some rows."""
-        images = self.images if len(rows) == len(self) else self.images[list(rows)]
-        return images, [self.prompts[row] for row in rows], [self.metadata[row] for row in rows]
+        """The arguments of a reward for some rows: copies, which it may change."""
+        prompts, metadata = [self.prompts[row] for row in rows], [copied(self.metadata[row]) for row in rows]
+        return self.images[list(rows)], prompts, metadata
 
     def columns(self, row: int) -> int:
         """How many numbers a row needs: its score, and one for each of its phrases."""

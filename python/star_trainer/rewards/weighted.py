@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -38,14 +39,14 @@ class WeightedSum:
         return self.scores(images, prompts, metadata).total
 
     def scores(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
-        """The total and its parts.
+        """The total and its parts. Each reward is given copies, which it may change.
 
         Raises:
             RewardError: a part returned something else than one real number for each image.
         """
         parts = {}
         for key, reward in self.rewards.items():
-            answer = reward(images, prompts, metadata)
+            answer = reward(images.clone(), list(prompts), [copied(entry) for entry in metadata])
             problem = problem_with(answer, len(images))
             if problem:
                 raise RewardError(f"reward {key!r} {problem}")
@@ -62,6 +63,11 @@ class WeightedSum:
             if weight:
                 total = total + weight * parts[key]
         return total
+
+
+def copied(record: Metadata) -> Metadata:
+    """A copy of a prompt's metadata."""
+    return deepcopy(dict(record))
 
 
 def check_weight(key: str, weight: object) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from star_trainer.rewards.ocr import edit_distance
+from star_trainer.rewards.options import check_flag
 from star_trainer.scenes.detect import Detection, detect_letters, detect_shapes
 from star_trainer.scenes.draw import CELL, RADII
 
@@ -41,6 +42,7 @@ class SceneReward:
     name = "scene"
 
     def __init__(self, *, strict: bool = False) -> None:
+        check_flag("strict", strict)
         self.strict = strict
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:

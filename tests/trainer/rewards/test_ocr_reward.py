@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+import types
 from functools import lru_cache
 from pathlib import Path
 
@@ -55,13 +57,42 @@ def test_the_score_is_flow_grpos(read: str, wanted: str, score: float) -> None:
     assert text_score(read, wanted) == pytest.approx(score)
 
 
+@pytest.mark.parametrize(
+    ("read", "wanted", "flow_grpo"),
+    [
+        ("CAFÉ", "cafe\u0301", 0.6),
+        ("\uff2f\uff30\uff25\uff2e", "open", 0.0),
+        ("Don't", "Don\u2019t", 0.8),
+        ('"WI-FI"', "“Wi\u2013Fi”", 1 - 3 / 7),
+        ("open\tnow", "Open Now", 1 - 1 / 7),
+        ("STRASSE", "Straße", 1 - 2 / 6),
+    ],
+)
+def test_texts_that_look_alike_are_equal_unless_compared_as_flow_grpo_does(
+    read: str, wanted: str, flow_grpo: float
+) -> None:
+    assert text_score(read, wanted) == text_score(wanted, read) == 1.0
+    assert text_score(read, wanted, normalize=False) == pytest.approx(flow_grpo)
+
+
+def test_a_wanted_text_that_cannot_be_seen_has_no_score() -> None:
+    for normalize, wanted in ((True, "\u200b \t"), (False, " ")):
+        with pytest.raises(ValueError, match="wanted must have a character"):
+            text_score("x", wanted, normalize=normalize)
+
+
 def test_the_target_is_in_the_metadata_else_the_first_quotation() -> None:
     assert target_text('a sign that says "STOP"', {"text": "GO"}) == "GO"
     assert target_text('a sign that says "STOP" and "GO"', {}) == "STOP"
     assert target_text("a sign that says \u201cStop here\u201d", {}) == "Stop here"
+    for prompt in ("a sign ''Hello''", r"a sign \"Hello\"", "a sign ``Hello''"):
+        assert target_text(prompt, {}) == "Hello"
 
 
-@pytest.mark.parametrize(("prompt", "metadata"), [("a cat", {}), ('"HI"', {"text": "  "}), ('"HI"', {"text": 3})])
+@pytest.mark.parametrize(
+    ("prompt", "metadata"),
+    [("a cat", {}), ('"HI"', {"text": "  "}), ('"HI"', {"text": "\u200b"}), ('"HI"', {"text": 3})],
+)
 def test_a_sample_without_a_text_is_refused(prompt: str, metadata: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="ocr needs"):
         target_text(prompt, metadata)
@@ -117,6 +148,19 @@ def test_lines_are_read_from_top_to_bottom(reward: Reward) -> None:
 def test_coloured_text_is_read(reward: Reward) -> None:
     images = torch.stack([drawn("HELLO", color="yellow", background="navy"), drawn("HELLO", color="red")])
     assert reward(images, [""] * 2, [{"text": "hello"}] * 2).tolist() == [1.0, 1.0]
+
+
+def test_the_comparison_is_an_option_of_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("rapidocr", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(RapidOCR=lambda params: None))
+    scores = []
+    for options in ({}, {"normalize": False}):
+        reward = build({"ocr": 1.0}, options={"ocr": options}).rewards["ocr"]
+        monkeypatch.setattr(reward, "read", lambda image: "CAFÉ")
+        scores += reward(torch.zeros(1, 3, 8, 8), [""], [{"text": "cafe\u0301"}]).tolist()
+    assert scores == pytest.approx([1.0, 0.6])
+    with pytest.raises(ValueError, match="normalize must be true or false, got 'no'"):
+        build({"ocr": 1.0}, options={"ocr": {"normalize": "no"}})
 
 
 def test_the_reader_gets_its_pixels_in_its_own_order_of_colors(reward: Reward, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,12 @@ import base64
 import io
 import json
 import math
-import socket
-import threading
-from collections.abc import Callable
+import traceback
 from typing import Any
 
 import pytest
 import torch
-from reward_server import Server, ok
+from reward_server import Server, ok, remote
 from torch import Tensor
 
 from star_trainer.rewards import RewardError, RewardService
@@ -23,15 +21,6 @@ from star_trainer.rewards.remote import RemoteReward
 pytest.importorskip("PIL")
 PROMPTS = ["a cat", "ein Stra\u00dfenschild", "", "x"]
 TOKEN = "tok-5f2c"
-
-
-def in_turn(*answers: tuple[int, bytes]) -> Callable[[dict[str, Any]], tuple[int, bytes]]:
-    left = list(answers)
-    return lambda body: left.pop(0)
-
-
-def remote(server: Server, **options: Any) -> RemoteReward:
-    return RemoteReward(server.url, **{"backoff": 0.0, "timeout": 30.0, **options})
 
 
 def test_images_prompts_and_metadata_arrive_as_they_are(server: Server, images: Tensor) -> None:
@@ -68,61 +57,6 @@ def test_null_is_a_sample_without_a_score(server: Server, images: Tensor) -> Non
     assert [math.isnan(score) for score in scores.tolist()] == [False, True, False, False]
 
 
-@pytest.mark.parametrize("status", [500, 502, 503])
-def test_a_server_error_is_tried_again(server: Server, images: Tensor, status: int) -> None:
-    server.answer = in_turn((status, b"busy"), (status, b"busy"), ok([2.0] * 4))
-    assert remote(server, retries=2)(images, PROMPTS, [{}] * 4).tolist() == [2.0] * 4
-    assert len(server.bodies) == 3
-    assert server.bodies[0] == server.bodies[2]
-
-
-def test_a_server_error_that_stays_is_an_error_with_what_the_server_says(server: Server, images: Tensor) -> None:
-    server.answer = lambda body: (503, b"out of memory")
-    with pytest.raises(RewardError, match=r"status 503, 'out of memory', 3 times in a row"):
-        remote(server, retries=2)(images, PROMPTS, [{}] * 4)
-    assert len(server.bodies) == 3
-
-
-@pytest.mark.parametrize("status", [400, 401, 404, 422, 429])
-def test_a_refusal_is_final(server: Server, images: Tensor, status: int) -> None:
-    server.answer = lambda body: (status, b"no")
-    with pytest.raises(RewardError, match=rf"status {status}, 'no'"):
-        remote(server)(images, PROMPTS, [{}] * 4)
-    assert len(server.bodies) == 1
-
-
-def test_a_broken_connection_is_tried_again(server: Server, images: Tensor) -> None:
-    server.drop = 2
-    assert remote(server, retries=2)(images, PROMPTS, [{}] * 4).tolist() == [0.5] * 4
-    server.drop = 2
-    with pytest.raises(RewardError, match=r"the connection broke, .* 2 times in a row"):
-        remote(server, retries=1)(images, PROMPTS, [{}] * 4)
-
-
-def test_a_server_that_is_not_there_is_an_error_with_its_address(images: Tensor) -> None:
-    with socket.socket() as taken:  # bound and not listening: connections are refused
-        taken.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{taken.getsockname()[1]}/score"
-        with pytest.raises(RewardError, match=rf"{address}: no connection, .* 3 times in a row"):
-            RemoteReward(f"http://{address}", retries=2, backoff=0.0)(images, PROMPTS, [{}] * 4)
-
-
-def test_an_answer_that_takes_too_long_is_an_error_and_not_asked_for_again(server: Server, images: Tensor) -> None:
-    server.hold = threading.Event()
-    with pytest.raises(RewardError, match=r"no answer after 0.1 s"):
-        remote(server, timeout=0.1)(images, PROMPTS, [{}] * 4)
-    assert len(server.bodies) <= 1  # a slow machine may not have read it yet
-
-
-def test_waits_double_from_attempt_to_attempt(server: Server, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr("star_trainer.rewards.remote.time.sleep", waits.append)
-    server.answer = lambda body: (500, b"")
-    with pytest.raises(RewardError):
-        remote(server, retries=3, backoff=0.5)(images, PROMPTS, [{}] * 4)
-    assert waits == [0.5, 1.0, 2.0]
-
-
 @pytest.mark.parametrize(
     "answer",
     [
@@ -136,8 +70,10 @@ def test_waits_double_from_attempt_to_attempt(server: Server, images: Tensor, mo
         b'{"scores": [1, 2, 3, true]}',
         b'{"scores": [[1], [2], [3], [4]]}',
         b"\xff\xfe",
+        b"[" * 100000,
+        b'{"scores": [1, 2, 3, 1%s]}' % (b"0" * 400),
     ],
-    ids=repr,
+    ids=lambda answer: repr(answer[:30]),
 )
 def test_an_answer_that_is_not_the_protocol_is_an_error(server: Server, images: Tensor, answer: bytes) -> None:
     server.answer = lambda body: (200, answer)
@@ -174,10 +110,39 @@ def test_without_a_token_there_is_no_authorization(server: Server, images: Tenso
     assert "authorization" not in server.headers[0]
 
 
-def test_a_token_that_is_not_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_the_newline_at_the_end_of_a_mounted_secret_is_left_out(
+    server: Server, images: Tensor, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", TOKEN + end)
+    remote(server, token_env="MY_TOKEN")(images, PROMPTS, [{}] * 4)
+    assert server.headers[0]["authorization"] == f"Bearer {TOKEN}"
+
+
+@pytest.mark.parametrize(
+    "token", [f"{TOKEN}\n\n", f"{TOKEN}\nx", f"\r{TOKEN}", f"{TOKEN}\x7f", f"{TOKEN}\u20ac"], ids=repr
+)
+def test_a_token_that_no_header_can_hold_is_refused_without_showing_it(
+    monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", token)
+    with pytest.raises(ValueError, match="'MY_TOKEN', which must hold printable ASCII characters") as caught:
+        RemoteReward("http://127.0.0.1/x", token_env="MY_TOKEN")
+    assert "".join(traceback.format_exception(caught.value)).count(TOKEN) == 0
+
+
+@pytest.mark.parametrize("token", [None, "", "\n"])
+def test_a_token_that_is_not_set_is_refused(monkeypatch: pytest.MonkeyPatch, token: str | None) -> None:
     monkeypatch.delenv("MY_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("MY_TOKEN", token)
     with pytest.raises(ValueError, match="'MY_TOKEN', which is not set"):
         RemoteReward("http://127.0.0.1/x", token_env="MY_TOKEN")
+
+
+def test_a_token_in_place_of_its_variable_is_not_shown() -> None:
+    with pytest.raises(ValueError, match=r"the environment variable \(not shown\), which is not set"):
+        RemoteReward("http://127.0.0.1/x", token_env=TOKEN)
 
 
 def test_the_name_shows_no_query(server: Server) -> None:
@@ -185,16 +150,34 @@ def test_the_name_shows_no_query(server: Server) -> None:
     assert RemoteReward("https://host/a", name="mine").name == "mine"
 
 
-@pytest.mark.parametrize("url", ["http://user:secret@host/x", "http:///x", "ftp://host/x", "host/x"])
+@pytest.mark.parametrize(
+    "url", ["http://user:secret@host/x", "http:///x", "ftp://host/x", "host/x", "http://host/\u00fc?key=secret", 3]
+)
 def test_a_wrong_address_is_refused_and_no_password_shown(url: str) -> None:
     with pytest.raises(ValueError, match="without a user or password") as caught:
         RemoteReward(url)
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("setting", [{"timeout": 0}, {"retries": -1}, {"backoff": -1}, {"batch_size": 0}], ids=str)
-def test_a_wrong_setting_is_refused(setting: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="timeout must be positive"):
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ({"timeout": 0}, ValueError),
+        ({"timeout": math.nan}, ValueError),
+        ({"timeout": "30"}, TypeError),
+        ({"retries": -1}, ValueError),
+        ({"retries": 1.5}, TypeError),
+        ({"backoff": -1}, ValueError),
+        ({"backoff": math.inf}, ValueError),
+        ({"batch_size": 0}, ValueError),
+        ({"batch_size": True}, TypeError),
+        ({"token_env": 3}, TypeError),
+        ({"name": ["x"]}, TypeError),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_refused(setting: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"{next(iter(setting))} must be"):
         RemoteReward("http://host/x", **setting)
 
 

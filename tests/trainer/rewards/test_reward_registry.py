@@ -8,12 +8,13 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from star_trainer.rewards import BUILT_IN, Reward, RewardError, WeightedSum, build
+from star_trainer.rewards import BUILT_IN, Reward, RewardError, RewardService, WeightedSum, build
 from star_trainer.rewards.extras import require
 from star_trainer.rewards.images import encode, to_pil, to_uint8
 from star_trainer.rewards.jpeg import JpegCompressibility
@@ -115,6 +116,56 @@ def test_wrong_options_of_an_address_do_not_show_its_query() -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("jpeg-compressibility", {"quality": "95"}, "quality must be an integer, got '95'"),
+        ("jpeg-compressibility", {"divisor": math.nan}, "divisor must be a finite number, above 0, got nan"),
+        ("ocr", {"threads": 0}, "threads must be an integer, at least 1, got 0"),
+        ("ocr", {"params": ["x"]}, "params must be a mapping"),
+        ("clipscore", {"model": 3}, "model must be a name on the hub or a path, got 3"),
+        ("clipscore", {"device": "nowhere"}, "device must be one that torch knows, .* got 'nowhere'"),
+        ("pickscore", {"batch_size": "8"}, "batch_size must be an integer, got '8'"),
+        ("pickscore", {"processor": ""}, "processor must be a name on the hub or a path, got ''"),
+        ("aesthetic", {"head": 3}, "head must be"),
+        ("geneval", {"score": "best"}, "score must be one of"),
+        ("geneval", {"threshold": 2}, "threshold must be a finite number, at least 0 and at most 1, got 2"),
+        ("geneval", {"max_objects": 1.5}, "max_objects must be an integer, got 1.5"),
+        ("geneval", {"resize": 800}, "resize must be a shortest and a longest edge, or None, got 800"),
+        ("geneval", {"resize": [800, 0]}, "resize must be an integer, at least 1, got 0"),
+        ("scene", {"strict": "no"}, "strict must be true or false, got 'no'"),
+    ],
+)
+def test_options_out_of_range_or_of_another_type_name_the_reward(
+    name: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"reward {name!r}: {message}"):
+        build({name: 1.0}, options={name: options})
+
+
+def test_what_a_constructor_refuses_names_the_reward(mine: types.ModuleType) -> None:
+    def picky(size: int) -> Constant:
+        raise TypeError(f"size must be small, got {size}")
+
+    mine.picky = picky
+    with pytest.raises(ValueError, match="reward 'mine:picky': size must be small, got 3"):
+        build({"mine:picky": 1.0}, options={"mine:picky": {"size": 3}})
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "message"),
+    [
+        (["scene"], None, "weights must be a mapping with strings for keys, got list"),
+        ({1: 1.0}, None, "weights must be a mapping with strings for keys"),
+        ({"scene": 1.0}, ["x"], "options must be a mapping with strings for keys, got list"),
+        ({"scene": 1.0}, {"scene": None}, "options of 'scene' must be a mapping with strings for keys, got NoneType"),
+    ],
+)
+def test_weights_and_options_are_mappings(weights: Any, options: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        build(weights, options=options)
+
+
 def test_what_is_no_reward_is_refused() -> None:
     with pytest.raises(TypeError, match="must make a reward"):
         build({"mine:nothing": 1.0})
@@ -149,6 +200,55 @@ def test_the_parts_of_a_sum_are_no_views_of_a_rewards_own_tensor(images: Tensor)
     scores = WeightedSum({"a": lambda *_: answer}, {"a": 1.0}).scores(images, [""] * 4, [{}] * 4)
     scores.parts["a"].add_(1)  # which an inference tensor would not allow
     assert answer.tolist() == [1.0] * 4
+
+
+class Spoiling(Constant):
+    """Changes all that it is given."""
+
+    name = "spoiling"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Tensor:
+        images.zero_()
+        for record in metadata:
+            record["include"].clear()
+        return super().__call__(images, prompts, metadata)
+
+
+class Looking(Constant):
+    """The mean of images, if the metadata are whole."""
+
+    name = "looking"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Tensor:
+        assert all(record["include"] == [1] for record in metadata)
+        return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("through", ["sum", "service"])
+def test_what_a_reward_changes_is_its_own(images: Tensor, through: str) -> None:
+    kept, metadata = images.clone(), [{"include": [1]} for _ in range(4)]
+    total = WeightedSum({"first": Spoiling(), "second": Looking()}, {"first": 1.0, "second": 1.0})
+    if through == "sum":
+        scores = total.scores(images, [""] * 4, metadata)
+    else:
+        with RewardService(total) as service:
+            scores = service.submit(images, [""] * 4, metadata, indices=range(4)).result()
+    assert torch.equal(scores.parts["second"], kept.mean((1, 2, 3)))
+    assert torch.equal(images, kept)
+    assert metadata == [{"include": [1]}] * 4
+
+
+@pytest.mark.parametrize(
+    "answer", ["1.0", ["1"] * 4, [1.0] * 4, None, 1.0, torch.zeros(4, 1), torch.zeros(5)], ids=repr
+)
+def test_an_answer_of_another_kind_names_the_reward(images: Tensor, answer: object) -> None:
+    total = WeightedSum({"a": Constant(), "b": lambda *_: answer}, {"a": 1.0, "b": 1.0})
+    with pytest.raises(RewardError, match="reward 'b' returned"):
+        total(images, [""] * 4, [{}] * 4)
+    with RewardService(total) as service:
+        pending = service.submit(images, [""] * 4, [{}] * 4, indices=range(4))
+        with pytest.raises(RewardError, match=r"reward 'b' failed on sample 0 .* returned"):
+            pending.result()
 
 
 def test_a_sum_names_the_part_with_a_wrong_answer(images: Tensor) -> None:

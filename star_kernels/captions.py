@@ -1,0 +1,53 @@
+"""Texts in pictures: drawn literally, whatever characters they hold, and cut to the room that they have."""
+
+from __future__ import annotations
+
+import textwrap
+import unicodedata
+import warnings
+from typing import Any
+
+from matplotlib import rcParams
+from matplotlib.font_manager import FontProperties, findfont, get_font
+
+LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}  # a dollar sign in a prompt begins no formula
+_NO_GLYPH = "\u25a1"  # an empty square
+_warned = False
+
+
+def caption(text: str, width: int, lines: int = 4) -> str:
+    """A text in at most so many lines of so many characters, to be drawn with ``LITERAL``.
+
+    Control characters become spaces. A character that no font of ``rcParams["font.family"]`` has is drawn as a square,
+    of which the first call in a process warns.
+    """
+    global _warned
+    fonts = _fonts()
+    drawn, missing = "", list[str]()
+    for character in unicodedata.normalize("NFC", text):
+        if unicodedata.category(character) in ("Cc", "Zl", "Zp"):
+            drawn += " "
+        elif character.isascii() or any(font.get_char_index(ord(character)) for font in fonts):
+            drawn += character
+        elif unicodedata.category(character) not in ("Cf", "Mn"):  # which ask for another form, and are not seen
+            drawn += _NO_GLYPH
+            missing.append(character)
+    if missing and not _warned:
+        _warned = True
+        warnings.warn(
+            f"no font of figures has a glyph for U+{ord(missing[0]):04X}, drawn as {_NO_GLYPH}: "
+            "add one that does to matplotlib.rcParams['font.family']",
+            stacklevel=3,
+        )
+    return "\n".join(textwrap.wrap(drawn, width, max_lines=lines, placeholder=" \u2026"))
+
+
+def _fonts() -> list[Any]:
+    """The fonts that matplotlib draws with, in the order in which it looks for a glyph."""
+    found = []
+    for family in rcParams["font.family"]:
+        try:
+            found.append(get_font(findfont(FontProperties(family=[family]), fallback_to_default=False)))
+        except ValueError:  # not installed
+            continue
+    return found or [get_font(findfont(FontProperties()))]
