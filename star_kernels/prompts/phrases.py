@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from star_kernels.prompts.core import Core, Span, check_prompt, core_of
 from star_kernels.prompts.words import is_boundary
@@ -26,15 +27,20 @@ def phrases(prompt: str, wanted: Sequence[str]) -> Core:
 
 def occurrences(prompt: str, phrase: str) -> list[Span]:
     """Where a phrase stands as whole words."""
-    pattern = r"\s+".join(map(re.escape, phrase.split()))
+    pattern = _pattern(phrase)
     spans = []
     at = 0
-    while match := re.compile(pattern, re.IGNORECASE).search(prompt, at):
+    while match := pattern.search(prompt, at):
         whole = is_boundary(prompt, match.start()) and is_boundary(prompt, match.end())
         if whole:
             spans.append(match.span())
         at = match.end() if whole else match.start() + 1
     return spans
+
+
+@lru_cache(maxsize=4096)  # GenEval's classes in all their forms are more than re itself keeps
+def _pattern(phrase: str) -> re.Pattern[str]:
+    return re.compile(r"\s+".join(map(re.escape, phrase.split())), re.IGNORECASE)
 
 
 def _present(prompt: str, phrase: str) -> list[Span]:
