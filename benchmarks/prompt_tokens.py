@@ -8,6 +8,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from star_trainer.textfile import read_lines
+
 DEFAULT_PROMPTS = (
     'A noodle cart at dusk under a neon sign that reads "Fresh Broth Daily", steam rising over wet cobblestones',
     "a red bicycle leaning against a yellow wall",
@@ -25,15 +27,13 @@ def read_prompts(path: Path | None) -> list[str]:
     if path is None:
         return list(DEFAULT_PROMPTS)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise PromptError(f"--prompts: cannot read {path}: {reason}") from error
-    as_json = path.suffix in (".jsonl", ".json") or next((line for line in lines if line), "").startswith("{")
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        if line:
-            prompts.append(_json_prompt(line, path, number) if as_json else line)
+        lines = read_lines(path)
+    except OSError as error:
+        raise PromptError(f"--prompts: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise PromptError(f"--prompts: {error}") from error
+    as_json = path.suffix.lower() in (".jsonl", ".json") or (bool(lines) and lines[0][1].startswith("{"))
+    prompts = [_json_prompt(line, path, number) if as_json else line for number, line in lines]
     if not prompts:
         raise PromptError(f"--prompts: {path} holds no prompts; one a line is expected")
     return prompts

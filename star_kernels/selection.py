@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -57,23 +58,29 @@ class TokenSelection:
         return self.index.device
 
     @classmethod
-    def from_positions(
-        cls, positions: Sequence[Sequence[int] | Sequence[Sequence[int]]], *, device: torch.device | str = "cpu"
-    ) -> TokenSelection:
+    def from_positions(cls, positions: Iterable[Any], *, device: torch.device | str = "cpu") -> TokenSelection:
         """Selects listed positions, each with weight one, so that a map is the attention mass on them.
 
         Args:
             positions: for each sequence of the batch a list of token positions (one group), or a list of such lists
-                (G groups, the same G for every sequence; a group may be empty).
+                (G groups, the same G for every sequence; a group may be empty). Tensors and arrays stand for lists,
+                and whatever ``operator.index`` takes for an integer is one, True and False excepted.
             device: where the tensors are put.
+
+        Raises:
+            ValueError: anything else, a negative position, or groups that differ in number.
 
         Example:
             ``TokenSelection.from_positions([[1029, 1030], [1101]])`` selects in one group,
             ``TokenSelection.from_positions([[[1029], [1030]], [[1101], []]])`` in two.
         """
-        if not isinstance(positions, Sequence) or isinstance(positions, str) or not positions:
+        rows = _lists(positions)
+        if not isinstance(rows, list) or not rows:
             raise ValueError(f"positions must be a non-empty list with one entry per sequence, got {positions!r}")
-        grouped: list[list[Any]] = [[row] if _is_flat(row) else list(row) for row in positions]
+        for b, row in enumerate(rows):
+            if not isinstance(row, list):
+                raise ValueError(f"positions[{b}] must be a list of token positions or of such lists, got {row!r}")
+        grouped: list[list[Any]] = [[row] if _is_flat(row) else row for row in rows]
         groups = len(grouped[0])
         for b, row in enumerate(grouped):
             if len(row) != groups:
@@ -132,8 +139,20 @@ class TokenSelection:
         return TokenSelection(torch.where(used, moved, EMPTY), self.weight)
 
 
-def _is_flat(row: object) -> TypeGuard[Sequence[int]]:
-    return isinstance(row, Sequence) and all(isinstance(p, int) and not isinstance(p, bool) for p in row)
+def _lists(value: Any) -> Any:
+    """Lists and integers for what is one, nested ones included; anything else as it is."""
+    if hasattr(value, "tolist"):  # a tensor, an array, or a scalar of one
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
+        return [_lists(item) for item in value]
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
+
+
+def _is_flat(row: object) -> TypeGuard[list[int]]:
+    return isinstance(row, list) and all(isinstance(p, int) and not isinstance(p, bool) for p in row)
 
 
 def _check_fields(index: Tensor, weight: Tensor) -> None:

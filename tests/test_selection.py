@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,6 +33,39 @@ def test_positions_of_one_group() -> None:
     assert selection.index.dtype == torch.int32
     assert selection.weight.dtype == torch.float32
     assert selection.last == 1101
+
+
+class Place:
+    """An integer of some other library."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def __index__(self) -> int:
+        return self.place
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [[np.int64(3), np.uint8(4)]],
+        [(3, 4)],
+        [range(3, 5)],
+        np.array([[3, 4]]),
+        [np.array([3, 4], dtype=np.int32)],
+        torch.tensor([[3, 4]]),
+        [torch.tensor([3, 4], dtype=torch.int16)],
+        [[torch.tensor(3), 4]],
+        [[Place(3), Place(4)]],
+        [[[np.int64(3)], torch.tensor([4])]],
+        [np.array([[3], [4]])],
+        torch.tensor([[[3], [4]]]),
+    ],
+)
+def test_whatever_is_an_integer_is_a_position(positions: Any) -> None:
+    selection = TokenSelection.from_positions(positions)
+    assert selection.index.tolist() == [[3, 4]]
+    assert selection.weight.sum() == 2
 
 
 def test_positions_of_several_groups_share_the_slots() -> None:
@@ -139,7 +173,18 @@ def test_bad_fields_are_named(index: Any, weight: Any, error: type, message: str
     [
         ([], "positions must be a non-empty list"),
         ("abc", "positions must be a non-empty list"),
-        (torch.ones(2), "positions must be a non-empty list"),
+        (3, "positions must be a non-empty list"),
+        (np.zeros((0, 3), dtype=int), "positions must be a non-empty list"),
+        (torch.ones(2), r"positions\[0\] must be a list of token positions or of such lists, got 1.0"),
+        ([3], r"positions\[0\] must be a list of token positions or of such lists, got 3"),
+        ([[1], b"ab"], r"positions\[1\] must be a list of token positions or of such lists, got b'ab'"),
+        ([[3.0]], r"positions\[0\] must hold token positions of at least 0, got 3.0"),
+        ([[np.float64(3)]], r"positions\[0\] must hold token positions of at least 0, got 3.0"),
+        (torch.tensor([[3.0]]), r"positions\[0\] must hold token positions of at least 0, got 3.0"),
+        (np.array([[True]]), r"positions\[0\] must hold token positions of at least 0, got True"),
+        ([[torch.tensor(True)]], r"positions\[0\] must hold token positions of at least 0, got True"),
+        (torch.tensor([[1, -1]]), r"positions\[0\] must hold token positions of at least 0, got \[1, -1\]"),
+        ([["3"]], r"positions\[0\] must hold token positions of at least 0, got '3'"),
         ([[1, -1]], r"positions\[0\] must hold token positions of at least 0, got \[1, -1\]"),
         ([[1], [[1], [2]]], r"positions must give every sequence the same number of groups.*1.*positions\[1\] has 2"),
         ([[[1], 2]], r"positions\[0\] must hold token positions"),

@@ -1,7 +1,7 @@
 """``star-train``: trains a text-to-image flow model by Flow-GRPO with STAR's allocation.
 
-Settings come from a preset, then from YAML files (--config), then from options; ``star-train --help`` lists them all,
-``--print_config`` prints the result.
+Settings come from a preset, then from YAML files (--config), then from options, wherever these stand; ``star-train
+--help`` lists them all, ``--print_config`` prints the result.
 
     star-train                                          the small model, minutes on two processor cores
     star-train --preset sd35m-geneval                   Flow-GRPO's published settings for SD3.5-Medium
@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from star_trainer import settings
 from star_trainer.config import Config
+from star_trainer.limits import check_values
 from star_trainer.redact import RedactingFormatter, redact, redacted_traceback
 
 PRESETS = Path(__file__).parent / "presets"
@@ -58,50 +62,78 @@ def summary(folder: Path) -> str:
 
 def parse(arguments: list[str]) -> Config:
     """The configuration of a command line. Exits with status 2 and a message where it is wrong."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="small")
-    preset, rest = first.parse_known_args(arguments)
+    from jsonargparse import ArgumentError
+
+    first = argparse.ArgumentParser(prog="star-train", add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--config", action="append", default=[])
     try:
-        parser = build_parser(preset.preset)
-    except ValueError as error:
-        first.error(str(error))
-    values = parser.parse_args(rest)
-    return config_of(parser, values)
+        given, rest = first.parse_known_args(arguments)
+        files = [(path, settings.read(os.path.expanduser(path))) for path in given.config]
+        named = [found.pop("preset") for _, found in files if "preset" in found]
+        parser = build_parser(given.preset or (named or ["small"])[-1])
+        values = None
+        for path, found in files:
+            values = merged(parser, path, found, values)
+        config = config_of(parser, parser.parse_args(rest, values))
+        check_values(config)
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
+        fail(str(error))
+    return config
 
 
 def build_parser(preset: str) -> Any:
-    """jsonargparse's parser of :class:`Config`, with a preset's values for defaults.
+    """jsonargparse's parser of :class:`Config`, with a preset's values for defaults. It raises where it would exit.
 
     Raises:
         ValueError: an unknown preset.
     """
     from docstring_parser import DocstringStyle
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
     names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     if preset not in names:
         raise ValueError(f"--preset must be one of {', '.join(names)}, got {preset!r}")
     set_parsing_settings(docstring_parse_style=DocstringStyle.GOOGLE)
-
-    class Parser(ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            super().error(redact(message), ex)
-
-    parser = Parser(
+    set_loader("strict-yaml", settings.load, exceptions=(settings.YAMLError,))
+    parser = ArgumentParser(
         prog="star-train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         default_config_files=[str(PRESETS / f"{preset}.yaml")],
+        parser_mode="strict-yaml",
+        allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("--preset", default=preset, choices=names, help="settings to begin with (default: small)")
-    parser.add_argument("--config", action="config", help="YAML files of settings, over the preset's")
+    parser.add_argument("--config", action="config", help="a YAML file of settings, over the preset's; may be repeated")
     parser.add_class_arguments(Config)
     return parser
+
+
+def merged(parser: Any, path: str, found: dict[str, Any], values: Any) -> Any:
+    """The values with a file's settings over them."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_object(found, values)
+    except ArgumentError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def config_of(parser: Any, values: Any) -> Config:
     made = parser.instantiate(values)
     return Config(**{name: getattr(made, name) for name in Config.__dataclass_fields__})
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the command for wrong settings; an unknown option is shown with the nearest one that exists."""
+    unknown = re.match(r"unrecognized arguments: --([\w.]+)", message)
+    if unknown:
+        known = [f"{section}.{name}" for section, names in settings.SECTIONS.items() for name in names]
+        message += settings.suggestion(unknown[1], known, before="--")
+    print(f"star-train: error: {redact(message)}\nstar-train --help explains every setting.", file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,19 +28,26 @@ class Model:
     gradient_checkpointing: bool = False
     text_length: int = 256
 
+    def __post_init__(self) -> None:
+        self.path = os.path.expanduser(self.path)
+
 
 @dataclass
 class Data:
     """Prompts.
 
     Args:
-        prompts: a file with a prompt a line, or of JSON lines with a "prompt" and its metadata each (as GenEval's); or
-            "scenes:composition" or "scenes:text", drawn anew.
+        prompts: a file (.txt, or without a suffix) with a prompt a line; or one (.jsonl, .json) of JSON lines with a
+            "prompt" and its metadata each (as GenEval's); or "scenes:composition" or "scenes:text", drawn anew.
         eval_prompts: the same for evaluation; None takes prompts of ``prompts``.
     """
 
     prompts: str = "scenes:composition"
     eval_prompts: str | None = None
+
+    def __post_init__(self) -> None:
+        self.prompts = os.path.expanduser(self.prompts)
+        self.eval_prompts = self.eval_prompts and os.path.expanduser(self.eval_prompts)
 
 
 @dataclass
@@ -107,7 +115,7 @@ class Reward:
 
     Args:
         weights: rewards by name, import path ("package.module:attribute") or URL, and their weights in the sum.
-        options: of a reward by name, its constructor's arguments.
+        options: of a reward by name, its constructor's arguments; a text that begins with "~/" is a path.
         timeout: seconds for one batch.
         on_failure: "stop" the run, or "skip" the sample, when a reward raises, hangs or is not finite.
         std: divides advantages by the standard deviation of the group, or of all samples of the epoch.
@@ -118,6 +126,9 @@ class Reward:
     timeout: float = 600.0
     on_failure: Literal["stop", "skip"] = "stop"
     std: Literal["group", "global"] = "group"
+
+    def __post_init__(self) -> None:
+        self.options = _expanded(self.options)
 
 
 @dataclass
@@ -132,7 +143,7 @@ class Train:
         batch: samples of a process in one forward pass; None is the rollout's.
         learning_rate: of AdamW.
         weight_decay: of AdamW.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: gradients are clipped to this norm; 0 or None is without.
         ratio: "sample", one ratio and one clip a sample, or "location", one at each latent position.
         clip_range: the ratio is clipped to 1 - clip_range .. 1 + clip_range.
         advantage_clip: advantages are clipped to this range.
@@ -151,7 +162,7 @@ class Train:
     batch: int | None = None
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     ratio: Literal["sample", "location"] = "sample"
     clip_range: float = 1e-4
     advantage_clip: float = 5.0
@@ -198,6 +209,9 @@ class Output:
     tensorboard: bool = True
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        self.folder = os.path.expanduser(self.folder)
+
 
 @dataclass
 class Config:
@@ -218,55 +232,12 @@ class Config:
         return self.rollout.groups * self.rollout.group_size
 
 
-def check(config: Config, processes: int) -> None:
-    """Raises ValueError where values do not fit each other; the message names the keys."""
-    at_least = {
-        "rollout.steps": (config.rollout.steps, 2),
-        "rollout.groups": (config.rollout.groups, 1),
-        "rollout.group_size": (config.rollout.group_size, 2),
-        "rollout.batch": (config.rollout.batch, 1),
-        "train.epochs": (config.train.epochs, 1),
-        "train.updates": (config.train.updates, 1),
-        "train.passes": (config.train.passes, 1),
-        "train.ema_interval": (config.train.ema_interval, 1),
-        "model.lora_rank": (config.model.lora_rank, 0),
-        "model.text_length": (config.model.text_length, 1),
-        "evaluation.every": (config.evaluation.every, 0),
-        "evaluation.prompts": (config.evaluation.prompts, 1),
-        "evaluation.steps": (config.evaluation.steps, 1),
-        "output.keep": (config.output.keep, 1),
-    }
-    for name, (value, least) in at_least.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    shares = config.train.updates * processes
-    if config.samples % shares:
-        raise ValueError(
-            f"rollout.groups * rollout.group_size must be a multiple of train.updates * processes = "
-            f"{config.train.updates} * {processes}, got {config.rollout.groups} * {config.rollout.group_size}"
-        )
-    if config.evaluation.prompts % processes:
-        raise ValueError(
-            f"evaluation.prompts must be a multiple of the {processes} processes, got {config.evaluation.prompts}"
-        )
-    last = config.rollout.steps - 1
-    end = last if config.rollout.window_end is None else config.rollout.window_end
-    if not 1 <= end <= last:
-        raise ValueError(f"rollout.window_end must lie between 1 and rollout.steps - 1 = {last}, got {end}")
-    if config.rollout.window is not None and not 1 <= config.rollout.window <= end:
-        raise ValueError(f"rollout.window must lie between 1 and {end}, got {config.rollout.window}")
-    noisy = config.rollout.window or last
-    if config.train.steps is not None and not 1 <= config.train.steps <= noisy:
-        raise ValueError(f"train.steps must lie between 1 and the {noisy} noisy steps, got {config.train.steps}")
-    if not 0 <= config.train.ema < 1:
-        raise ValueError(f"train.ema must be at least 0 and below 1, got {config.train.ema}")
-    credit = config.allocation.credit
-    if credit != "image" and config.allocation.method == "plain":
-        raise ValueError(f"allocation.credit must be 'image' with allocation.method 'plain', got {credit!r}")
-    if credit != "image" and config.allocation.source != "auto":
-        raise ValueError(
-            f"allocation.source must be 'auto' with allocation.credit {credit!r} (rewards score the phrases it finds), "
-            f"got {config.allocation.source!r}"
-        )
-    if not config.reward.weights:
-        raise ValueError("reward.weights must name at least one reward, got none")
+def _expanded(value: Any) -> Any:
+    """Paths of the home folder, within lists and mappings too, in full."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value.startswith("~/") else value
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _expanded(item) for key, item in value.items()}
+    return value

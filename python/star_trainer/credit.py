@@ -65,8 +65,8 @@ def check_rewards(rewards: WeightedSum, allocation: Allocation) -> None:
         return
     scoring = [name for name, reward in rewards.rewards.items() if isinstance(reward, PhraseReward)]
     counted = [name for name, weight in rewards.weights.items() if weight]
-    if not counted or not set(counted) <= set(scoring):
-        without = ", ".join(repr(name) for name in counted if name not in scoring) or "none of a weight but 0"
+    if not set(counted) <= set(scoring):
+        without = ", ".join(repr(name) for name in counted if name not in scoring)
         raise ValueError(
             f"allocation.credit must be 'image' unless all of reward.weights score phrases (by_phrase, as 'scene'), "
             f"got {allocation.credit!r} with {without}"

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from star_trainer.scenes import TASKS, sample_scene
+from star_trainer.textfile import read_lines
 
+TEXT = (".txt", "")
+JSON_LINES = (".jsonl", ".json")
 SCENES = "scenes:"
 _DRAWN = 4096  # prompts of a scene task
 
@@ -22,36 +25,38 @@ class Prompt:
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    line: int | None = field(default=None, compare=False)  # of its file
 
 
-def load_prompts(source: str, *, seed: str = "train") -> list[Prompt]:
+def load_prompts(source: str, *, seed: str = "train", setting: str = "data.prompts") -> list[Prompt]:
     """Prompts of a file, or of drawn scenes ("scenes:composition", "scenes:text").
 
     Args:
-        source: a file with a prompt a line; or of JSON lines, each with a "prompt", the rest being metadata.
+        source: a file with a prompt a line (.txt, or no suffix); or of JSON lines (.jsonl, .json), each an object with
+            a "prompt", the rest being metadata.
         seed: of drawn scenes; other seeds give other prompts.
+        setting: which names the source, for messages.
 
     Raises:
-        ValueError: an unknown task, or a line that cannot be read; the message names file and line.
+        ValueError: an unknown task or suffix, or a line that cannot be read; the message names file and line.
         OSError: a file that cannot be read.
     """
     if source.startswith(SCENES):
         task = source.removeprefix(SCENES)
         if task not in TASKS:
-            raise ValueError(f"data.prompts must be a file or one of {_tasks()}, got {source!r}")
+            raise ValueError(f"{setting} must be a file or one of {_tasks()}, got {source!r}")
         rng = random.Random(f"{seed} {task}")
         scenes = [sample_scene(rng, task) for _ in range(_DRAWN)]
         return [Prompt(scene.prompt, scene.metadata) for scene in scenes]
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"data.prompts must be a file or one of {_tasks()}, got {source!r}")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    numbered = [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
-    json_lines = path.suffix in (".jsonl", ".json")
-    prompts = [_from_json(path, n, line) if json_lines else Prompt(line) for n, line in numbered]
+        raise FileNotFoundError(f"{setting} must be a file or one of {_tasks()}, got {source!r}")
+    suffix = path.suffix.lower()
+    if suffix not in (*TEXT, *JSON_LINES):
+        accepted = f".txt or none for a prompt a line, {' or '.join(JSON_LINES)} for a JSON object a line"
+        raise ValueError(f"{setting} must be a file with the suffix {accepted}, got {source!r}")
+    read = _from_json if suffix in JSON_LINES else _from_text
+    prompts = [read(path, number, line) for number, line in read_lines(path)]
     if not prompts:
         raise ValueError(f"{path} has no prompts")
     return prompts
@@ -73,14 +78,44 @@ def _order(count: int, seed: str) -> tuple[int, ...]:
     return tuple(order)
 
 
+def _from_text(path: Path, number: int, line: str) -> Prompt:
+    if line.startswith("{"):
+        try:
+            _from_json(path, number, line)
+        except ValueError:
+            pass  # a prompt that begins with a brace
+        else:
+            raise ValueError(f"{path}, line {number}, is a JSON object: the file's suffix must be .jsonl or .json")
+    return Prompt(line, line=number)
+
+
 def _from_json(path: Path, number: int, line: str) -> Prompt:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+        record = json.loads(line, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+        if "\\u" in line:
+            json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        lone = error.object[error.start].encode("unicode-escape").decode()
+        raise ValueError(
+            f"{path}, line {number}, holds half a surrogate pair, {lone}, which is no character of its own"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}, is not JSON, an object a line: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
         raise ValueError(f'{path}, line {number}, must be an object with a "prompt", got {line[:80]!r}')
-    return Prompt(record["prompt"], {key: value for key, value in record.items() if key != "prompt"})
+    return Prompt(record["prompt"], {key: value for key, value in record.items() if key != "prompt"}, number)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return record
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _tasks() -> str:

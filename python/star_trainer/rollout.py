@@ -134,7 +134,7 @@ def select(
     return selection.to(policy.device)
 
 
-def capture(policy: Policy, selection: TokenSelection, config: Config) -> Any:
+def capture(policy: Policy, selection: TokenSelection | None, config: Config) -> Any:
     return attach_maps(
         policy.transformer,
         selection,

@@ -16,16 +16,18 @@ from tqdm import tqdm
 
 from star_trainer import checkpoint
 from star_trainer.average import Average
-from star_trainer.config import Config, check
+from star_trainer.config import Config
 from star_trainer.credit import advantages_of, check_rewards, cores_of
+from star_trainer.limits import check
 from star_trainer.policy import Policy
+from star_trainer.prompt_checks import check_prompts
 from star_trainer.prompts import Prompt, choose, load_prompts
 from star_trainer.record import Record
 from star_trainer.rewards import build
 from star_trainer.rewards.base import RewardError, Scores
 from star_trainer.rewards.images import slices
 from star_trainer.rewards.service import RewardService
-from star_trainer.rollout import Batch, roll_out, sample
+from star_trainer.rollout import Batch, capture, roll_out, sample
 from star_trainer.schedule import shares
 from star_trainer.update import Updater
 
@@ -46,16 +48,20 @@ class Trainer:
         if config.train.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise ValueError("train.mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'")
         self.prompts = load_prompts(config.data.prompts)
-        self.eval_prompts = load_prompts(config.data.eval_prompts or config.data.prompts, seed="evaluation")
+        held_out = config.data.eval_prompts or config.data.prompts
+        self.eval_prompts = load_prompts(held_out, seed="evaluation", setting="data.eval_prompts")
+        reward = build(config.reward.weights, device=str(self.accelerator.device), options=config.reward.options)
+        check_rewards(reward, config.allocation)
+        check_prompts(self.prompts, self.eval_prompts, reward, config)
         self.policy = Policy(config, self.accelerator.device)
         self.policy.latent_shape(config.rollout.resolution)
+        if config.allocation.method == "star":
+            capture(self.policy, None, config).remove()  # blocks that the model has not are refused now
         trained = [p for p in self.policy.transformer.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, config.train.learning_rate, weight_decay=config.train.weight_decay)
         self.policy.transformer, self.optimizer = self.accelerator.prepare(self.policy.transformer, optimizer)
         self.average = Average(self.policy.model, config.train.ema, config.train.ema_interval)
         self.updater = Updater(self.policy, self.optimizer, self.average, self.accelerator, config)
-        reward = build(config.reward.weights, device=str(self.accelerator.device), options=config.reward.options)
-        check_rewards(reward, config.allocation)
         self.rewards = RewardService(
             reward,
             timeout=config.reward.timeout,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 from star_kernels.prompts.core import Core, Span, check_prompt, core_of
@@ -31,10 +32,8 @@ def phrases(prompt: str, wanted: Sequence[str]) -> Core:
 
 def occurrences(prompt: str, phrase: str) -> list[Span]:
     """Where a phrase stands as whole words."""
-    text, places = located(prompt)
-    # A ligature is several characters of the text at one place: whole, or no part of the phrase.
-    edges = {0, len(places), *(i for i, (before, after) in enumerate(pairwise(places), 1) if before != after)}
-    pattern = re.compile(r"\s+".join(map(re.escape, plain(phrase).split())))
+    text, places, edges = _located(prompt)
+    pattern = _pattern(phrase)
     spans = []
     at = 0
     while match := pattern.search(text, at):
@@ -44,6 +43,22 @@ def occurrences(prompt: str, phrase: str) -> list[Span]:
             spans.append((start, stop))
         at = match.end() if whole else match.start() + 1
     return spans
+
+
+@lru_cache(maxsize=64)  # many phrases are looked for in one prompt
+def _located(prompt: str) -> tuple[str, list[Span], set[int]]:
+    """A prompt's plain spelling, the place of each character, and where phrases may begin and end.
+
+    A ligature is several characters of the text at one place: whole, or no part of a phrase.
+    """
+    text, places = located(prompt)
+    edges = {0, len(places), *(i for i, (before, after) in enumerate(pairwise(places), 1) if before != after)}
+    return text, places, edges
+
+
+@lru_cache(maxsize=4096)  # GenEval's classes in all their forms are more than re itself keeps
+def _pattern(phrase: str) -> re.Pattern[str]:
+    return re.compile(r"\s+".join(map(re.escape, plain(phrase).split())))
 
 
 def _present(prompt: str, phrase: str) -> list[Span]:

@@ -13,7 +13,7 @@ from pages import ROOT, blocks
 
 pytest.importorskip("jsonargparse")
 
-from star_trainer import command, config
+from star_trainer import command, limits
 from star_trainer.prompts import load_prompts
 from star_trainer.rewards.ocr import target_text
 from star_trainer.rewards.registry import build
@@ -42,13 +42,13 @@ def root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_taken_by_the_driver(recipe: Path) -> None:
-    config.check(command.parse(["--config", str(recipe)]), 1)
+    limits.check(command.parse(["--config", str(recipe)]), 1)
 
 
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)
 def test_a_command_of_the_page_is_taken_by_the_driver(arguments: list[str]) -> None:
     found = command.parse(arguments)
-    config.check(found, 1 if found.model.path == "small" else 8)
+    limits.check(found, 1 if found.model.path == "small" else 8)
     if Path(found.data.prompts).parent.name == "recipes" or found.data.prompts.startswith("scenes:"):
         assert load_prompts(found.data.prompts)
 

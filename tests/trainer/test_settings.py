@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
 import yaml
 
-from star_trainer import command, config
+import star_kernels
+from star_kernels.policy.checks import check_clip, check_coefficients
+from star_trainer import command, limits
 from star_trainer.config import Config
 from star_trainer.trainer import Trainer
 
@@ -20,7 +26,7 @@ PRESETS = sorted(path.stem for path in command.PRESETS.glob("*.yaml"))
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_read_as_written(preset: str) -> None:
     found = command.parse(["--preset", preset])
-    config.check(found, 1)
+    limits.check(found, 1)
     for part, values in yaml.safe_load((command.PRESETS / f"{preset}.yaml").read_text()).items():
         for name, value in values.items():
             assert getattr(getattr(found, part), name) == value, f"{part}.{name}"
@@ -33,14 +39,110 @@ def test_flow_grpos_settings_for_sd35_medium() -> None:
     assert (found.rollout.guidance, found.rollout.resolution, found.evaluation.steps) == (4.5, 512, 40)
     assert (found.model.lora_rank, found.model.lora_alpha) == (32, 64)
     assert (found.train.learning_rate, found.train.clip_range, found.train.kl_coef) == (3e-4, 1e-4, 0.04)
-    config.check(found, 8)
+    limits.check(found, 8)
+
+
+@pytest.fixture
+def parse_file(tmp_path: Path) -> Callable[..., Config]:
+    """The configuration that a file of settings gives, with options before and after it."""
+
+    def parse(text: str, *options: str) -> Config:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return command.parse([*options[:2], "--config", str(path), *options[2:]])
+
+    return parse
 
 
 def test_options_come_after_files_and_files_after_the_preset(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text("train: {learning_rate: 1.0e-5, epochs: 7}\n")
-    found = command.parse(["--preset", "sd35m-ocr", "--config", str(path), "--train.epochs", "9"])
-    assert (found.train.learning_rate, found.train.epochs, found.train.clip_range) == (1e-5, 9, 1e-4)
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("train: {learning_rate: 1.0e-5, epochs: 7}\nrollout: {groups: 8}\n")
+    second.write_text("train: {epochs: 8}\nrollout: {groups: 4}\n")
+    files = ["--config", str(first), f"--config={second}"]
+    for arguments in ([*files, "--train.epochs", "9"], ["--train.epochs", "9", *files]):
+        found = command.parse(["--preset", "sd35m-ocr", *arguments])
+        assert (found.train.learning_rate, found.train.epochs, found.train.clip_range) == (1e-5, 9, 1e-4)
+        assert found.rollout.groups == 4
+
+
+def test_a_file_may_name_its_preset(parse_file: Callable[..., Config]) -> None:
+    assert parse_file("preset: sd35m-ocr\n").reward.weights == {"ocr": 1.0}
+    assert parse_file("preset: sd35m-ocr\n", "--preset", "small").reward.weights == {"scene": 1.0}
+
+
+def test_the_printed_settings_are_a_file_of_the_same_settings(
+    parse_file: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command.parse(["--preset", "sd35m-geneval", "--train.learning_rate", "1e-5", "--print_config"])
+    printed = capsys.readouterr().out
+    assert parse_file(printed) == command.parse(["--preset", "sd35m-geneval", "--train.learning_rate", "1e-5"])
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# nothing yet\n", "---\n", "train:\n", "train: {}\n", "\ufefftrain: {}\n"])
+def test_a_file_without_settings_changes_nothing(parse_file: Callable[..., Config], text: str) -> None:
+    assert parse_file(text) == command.parse([])
+
+
+def test_words_that_yaml_once_took_for_booleans_stay_words(parse_file: Callable[..., Config]) -> None:
+    text = (
+        "preset: small\ntrain: {mixed_precision: no, learning_rate: 1e-5}\noutput: {tensorboard: off, resume: yes}\n"
+        "data: {prompts: on}\nreward: {weights: {on: 1}, options: {on: {no: no, day: 2026-01-02}}}\n"
+    )
+    found = parse_file(text)
+    assert (found.train.mixed_precision, found.train.learning_rate, found.data.prompts) == ("no", 1e-5, "on")
+    assert (found.output.tensorboard, found.output.resume) == (False, True)
+    assert found.reward.weights == {"on": 1.0}
+    assert found.reward.options == {"on": {"no": "no", "day": "2026-01-02"}}
+
+
+def test_anchors_and_merges_of_yaml_are_no_repeats(parse_file: Callable[..., Config]) -> None:
+    found = parse_file("rollout: &r {steps: 4}\nevaluation:\n  <<: *r\n  every: 3\n")
+    assert (found.rollout.steps, found.evaluation.steps, found.evaluation.every) == (4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {epochs: 1}\ndata: {}\ntrain: {}\n", "line 3: 'train' stands twice, in line 1 and in line 3"),
+        ("train:\n  epochs: 1\n  'epochs': 2\n", "line 3: 'epochs' stands twice, in line 2 and in line 3"),
+        ("reward:\n  weights: {ocr: 1, ocr: 2}\n", "line 2: 'ocr' stands twice"),
+        ("train:\n  lerning_rate: 1\n", "line 2: unknown setting train.lerning_rate; did you mean learning_rate?"),
+        ("trian: {epochs: 1}\n", "line 1: unknown setting trian; did you mean train?"),
+        ("train.epochs: 1\n", "line 1: unknown setting train.epochs"),
+        ("[train, data]\n", "must hold sections of settings (model, data, "),
+        ("epochs\n", "must hold sections of settings (model, data, "),
+        ("data: {}\ntrain: [1]\n", "line 2: train must be a section of settings, got [1]"),
+        ("train: {epochs: 1\n", "line 2: "),
+        ("train: {epochs: many}\n", 'mine.yaml: Parser key "train.epochs"'),
+        ("train: {epochs: null}\n", "train.epochs must be an integer, got None"),
+        ("preset: sd4\n", "--preset must be one of sd35m-geneval"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_line(
+    parse_file: Callable[..., Config], capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_file(text)
+    assert message in capsys.readouterr().err
+
+
+def test_paths_of_the_home_folder_are_expanded(
+    parse_file: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = (
+        "model: {path: ~/model}\ndata: {prompts: ~/train.txt, eval_prompts: ~/held-out.txt}\noutput: {folder: ~/run}\n"
+        "reward: {options: {scene: {model: ~/clip, folders: [~/a], sign: ~, word: a ~/b}}}\n"
+    )
+    for found in (parse_file(text), command.parse(["--config=~/mine.yaml"])):
+        home = str(tmp_path)
+        assert (found.model.path, found.output.folder) == (f"{home}/model", f"{home}/run")
+        assert (found.data.prompts, found.data.eval_prompts) == (f"{home}/train.txt", f"{home}/held-out.txt")
+        assert found.reward.options["scene"] == {
+            "model": f"{home}/clip", "folders": [f"{home}/a"], "sign": None, "word": "a ~/b",
+        }  # fmt: skip
+    assert command.parse(["--output.folder=~/run"]).output.folder == f"{tmp_path}/run"
 
 
 def test_every_setting_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +162,11 @@ def test_every_setting_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["--preset", "sd4"], "--preset must be one of sd35m-geneval, sd35m-ocr, sd35m-pickscore, small, got 'sd4'"),
-        (["--train.lerning_rate", "1"], "lerning_rate"),
+        (["--train.lerning_rate", "1"], "--train.lerning_rate 1; did you mean --train.learning_rate?"),
+        (["--config", "absent.yaml"], "--config must be a YAML file that can be read, got absent.yaml: No such file"),
+        (["--train.max_grad_norm", "-1"], "train.max_grad_norm must be at least 0, got -1.0"),
+        (["--reward.weights", "{scene: 1, scene: 2}"], "reward.weights"),
+        (["--train", "{epochs: 1, epochs: 2}"], "'epochs' stands twice"),
         (["--train.epochs", "many"], "train.epochs"),
         (["--rollout.transition", "ode"], "rollout.transition"),
     ],
@@ -73,12 +179,98 @@ def test_wrong_options_end_with_status_2(
     assert message in capsys.readouterr().err
 
 
-def test_an_unknown_key_of_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text("train: {lr: 1.0e-5}\n")
-    with pytest.raises(SystemExit, match="2"):
-        command.parse(["--config", str(path)])
-    assert "lr" in capsys.readouterr().err
+def kinds_of(name: str) -> tuple[type, ...]:
+    section, setting = name.split(".")
+    kind = get_type_hints(get_type_hints(Config)[section])[setting]
+    return get_args(kind) if isinstance(kind, UnionType) else (kind,)
+
+
+def with_value(config: Config, name: str, value: Any) -> Config:
+    section, setting = name.split(".")
+    return replace(config, **{section: replace(getattr(config, section), **{setting: value})})
+
+
+def test_every_number_has_a_range() -> None:
+    numbers = {
+        f"{section}.{setting}"
+        for section, kind in get_type_hints(Config).items()
+        for setting in get_type_hints(kind)
+        if {int, float} & set(kinds_of(f"{section}.{setting}"))
+    }
+    assert numbers == set(limits.RANGES)
+
+
+@pytest.mark.parametrize("name", limits.RANGES)
+def test_a_number_out_of_its_range_is_refused_by_name(name: str) -> None:
+    allowed, kinds = limits.RANGES[name], kinds_of(name)
+    wrong: list[Any] = [allowed.least - 1, allowed.above, allowed.most + 1, allowed.below, -math.inf, math.nan]
+    wrong = [value for value in wrong if not (allowed.infinite and value == math.inf)]
+    wrong += [True, "1", *([1.5] if int in kinds else []), *([] if type(None) in kinds else [None])]
+    for value in wrong:
+        with pytest.raises(
+            (TypeError, ValueError), match=rf"{re.escape(name)} must be .*, got {re.escape(repr(value))}"
+        ):
+            limits.check_values(with_value(Config(), name, value))
+
+
+def test_numbers_at_their_bounds_are_taken() -> None:
+    for name, allowed in limits.RANGES.items():
+        kinds = kinds_of(name)
+        good = [bound for bound in (allowed.least, allowed.most) if math.isfinite(bound)]
+        good += [None] if type(None) in kinds else []
+        for value in good + ([math.inf] if allowed.infinite else []):
+            limits.check_values(with_value(Config(), name, value))
+
+
+@pytest.mark.parametrize("value", [-1.0, -1e-9, 0.0, 1e-9, 1.0, 1.0 + 1e-9, 7.0, math.inf, -math.inf, math.nan])
+def test_ranges_are_those_of_the_functions_that_take_the_values(value: float) -> None:
+    """What they would refuse after a rollout is refused before it, and nothing else."""
+
+    def takes(function: Callable[[], object]) -> bool:
+        try:
+            function()
+        except ValueError:
+            return False
+        return True
+
+    maps = torch.rand(1, 4)
+    functions = {
+        "train.clip_range": lambda: check_clip(value),
+        "train.advantage_clip": lambda: check_coefficients(value, 0.0),
+        "train.kl_coef": lambda: check_coefficients(1.0, value),
+        "rollout.noise_level": lambda: star_kernels.dance_sde(0.8, 0.6, eta=value),
+        "allocation.strength": lambda: star_kernels.allocate(maps, strength=value),
+        "allocation.cap": lambda: star_kernels.allocate(maps, cap=value),
+    }
+    for name, function in functions.items():
+        assert takes(function) == takes(lambda name=name: limits.check_values(with_value(Config(), name, value))), name
+    config = with_value(Config(), "rollout.transition", "flow_cps")
+    assert takes(lambda: star_kernels.flow_cps(0.8, 0.6, noise_level=value)) == takes(
+        lambda: limits.check_values(with_value(config, "rollout.noise_level", value))
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, "must name at least one reward, got none"),
+        ({"scene": 0.0, "ocr": 0}, "must have a weight other than 0"),
+        ({"scene": 1.0, "ocr": math.nan}, "of 'ocr' must be finite, got nan"),
+        ({"scene": math.inf}, "of 'scene' must be finite, got inf"),
+        ({"scene": True}, "of 'scene' must be a number, got True"),
+    ],
+)
+def test_weights_that_cannot_train_are_refused(weights: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"reward\.weights {re.escape(message)}"):
+        limits.check_values(with_value(Config(), "reward.weights", weights))
+
+
+def test_numbers_are_checked_before_anything_is_read(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer]
+) -> None:
+    parts = {"data": {"prompts": "absent.txt"}, "model": {"path": "./absent"}}
+    with pytest.raises(ValueError, match=r"train\.max_grad_norm must be at least 0, got -1\.0"):
+        trainer_of(configure(train={"max_grad_norm": -1.0}, **parts))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +279,12 @@ def test_an_unknown_key_of_a_file_is_refused(tmp_path: Path, capsys: pytest.Capt
         ({"rollout": {"group_size": 1}}, 1, r"rollout\.group_size must be at least 2, got 1"),
         ({"train": {"updates": 3}}, 1, r"multiple of train\.updates \* processes = 3 \* 1, got 2 \* 2"),
         ({}, 3, r"multiple of train\.updates \* processes = 1 \* 3, got 2 \* 2"),
+        (
+            {"allocation": {"blocks": []}},
+            1,
+            r"allocation\.blocks must be 'default', 'all' or a list.*got an empty list",
+        ),
+        ({"output": {"folder": ""}}, 1, r"output\.folder must name a folder"),
         ({"rollout": {"window": 3}}, 1, r"rollout\.window must lie between 1 and 2, got 3"),
         (
             {"rollout": {"window_end": 3}},
@@ -113,7 +311,7 @@ def test_values_that_do_not_fit_are_named(
     configure: Callable[..., Config], parts: dict[str, dict[str, Any]], processes: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        config.check(configure(**parts), processes)
+        limits.check(configure(**parts), processes)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +334,9 @@ def test_values_that_do_not_fit_are_named(
             "got 'phrase' with 'jpeg-compressibility'",
         ),
         (
-            {"allocation": {"credit": "phrase"}, "reward": {"weights": {"scene": 0.0}}},
+            {"reward": {"weights": {"scene": 0.0, "jpeg-compressibility": 0.0}}},
             ValueError,
-            "got 'phrase' with none of a weight but 0",
+            r"reward\.weights must have a weight other than 0",
         ),
         ({"rollout": {"noise_level": 0.0}}, ValueError, "noise_level"),
         ({"train": {"clip_range": -1.0}}, ValueError, "clip_range"),

@@ -40,6 +40,15 @@ class Reward(Protocol):
 
 
 @runtime_checkable
+class PromptReward(Reward, Protocol):
+    """A reward that cannot score every prompt and says which, so that a run does not begin with one of them."""
+
+    def check_prompt(self, prompt: str, metadata: Metadata) -> None:
+        """Raises ValueError where images of a prompt could not be scored, with the reason."""
+        ...
+
+
+@runtime_checkable
 class PhraseReward(Reward, Protocol):
     """A reward that scores the phrases of a prompt separately too, for ``allocation.credit`` "split" and "phrase"."""
 

@@ -92,6 +92,10 @@ class GenEval:
         verdicts = self.verdicts(images, metadata)
         return torch.tensor([v.score if self.score == "graded" else float(v.correct) for v in verdicts])
 
+    def check_prompt(self, prompt: str, metadata: Metadata) -> None:
+        """Raises ValueError as the call does."""
+        self._task(metadata)
+
     def verdicts(self, images: Tensor, metadata: Sequence[Metadata]) -> list[rules.Verdict]:
         """The verdict on each image, with reasons. Raises as the call does."""
         tasks = [self._task(record) for record in metadata]

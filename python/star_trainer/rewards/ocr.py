@@ -61,6 +61,10 @@ class Ocr:
             [text_score(seen, text, normalize=self.normalize) for seen, text in zip(read, wanted, strict=True)]
         )
 
+    def check_prompt(self, prompt: str, metadata: Metadata) -> None:
+        """Raises ValueError where there is no text to read."""
+        target_text(prompt, metadata)
+
     def read(self, image: Tensor) -> str:
         """The lines of text in an image, float ``[3, H, W]`` in 0..1, from top to bottom, joined by spaces."""
         pixels = to_uint8(image[None])[0].flip(-1).contiguous()  # the reader takes BGR

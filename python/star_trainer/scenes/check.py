@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from star_trainer.rewards.geneval_task import read_task
 from star_trainer.rewards.ocr import edit_distance
 from star_trainer.rewards.options import check_flag
 from star_trainer.scenes.detect import Detection, detect_letters, detect_shapes
@@ -48,6 +49,10 @@ class SceneReward:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         return self.by_phrase(images, prompts, metadata)[0]
 
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        """Raises ValueError for metadata that is not a drawn scene's."""
+        check_metadata(metadata)
+
     def by_phrase(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> tuple[Tensor, Tensor]:
@@ -72,8 +77,7 @@ def check(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Verdicts:
     if len(images) != len(metadata):
         raise ValueError(f"metadata must have an entry for each of the {len(images)} images, got {len(metadata)}")
     for entry in metadata:
-        if not ("text" in entry or "include" in entry):
-            raise ValueError(f'metadata must have "include" or "text", got {dict(entry)!r}')
+        check_metadata(entry)
     images = images.cpu()
     words = [n for n, entry in enumerate(metadata) if "text" in entry]
     things = [n for n, entry in enumerate(metadata) if "text" not in entry]
@@ -89,6 +93,21 @@ def check(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Verdicts:
     for row, values in zip(table, phrases, strict=True):
         row[: len(values)] = torch.tensor(values)
     return Verdicts(torch.tensor(graded), torch.tensor(exact, dtype=torch.bool), table)
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raises ValueError for metadata that :func:`check` cannot judge by."""
+    if not ("text" in metadata or "include" in metadata):
+        raise ValueError(f'metadata must have "include" or "text", got {dict(metadata)!r}')
+    if "text" in metadata:
+        if not str(metadata["text"]):
+            raise ValueError('metadata must have a "text" that is not empty, got ""')
+        return
+    if not read_task(metadata).include:
+        raise ValueError(f'metadata must name a thing in its "include" list, got {metadata["include"]!r}')
+    for entry in metadata["include"]:
+        if "size" in entry and entry["size"] not in RADII:
+            raise ValueError(f'"size" must be one of {", ".join(RADII)}, got {entry["size"]!r}')
 
 
 def read_words(letters: Sequence[Detection]) -> list[str]:

@@ -1,0 +1,101 @@
+"""YAML files of settings, read strictly: what stands twice or is unknown is an error that names its line."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar, get_type_hints
+
+import yaml
+from yaml import YAMLError
+
+from star_trainer.config import Config
+from star_trainer.textfile import read_text
+
+SECTIONS = {part: [f.name for f in fields(kind)] for part, kind in get_type_hints(Config).items()}
+# YAML 1.2's plain values. In 1.1, which PyYAML reads, a "no" that is not quoted is False, and 1e-4 is text.
+_PLAIN = {
+    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": ("[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "null": ("~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "merge": ("<<", "<"),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    text = f"{key.value!r} stands twice, in line {lines[key.value]} and in line {line}"
+                    raise yaml.constructor.ConstructorError(problem=text, problem_mark=key.start_mark)
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+for _name, (_pattern, _first) in _PLAIN.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def load(text: str) -> Any:
+    """The value of a YAML text. Raises YAMLError, also for a key that stands twice."""
+    return yaml.load(text, _Loader)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings of a file by section. A file without any gives none.
+
+    Raises:
+        ValueError: no YAML, a key that stands twice or that is no setting; the message names file and line.
+        OSError: a file that cannot be read.
+    """
+    try:
+        loader = _Loader(read_text(Path(path)))
+        root = loader.get_single_node()
+        values = loader.construct_document(root) if root else None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{line}: {getattr(error, 'problem', None) or error}") from error
+    except OSError as error:
+        raise OSError(f"--config must be a YAML file that can be read, got {path}: {error.strerror}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} must hold sections of settings ({', '.join(SECTIONS)}), got {type(values).__name__} {values!r}"
+        )
+    for key, value in root.value:
+        _check_known(path, key, [*SECTIONS, "preset"])
+        section = key.value
+        if section != "preset" and values[section] is not None:
+            if not isinstance(value, yaml.MappingNode):
+                where = f"{path}, line {key.start_mark.line + 1}"
+                raise ValueError(f"{where}: {section} must be a section of settings, got {values[section]!r}")
+            for name, _ in value.value:
+                _check_known(path, name, SECTIONS[section], f"{section}.")
+    return {section: value for section, value in values.items() if value is not None}
+
+
+def suggestion(name: str, known: Sequence[str], before: str = "") -> str:
+    """The known name nearest to an unknown one, for its error message, or nothing."""
+    found = get_close_matches(name, known, n=1)
+    return f"; did you mean {before}{found[0]}?" if found else ""
+
+
+def _check_known(path: str | os.PathLike[str], key: Any, known: list[str], section: str = "") -> None:
+    if key.value not in known:
+        hint = suggestion(str(key.value), known)
+        raise ValueError(f"{path}, line {key.start_mark.line + 1}: unknown setting {section}{key.value}{hint}")
