@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from star_kernels.prompts.spelling import plain
+
 Span = tuple[int, int]  # characters [start, stop) of a prompt
 
 
@@ -58,11 +60,11 @@ class Core:
 
 
 def core_of(prompt: str, found: Iterable[tuple[str, Iterable[Span]]]) -> Core:
-    """A core of named spans; names that differ only in case or spacing are occurrences of one phrase."""
+    """A core of named spans; names that differ only in case, spacing or spelling are occurrences of one phrase."""
     names: dict[str, str] = {}
     spans: dict[str, list[Span]] = {}
     for name, occurrences in found:
-        key = " ".join(name.casefold().split())
+        key = " ".join(plain(name)[0].casefold().split())
         names.setdefault(key, " ".join(name.split()))
         spans.setdefault(key, []).extend(occurrences)
     return Core(prompt, tuple(Phrase(names[key], tuple(dict.fromkeys(spans[key]))) for key in names))
