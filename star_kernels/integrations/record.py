@@ -10,16 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from star_kernels.allocation import allocate
-from star_kernels.capture import capture_maps
+from star_kernels.capture import MapCapture, capture_maps
 from star_kernels.capture.family import unwrapped
+from star_kernels.capture.hooks import Hook
 from star_kernels.selection import TokenSelection
 
 
 class RecordedMaps:
     """Maps in the order of the forward passes: ``maps[i]`` is ``[B, G, h, w]``."""
 
-    def __init__(self) -> None:
+    def __init__(self, capture: MapCapture) -> None:
         self.maps: list[Tensor] = []
+        self._capture = capture
+
+    def _take(self, *_: object) -> None:
+        """Keeps the maps of the pass that has ended, where it was captured."""
+        if self._capture.ready:
+            self.maps.append(self._capture.take())
 
     def weights(self, *, strength: float = 1.0, over: str = "step", cap: float | None = None) -> Tensor:
         """Weights ``[B, Steps, h, w]`` of mean one, of the map of all groups together; options of :func:`allocate`.
@@ -48,13 +55,9 @@ def record_maps(transformer: nn.Module, selection: TokenSelection, **options: An
         ...     images, latents, log_probs = pipeline_with_logprob(pipeline, ...)
         >>> weights = recorded.weights()  # [B, Steps, h, w]
     """
-    recorded = RecordedMaps()
     with capture_maps(transformer, selection, **options) as capture:
-
-        def take(*_: object) -> None:
-            recorded.maps.append(capture.take())
-
-        hook = unwrapped(transformer).register_forward_hook(torch.compiler.disable(take))  # after the capture's own
+        recorded = RecordedMaps(capture)
+        hook = unwrapped(transformer).register_forward_hook(Hook(recorded, "_take"))  # after the capture's own
         try:
             yield recorded
         finally:

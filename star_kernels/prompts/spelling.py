@@ -1,4 +1,4 @@
-"""Texts that look the same: curly or straight quotes, accents that are composed with their letter (NFC) or not (NFD)."""
+"""Texts that look the same: curly and straight quotes, accents composed with their letter (NFC) or not (NFD)."""
 
 from __future__ import annotations
 
