@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakSet
 
 from star_kernels.selection import TokenSelection
 
@@ -32,7 +33,7 @@ class Passes:
         self.current: Pass | None = None  # stays after the pass, for a checkpointed block that is computed again
         self.open = False  # maps are taken; not so when a block is computed again
         self._thread: threading.Thread | None = None  # of the latest captured pass
-        self._seen: set[int] = set()  # threads that have run a captured pass
+        self._seen: WeakSet[threading.Thread] = WeakSet()  # threads that have run a captured pass
         self._again = threading.local()
 
     def clear(self) -> None:
@@ -48,7 +49,7 @@ class Passes:
     def begin(self, current: Pass) -> None:
         self.current, self.open = current, True
         self._thread = threading.current_thread()
-        self._seen.add(threading.get_ident())
+        self._seen.add(self._thread)
 
     def end(self) -> bool:
         """Closes the pass that is open in this thread; False where none is."""
@@ -81,8 +82,8 @@ class Passes:
 
     def check_reader(self) -> None:
         """The maps at hand must not be another thread's, where this one has run passes too."""
-        me = threading.get_ident()
-        if self._thread is not None and self._thread.ident != me and me in self._seen:
+        me = threading.current_thread()
+        if self._thread is not None and self._thread is not me and me in self._seen:
             raise RuntimeError(
                 f"the latest captured pass ran in another thread ({self._thread.name}), so that the maps of this "
                 "thread's pass are gone: give each thread a copy of the model with a capture of its own, or hold a "

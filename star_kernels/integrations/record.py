@@ -17,7 +17,7 @@ from star_kernels.selection import TokenSelection
 
 
 class RecordedMaps:
-    """Maps in the order of the forward passes: ``maps[i]`` is ``[B, G, h, w]``."""
+    """Maps in the order of the captured forward passes: ``maps[i]`` is ``[B, G, h, w]``."""
 
     def __init__(self, capture: MapCapture) -> None:
         self.maps: list[Tensor] = []
@@ -44,11 +44,13 @@ class RecordedMaps:
 def record_maps(transformer: nn.Module, selection: TokenSelection, **options: Any) -> Iterator[RecordedMaps]:
     """Records the attention maps of every forward pass of a diffusers transformer, for the length of a context.
 
+    Passes that skip layers, for skip-layer guidance, have no maps and are left out.
+
     Args:
         transformer: the model that the rollout's pipeline runs, wrapped or not.
         selection: the core tokens of each sample's prompt, on the model's device.
-        options: of :func:`star_kernels.capture.capture_maps`, such as ``cfg=None`` for a model without
-            classifier-free guidance, or ``blocks=...``.
+        options: of :func:`star_kernels.capture.capture_maps`, such as ``cfg="first"`` where the conditional half of a
+            batch doubled for guidance is the first, or ``blocks=...``.
 
     Example:
         >>> with record_maps(pipeline.transformer, selection) as recorded:
