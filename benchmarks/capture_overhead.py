@@ -96,7 +96,7 @@ class Forward:
         return output
 
     def captured(self) -> Tensor:
-        with capture_maps(self.transformer, self.selection) as maps:
+        with capture_maps(self.transformer, self.selection, cfg="last") as maps:
             output = self.plain()
         maps.value.sum()  # a user reads them
         return output

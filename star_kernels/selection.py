@@ -21,23 +21,32 @@ class TokenSelection:
         index: int32 ``[B, T]``, token positions in the joint sequence; -1 marks an empty slot.
         weight: float32 ``[B, G, T]``, finite and not negative: the share of each token in each of G groups. A map is
             the sum over a group's tokens of weight times attention probability.
+        text: where the text stands in the joint sequence that the positions count in, as (start, length); the length
+            is None where the positions hold for any. :func:`star_kernels.prompts.select_tokens` sets it, a capture
+            refuses passes whose text stands elsewhere. None where it is not known.
 
     Values are checked when the selection is built, which waits for the device if the tensors are on one; build it on
     the CPU and move it with :meth:`to` to avoid that.
 
     Raises:
-        TypeError: a field is not a tensor of the stated dtype.
+        TypeError: a field is not of the stated type.
         ValueError: wrong shape or device, an index below -1, a negative or non-finite weight.
     """
 
     index: Tensor
     weight: Tensor
-    last: int = field(init=False, repr=False)  # the largest position, known without asking the device
+    text: tuple[int, int | None] | None = None
+    first: int = field(init=False, repr=False)  # the smallest and the largest position, or -1 where there is none,
+    last: int = field(init=False, repr=False)  # known without a wait for the device
 
     def __post_init__(self) -> None:
         _check_fields(self.index, self.weight)
+        _check_text(self.text)
         _check_values(self.index, self.weight)
-        object.__setattr__(self, "last", int(self.index.max()))
+        last = int(self.index.max())
+        first = EMPTY if last == EMPTY else int(self.index.masked_fill(self.index == EMPTY, last).min())
+        object.__setattr__(self, "first", first)
+        object.__setattr__(self, "last", last)
 
     @property
     def batch(self) -> int:
@@ -124,19 +133,37 @@ class TokenSelection:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TokenSelection:
         """The same selection on another device."""
-        moved = object.__new__(TokenSelection)  # the values are known to be good: no check, no wait for the device
-        object.__setattr__(moved, "index", self.index.to(device, non_blocking=non_blocking))
-        object.__setattr__(moved, "weight", self.weight.to(device, non_blocking=non_blocking))
-        object.__setattr__(moved, "last", self.last)
-        return moved
+        index, weight = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.index, self.weight))
+        return _known_good(index, weight, self.text, self.first, self.last)
 
     def shift(self, offset: int) -> TokenSelection:
         """Positions moved by ``offset``, for a text that starts at ``offset`` in the joint sequence."""
-        used = self.index != EMPTY
-        moved = self.index + offset
-        if offset < 0 and bool((used & (moved < 0)).any()):
+        if self.last != EMPTY and self.first + offset < 0:
             raise ValueError(f"offset must leave every position at 0 or more, got {offset}")
-        return TokenSelection(torch.where(used, moved, EMPTY), self.weight)
+        text = None if self.text is None or self.text[0] + offset < 0 else (self.text[0] + offset, self.text[1])
+        first, last = (EMPTY if place == EMPTY else place + offset for place in (self.first, self.last))
+        index = torch.where(self.index == EMPTY, EMPTY, self.index + offset)
+        return _known_good(index, self.weight, text, first, last)
+
+    def among_empty(self, before: int, after: int) -> TokenSelection:
+        """The selection for a larger batch, whose ``before`` first and ``after`` last samples select nothing."""
+        sides = ((self.index, EMPTY), (self.weight, 0.0))
+        index, weight = (
+            torch.cat([x.new_full((before, *x.shape[1:]), fill), x, x.new_full((after, *x.shape[1:]), fill)])
+            for x, fill in sides
+        )
+        return _known_good(index, weight, self.text, self.first, self.last)
+
+
+def _known_good(
+    index: Tensor, weight: Tensor, text: tuple[int, int | None] | None, first: int, last: int
+) -> TokenSelection:
+    """A selection of values that were checked before: no check, no wait for the device."""
+    made = object.__new__(TokenSelection)
+    fields = {"index": index, "weight": weight, "text": text, "first": first, "last": last}
+    for name, value in fields.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 def _lists(value: Any) -> Any:
@@ -167,6 +194,18 @@ def _check_fields(index: Tensor, weight: Tensor) -> None:
         raise ValueError(f"weight must have shape [B, G, T] = [{batch}, G, {slots}], got {list(weight.shape)}")
     if weight.device != index.device:
         raise ValueError(f"weight must be on the device of index, {index.device}, got {weight.device}")
+
+
+def _check_text(text: object) -> None:
+    if text is None:
+        return
+    pair = text if isinstance(text, tuple) and len(text) == 2 else (None, None)
+    if (
+        not isinstance(pair[0], int)
+        or not isinstance(pair[1], int | None)
+        or any(n is not None and n < 0 for n in pair)
+    ):
+        raise TypeError(f"text must be (start, length), integers of at least 0, the length or None, got {text!r}")
 
 
 def _check_values(index: Tensor, weight: Tensor) -> None:

@@ -130,7 +130,7 @@ def select(
     if allocation.credit != "image":
         # Where truncation leaves none of a prompt's phrases, all its words are selected: no phrase's map.
         own = torch.tensor([found == core.names for found, core in zip(names, cores, strict=True)])
-        selection = TokenSelection(selection.index, selection.weight * own[:, None, None])
+        selection = replace(selection, weight=selection.weight * own[:, None, None])
     return selection.to(policy.device)
 
 

@@ -20,10 +20,12 @@ from star_kernels.capture.family import (
     register_family,
     unwrapped,
 )
-from star_kernels.capture.handle import HALVES, MapCapture
+from star_kernels.capture.guidance import CHOICES
+from star_kernels.capture.handle import MapCapture
+from star_kernels.capture.hooks import Hook
 from star_kernels.selection import TokenSelection
 
-__all__ = ["Family", "ImageTokens", "MapCapture", "attach_maps", "capture_maps", "register_family"]
+__all__ = ["Family", "ImageTokens", "MapCapture", "attach_maps", "capture_maps", "detach_maps", "register_family"]
 
 register_family("SD3Transformer2DModel", sd3.FAMILY)
 register_family("FluxTransformer2DModel", flux.FLUX)
@@ -38,7 +40,7 @@ def attach_maps(
     selection: TokenSelection | None = None,
     *,
     blocks: str | Sequence[int] = "default",
-    cfg: str | None = "last",
+    cfg: str | None = "auto",
     rows: tuple[int, int] | None = None,
     grid: Grid | None = None,
     detach: bool = True,
@@ -59,8 +61,12 @@ def attach_maps(
             Qwen-Image [text, image]; cross-attention the text alone. None captures nothing until it is set.
         blocks: "all", "default" (where a measurement says which localise best; all so far), or indices of the
             attention modules to average over.
-        cfg: which half of a batch doubled for classifier-free guidance is conditional: "last" as in diffusers'
-            pipelines, "first", or None for a batch that is not doubled.
+        cfg: which half of a batch is conditional, where it is doubled for classifier-free guidance: "last", "first",
+            or None for a batch that is not doubled. "auto" decides for each pass: a batch of the selection's size is
+            not doubled; one of twice its size is where the family's pipelines concatenate both halves, unconditional
+            half first (SD3, PixArt, SD and SDXL), and the latents of both halves are equal, as guidance makes them.
+            Any other batch is an error, such as that of several images for each prompt. Comparing the latents waits
+            for a GPU once for each selection; in later passes of it the GPU asserts that they are equal.
         rows: range of the image's queries as (start, length), where the family's own is not wanted.
         grid: rows and columns of the image, which those queries (the first of the family's own) form.
         detach: False keeps the maps differentiable, for losses on them. They then hold the graph of the pass until
@@ -69,8 +75,8 @@ def attach_maps(
     Raises:
         TypeError, ValueError: a model, block, selection or option that is not supported; the message names it.
     """
-    if cfg not in HALVES:
-        raise ValueError(f"cfg must be 'last', 'first' or None, got {cfg!r}")
+    if cfg not in CHOICES:
+        raise ValueError(f"cfg must be 'auto', 'last', 'first' or None, got {cfg!r}")
     for name, pair in (("rows", rows), ("grid", grid)):
         if pair is not None and not (len(pair) == 2 and all(isinstance(n, int) and n >= 0 for n in pair)):
             raise ValueError(f"{name} must be a pair of integers of at least 0, got {pair!r}")
@@ -104,6 +110,19 @@ def capture_maps(transformer: nn.Module, selection: TokenSelection, **options: A
     """
     with attach_maps(transformer, selection, **options) as capture:
         yield capture
+
+
+def detach_maps(transformer: nn.Module) -> int:
+    """Removes every capture of a model, such as one whose handle is lost.
+
+    Returns:
+        How many there were.
+    """
+    hooks = [hook for hook in unwrapped(transformer)._forward_pre_hooks.values() if isinstance(hook, Hook)]
+    captures = [hook.owner for hook in hooks if isinstance(hook.owner, MapCapture)]
+    for capture in captures:
+        capture.remove()
+    return len(captures)
 
 
 def _choose(blocks: str | Sequence[int], count: int) -> list[int]:

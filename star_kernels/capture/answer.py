@@ -6,42 +6,27 @@ native backend is set.
 
 While a processor runs, ``F.scaled_dot_product_attention`` is one that looks up what its thread captures. A mode that
 sees every call of PyTorch's functions needs no exchange, but costs some microseconds for each of the seventy calls of
-a block; it serves graphs as they are traced, and processors that hold the function by a name of their own.
+a block; it serves graphs as they are traced, processors that hold the function by a name of their own, and the first
+call of a class of processors, which shows whether it does.
 """
 
 from __future__ import annotations
 
+import operator
 import threading
-from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from star_kernels.attention import attention
-from star_kernels.selection import TokenSelection
+from star_kernels.capture.passes import Pass, Passes
+from star_kernels.capture.transforms import backend_for
 
 MASKED = -1e3  # an additive mask holds 0, or at most this: far below it a softmax in float32 has nothing left
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What one forward pass captures."""
-
-    selection: TokenSelection  # for every sample of the batch
-    halves: str  # how the batch must relate to the user's selection, for the error
-    rows: tuple[int, int] | None
-
-
-class Passes:
-    """The running forward pass, shared by the blocks."""
-
-    def __init__(self) -> None:
-        self.current: Pass | None = None  # stays after the pass, for a checkpointed block that is computed again
-        self.open = False  # maps are taken; not so when a block is computed again
 
 
 class Block:
@@ -54,17 +39,32 @@ class Block:
         self.capturing: Any = None
         self.passes = passes
         self.detach = detach
+        self.ran = False  # in the latest pass
         self.maps: Tensor | None = None  # [batch, G, R]
-        if captured_by(self.processor) is not None:
-            raise ValueError(f"transformer is captured already, at {name}: leave the context or remove the other first")
+        other = captured_by(self.processor)
+        if other is not None and other.capturing is None:  # of a capture that is over, put back by whoever kept it
+            self.processor = other.processor
+        elif other is not None:
+            raise ValueError(
+                f"transformer is captured already, at {name}: leave the context or remove the other capture first; "
+                "star_kernels.capture.detach_maps(transformer) removes every one"
+            )
+
+    def forget(self) -> None:
+        self.ran, self.maps = False, None
 
     def install(self) -> None:
         self.capturing = _capturing(self.processor, self)
         self.attention.processor = self.capturing
 
+    def plain(self) -> Any:
+        """Its own processor, with what was set meanwhile, such as another attention backend."""
+        if self.capturing is not None:
+            vars(self.processor).update({k: v for k, v in vars(self.capturing).items() if k != "_star_block"})
+        return self.processor
+
     def remove(self) -> None:
-        changed = {k: v for k, v in vars(self.capturing).items() if k != "_star_block"}
-        vars(self.processor).update(changed)  # such as another attention backend, set meanwhile
+        self.plain()
         if self.attention.processor is self.capturing:  # else it was exchanged meanwhile
             self.attention.processor = self.processor
         self.capturing = None
@@ -89,44 +89,65 @@ def _capturing_class(processor_class: Any) -> type[Any]:
     @wraps(original)  # attention modules pass on the keyword arguments that they find in the signature
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         block = self._star_block
-        current = block.passes.current
-        if current is None:
-            return original(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            with _Mode(block, current):
+            current = block.passes.current
+            if current is None:
                 return original(self, *args, **kwargs)
-        if processor_class not in _own_names:
-            with _Exchange(block, current) as exchange:
+            block.ran = True
+            with _Mode(_Question(block, current)):
+                return original(self, *args, **kwargs)
+        current = block.passes.of_this_thread()
+        if current is None or (args and isinstance(args[0], nn.Module) and args[0] is not block.attention):  # a replica
+            return original(self, *args, **kwargs)
+        if block.passes.takes(current):
+            block.ran = True
+        question = _Question(block, current)
+        if _by_its_name.get(processor_class, False):
+            with _Exchange(question):
                 result = original(self, *args, **kwargs)
-            if exchange.answered:
-                return result
-        with _Mode(block, current) as mode:
+            if not question.answered:  # from now on a mode watches the class
+                _by_its_name[processor_class] = False
+            return result
+        with _Exchange(question) as exchange, _Mode(question):
             result = original(self, *args, **kwargs)
-        if mode.answered:
-            _own_names.add(processor_class)
+        if exchange.reached:
+            _by_its_name.setdefault(processor_class, True)
         return result
 
-    def reduce(self: Any, protocol: Any) -> Any:  # a copy of the model, as for an average of its weights, is plain
-        return self._star_block.processor.__reduce_ex__(protocol)
+    def reduce(self: Any, protocol: Any) -> Any:  # a copy of the model, saved or for an average of weights, is plain
+        return operator.getitem, ((self._star_block.plain(),), 0)
 
     members = {"__call__": call, "__reduce_ex__": reduce, "__module__": __name__}
     return type(processor_class.__name__, (processor_class,), members)
 
 
-_own_names: set[type[Any]] = set()  # processor classes that do not call F.scaled_dot_product_attention by that name
+_by_its_name: dict[type[Any], bool] = {}  # processor classes that call F.scaled_dot_product_attention by that name
 _thread = threading.local()
 _lock = threading.Lock()
 _exchanges = 0  # how many run, in all threads
 _pytorch: Any = None  # F.scaled_dot_product_attention before the first of them
+_BUILTIN = F.scaled_dot_product_attention  # what a mode is shown
 
 
-class _Exchange:
-    """Answers the thread's first ``F.scaled_dot_product_attention``; later ones (adapters of image prompts) pass."""
+class _Question:
+    """A run of a processor, whose first attention call is answered; later ones (adapters of image prompts) pass."""
 
     def __init__(self, block: Block, current: Pass) -> None:
         self.block = block
         self.current = current
         self.answered = False
+
+    def answer(self, *args: Any, **kwargs: Any) -> Any:
+        self.answered = True
+        return _answer(self.block, self.current, *args, **kwargs)
+
+
+class _Exchange:
+    """Answers where the thread calls ``F.scaled_dot_product_attention``."""
+
+    def __init__(self, question: _Question) -> None:
+        self.question = question
+        self.reached = False
         self.outer: _Exchange | None = None
 
     def __enter__(self) -> _Exchange:
@@ -149,20 +170,18 @@ class _Exchange:
 
 def _answer_or_pass(*args: Any, **kwargs: Any) -> Any:
     exchange = getattr(_thread, "exchange", None)
-    if exchange is None or exchange.answered:
+    if exchange is None or exchange.question.answered:
         return _pytorch(*args, **kwargs)
-    exchange.answered = True
-    return _answer(exchange.block, exchange.current, *args, **kwargs)
+    exchange.reached = True
+    return exchange.question.answer(*args, **kwargs)
 
 
 class _Mode(TorchFunctionMode):
-    """The same without an exchange."""
+    """Answers whatever name the function is called by."""
 
-    def __init__(self, block: Block, current: Pass) -> None:
+    def __init__(self, question: _Question) -> None:
         super().__init__()
-        self.block = block
-        self.current = current
-        self.answered = False
+        self.question = question
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -170,10 +189,9 @@ class _Mode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.unflatten:  # torch.compile cannot trace it as a function, only as a method
             return args[0].unflatten(*args[1:], **kwargs)
-        if self.answered or func is not F.scaled_dot_product_attention:
+        if self.question.answered or func is not _BUILTIN:
             return func(*args, **kwargs)
-        self.answered = True
-        return _answer(self.block, self.current, *args, **kwargs)
+        return self.question.answer(*args, **kwargs)
 
 
 def _answer(
@@ -193,8 +211,23 @@ def _answer(
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     key_mask = None if attn_mask is None else _key_mask(block, attn_mask, query.shape[0], key.shape[2])
-    out, maps, _ = attention(query, key, value, current.selection, rows=current.rows, key_mask=key_mask, scale=scale)
-    if block.passes.open:
+    taken = block.passes.takes(current)
+    if taken and not block.detach and current.gradients and not torch.is_grad_enabled():
+        raise ValueError(
+            f"{block.name} runs without gradients inside a pass with them, as reentrant checkpointing does: its maps "
+            "would not be differentiable. Checkpoint with use_reentrant=False, or capture with detach=True"
+        )
+    out, maps, _ = attention(
+        query,
+        key,
+        value,
+        current.selection,
+        rows=current.rows,
+        key_mask=key_mask,
+        scale=scale,
+        backend=backend_for(block.name, query, key, value),
+    )
+    if taken:
         block.maps = maps.detach() if block.detach else maps
     return out
 
@@ -207,7 +240,7 @@ def _check(block: Block, current: Pass, query: Tensor, dropout_p: float, is_caus
     batch = current.selection.batch
     if query.shape[0] != batch:
         raise ValueError(
-            f"the transformer must be called with a batch of {batch}{current.halves}, got {query.shape[0]}"
+            f"the transformer must be called with a batch of {batch}{current.expected}, got {query.shape[0]}"
         )
     if current.rows is not None and sum(current.rows) > query.shape[2]:
         raise ValueError(

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from star_kernels.capture.answer import Block, Pass, Passes
+from star_kernels.capture.answer import Block
+from star_kernels.capture.passes import Pass, Passes
 
 
 class Checkpointing:
@@ -63,16 +64,15 @@ class _Recall:
         self.module, self.current, self.passes, self.blocks = module, current, passes, blocks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.passes.open:
+        if self.current is None or self.passes.takes(self.current):
             return self.module(*args, **kwargs)
-        later, self.passes.current = self.passes.current, self.current
         removed = [block for block in self.blocks if block.capturing is None]
         for block in removed:
             block.install()
         try:
-            return self.module(*args, **kwargs)
+            with self.passes.again(self.current):
+                return self.module(*args, **kwargs)
         finally:
-            self.passes.current = later
             for block in removed:
                 block.remove()
 

@@ -20,7 +20,8 @@ def unet_attentions(model: Any) -> list[Any]:
 
 
 def unet_image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
-    return ImageTokens(rows=None, grid=partial(_at_resolution, tuple(arguments["sample"].shape[-2:])))
+    grid = partial(_at_resolution, tuple(arguments["sample"].shape[-2:]))
+    return ImageTokens(rows=None, grid=grid, text=_text(arguments))
 
 
 def _at_resolution(latent: Grid, queries: int) -> Grid:
@@ -38,8 +39,14 @@ def pixart_attentions(model: Any) -> list[Any]:
 
 def pixart_image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
     rows, columns = arguments["hidden_states"].shape[-2:]
-    return ImageTokens(rows=None, grid=(rows // model.config.patch_size, columns // model.config.patch_size))
+    grid = rows // model.config.patch_size, columns // model.config.patch_size
+    return ImageTokens(rows=None, grid=grid, text=_text(arguments))
 
 
-UNET = Family(unet_attentions, unet_image, processors=_PROCESSORS)
-PIXART = Family(pixart_attentions, pixart_image, processors=_PROCESSORS)
+def _text(arguments: dict[str, Any]) -> tuple[int, int] | None:
+    text = arguments.get("encoder_hidden_states")
+    return None if text is None else (0, text.shape[1])
+
+
+UNET = Family(unet_attentions, unet_image, processors=_PROCESSORS, cfg="last")
+PIXART = Family(pixart_attentions, pixart_image, processors=_PROCESSORS, cfg="last")

@@ -22,10 +22,12 @@ class ImageTokens:
         rows: their range, as (start, length); None where all queries are (cross-attention).
         grid: rows and columns of the image, or a function that gives them for a number of queries; it is called when
             maps are read, so it may look at values of tensors. Queries beyond the grid's (reference images) are cut.
+        text: the keys that are text, as (start, length): a selection of others is an error. None: not checked.
     """
 
     rows: tuple[int, int] | None
     grid: Grid | Callable[[int], Grid]
+    text: tuple[int, int] | None = None
 
     def grid_of(self, queries: int) -> Grid:
         return self.grid(queries) if callable(self.grid) else self.grid
@@ -40,12 +42,15 @@ class Family:
         image: the image tokens, from the model and the arguments of its forward pass by name.
         processors: names of the processor classes whose first attention call has this order of tokens; empty: any.
         default_blocks: what ``blocks="default"`` means, where a measurement says which blocks localise best.
+        cfg: which half is conditional, "last" or "first", where the family's pipelines double the batch for
+            classifier-free guidance; None where they do not.
     """
 
     attentions: Callable[[Any], list[Any]]
     image: Callable[[Any, dict[str, Any]], ImageTokens]
     processors: tuple[str, ...] = ()
     default_blocks: str | Sequence[int] = "all"
+    cfg: str | None = None
 
 
 FAMILIES: dict[str, Family] = {}

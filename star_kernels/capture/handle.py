@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -10,18 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from star_kernels.capture.answer import Block, Pass, Passes
+from star_kernels.capture import guidance
+from star_kernels.capture.answer import Block
 from star_kernels.capture.checkpointing import Checkpointing
 from star_kernels.capture.family import Family, Grid, ImageTokens
+from star_kernels.capture.hooks import Hook
+from star_kernels.capture.passes import Pass, Passes
+from star_kernels.capture.silence import reason
 from star_kernels.selection import EMPTY, TokenSelection
-
-HALVES = ("last", "first", None)
 
 
 class MapCapture:
     """Attention maps of every forward pass of a model: the mean over the chosen blocks and their heads.
 
     Made by :func:`star_kernels.capture.attach_maps`. It is a context manager; leaving it removes the capture.
+    It follows one thread at a time: it is an error to begin a pass while another thread's is running, and to read maps
+    that another thread's pass has replaced.
 
     Attributes:
         enabled: False leaves forward passes alone, such as an unconditional or a reference pass, and keeps the maps.
@@ -39,34 +44,40 @@ class MapCapture:
         detach: bool,
     ) -> None:
         self.enabled = True
-        self._model, self._family, self._cfg = model, family, cfg
+        self._model, self._family = model, family
+        self._guidance = guidance.Guidance(cfg, family.cfg)
         self._given = {name: given for name, given in (("rows", rows), ("grid", grid)) if given is not None}
         self._passes = Passes()
+        self._lock = threading.RLock()
         self._blocks = [Block(name, attention, self._passes, detach) for name, attention in attentions.items()]
         self._checkpointing = Checkpointing(model, self._passes, self._blocks)
         self._value: Tensor | None = None
-        self._image: ImageTokens | None = None  # of the pass that gave the maps, as is the batch
-        self._batch = 0
+        self._image: ImageTokens | None = None  # of the pass that gave the maps, as is the part of its batch
+        self._wanted = slice(None)
         self.selection = None
         for block in self._blocks:
             block.install()
-        eager = torch.compiler.disable  # a compiled model calls its hooks outside its graph
         self._hooks = [
-            model.register_forward_pre_hook(eager(self._begin), with_kwargs=True),
-            model.register_forward_hook(eager(self._end), always_call=True),
+            model.register_forward_pre_hook(Hook(self, "_begin"), with_kwargs=True),
+            model.register_forward_hook(Hook(self, "_end"), always_call=True),
         ]
 
     @property
     def selection(self) -> TokenSelection | None:
         """The tokens of the forward passes to come; None captures nothing. Setting it changes nothing in the model."""
-        return self._selection
+        return self._guidance.selection
 
     @selection.setter
     def selection(self, selection: TokenSelection | None) -> None:
         if selection is not None and not isinstance(selection, TokenSelection):
             raise TypeError(f"selection must be a TokenSelection, got {type(selection).__name__}")
-        self._selection = selection
-        self._whole = None if selection is None else _for_whole_batch(selection, self._cfg)
+        with self._lock:
+            self._guidance.selection = selection
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are maps to read: of a captured pass that came to its end, and not taken yet."""
+        return not self._passes.open and all(block.maps is not None for block in self._blocks)
 
     @property
     def value(self) -> Tensor:
@@ -75,16 +86,20 @@ class MapCapture:
         Blocks of different resolution (UNets) are brought to the finest of them, bilinearly.
 
         Raises:
-            RuntimeError: no forward pass has gone through all the chosen blocks yet.
+            RuntimeError: no forward pass has gone through all the chosen blocks yet, or the latest was another thread's
+                while this one has run passes too.
         """
-        if self._value is None:
-            self._value = self._mean()
-        return self._value
+        with self._lock:
+            self._passes.check_reader()
+            if self._value is None:
+                self._value = self._mean()
+            return self._value
 
     def take(self) -> Tensor:
         """The value, of which the handle lets go: it keeps neither the maps nor their graph until the next pass."""
-        value = self.value
-        self._forget()
+        with self._lock:
+            value = self.value
+            self._forget()
         return value
 
     def remove(self) -> None:
@@ -96,6 +111,7 @@ class MapCapture:
         for block in self._blocks:
             block.remove()
         self._checkpointing.end()
+        self._passes.current = None  # for processors that someone has kept
         self._hooks = []
 
     def __enter__(self) -> MapCapture:
@@ -107,36 +123,35 @@ class MapCapture:
     def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model is not self._model:  # a copy of it, which has this hook too
             return
-        self._passes.current = None
-        if self._selection is None or self._whole is None or not self.enabled:
-            return
-        self._forget()
-        arguments = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        self._image = replace(self._family.image(model, arguments), **self._given)
-        self._batch = self._selection.batch
-        doubled = "" if self._cfg is None else f" (twice the selection's {self._batch}, for cfg={self._cfg!r})"
-        self._passes.current = Pass(self._whole, doubled, self._image.rows)
-        self._passes.open = True
-        self._checkpointing.begin()
+        with self._lock:
+            self._passes.clear()
+            selection = self.selection
+            if selection is None or not self.enabled:
+                return
+            arguments = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+            if arguments.get("skip_layers"):  # skip-layer guidance: a pass without some of the blocks
+                return
+            self._forget()
+            self._image = replace(self._family.image(model, arguments), **self._given)
+            if self._image.text is not None:
+                _check_text(selection, *self._image.text)
+            whole, self._wanted, expected = self._guidance.of_pass(selection, arguments)
+            self._passes.begin(Pass(whole, expected, self._image.rows, torch.is_grad_enabled()))
+            self._checkpointing.begin()
 
     def _end(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
-        if model is not self._model or not self._passes.open:
+        if model is not self._model or not self._passes.end():
             return
-        self._passes.open = False
         self._checkpointing.end()
         silent = [block for block in self._blocks if block.maps is None]
         if silent and output is not None:  # without an output an exception is on its way
-            backend = getattr(silent[0].capturing, "_attention_backend", None)
-            raise RuntimeError(
-                f"no maps from {', '.join(block.name for block in silent)}: the attention there did not go through "
-                f"F.scaled_dot_product_attention (its attention backend: {getattr(backend, 'value', backend)}); "
-                'call transformer.set_attention_backend("native")'
-            )
+            names = ", ".join(block.name for block in silent)
+            raise RuntimeError(f"no maps from {names}: {reason(model, silent)}")
 
     def _forget(self) -> None:
         self._value = None
         for block in self._blocks:
-            block.maps = None
+            block.forget()
 
     def _mean(self) -> Tensor:
         found = [block.maps for block in self._blocks if block.maps is not None]
@@ -147,8 +162,7 @@ class MapCapture:
             )
         grids = [self._image.grid_of(maps.shape[-1]) for maps in found]
         finest = max(grids)
-        wanted = slice(-self._batch, None) if self._cfg == "last" else slice(self._batch)
-        parts = [_on_grid(maps[wanted], grid, finest) for maps, grid in zip(found, grids, strict=True)]
+        parts = [_on_grid(maps[self._wanted], grid, finest) for maps, grid in zip(found, grids, strict=True)]
         return torch.stack(parts).mean(dim=0)
 
 
@@ -161,11 +175,18 @@ def _on_grid(maps: Tensor, grid: Grid, finest: Grid) -> Tensor:
     return maps if grid == finest else F.interpolate(maps, finest, mode="bilinear")
 
 
-def _for_whole_batch(selection: TokenSelection, cfg: str | None) -> TokenSelection:
-    """The selection for a batch doubled for guidance: the half that is not wanted selects nothing."""
-    if cfg is None:
-        return selection
-    index, weight = torch.full_like(selection.index, EMPTY), torch.zeros_like(selection.weight)
-    halves = [(index, weight), (selection.index, selection.weight)]
-    (index, first_weight), (last_index, weight) = halves if cfg == "last" else halves[::-1]
-    return TokenSelection(torch.cat([index, last_index]), torch.cat([first_weight, weight]))
+def _check_text(selection: TokenSelection, start: int, length: int) -> None:
+    """The selected positions are text in a pass whose text stands at ``start``: numbers that the host has."""
+    made = selection.text
+    if made is not None and (made[0] != start or made[1] not in (None, length)):
+        whose = f"{made[1]} tokens of text" if made[0] == start else f"text that starts at position {made[0]}"
+        raise ValueError(
+            f"selection was made for {whose} of the joint sequence, but in this pass {length} tokens of text start at "
+            f"position {start}: give select_tokens the image_tokens of this resolution, and regions_of the "
+            "max_sequence_length of this pass"
+        )
+    if selection.last != EMPTY and (selection.first < start or selection.last >= start + length):
+        raise ValueError(
+            f"selection.index must hold positions of text, in this pass {start} to {start + length - 1}, got "
+            f"{selection.first} to {selection.last}: a selection belongs to one size of image and length of text"
+        )

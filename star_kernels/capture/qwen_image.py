@@ -1,6 +1,6 @@
 """Qwen-Image: joint attention over [text, image], with padding of the text masked out.
 
-Guidance runs two forward passes there: capture with ``cfg=None``, and ``enabled = False`` for the unconditional one.
+Guidance runs two forward passes there: capture with ``enabled = False`` for the unconditional one.
 Reference images of the editing models follow the image and are cut.
 """
 
@@ -20,7 +20,8 @@ def image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
     frames, rows, columns = shape[0] if isinstance(shape[0], (list, tuple)) else shape
     if frames != 1:
         raise ValueError(f"img_shapes must be of images, one frame each, got {frames} frames")
-    return ImageTokens(rows=(arguments["encoder_hidden_states"].shape[1], rows * columns), grid=(rows, columns))
+    text = arguments["encoder_hidden_states"].shape[1]
+    return ImageTokens(rows=(text, rows * columns), grid=(rows, columns), text=(0, text))
 
 
 FAMILY = Family(attentions, image, processors=("QwenDoubleStreamAttnProcessor2_0",))

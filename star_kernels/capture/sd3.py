@@ -17,7 +17,8 @@ def attentions(model: Any) -> list[Any]:
 def image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
     height, width = arguments["hidden_states"].shape[-2:]
     grid = height // model.config.patch_size, width // model.config.patch_size
-    return ImageTokens(rows=(0, grid[0] * grid[1]), grid=grid)
+    tokens = grid[0] * grid[1]
+    return ImageTokens(rows=(0, tokens), grid=grid, text=(tokens, arguments["encoder_hidden_states"].shape[1]))
 
 
-FAMILY = Family(attentions, image, processors=("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"))
+FAMILY = Family(attentions, image, processors=("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"), cfg="last")

@@ -10,16 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from star_kernels.allocation import allocate
-from star_kernels.capture import capture_maps
+from star_kernels.capture import MapCapture, capture_maps
 from star_kernels.capture.family import unwrapped
+from star_kernels.capture.hooks import Hook
 from star_kernels.selection import TokenSelection
 
 
 class RecordedMaps:
-    """Maps in the order of the forward passes: ``maps[i]`` is ``[B, G, h, w]``."""
+    """Maps in the order of the captured forward passes: ``maps[i]`` is ``[B, G, h, w]``."""
 
-    def __init__(self) -> None:
+    def __init__(self, capture: MapCapture) -> None:
         self.maps: list[Tensor] = []
+        self._capture = capture
+
+    def _take(self, *_: object) -> None:
+        """Keeps the maps of the pass that has ended, where it was captured."""
+        if self._capture.ready:
+            self.maps.append(self._capture.take())
 
     def weights(self, *, strength: float = 1.0, over: str = "step", cap: float | None = None) -> Tensor:
         """Weights ``[B, Steps, h, w]`` of mean one, of the map of all groups together; options of :func:`allocate`.
@@ -37,24 +44,22 @@ class RecordedMaps:
 def record_maps(transformer: nn.Module, selection: TokenSelection, **options: Any) -> Iterator[RecordedMaps]:
     """Records the attention maps of every forward pass of a diffusers transformer, for the length of a context.
 
+    Passes that skip layers, for skip-layer guidance, have no maps and are left out.
+
     Args:
         transformer: the model that the rollout's pipeline runs, wrapped or not.
         selection: the core tokens of each sample's prompt, on the model's device.
-        options: of :func:`star_kernels.capture.capture_maps`, such as ``cfg=None`` for a model without
-            classifier-free guidance, or ``blocks=...``.
+        options: of :func:`star_kernels.capture.capture_maps`, such as ``cfg="first"`` where the conditional half of a
+            batch doubled for guidance is the first, or ``blocks=...``.
 
     Example:
         >>> with record_maps(pipeline.transformer, selection) as recorded:
         ...     images, latents, log_probs = pipeline_with_logprob(pipeline, ...)
         >>> weights = recorded.weights()  # [B, Steps, h, w]
     """
-    recorded = RecordedMaps()
     with capture_maps(transformer, selection, **options) as capture:
-
-        def take(*_: object) -> None:
-            recorded.maps.append(capture.take())
-
-        hook = unwrapped(transformer).register_forward_hook(torch.compiler.disable(take))  # after the capture's own
+        recorded = RecordedMaps(capture)
+        hook = unwrapped(transformer).register_forward_hook(Hook(recorded, "_take"))  # after the capture's own
         try:
             yield recorded
         finally:

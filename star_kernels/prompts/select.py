@@ -60,7 +60,8 @@ def select_tokens(
             the image comes before the text, without effect where it comes after.
 
     Returns:
-        The selection, on the CPU, and the names of its groups.
+        The selection, on the CPU, and the names of its groups. Its ``text`` says where the text stands, so that a
+        capture refuses an image of another size, or a text padded to another length where that moves its tokens.
 
     Warns:
         Once for words that truncation leaves without a token in every region. Once for prompts without core content, or
@@ -86,7 +87,8 @@ def select_tokens(
     places = {core: place for place, core in enumerate(located)}
     rows = torch.tensor([places[cores[key]] for key in keys])
     names = [sample.names if groups == "phrase" else (", ".join(sample.names),) for sample in samples]
-    return PromptSelection(TokenSelection(built.index[rows], built.weight[rows]), names)
+    text = _text(regions, image_tokens)
+    return PromptSelection(TokenSelection(built.index[rows], built.weight[rows], text), names)
 
 
 def _locate(core: Core, regions: Sequence[TextRegion], offsets: Sequence[int]) -> _Located:
@@ -140,6 +142,13 @@ def _offsets(regions: Sequence[TextRegion], image_tokens: int | None) -> list[in
         why = f", as {', '.join(after_image)} follow the image" if after_image else " or None"
         raise ValueError(f"image_tokens must be an integer of at least 1{why}, got {image_tokens!r}")
     return [region.start + (image_tokens or 0 if region.after_image else 0) for region in regions]
+
+
+def _text(regions: Sequence[TextRegion], image_tokens: int | None) -> tuple[int, int | None] | None:
+    """Where the text stands in the joint sequence, and its length where positions depend on it."""
+    starts = {image_tokens or 0 if region.after_image else 0 for region in regions}
+    lengths = [region.start + region.length for region in regions if region.padded_left]
+    return (starts.pop(), max(lengths, default=None)) if len(starts) == 1 else None
 
 
 def _warn(located: Sequence[_Located], regions: Sequence[TextRegion]) -> None:

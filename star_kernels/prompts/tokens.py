@@ -63,6 +63,11 @@ class TextRegion:
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
+    @property
+    def padded_left(self) -> bool:
+        """Whether padding comes before the text, so that positions depend on ``length``."""
+        return self.padded and getattr(self.tokenizer, "padding_side", "right") == "left"
+
     def characters(self, prompt: str) -> list[Span]:
         """The characters of the prompt behind each token, by position in the region; (0, 0) where there are none."""
         check_prompt(prompt)
@@ -87,7 +92,7 @@ class TextRegion:
             for start, stop in encoded["offset_mapping"]
         ]
         spans = spans[self.dropped :]
-        if self.padded and self.tokenizer.padding_side == "left":
+        if self.padded_left:
             spans = [NOTHING] * (self.length - len(spans)) + spans
         return spans
 

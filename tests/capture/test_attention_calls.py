@@ -208,14 +208,14 @@ class OwnName:
         return self.function(*module.qkv, **options)
 
 
-def test_a_processor_may_call_the_function_by_a_name_of_its_own(selection):
+def test_a_processor_may_call_the_function_by_a_name_of_its_own_and_runs_once(selection):
     model = Model()
     model.attention.processor = OwnName(F.scaled_dot_product_attention)
     expected = model()
     with capture_maps(model, selection, cfg=None, **ROWS) as maps:
         model()
         torch.testing.assert_close(model(), expected)
-        assert model.attention.processor.calls == 4  # one before; the first is repeated, the second is not
+        assert model.attention.processor.calls == 3  # one before, and one for each call of the model
     torch.testing.assert_close(maps.value.flatten(2), map_of((*model.attention.qkv[:2], None), selection, ROWS["rows"]))
 
 
@@ -263,7 +263,28 @@ def test_other_threads_attention_is_left_alone(selection):
     torch.testing.assert_close(maps.value.flatten(2), map_of((*model.attention.qkv[:2], None), selection, ROWS["rows"]))
 
 
-def test_no_mode_watches_an_eager_block(selection):
+def test_a_processor_that_does_not_attend_runs_once(selection):
+    """Its random numbers are drawn once."""
+    runs = []
+
+    class Noise:
+        def __call__(self, module, options):
+            runs.append(torch.rand(()))
+            return module.qkv[0]
+
+    model = Model()
+    model.attention.processor = Noise()
+    for _ in range(2):
+        torch.manual_seed(0)
+        drawn = torch.rand(())
+        torch.manual_seed(0)
+        with capture_maps(model, selection, cfg=None, **ROWS), pytest.raises(RuntimeError, match="no maps"):
+            model()
+        assert runs.pop() == drawn
+        assert not runs
+
+
+def test_a_mode_watches_the_first_eager_call_of_a_class_of_processors_alone(selection):
     """A mode sees every call of PyTorch's functions, at some microseconds each."""
     depths = []
 
@@ -276,4 +297,8 @@ def test_no_mode_watches_an_eager_block(selection):
     model.attention.processor = Counts()
     with capture_maps(model, selection, cfg=None, **ROWS):
         model()
-    assert depths == [0]
+        model()
+    model.attention.processor = Counts()
+    with capture_maps(model, selection, cfg=None, **ROWS):
+        model()
+    assert depths == [1, 0, 0]

@@ -12,6 +12,7 @@ from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, TEXT, flux_inputs
 
 from star_kernels.capture import capture_maps
 from star_kernels.capture.cross_attention import _at_resolution
+from star_kernels.capture.flux import image as _image
 
 
 @pytest.fixture(params=CASES)
@@ -124,6 +125,33 @@ def test_tokens_of_reference_images_are_cut(family):
     longer = type(case)(case.build, case.inputs, case.rows, case.text, keys=TEXT + IMAGE + 20)
     expected = expected_maps(model, inputs, longer, case.selection)
     torch.testing.assert_close(maps.value, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_ids_that_are_written_to_between_passes_give_the_new_grid(mode):
+    case = CASES["flux"]
+    model, inputs = case.make()
+    with mode(), capture_maps(model, case.selection) as maps:
+        inputs = {name: value.clone() for name, value in inputs.items()}
+        ids = inputs["img_ids"]
+        model(**inputs)
+        assert maps.value.shape[2:] == (ROWS, COLUMNS)
+        model(**inputs)
+        assert maps.value.shape[2:] == (ROWS, COLUMNS)
+        ids[:, 1], ids[:, 2] = torch.arange(IMAGE) // ROWS, torch.arange(IMAGE) % ROWS  # portrait
+        model(**inputs)
+        ids.zero_()  # written to again before the maps are read
+        assert maps.value.shape[2:] == (COLUMNS, ROWS)
+
+
+@torch.no_grad()
+def test_ids_are_read_once():
+    model, inputs = CASES["flux"].make()
+    ids = inputs["img_ids"]
+    first, again = (_image(model, inputs).grid for _ in range(2))
+    assert first is again
+    ids += 0
+    assert _image(model, inputs).grid is not first
 
 
 @torch.no_grad()

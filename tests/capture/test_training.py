@@ -1,10 +1,13 @@
 """What trainers do to a model works under capture: checkpointing, LoRA, sharding, quantised layers, losses on maps."""
 
 import copy
+import io
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("diffusers")
 
@@ -13,6 +16,7 @@ from tiny_models import CASES
 
 from star_kernels import TokenSelection
 from star_kernels.capture import attach_maps, capture_maps
+from star_kernels.integrations.record import record_maps
 
 FAMILIES = ["sd3.5", "flux", "qwen-image", "sd"]
 
@@ -130,6 +134,37 @@ def test_maps_are_differentiable_on_request(family, checkpointed):
         (found,) = torch.autograd.grad(guidance(maps.take()), latent)
     assert expected.abs().max() > 1e-5
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
+
+
+def reentrant(model, wrapped):
+    """Checkpointing as PyTorch once did it: the first time without gradients."""
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrappers
+
+    if not wrapped:
+        return model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=True))
+    kind = partial(wrappers.checkpoint_wrapper, checkpoint_impl=wrappers.CheckpointImpl.REENTRANT)
+    blocks = set(model.transformer_blocks)
+    return wrappers.apply_activation_checkpointing(model, kind, check_fn=lambda module: module in blocks)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["diffusers", "PyTorch"])
+def test_maps_of_reentrant_checkpointing_are_never_constant_without_a_word(wrapped):
+    case = CASES["sd3.5"]
+    model, inputs, expected, expected_maps = plain(case)
+    reentrant(model, wrapped)
+    with (
+        capture_maps(model, case.selection, detach=False) as maps,
+        pytest.raises(ValueError, match=r"transformer_blocks\.0\..*attn runs without gradients .*use_reentrant=False"),
+    ):
+        model(**inputs)
+    with capture_maps(model, case.selection) as maps:  # detached, they are as ever
+        loss_of(model, inputs).backward()
+    torch.testing.assert_close(maps.value, expected_maps, rtol=0, atol=1e-6)
+    found = gradients(model)
+    assert_same({name.replace("_checkpoint_wrapped_module.", ""): g for name, g in found.items()}, expected)
+    with torch.no_grad(), capture_maps(model, case.selection, detach=False) as maps:
+        model(**inputs)
+    assert not maps.value.requires_grad
 
 
 def lora(model):
@@ -256,3 +291,20 @@ def test_a_copy_of_a_captured_model_is_plain():
         copied(**{**inputs, "hidden_states": -inputs["hidden_states"]})
         assert torch.equal(maps.value, value)
     assert type(copied.transformer_blocks[0].attn.processor) is processor
+
+
+@torch.no_grad()
+def test_a_captured_model_is_saved_without_its_capture():
+    case = CASES["sd3"]
+    model, inputs = case.make()
+    processor = type(model.transformer_blocks[0].attn.processor)
+    file = io.BytesIO()
+    with record_maps(model, case.selection) as recorded:
+        output = model(**inputs).sample
+        torch.save(model, file)
+        model(**inputs)
+    assert len(recorded.maps) == 2
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    assert type(loaded.transformer_blocks[0].attn.processor) is processor
+    assert torch.equal(loaded(**inputs).sample, output)
+    assert b"star_kernels" not in file.getvalue()  # which loading does not need

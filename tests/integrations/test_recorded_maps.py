@@ -31,7 +31,7 @@ def sd3() -> tuple[nn.Module, Any, TokenSelection]:
     def inputs(seed: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
         return {
-            "hidden_states": torch.randn(2 * BATCH, 4, 2 * ROWS, 2 * COLUMNS, generator=generator),
+            "hidden_states": torch.randn(BATCH, 4, 2 * ROWS, 2 * COLUMNS, generator=generator).repeat(2, 1, 1, 1),
             "encoder_hidden_states": torch.randn(2 * BATCH, TEXT, 32, generator=generator),
             "pooled_projections": torch.randn(2 * BATCH, 16, generator=generator),
             "timestep": torch.full((2 * BATCH,), 500.0),

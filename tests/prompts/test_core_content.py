@@ -31,6 +31,50 @@ def test_a_letter_is_not_cut_from_its_mark() -> None:
         phrases("แมวสีแดง", ["ส"])
 
 
+SPELLINGS = {
+    "a straight quote for a curly one": ("the dog\u2019s \u201cbig\u201d bowl", 'dog\'s "big" bowl', (4, 20)),
+    "a curly quote for a straight one": ("the dog's bowl", "dog\u2019s", (4, 9)),
+    "a modifier letter": ("the dog\u02bcs bowl", "dog's", (4, 9)),
+    "NFD for NFC": ("a red caf\u00e9 here", "cafe\u0301", (6, 10)),
+    "NFC for NFD": ("a red cafe\u0301 here", "caf\u00e9", (6, 11)),
+    "marks in another order": ("a\u0323\u0302 b", "\u1ead", (0, 3)),
+    "marks in no canonical order": ("a\u0302\u0323 b", "\u1ead", (0, 3)),
+    "Hangul in letters": ("\u1112\u1161\u11ab\u1100\u1173\u11af", "\ud55c\uae00", (0, 6)),
+    "Hangul in syllables": ("\ud55c\uae00", "\u1112\u1161\u11ab", (0, 1)),
+    "kana": ("\u304c\u306a", "\u304b\u3099", (0, 1)),
+}
+
+
+@pytest.mark.parametrize(("prompt", "phrase", "span"), SPELLINGS.values(), ids=SPELLINGS)
+def test_a_phrase_is_found_whatever_its_quotes_and_its_normal_form(
+    prompt: str, phrase: str, span: tuple[int, int]
+) -> None:
+    core = phrases(prompt, [phrase])
+    assert core.spans == (span,)
+    assert core.names == (phrase,)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "phrase"),
+    [
+        ("a caf\u00e9", "cafe"),
+        ("\u304c\u306a", "\u304b"),  # a kana without its voicing mark
+        ("\u304b\u3099\u306a", "\u304b"),
+        ("\ud55c", "\ud558"),  # a Hangul syllable without its last letter
+        ("\u1112\u1161\u11ab", "\ud558"),
+    ],
+)
+def test_a_part_of_a_character_is_no_phrase(prompt: str, phrase: str) -> None:
+    with pytest.raises(ValueError, match="must stand in the prompt"):
+        phrases(prompt, [phrase])
+
+
+def test_spellings_of_one_name_are_one_phrase() -> None:
+    core = phrases("the dog\u2019s bowl and the dog's caf\u00e9", ["dog\u2019s", "dog's", "cafe\u0301", "caf\u00e9"])
+    assert core.names == ("dog\u2019s", "cafe\u0301")
+    assert core.words == ("dog\u2019s", "dog's", "caf\u00e9")
+
+
 def test_a_phrase_is_text_and_no_pattern() -> None:
     assert phrases("a (red) r.d owl", ["(red)", "r.d"]).words == ("(red)", "r.d")
 
