@@ -15,6 +15,8 @@ import logging
 import os
 import re
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,21 +34,54 @@ def main(arguments: list[str] | None = None) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    import torch
+
     from star_trainer.rewards.base import RewardError
     from star_trainer.trainer import Trainer
 
     try:
         trainer = Trainer(config)
         trainer.run()
-    except (ValueError, OSError, ImportError, RewardError) as error:
+    except KeyboardInterrupt:  # while it was being loaded
+        return 130
+    except (ValueError, OSError, ImportError, FloatingPointError, RewardError) as error:
         print(f"star-train: error: {redact(str(error))}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"star-train: error: {error}", file=sys.stderr)
+        print("Resume (output.resume) with a smaller rollout.batch or train.batch, or with", file=sys.stderr)
+        print("model.gradient_checkpointing: these change no result.", file=sys.stderr)
         return 1
     except Exception as error:
         print(redacted_traceback(error), end="", file=sys.stderr)
         return 1
     if trainer.accelerator.is_main_process:
-        print(summary(Path(config.output.folder)))
+        with suppress(OSError):  # nobody reads it any more
+            print(summary(Path(config.output.folder)))
     return 0
+
+
+def entry() -> NoReturn:
+    """What the shell runs: :func:`main`, then the end of the process.
+
+    A reward that hangs, or was still at work when an error ended the run, has a thread within C++, which Python's own
+    exit aborts (SIGABRT). Such a process leaves without that.
+    """
+    try:
+        status = main()
+    except Exception as error:
+        print(redacted_traceback(error), end="", file=sys.stderr)
+        status = 1
+    working = [thread for thread in threading.enumerate() if thread.name.startswith("reward")]
+    for thread in working:
+        thread.join(1.0)
+    if any(thread.is_alive() for thread in working):
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def summary(folder: Path) -> str:
@@ -137,4 +172,4 @@ def fail(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    entry()

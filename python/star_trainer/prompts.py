@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping
@@ -60,6 +61,14 @@ def load_prompts(source: str, *, seed: str = "train", setting: str = "data.promp
     if not prompts:
         raise ValueError(f"{path} has no prompts")
     return prompts
+
+
+def digest(prompts: list[Prompt]) -> str:
+    """The same for the same prompts and metadata alone."""
+    found = hashlib.sha256()
+    for prompt in prompts:
+        found.update(json.dumps([prompt.text, prompt.metadata], sort_keys=True, default=str).encode() + b"\n")
+    return found.hexdigest()
 
 
 def choose(prompts: list[Prompt], count: int, epoch: int, seed: int) -> list[Prompt]:

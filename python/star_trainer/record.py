@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,8 @@ STRIPS = 3
 class Record:
     """Writes to the run's folder; a disabled one, of all but the first process, writes nothing.
 
+    What cannot be written or drawn ends no run: each kind of it warns once (RuntimeWarning).
+
     Args:
         resumed_at: epochs done; later lines of metrics.jsonl, of a run that was cut off, are dropped.
     """
@@ -32,40 +39,59 @@ class Record:
         self.config, self.enabled = config, enabled
         self.folder = Path(config.output.folder)
         self.board: Any = None
+        self.evaluated: set[int] = set()  # epochs
+        self._warned: set[str] = set()
         if not enabled:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = read_metrics(self.folder) if resumed_at else []
         kept = [line for line in lines if line["epoch"] <= resumed_at]
-        (self.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-        (self.folder / "config.json").write_text(json.dumps(redacted(asdict(config)), indent=1))
+        self.evaluated = {line["epoch"] for line in kept if line["event"] == "evaluation"}
+        _replace(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        _replace(self.folder / "config.json", json.dumps(redacted(asdict(config)), indent=1))
         if config.output.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            with self._spared("TensorBoard's files"):
+                from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resumed_at or None)
+                self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resumed_at or None)
 
     def metrics(self, event: str, epoch: int, values: dict[str, float]) -> None:
         if not self.enabled:
             return
         line = {"event": event, "epoch": epoch, **{name: round(value, 8) for name, value in values.items()}}
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        with self._spared("metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(f"{event}/{name}", value, epoch)
+            with self._spared("TensorBoard's files"):
+                for name, value in values.items():
+                    self.board.add_scalar(f"{event}/{name}", value, epoch)
         if event == "evaluation":
-            self._curve()
+            with self._spared("reward.png"):
+                curve(read_metrics(self.folder)).savefig(self.folder / "reward.png", dpi=110)
 
     def samples(self, epoch: int, images: list[Tensor], prompts: list[str], scores: list[float]) -> None:
         """A grid of evaluation samples with their prompts and rewards."""
-        if self.enabled:
+        if not self.enabled or not self.config.output.pictures_every:
+            return
+        with self._spared("sample grids"):
             titles = [f"{score:.2f}: {prompt}" for prompt, score in zip(prompts, scores, strict=True)]
             grid(images[:MOST], titles[:MOST]).savefig(self.folder / f"samples-{epoch:06d}.png", dpi=90)
 
     def allocation(self, epoch: int, batch: Batch) -> None:
-        """The weights of the first samples over space and trained steps."""
-        if not self.enabled or not batch.steps or batch.steps[0].weights is None:
+        """The weights of the first samples over space and trained steps, at every so many epochs and the first."""
+        every = self.config.output.pictures_every
+        if not self.enabled or not every or (epoch > 1 and epoch % every):
             return
+        if batch.steps and batch.steps[0].weights is not None:
+            with self._spared("allocation strips"):
+                self._strips(epoch, batch)
+
+    def close(self) -> None:
+        if self.board is not None:
+            with self._spared("TensorBoard's files"):
+                self.board.close()
+
+    def _strips(self, epoch: int, batch: Batch) -> None:
         labels = [f"step {step.number}" for step in batch.steps]
         for n in range(min(STRIPS, len(batch.numbers))):
             values = torch.stack([step.weights[n] for step in batch.steps if step.weights is not None])
@@ -81,25 +107,46 @@ class Record:
             )
             figure.savefig(self.folder / f"allocation-{epoch:06d}-{n}.png", dpi=90)
 
-    def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
-
-    def _curve(self) -> None:
-        curve(read_metrics(self.folder)).savefig(self.folder / "reward.png", dpi=110)
+    @contextmanager
+    def _spared(self, what: str) -> Iterator[None]:
+        """Nothing that goes wrong here ends the run."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._warned:
+                self._warned.add(what)
+                warnings.warn(
+                    f"{what} of {self.folder} cannot be written, and the run goes on without: {error!r}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that was cut off while it was written is left out."""
+    """The records of metrics.jsonl; what is none, as a line that was cut off while it was written, is left out."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     found = []
     for line in lines:
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:
             continue
+        if (
+            isinstance(record, dict)
+            and isinstance(record.get("event"), str)
+            and type(record.get("epoch")) is int
+            and type(record.get("reward")) in (int, float)
+        ):
+            found.append(record)
     return found
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file that is whole, or as it was, at any moment."""
+    work = path.with_name(f".{path.name}.tmp")
+    work.write_text(text)
+    os.replace(work, path)
 
 
 def grid(images: list[Tensor], titles: list[str]) -> Figure:

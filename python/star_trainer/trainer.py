@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import signal
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,9 +20,10 @@ from star_trainer.average import Average
 from star_trainer.config import Config
 from star_trainer.credit import advantages_of, check_rewards, cores_of
 from star_trainer.limits import check
+from star_trainer.lock import lock, unlock
 from star_trainer.policy import Policy
 from star_trainer.prompt_checks import check_prompts
-from star_trainer.prompts import Prompt, choose, load_prompts
+from star_trainer.prompts import Prompt, choose, digest, load_prompts
 from star_trainer.record import Record
 from star_trainer.rewards import build
 from star_trainer.rewards.base import RewardError, Scores
@@ -29,6 +31,7 @@ from star_trainer.rewards.images import slices
 from star_trainer.rewards.service import RewardService
 from star_trainer.rollout import Batch, capture, roll_out, sample
 from star_trainer.schedule import shares
+from star_trainer.signals import Signals, launched
 from star_trainer.update import Updater
 
 log = logging.getLogger("star_trainer")
@@ -39,6 +42,7 @@ class Trainer:
 
     Attributes:
         epoch: epochs done.
+        stopped: ends the run after the epoch, once it is set.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator | None = None, *, progress: bool = True) -> None:
@@ -53,6 +57,16 @@ class Trainer:
         reward = build(config.reward.weights, device=str(self.accelerator.device), options=config.reward.options)
         check_rewards(reward, config.allocation)
         check_prompts(self.prompts, self.eval_prompts, reward, config)
+        self.folder = Path(config.output.folder)
+        if self.accelerator.is_main_process:
+            lock(self.folder)
+            checkpoint.clean(self.folder)
+        found = checkpoint.find(self.folder)
+        if found and not config.output.resume:
+            raise ValueError(
+                f"output.folder {self.folder} holds {found[-1].name} of another run: set output.resume to go on with "
+                "that, or choose another folder"
+            )
         self.policy = Policy(config, self.accelerator.device)
         self.policy.latent_shape(config.rollout.resolution)
         if config.allocation.method == "star":
@@ -68,50 +82,55 @@ class Trainer:
             on_failure=config.reward.on_failure,
         )
         self.epoch = self._saved = 0
+        self._kept: checkpoint.Snapshot | None = None  # of the latest epoch, where that is not saved
+        self._writing = threading.Lock()  # and replacing what is kept
+        self._shown: Batch | None = None  # a batch of the latest epoch, to be drawn
         self.stopped = False
-        self.folder = Path(config.output.folder)
-        if found := checkpoint.find(self.folder):
-            if not config.output.resume:
-                raise ValueError(
-                    f"output.folder {self.folder} holds {found[-1].name} of another run: set output.resume to go on "
-                    "with that, or choose another folder"
-                )
-            self.epoch = self._saved = checkpoint.restore(found[-1], *self._state(), config)
+        if found:
+            self.epoch = self._saved = checkpoint.restore(found[-1], self._live())
             log.info("resumed from %s", found[-1])
         self.record = Record(config, enabled=self.accelerator.is_main_process, resumed_at=self.epoch)
         self.progress = progress and self.accelerator.is_main_process
 
     def run(self) -> None:
-        """Trains to the last epoch, or until a signal to terminate, and leaves a checkpoint and the trained weights."""
-        config = self.config
-        previous = self._catch_signals()
+        """Trains to the last epoch, or until a signal, and leaves a checkpoint and the trained weights.
+
+        Whatever ends it, the epochs that are done are saved.
+        """
         try:
-            if self.epoch == 0 and config.evaluation.every:
-                self.evaluate()
-            bar = tqdm(range(self.epoch, config.train.epochs), desc="epochs", disable=self._quiet)
-            for _ in bar:
-                metrics = self.train_epoch()
-                bar.set_postfix(reward=f"{metrics['reward']:.3f}")
-                if bar.disable and self.progress:
-                    log.info("epoch %d: reward %.4f", self.epoch, metrics["reward"])
-                finished = self.epoch == config.train.epochs
-                last = finished or self._must_stop()
-                every = config.output.checkpoint_every
-                if last or (every and self.epoch % every == 0):
-                    self._save()
-                if config.evaluation.every and (finished or self.epoch % config.evaluation.every == 0):
-                    self.evaluate()
-                if last:
-                    break
-            self._export()
-        except RewardError:  # in a rollout or an evaluation: the weights are those of the last whole epoch
-            self._save()
-            raise
+            with Signals(self._save_at_once) as signals:
+                self._signals = signals
+                try:
+                    self._run()
+                except BaseException:
+                    self._rescue()
+                    raise
         finally:
             self.rewards.close()
             self.record.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            unlock(self.folder)
+
+    def _run(self) -> None:
+        config = self.config
+        if self._lacks_evaluation():
+            self.evaluate()
+        with tqdm(total=config.train.epochs, initial=self.epoch, desc="epochs", disable=self._quiet) as bar:
+            while self.epoch < config.train.epochs and not self._must_stop():
+                metrics = self.train_epoch()
+                self._keep()
+                bar.update()
+                bar.set_postfix(reward=f"{metrics['reward']:.3f}")
+                if bar.disable and self.progress:
+                    log.info("epoch %d: reward %.4f", self.epoch, metrics["reward"])
+                stopping, every = self._must_stop(), config.output.checkpoint_every
+                if stopping or self.epoch == config.train.epochs or (every and self.epoch % every == 0):
+                    self._save()
+                shown, self._shown = self._shown, None
+                if shown is not None:
+                    self.record.allocation(self.epoch, shown)
+                if self._evaluates() and not stopping:  # else it is made up for when the run is resumed
+                    self.evaluate()
+        self._export()
 
     def train_epoch(self) -> dict[str, float]:
         """One rollout of all samples, and its updates. Returns what is recorded of it."""
@@ -158,9 +177,7 @@ class Trainer:
             "seconds/update": time.perf_counter() - judged,
         }
         self.record.metrics("epoch", self.epoch, recorded)
-        every = config.output.pictures_every
-        if every and (self.epoch == 1 or self.epoch % every == 0):
-            self.record.allocation(self.epoch, batches[0][0])
+        self._shown = batches[0][0]
         return recorded
 
     def roll_out(self, prompts: Sequence[Prompt], numbers: Sequence[int]) -> Batch:
@@ -241,32 +258,77 @@ class Trainer:
         """Over processes."""
         return float(self.accelerator.reduce(value.detach().float().to(self.accelerator.device), "mean").item())
 
-    def _state(self) -> tuple[Any, Any, Average, Any]:
+    def _live(self) -> checkpoint.Live:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return self.policy.transformer, inner, self.average, self.accelerator
+        return checkpoint.Live(
+            self.policy.transformer, inner, self.average, self.accelerator, self.config, digest(self.prompts)
+        )
+
+    def _keep(self) -> None:
+        """Copies the state after an epoch to the first process's memory, from where it can be saved at any moment.
+
+        In an epoch the weights are of no whole one, and to bring together their parts takes all processes.
+        """
+        snapshot = checkpoint.take(self._live(), self.epoch)
+        with self._writing:
+            self._kept = snapshot
 
     def _save(self) -> None:
-        if self.epoch > self._saved:
-            checkpoint.save(self.folder, self.epoch, *self._state(), self.config)
-            self._saved = self.epoch
-
-    def _export(self) -> None:
-        with self.average.in_place():
-            self.policy.export(self.folder / "final", write=self.accelerator.is_main_process)
+        """Writes what is kept. All processes call it."""
+        self._write()
         self.accelerator.wait_for_everyone()
 
-    def _catch_signals(self) -> dict[int, Any]:
-        """A signal to terminate ends the run after the epoch, with a checkpoint."""
+    def _write(self) -> None:
+        with self._writing:
+            kept, self._kept = self._kept, None  # what cannot be written is not tried again
+            if kept is not None:
+                checkpoint.write(kept, self.folder, self.config.output.keep)
+                self._saved = kept.epoch
 
-        def stop(number: int, frame: Any) -> None:
-            self.stopped = True
-            log.warning("signal %d: this epoch is finished and saved, then the run ends", number)
-
+    def _rescue(self) -> None:
+        """Writes what is kept while an exception ends the run, without the other processes."""
         try:
-            return {number: signal.signal(number, stop) for number in (signal.SIGTERM,)}
-        except ValueError:  # not in the main thread
-            return {}
+            self._write()
+        except Exception as error:
+            log.error("the epochs since %d are lost: %s", self._saved, error)
+
+    def _save_at_once(self, reason: str) -> None:
+        """Saves what is done, in a thread of its own, as soon as the run is asked to end."""
+        if not self.accelerator.is_main_process:
+            return
+        log.warning("%s: the run ends after this epoch", reason)
+        self._rescue()
+        log.warning(
+            "%d epochs are saved in %s. The epoch under way is finished and saved as well%s; if the process is killed "
+            "before that, this epoch is lost. A second Ctrl-C ends the run on the spot",
+            self._saved,
+            self.folder,
+            ", as far as the launcher leaves the time (torchrun kills its processes after 30 s)" if launched() else "",
+        )
+
+    def _export(self) -> None:
+        folder = self.folder / "final"
+        try:
+            with self.average.in_place():
+                self.policy.export(folder, write=self.accelerator.is_main_process)
+        except SafetensorError as error:
+            raise OSError(f"{folder} cannot be written: {error}") from error
+        self.accelerator.wait_for_everyone()
+
+    def _evaluates(self) -> bool:
+        """Whether there is an evaluation after this epoch."""
+        every = self.config.evaluation.every
+        return bool(every) and (self.epoch % every == 0 or self.epoch == self.config.train.epochs)
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether the evaluation of this epoch was not made, as that of a run that was killed meanwhile."""
+        lacks = self.accelerator.is_main_process and self.epoch not in self.record.evaluated
+        return self._evaluates() and self._any(lacks)
 
     def _must_stop(self) -> bool:
-        flag = torch.tensor([float(self.stopped)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum").item())
+        return self._any(self.stopped or self._signals.stopped)
+
+    def _any(self, flag: bool) -> bool:
+        """Whether it holds in any process."""
+        value = torch.tensor([float(flag)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(value, "sum").item())

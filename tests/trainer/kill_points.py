@@ -108,7 +108,7 @@ def check(config: Config) -> None:
             Accelerator(cpu=True),
             progress=False,
         )
-        checkpoint.restore(path, *made._state(), made.config)
+        checkpoint.restore(path, made._live())
     done = [line["epoch"] for line in record.read_metrics(Path(config.output.folder)) if line["event"] == "epoch"]
     last = int(found[-1].name.split("-")[1]) if found else 0
     assert last >= max(done, default=0) - 1, (last, done)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -11,10 +10,13 @@ from typing import Any
 
 import pytest
 import rewards_that_fail
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file
 
 from star_trainer import checkpoint
+from star_trainer import trainer as module
 from star_trainer.config import Config
+from star_trainer.record import Record, read_metrics
 from star_trainer.rewards.base import RewardError
 from star_trainer.trainer import Trainer
 
@@ -91,35 +93,132 @@ def test_sigterm_finishes_the_epoch_and_saves_it(
     before = signal.getsignal(signal.SIGTERM)
     trainer_of(failing("terminate", after=2, train={"epochs": 9})).run()
     assert signal.getsignal(signal.SIGTERM) is before
-    assert [path.name for path in checkpoint.find(tmp_path / "run")] == ["checkpoint-000002"]
+    assert checkpoint.find(tmp_path / "run")[-1].name == "checkpoint-000002"
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines if line["event"] == "epoch"] == [1, 2]
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_whatever_ends_a_run_the_epochs_done_are_saved(
+    configure: Callable[..., Config],
+    trainer_of: Callable[[Config], Trainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+) -> None:
+    """Also within the updates of an epoch, when the weights are those of no whole one."""
+    trainer = trainer_of(configure(train={"epochs": 3, "updates": 2}))
+    step, steps, weights = trainer.updater.step, 0, dict[str, torch.Tensor]()
+
+    def failing(*arguments: Any) -> Any:
+        nonlocal steps, weights
+        steps += 1
+        if steps == 5:
+            weights = {name: p.detach().clone() for name, p in trainer.average.parameters.items()}
+        if steps == 6:
+            raise error("no more")
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer.updater, "step", failing)
+    with pytest.raises(error, match="no more"):
+        trainer.run()
+    assert [path.name for path in checkpoint.find(tmp_path / "run")] == ["checkpoint-000002"]
+    saved = load_file(tmp_path / "run" / "checkpoint-000002" / "weights.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in weights.items())
+
+
+def test_what_is_done_is_saved_as_soon_as_the_run_is_to_end(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the thread of the signals, before this epoch ends: it may be killed first."""
+    trainer = trainer_of(configure())
+    trainer.train_epoch()
+    trainer._keep()
+    trainer._save_at_once("SIGTERM")
+    assert [path.name for path in checkpoint.find(trainer.folder)] == ["checkpoint-000001"]
+    assert "1 epochs are saved" in caplog.text
+    assert "if the process is killed before that, this epoch is lost" in caplog.text
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[Callable[[int], None]]:
+    """Writing beyond so many bytes fails, with the exception of who writes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(
+    configure: Callable[..., Config],
+    trainer_of: Callable[[Config], Trainer],
+    file_size_limit: Callable[[int], None],
+) -> None:
+    trainer = trainer_of(configure(train={"epochs": 3}))
+    trainer.train_epoch()
+    trainer._keep()
+    trainer._save()
+    trainer.train_epoch()
+    trainer._keep()
+    file_size_limit(2000)
+    with pytest.raises(
+        OSError, match=r"checkpoint-000002 cannot be written: .*I/O error.*it takes .* MB, .* MB are fr"
+    ):
+        trainer._save()
+    with pytest.raises(OSError, match="final cannot be written: .*I/O error"):
+        trainer._export()
+    assert [path.name for path in trainer.folder.glob("*checkpoint*")] == ["checkpoint-000001"]
+
+
+def test_what_a_killed_run_was_writing_is_removed(
     configure: Callable[..., Config],
     trainer_of: Callable[[Config], Trainer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    written = []
+    half = tmp_path / "run" / ".checkpoint-000007.tmp"
+    half.mkdir(parents=True)
+    (half / "weights.safetensors").write_bytes(b"half")
+    monkeypatch.setattr(module, "Policy", None)  # which is made afterwards
+    with pytest.raises(TypeError):
+        trainer_of(configure())
+    assert not half.exists()
 
-    def until_full(values: Any, path: Path) -> None:
-        written.append(path)
-        if len(written) > 4:  # the first's three files and the second's weights
-            Path(path).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(values, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", until_full)
-    with pytest.raises(OSError, match="No space left"):
-        trainer_of(configure(train={"epochs": 3}, output={"checkpoint_every": 1})).run()
-    assert [path.name for path in checkpoint.find(tmp_path / "run")] == ["checkpoint-000001"]
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
-    trainer = trainer_of(configure(train={"epochs": 3}, output={"checkpoint_every": 1, "resume": True}))
-    assert trainer.epoch == 1
-    trainer.run()
-    assert [path.name for path in checkpoint.find(tmp_path / "run")] == ["checkpoint-000002", "checkpoint-000003"]
+def test_a_run_that_is_killed_in_an_evaluation_makes_up_for_it(
+    configure: Callable[..., Config],
+    trainer_of: Callable[[Config], Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = configure(evaluation={"every": 1}, output={"resume": True})
+    killed = trainer_of(config)
+    monkeypatch.setattr(killed, "_collect", interrupted_in_evaluation(killed._collect))
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+
+    def evaluated() -> list[int]:
+        return [line["epoch"] for line in read_metrics(killed.folder) if line["event"] == "evaluation"]
+
+    assert evaluated() == [0]
+    resumed = trainer_of(config)
+    resumed.run()
+    assert evaluated() == [0, 1]
+    resumed.record = Record(config, enabled=True, resumed_at=1)
+    assert not resumed._lacks_evaluation()
+
+
+def interrupted_in_evaluation(collect: Callable[..., Any]) -> Callable[..., Any]:
+    """In the second one."""
+    evaluations = 0
+
+    def interrupted(waiting: Any, count: int, *phrases: int) -> Any:
+        nonlocal evaluations
+        evaluations += not phrases
+        if evaluations == 2:
+            raise KeyboardInterrupt
+        return collect(waiting, count, *phrases)
+
+    return interrupted
 
 
 def test_another_runs_folder_is_refused(
@@ -130,17 +229,6 @@ def test_another_runs_folder_is_refused(
     with pytest.raises(ValueError, match=r"holds checkpoint-000001 of another run: set output\.resume"):
         trainer_of(configure())
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-
-
-@pytest.mark.parametrize("part", ["weights.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_named(
-    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path, part: str
-) -> None:
-    trainer_of(configure()).run()
-    path = tmp_path / "run" / "checkpoint-000001" / part
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="checkpoint-000001 cannot be read"):
-        trainer_of(configure(train={"epochs": 2}, output={"resume": True}))
 
 
 def test_only_so_many_checkpoints_stay(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from star_trainer import checkpoint
 from star_trainer.config import Config
+from star_trainer.prompts import Prompt, digest, load_prompts
 from star_trainer.trainer import Trainer
 
 
@@ -58,11 +61,67 @@ def test_a_setting_that_a_checkpoint_lacks_had_its_default(
         trainer_of(other)
 
 
-def test_a_checkpoint_of_another_configuration_is_refused_by_key(
-    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer]
-) -> None:
-    config = configure()
-    trainer_of(config).run()
-    with pytest.raises(ValueError, match=r"train\.kl_coef: 0\.0 there, 0\.5 here"):
-        trainer_of(configure(train={"epochs": 2, "kl_coef": 0.5}, output={"resume": True})).run()
-    assert len(checkpoint.find(Path(config.output.folder))) == 1
+def test_a_checkpoint_of_another_configuration_is_refused_by_key(trained: Trainer) -> None:
+    live = trained._live()
+    other = replace(live.config, train=replace(live.config.train, epochs=2, kl_coef=0.5))
+    message = r"train\.kl_coef: 0\.0 there, 0\.5 here\. These settings change what is trained"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.restore(checkpoint.find(trained.folder)[-1], replace(live, config=other))
+
+
+@pytest.fixture
+def trained(configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path) -> Trainer:
+    """After an epoch, which is saved."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red bench\na clock\n")
+    trainer = trainer_of(configure(data={"prompts": str(prompts)}))
+    trainer.train_epoch()
+    trainer._keep()
+    trainer._save()
+    return trainer
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_changes_memory_alone_may_change(trained: Trainer) -> None:
+    """As after a lack of it. What is drawn does not depend on the batches: test_update.py."""
+    live = trained._live()
+    other = replace(
+        live.config,
+        model=replace(live.config.model, gradient_checkpointing=True),
+        rollout=replace(live.config.rollout, batch=1),
+        train=replace(live.config.train, batch=1),
+    )
+    assert checkpoint.restore(checkpoint.find(trained.folder)[-1], replace(live, config=other)) == 1
+
+
+def test_the_batches_do_not_change_what_is_drawn(configure: Callable[..., Config], trained: Trainer) -> None:
+    found = []
+    for rows in ([range(4)], [range(1), range(1, 4)]):
+        batches = [trained.roll_out([trained.prompts[n // 2] for n in numbers], numbers) for numbers in rows]
+        found.append(torch.cat([batch.steps[0].prev_sample for batch in batches]))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+
+
+def test_prompts_that_were_edited_are_noticed(trained: Trainer, tmp_path: Path) -> None:
+    path = checkpoint.find(trained.folder)[-1]
+    (tmp_path / "prompts.txt").write_text("a red bench\na cloak\n")
+    edited = replace(trained._live(), prompts=digest(load_prompts(str(tmp_path / "prompts.txt"))))
+    with pytest.warns(
+        RuntimeWarning, match=r"prompts\.txt has other prompts than .*: epochs from 2 on take the new ones"
+    ):
+        assert checkpoint.restore(path, edited) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_prompts_may_move(trained: Trainer) -> None:
+    path, live = checkpoint.find(trained.folder)[-1], trained._live()
+    moved = replace(live.config, data=replace(live.config.data, prompts="elsewhere.txt"))
+    assert checkpoint.restore(path, replace(live, config=moved)) == 1
+    with pytest.raises(ValueError, match=r"data\.prompts: '.*prompts\.txt' there, 'elsewhere\.txt' here"):
+        checkpoint.restore(path, replace(live, config=moved, prompts="of others"))
+
+
+def test_metadata_counts_among_the_prompts() -> None:
+    one, other = ([Prompt("a clock", {"count": n, "tag": "x"})] for n in (1, 2))
+    assert digest(one) != digest(other)
+    assert digest(one) == digest([Prompt("a clock", {"tag": "x", "count": 1})])

@@ -1,0 +1,96 @@
+"""What a run writes for people: it ends no run, and comes when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from star_kernels import figures
+from star_trainer import checkpoint, record
+from star_trainer.config import Config
+from star_trainer.prompts import Prompt
+from star_trainer.record import Record, read_metrics
+from star_trainer.rollout import Batch, Step
+from star_trainer.trainer import Trainer
+
+
+@pytest.fixture
+def batch() -> Batch:
+    latent, weights = torch.zeros(1, 4, 4, 4), torch.ones(1, 2, 2)
+    step = Step(0, latent, latent, torch.zeros(1, 4, 4), None, weights)
+    return Batch([0], [Prompt("a clock")], None, [step], torch.zeros(1, 3, 8, 8))  # type: ignore[arg-type]
+
+
+def write_all(made: Record, batch: Batch, epoch: int) -> None:
+    made.metrics("epoch", epoch, {"reward": 0.5})
+    made.metrics("evaluation", epoch, {"reward": 0.5})
+    made.samples(epoch, [torch.zeros(3, 8, 8)], ["a clock"], [0.5])
+    made.allocation(epoch, batch)
+    made.close()
+
+
+def test_nothing_that_is_written_or_drawn_ends_a_run(
+    configure: Callable[..., Config], batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Board:
+        def add_scalar(self, *arguments: Any) -> None:
+            raise OSError("the disk is full")
+
+        close = add_scalar
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no picture")
+
+    made = Record(configure(output={"pictures_every": 1}), enabled=True)
+    made.board = Board()
+    for place, name in ((record, "grid"), (record, "curve"), (figures, "weights")):
+        monkeypatch.setattr(place, name, fail)
+    (made.folder / "metrics.jsonl").unlink()
+    (made.folder / "metrics.jsonl").mkdir()
+    with pytest.warns(RuntimeWarning) as caught:
+        write_all(made, batch, 1)
+    told = [str(warning.message).partition(" of ")[0] for warning in caught]
+    assert told == ["metrics.jsonl", "TensorBoard's files", "reward.png", "sample grids", "allocation strips"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_all(made, batch, 2)
+
+
+def test_no_pictures_are_no_pictures(configure: Callable[..., Config], batch: Batch) -> None:
+    for every, pictures in ((0, []), (1, ["allocation-000002-0.png", "samples-000002.png"])):
+        made = Record(configure(output={"pictures_every": every}), enabled=True)
+        write_all(made, batch, 2)
+        assert sorted(p.name for p in made.folder.glob("*-*.png")) == pictures
+
+
+def test_pictures_come_after_the_checkpoint(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def drawn(self: Record, epoch: int, *arguments: Any) -> None:
+        seen.append((epoch, [path.name for path in checkpoint.find(self.folder)]))
+
+    monkeypatch.setattr(Record, "allocation", drawn)
+    monkeypatch.setattr(Record, "samples", drawn)
+    trainer_of(configure(evaluation={"every": 1}, output={"pictures_every": 1})).run()
+    assert seen == [(0, []), (1, ["checkpoint-000001"]), (1, ["checkpoint-000001"])]
+
+
+def test_lines_that_are_no_records_are_left_out(configure: Callable[..., Config], tmp_path: Path) -> None:
+    config = configure()
+    folder = Path(config.output.folder)
+    folder.mkdir()
+    records = [{"event": "epoch", "epoch": n, "reward": 0.5} for n in (1, 2)]
+    lines = ["", "7", "null", "[]", '{"epoch": 1}', '{"event": "epoch", "epoch": "1", "reward": 1}', '{"event": "ep']
+    text = "\n".join([json.dumps(records[0]), *lines, json.dumps(records[1])])
+    (folder / "metrics.jsonl").write_bytes(text.encode() + b"\n\xff\0\n")
+    assert read_metrics(folder) == records
+    Record(config, enabled=True, resumed_at=1)
+    assert (folder / "metrics.jsonl").read_text() == json.dumps(records[0]) + "\n"

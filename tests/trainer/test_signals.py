@@ -1,0 +1,150 @@
+"""Signals ask a run to end, and are heard at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from kill_points import in_child
+
+from star_trainer import command, signals
+from star_trainer.signals import CAUGHT, Signals
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("number", CAUGHT)
+def test_a_signal_is_told_once_and_stops(number: signal.Signals) -> None:
+    told, heard = list[str](), threading.Event()
+
+    def tell(name: str) -> None:
+        told.append(name)
+        heard.set()
+
+    before = [signal.getsignal(n) for n in CAUGHT]
+    with Signals(tell) as caught:
+        assert not caught.stopped
+        signal.raise_signal(number)
+        assert caught.stopped
+        assert heard.wait(60)
+        signal.raise_signal(signal.SIGTERM)
+    assert told == [number.name]
+    assert [signal.getsignal(n) for n in CAUGHT] == before
+
+
+def test_it_is_told_while_the_main_thread_cannot_act(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that waits within C++: its handler never runs."""
+    monkeypatch.setattr(Signals, "_stop", lambda self, number, frame: None)
+    heard = threading.Event()
+    with Signals(lambda name: heard.set()) as caught:
+        signal.raise_signal(signal.SIGTERM)
+        assert heard.wait(60)
+        assert caught.stopped
+
+
+def test_a_second_interrupt_leaves_at_once() -> None:
+    """While what the first one began still goes on."""
+
+    def interrupted_twice() -> None:
+        with Signals(lambda name: threading.Event().wait()):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            threading.Event().wait()
+
+    assert in_child(interrupted_twice) == 128 + signal.SIGINT
+
+
+def test_an_interrupt_that_torchrun_passes_on_is_not_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(signals, "ECHO", 1e9)
+
+    def interrupted_twice() -> None:
+        with Signals(lambda name: None):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    assert in_child(interrupted_twice) == 0
+
+
+def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
+    try:
+        with Signals(lambda name: None) as caught:
+            signal.raise_signal(signal.SIGHUP)
+        assert not caught.stopped
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_other_signals_are_not_taken() -> None:
+    seen, told = list[int](), list[str]()
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: seen.append(number))
+    try:
+        with Signals(told.append) as caught:
+            signal.raise_signal(signal.SIGUSR2)
+        assert not caught.stopped
+        assert (seen, told) == ([signal.SIGUSR2], [])
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_outside_the_main_thread_nothing_is_caught() -> None:
+    before = [signal.getsignal(n) for n in CAUGHT]
+    found = []
+
+    def run() -> None:
+        with Signals(lambda name: None):
+            found.extend(signal.getsignal(n) for n in CAUGHT)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == before
+
+
+def test_the_end_of_the_launcher_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's, of one process, passes no signal on."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(signals, "LOOK", 0.01)
+    receive, send = os.pipe()
+
+    def launcher() -> None:
+        started, start = os.pipe()
+        if os.fork() == 0:
+            heard = threading.Event()
+            with Signals(lambda reason: heard.set()) as caught:
+                os.write(start, b".")
+                heard.wait(60)
+                os.write(send, b"told" if caught.stopped else b"nothing")
+            os._exit(0)
+        os.read(started, 1)
+
+    assert in_child(launcher) == 0
+    assert os.read(receive, 9) == b"told"
+    os.close(receive)
+    os.close(send)
+
+
+def test_a_process_with_a_reward_at_work_leaves_without_pythons_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That aborts where the thread is within C++."""
+
+    def main() -> int:
+        threading.Thread(target=threading.Event().wait, name="reward call", daemon=True).start()
+        return 7
+
+    monkeypatch.setattr(command, "main", main)
+    assert in_child(command.entry) == 7
+
+
+def test_the_command_is_the_entry() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert 'star-train = "star_trainer.command:entry"' in project
