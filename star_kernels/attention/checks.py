@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from star_kernels.checks import check_dense
 from star_kernels.selection import TokenSelection
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -34,6 +35,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, sequence_axis: int) -> 
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
         if tensor.ndim != 4 or not tensor.numel():
             raise ValueError(f"{name} must have shape {names}, none of them 0, got {list(tensor.shape)}")
         if tensor.dtype not in DTYPES:
@@ -73,6 +75,7 @@ def check_key_mask(key_mask: Tensor | None, query: Tensor, length: int) -> None:
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
         got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
         raise TypeError(f"key_mask must be a bool tensor, true where a key takes part, got {got}")
+    check_dense("key_mask", key_mask)
     if key_mask.shape != (query.shape[0], length):
         raise ValueError(f"key_mask must have shape [B, Sk] = [{query.shape[0]}, {length}], got {list(key_mask.shape)}")
     if key_mask.device != query.device:
@@ -84,6 +87,7 @@ def check_lse(lse: Tensor, query: Tensor) -> None:
     if not isinstance(lse, Tensor) or lse.dtype != wide:
         got = lse.dtype if isinstance(lse, Tensor) else type(lse).__name__
         raise TypeError(f"lse must be a {str(wide).removeprefix('torch.')} tensor, got {got}")
+    check_dense("lse", lse)
     if lse.shape != query.shape[:3]:
         raise ValueError(f"lse must have shape [B, H, Sq] = {list(query.shape[:3])}, got {list(lse.shape)}")
     if lse.device != query.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from star_kernels.checks import check_number
+from star_kernels.checks import check_dense, check_number, readable
 from star_kernels.policy.transitions import Transition
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -90,11 +90,12 @@ def check_mask(mask: Tensor | None, model_output: Tensor, channel_dim: int) -> N
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor, true where a location counts, got {got}")
+    check_dense("mask", mask)
     shape = _locations(model_output, channel_dim)
     if list(mask.shape) != shape:
         raise ValueError(f"mask must have shape [B, *locations] = {shape}, got {list(mask.shape)}")
     _check_device("mask", mask, model_output)
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(mask):
         empty = ~mask.flatten(1).any(dim=1)
         if bool(empty.any()):
             raise ValueError(
@@ -162,7 +163,7 @@ def _check_weights(weights: Tensor, groups: list[int], model_output: Tensor, cha
 
 def check_weight_values(weights: Tensor | None) -> None:
     """Weights are finite and not negative. The compiled CPU kernel checks this itself; a GPU is not waited for."""
-    if weights is not None and weights.device.type == "cpu" and not torch.compiler.is_compiling():
+    if weights is not None and readable(weights):
         good = (weights >= 0) & weights.isfinite()
         if not bool(good.all()):
             raise ValueError(f"weights must be finite and not negative, got {float(weights[~good][0])}")
@@ -209,6 +210,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+    check_dense(name, tensor)
 
 
 def _check_float(name: str, tensor: Tensor, model_output: Tensor) -> None:
@@ -217,6 +219,7 @@ def _check_float(name: str, tensor: Tensor, model_output: Tensor) -> None:
         raise TypeError(f"{name} must be a float32 tensor, got {got}")
     if tensor.dtype == torch.float64 and model_output.dtype != torch.float64:
         raise TypeError(f"{name} must be float32 (float64 only with a float64 model_output), got {tensor.dtype}")
+    check_dense(name, tensor)
     _check_device(name, tensor, model_output)
 
 
