@@ -34,6 +34,8 @@ class Operator:
         schema: as for ``torch.library.define``, without the namespace; tensors come before other arguments.
         implementation: for real tensors.
         shapes: for fake ones.
+        check: raises unless arguments fit the implementation; run where the dispatcher calls it, for anyone may then
+            be the caller. The functions of star_kernels, which check more, come to the implementation without it.
         setup_context, backward: the gradient, as for ``torch.library.register_autograd``; both or none. Whoever
             differentiates an operator without one gets an error.
         devices: dispatch keys of the implementation.
@@ -45,6 +47,7 @@ class Operator:
         implementation: Callable[..., Any],
         shapes: Callable[..., Any],
         *,
+        check: Callable[..., None],
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         devices: Sequence[str] = ("CompositeExplicitAutograd",),
@@ -52,7 +55,7 @@ class Operator:
         name = schema[: schema.index("(")]
         _library.define(schema)
         for device in devices:
-            _library.impl(name, implementation, device)
+            _library.impl(name, _checked(check, implementation), device)
         torch.library.register_fake(f"star_kernels::{name}", shapes, lib=_library)
         if setup_context is None or backward is None:
             setup_context, backward = _keep_nothing, _no_derivative(name)
@@ -81,6 +84,14 @@ def constant(tensor: Tensor) -> Tensor:
     if tensor.requires_grad or torch.compiler.is_compiling() or WATCH.dual():
         return tensor.detach()
     return tensor
+
+
+def _checked(check: Callable[..., None], implementation: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*arguments: Any) -> Any:
+        check(*arguments)
+        return implementation(*arguments)
+
+    return checked
 
 
 def _in_memory(tensors: list[Tensor]) -> bool:

@@ -36,7 +36,7 @@ class TokenSelection:
     last: int = field(init=False, repr=False)  # the largest position, known without asking the device
 
     def __post_init__(self) -> None:
-        _check_fields(self.index, self.weight)
+        check_selection_fields(self.index, self.weight)
         last = EMPTY
         if not torch.compiler.is_compiling():  # a compiled graph has no values yet: there the kernels check positions
             _check_values(self.index, self.weight)
@@ -142,7 +142,7 @@ def _is_flat(row: object) -> TypeGuard[Sequence[int]]:
     return isinstance(row, Sequence) and all(isinstance(p, int) and not isinstance(p, bool) for p in row)
 
 
-def _check_fields(index: Tensor, weight: Tensor) -> None:
+def check_selection_fields(index: Tensor, weight: Tensor) -> None:
     for name, value, dtype in (("index", index, torch.int32), ("weight", weight, torch.float32)):
         if not isinstance(value, Tensor) or value.dtype != dtype:
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__

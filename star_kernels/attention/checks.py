@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from star_kernels.checks import check_dense
-from star_kernels.selection import TokenSelection
+from star_kernels.selection import TokenSelection, check_selection_fields
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -125,3 +126,41 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
+
+
+def check_operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    key_mask: Tensor | None,
+    start: int,
+    rows: int,
+    *,
+    text_to_image: bool = False,
+) -> None:
+    """What the operators rely on, for callers of ``torch.ops.star_kernels``; the kernels look at positions."""
+    check_qkv(query, key, value, 2)
+    if query.dtype == torch.float64:
+        raise TypeError("query must be float32, float16 or bfloat16, got torch.float64")
+    check_selection_fields(index, weight)
+    if index.shape[0] != query.shape[0] or index.device != query.device:
+        raise ValueError(
+            f"index must have the batch and the device of query, {query.shape[0]} on {query.device}, "
+            f"got {list(index.shape)} on {index.device}"
+        )
+    check_key_mask(key_mask, query, key.shape[2])
+    resolve_rows((start, rows), (key if text_to_image else query).shape[2])
+
+
+def check_gradient(name: str, gradient: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
+    if gradient is not None and (list(gradient.shape) != list(shape) or gradient.device != like.device):
+        raise ValueError(
+            f"{name} must have shape {list(shape)} on {like.device}, got {list(gradient.shape)} on {gradient.device}"
+        )
+
+
+def maps_shape(query: Tensor, weight: Tensor, rows: int, reduce_heads: bool) -> tuple[int, ...]:
+    batch, groups, _ = weight.shape
+    return (batch, groups, rows) if reduce_heads else (batch, groups, query.shape[1], rows)
