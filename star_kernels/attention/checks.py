@@ -154,11 +154,14 @@ def check_operator(
     resolve_rows((start, rows), (key if text_to_image else query).shape[2])
 
 
-def check_gradient(name: str, gradient: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
-    if gradient is not None and (list(gradient.shape) != list(shape) or gradient.device != like.device):
-        raise ValueError(
-            f"{name} must have shape {list(shape)} on {like.device}, got {list(gradient.shape)} on {gradient.device}"
-        )
+def check_like(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, query: Tensor) -> None:
+    """A result or its gradient, of the device of query."""
+    if tensor is None or (list(tensor.shape), tensor.dtype, tensor.device) == (list(shape), dtype, query.device):
+        return
+    raise ValueError(
+        f"{name} must have shape {list(shape)} and be {dtype} on {query.device}, got {list(tensor.shape)}, "
+        f"{tensor.dtype} on {tensor.device}"
+    )
 
 
 def maps_shape(query: Tensor, weight: Tensor, rows: int, reduce_heads: bool) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from star_kernels import native
 from star_kernels.attention import maps_gradient, naive, tuning, vendor
-from star_kernels.attention.checks import check_gradient, check_lse, check_operator, maps_shape
+from star_kernels.attention.checks import check_like, check_lse, check_operator, maps_shape
 from star_kernels.attention.tuning import Plan
 from star_kernels.checks import repeats
 from star_kernels.operators import Operator
@@ -340,10 +340,10 @@ def _check_attention_backward(
     query, key, value, out, lse, index, weight, key_mask, start, rows, _, reduce_heads, _ = arguments
     check_operator(query, key, value, index, weight, key_mask, start, rows)
     check_lse(lse, query)
-    check_gradient("out", out, query.shape, query)
-    check_gradient("grad_out", grad_out, query.shape, query)
-    check_gradient("grad_maps", grad_maps, maps_shape(query, weight, rows, reduce_heads), query)
-    check_gradient("grad_lse", grad_lse, lse.shape, query)
+    check_like("out", out, query.shape, query.dtype, query)
+    check_like("grad_out", grad_out, query.shape, query.dtype, query)
+    check_like("grad_maps", grad_maps, maps_shape(query, weight, rows, reduce_heads), torch.float32, query)
+    check_like("grad_lse", grad_lse, lse.shape, torch.float32, query)
 
 
 def _check_maps(query: Tensor, key: Tensor, lse: Tensor, *arguments: Any) -> None:
@@ -354,7 +354,7 @@ def _check_maps(query: Tensor, key: Tensor, lse: Tensor, *arguments: Any) -> Non
 def _check_maps_backward(grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, *arguments: Any) -> None:
     _check_maps(query, key, lse, *arguments)
     _, weight, _, _, rows, _, reduce_heads, _ = arguments
-    check_gradient("grad_maps", grad_maps, maps_shape(query, weight, rows, reduce_heads), query)
+    check_like("grad_maps", grad_maps, maps_shape(query, weight, rows, reduce_heads), torch.float32, query)
 
 
 # Backward operators come first: the forward ones name them.

@@ -218,12 +218,12 @@ def check_operator(
     per_location: bool,
 ) -> None:
     """What the operators rely on, for callers of ``torch.ops.star_kernels``; values are not looked at."""
-    model_output = tensors[0]
+    given = {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+    model_output = given["model_output"]
     if not 0 < channel_dim == resolve_channel_dim(channel_dim, model_output):
         raise ValueError(f"channel_dim must be counted from the front, got {channel_dim}")
     if model_output.dtype == torch.float64:
         raise TypeError("model_output must be float32, float16 or bfloat16, got torch.float64")
-    given = {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
     for i in latents:
         if names[i] in given:
             check_latent(names[i], given[names[i]], model_output)
