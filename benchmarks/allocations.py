@@ -142,9 +142,9 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
     generator = torch.Generator().manual_seed(seed)
     core = rollout.phrases.sum(dim=3)  # [N, Steps, Blocks, P]
     mean, preset = core.mean(dim=2), core[:, :, preset_blocks].mean(dim=2)
-    weights = allocate(mean)
+    weights = allocate(mean, layout="bsp")
     ones = torch.ones_like(weights)
-    change = map_change(preset, rollout.following[:, :, preset_blocks].mean(dim=2))
+    change = map_change(preset, rollout.following[:, :, preset_blocks].mean(dim=2), layout="bsp")
     moved = shuffled(weights, generator)
     other = torch.arange(len(mean)).view(-1, rollout.group_size).roll(1, dims=1).flatten()
     maps = rollout.phrases.mean(dim=2)  # [N, Steps, G, P]
@@ -152,7 +152,7 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
     of_phrases = _phrases(maps, parts, mean=False)
     rest = [(advantages - torch.stack([part for part, _ in of_phrases]).sum(dim=0), ones)]
     found_words = rollout.phrases[:, :, preset_blocks].mean(dim=2)  # [N, Steps, G, P]
-    split = _by_shares(found_words, allocate(preset), advantages, parts)
+    split = _by_shares(found_words, allocate(preset, layout="bsp"), advantages, parts)
     of_preset = _phrases(found_words, parts, mean=False)
     mask = object_mask(rollout.batch)
     own = phrase_masks(rollout.batch)[:, None].expand(-1, weights.shape[1], -1, -1)  # [N, Steps, G, P]
@@ -160,29 +160,29 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
     found: Fields = {
         "scalar": [(advantages, ones)],
         "core": [(advantages, weights)],
-        "core, preset blocks": [(advantages, allocate(preset))],
-        "trajectory": [(advantages, allocate(mean, over="trajectory"))],
-        "cap 2": [(advantages, allocate(mean, cap=2.0))],
-        "squared": [(advantages, allocate(mean.square()))],
+        "core, preset blocks": [(advantages, allocate(preset, layout="bsp"))],
+        "trajectory": [(advantages, allocate(mean, layout="bsp", over="trajectory"))],
+        "cap 2": [(advantages, allocate(mean, layout="bsp", cap=2.0))],
+        "squared": [(advantages, allocate(mean.square(), layout="bsp"))],
         "split": split,
         "means of one": [*rest, *of_phrases],
         "means of one, preset blocks": [*rest, *of_preset],
-        "means of one, rest by core": [(rest[0][0], allocate(preset)), *of_preset],
+        "means of one, rest by core": [(rest[0][0], allocate(preset, layout="bsp")), *of_preset],
         "phrases": _phrases(maps, (advantages[:, None] + by_phrase) / 2),
         "phrases alone": by_own_map,
         "phrases without maps": [(own, ones) for own, _ in by_own_map],
         "steps by contrast": [(advantages, _over_steps(_contrast(preset), ones))],
         "steps by change": [(advantages, _over_steps(change, ones))],
-        "core, by change": [(advantages, allocate(preset, over="trajectory", step_signal=change))],
+        "core, by change": [(advantages, allocate(preset, layout="bsp", over="trajectory", step_signal=change))],
         "steps by noise": [(advantages, _over_steps(rollout.noise.expand(len(ones), -1), ones))],
-        **{f"block {b}": [(advantages, allocate(core[:, :, b]))] for b in range(core.shape[2])},
-        "object mask (oracle)": [(advantages, allocate(mask[:, None].expand_as(mean)))],
+        **{f"block {b}": [(advantages, allocate(core[:, :, b], layout="bsp"))] for b in range(core.shape[2])},
+        "object mask (oracle)": [(advantages, allocate(mask[:, None].expand_as(mean), layout="bsp"))],
         "parts on own objects (oracle)": _by_parts(ones, own, seen, advantages, parts),
         "parts off other objects (oracle)": _by_parts(ones, 1 - mask[:, None, None] + own, seen, advantages, parts),
         "shuffled": [(advantages, moved)],
         "inverted": [(advantages, _inverted(mean))],
-        "all tokens": [(advantages, allocate(rollout.everything.mean(dim=2)))],
-        "frozen": [(advantages, allocate(mean.mean(dim=1, keepdim=True).expand_as(mean)))],
+        "all tokens": [(advantages, allocate(rollout.everything.mean(dim=2), layout="bsp"))],
+        "frozen": [(advantages, allocate(mean.mean(dim=1, keepdim=True).expand_as(mean), layout="bsp"))],
         "another rollout's": [(advantages, weights[other])],
         "permuted advantages": [(_permuted(advantages, rollout.group_size, generator), weights)],
         "split, shuffled": [(part, shuffled(own, torch.Generator().manual_seed(seed))) for part, own in split],
@@ -190,7 +190,7 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
         "means of one, shuffled": [*rest, *((part, shuffled(own, generator)) for part, own in of_phrases)],
         "means of one, inverted": [
             *rest,
-            *((part, allocate(own.amax(dim=2, keepdim=True) - own)) for part, own in of_phrases),
+            *((part, _inverted(own)) for part, own in of_phrases),
         ],
     }
     return found
@@ -240,7 +240,10 @@ def _phrases(maps: Tensor, by_phrase: Tensor, *, mean: bool = True) -> list[tupl
     there = maps.sum(dim=(1, 3)) > 0  # [N, G]
     share = there / there.sum(dim=1, keepdim=True).clamp(min=1) if mean else there.float()
     count = min(maps.shape[2], by_phrase.shape[1])
-    return [((by_phrase * share[:, : by_phrase.shape[1]])[:, g], allocate(maps[:, :, g])) for g in range(count)]
+    return [
+        ((by_phrase * share[:, : by_phrase.shape[1]])[:, g], allocate(maps[:, :, g], layout="bsp"))
+        for g in range(count)
+    ]
 
 
 def _by_shares(maps: Tensor, weights: Tensor, advantages: Tensor, parts: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -267,7 +270,7 @@ def _by_parts(
 
 def _over_steps(signal: Tensor, ones: Tensor) -> Tensor:
     """Weights ``[N, Steps, P]`` of steps alone, in proportion to a signal ``[N, Steps]``, mean one."""
-    return allocate(ones, over="trajectory", step_signal=signal)
+    return allocate(ones, layout="bsp", over="trajectory", step_signal=signal)
 
 
 def _contrast(maps: Tensor) -> Tensor:
@@ -278,7 +281,7 @@ def _contrast(maps: Tensor) -> Tensor:
 
 def _inverted(maps: Tensor) -> Tensor:
     """Weights of what the maps leave out."""
-    return allocate(maps.amax(dim=2, keepdim=True) - maps)
+    return allocate(maps.amax(dim=2, keepdim=True) - maps, layout="bsp")
 
 
 def _permuted(advantages: Tensor, size: int, generator: torch.Generator) -> Tensor:

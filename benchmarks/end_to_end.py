@@ -115,8 +115,7 @@ class Trainer:
                     drawn, log_prob = sample_transition(velocity, latents, transition, noise=noise)
                 weights = None
                 if maps is not None:
-                    weights = allocate(maps.value[:, 0].flatten(1), strength=arm.strength)
-                    weights = weights.view(size.batch, size.grid, size.grid)
+                    weights = allocate(maps.value[:, 0], layout="bhw", strength=arm.strength)
                 trajectory.append(Transition(i, latents, drawn, log_prob, weights))
                 latents = drawn
         return trajectory

@@ -20,14 +20,34 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
+void check(bool condition, const char* name, const char* requirement) {
+  if (!condition) TVM_FFI_THROW(ValueError) << name << " must " << requirement;
+}
+
+void check_memory(const char* name, ffi::TensorView t) {
+  check(t.device().device_type == STAR_DEVICE, name, "be on the device of this library");
+  check(t.data_ptr() != nullptr || t.numel() == 0, name, "have memory");
+}
+
 class Reader {
  public:
   Reader(const TVMFFIAny* arguments, int32_t count)
       : arguments_(reinterpret_cast<const ffi::AnyView*>(arguments), count) {}
 
-  ffi::TensorView tensor(const char* name) { return next<ffi::TensorView>(name, "a tensor"); }
+  // Tensors lie in memory of the library's device, all in that of the first.
+  ffi::TensorView tensor(const char* name) {
+    const auto t = next<ffi::TensorView>(name, "a tensor");
+    check_memory(name, t);
+    if (device_ < 0) device_ = t.device().device_id;
+    check(t.device().device_id == device_, name, "be on the device of the first tensor");
+    return t;
+  }
   ffi::Optional<ffi::TensorView> optional(const char* name) {
-    return next<ffi::Optional<ffi::TensorView>>(name, "a tensor or None");
+    if (read_ < arguments_.size() && arguments_[read_].type_index() == ffi::TypeIndex::kTVMFFINone) {
+      ++read_;
+      return {};
+    }
+    return tensor(name);
   }
   bool flag(const char* name) { return next<bool>(name, "a bool"); }
   int64_t integer(const char* name) { return next<int64_t>(name, "an integer"); }
@@ -49,7 +69,7 @@ class Reader {
   }
 
   ffi::PackedArgs arguments_;
-  int read_ = 0;
+  int read_ = 0, device_ = -1;
 };
 
 // Exports star::name(Reader&) as the library's function `name`.
@@ -70,18 +90,10 @@ DType dtype_of(const char* name, ffi::TensorView t) {
   return DType::kFloat32;
 }
 
-void check(bool condition, const char* name, const char* requirement) {
-  if (!condition) TVM_FFI_THROW(ValueError) << name << " must " << requirement;
-}
-
-void check_device(const char* name, ffi::TensorView t) {
-  check(t.device().device_type == STAR_DEVICE, name, "be on the device of this library");
-}
-
 // The data of a contiguous tensor of `code`/`bits` with `count` elements.
 template <typename T>
 T* dense_data(const char* name, ffi::TensorView t, uint8_t code, uint8_t bits, int64_t count) {
-  check_device(name, t);
+  check_memory(name, t);
   check(t.dtype().code == code && t.dtype().bits == bits, name, "have the expected dtype");
   check(t.IsContiguous(), name, "be contiguous");
   check(t.numel() == count, name, "have the expected number of elements");

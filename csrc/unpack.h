@@ -11,7 +11,6 @@ namespace {
 
 // A latent [B, ..., C, ...] as batch, channel and one position stride; `channel_dim` counts from the front.
 View latent_view(const char* name, ffi::TensorView t, ffi::TensorView like, int64_t channel_dim) {
-  check_device(name, t);
   check(t.ndim() == like.ndim(), name, "have the shape of model_output");
   int64_t position = 1, expected = 0;
   bool first = true;
@@ -38,6 +37,7 @@ struct LatentShape {
   LatentShape(ffi::TensorView t, int64_t channel_dim) : location{1, 1, 1} {
     check(t.ndim() >= 3 && t.ndim() <= 5, "model_output", "have 3 to 5 dimensions");
     check(channel_dim >= 1 && channel_dim < t.ndim(), "channel_dim", "name a dimension after the first");
+    check(t.numel() > 0, "model_output", "have elements");
     batch = t.size(0);
     channels = t.size(channel_dim);
     positions = t.numel() / (batch * channels);
@@ -47,6 +47,16 @@ struct LatentShape {
     }
   }
 };
+
+// A tensor [B, *locations].
+template <typename T>
+T* location_data(const char* name, ffi::TensorView t, ffi::TensorView like, int64_t channel_dim, uint8_t code,
+                 uint8_t bits) {
+  bool same = t.ndim() == like.ndim() - 1;
+  for (int64_t d = 0; same && d < t.ndim(); ++d) same = t.size(d) == like.size(d < channel_dim ? d : d + 1);
+  check(same, name, "have shape [B, *locations]");
+  return dense_data<T>(name, t, code, bits, t.numel());
+}
 
 // The table of the transition's coefficients, [6, B] or [6, 1].
 template <typename Arguments>
@@ -97,7 +107,7 @@ void fill_objective(Objective& a, ffi::TensorView model_output, int64_t channel_
   a.advantages = floats("advantages", advantages, a.batch);
   if (options.weights.has_value()) fill_weights(a, options.weights.value(), model_output.ndim());
   if (options.mask.has_value()) {
-    a.mask = dense_data<uint8_t>("mask", options.mask.value(), kDLBool, 8, a.batch * a.positions);
+    a.mask = location_data<uint8_t>("mask", options.mask.value(), model_output, channel_dim, kDLBool, 8);
   }
   if (options.step_weights.has_value()) {
     a.step_weights = floats("step_weights", options.step_weights.value(), a.batch);
@@ -130,7 +140,9 @@ Call<PolicyArguments> read_policy(Reader& in) {
   a.kl_coef = in.number("kl_coef");
   a.old_is_scalar = old_log_prob.ndim() == 1;
   check(!a.old_is_scalar || !(a.per_location || a.weights), "old_log_prob", "be given for every location");
-  a.old_log_prob = floats("old_log_prob", old_log_prob, a.old_is_scalar ? a.batch : a.batch * a.positions);
+  a.old_log_prob = a.old_is_scalar ? floats("old_log_prob", old_log_prob, a.batch)
+                                   : location_data<float>("old_log_prob", old_log_prob, call.model_output,
+                                                          call.channel_dim, kDLFloat, 32);
   return call;
 }
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from star_kernels.checks import check_number
+from star_kernels.checks import check_dense, check_number
 
 _MEANS = {"step": (-1,), "trajectory": (-2, -1)}
+_SIZES = {"b": "B", "s": "Steps", "g": "G", "p": "P", "f": "f", "h": "h", "w": "w"}
+
+
+LAYOUTS = tuple(
+    f"b{steps}{groups}{positions}" for positions in ("p", "hw", "fhw") for steps in ("", "s") for groups in ("", "g")
+)
 
 
 def allocate(
     maps: Tensor,
     *,
+    layout: str | None = None,
     strength: float = 1.0,
     over: str = "step",
     cap: float | None = None,
@@ -24,9 +33,12 @@ def allocate(
     STAR's allocation as reconstructed in docs/method.md (arXiv 2606.17979 publishes no formula).
 
     Args:
-        maps: ``[B, P]``, ``[B, Steps, P]`` or, with groups of tokens, ``[B, Steps, G, P]``, floating-point, not
-            negative: attention mass at P positions. Each group has a mean of one by itself; groups of one step,
-            ``[B, G, P]``, are served as steps are by over="step".
+        maps: floating-point, not negative: attention mass at positions. Each group of tokens has a mean of one by
+            itself.
+        layout: what the dimensions of maps are, a letter each: ``b`` the batch; then, where there are any, ``s`` steps
+            and ``g`` groups of tokens; then the positions, flat as ``p`` or on a grid as ``hw`` (``fhw`` for the frames
+            of a video). So "bshw" is ``[B, Steps, h, w]`` and "bgp" is ``[B, G, P]``. Required unless maps are
+            ``[B, P]``.
         strength: from 0 (uniform) to 1 (in proportion to the map).
         over: "step": mean one over the positions of each step (space only); "trajectory": over positions and steps
             (of each group) together, so that a step's share is its own mass (space and time).
@@ -37,42 +49,44 @@ def allocate(
             map, gives all steps the same share.
 
     Returns:
-        Weights of the shape of maps, float32 (float64 for float64 maps), detached. A degenerate map, with a sum of
-        zero or anything that is not finite or negative in it, gives ones; it never reaches another sample.
+        Weights of the shape of maps, float32 (float64 for float64 maps), detached (in forward mode, too). A degenerate
+        map, with a sum of zero or anything that is not finite or negative in it, gives ones; it never reaches another
+        sample.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or option; the message names the argument.
     """
-    _check(maps, strength, over, cap)
+    layout = _check(maps, layout, strength, over, cap)
     if step_signal is not None:
-        _check_signal(step_signal, maps, over)
+        _check_signal(step_signal, maps, layout, over)
     dims = _MEANS[over]
-    maps = maps.detach()
-    maps = maps if maps.dtype == torch.float64 else maps.float()
-    grouped = maps.ndim == 4
+    flat = _flat(maps.detach(), layout)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    grouped = flat.ndim == 4
     if grouped:
-        maps = maps.transpose(1, 2)  # [B, G, Steps, P]
+        flat = flat.transpose(1, 2)  # [B, G, Steps, P]
     if step_signal is None:
-        shares = _shares(maps, dims)
+        shares = _shares(flat, dims)
     else:
-        signal = step_signal.detach().to(maps.dtype)
+        signal = step_signal.detach().to(flat.dtype)
         if grouped:
             signal = signal[:, None] if signal.ndim == 2 else signal.transpose(1, 2)
-        shares = _shares(maps, (-1,)) * _shares(signal, (-1,))[..., None]
+        shares = _shares(flat, (-1,)) * _shares(signal, (-1,))[..., None]
     weights = torch.lerp(torch.ones_like(shares), shares, strength)
     if cap is not None:
         weights = _cap(weights.flatten(-len(dims)), cap).view_as(weights)
-    return weights.transpose(1, 2) if grouped else weights
+    return (weights.transpose(1, 2) if grouped else weights).reshape(maps.shape)
 
 
-def map_change(maps: Tensor, following: Tensor) -> Tensor:
+def map_change(maps: Tensor, following: Tensor, *, layout: str | None = None) -> Tensor:
     """How much of each map is elsewhere in the step after: half the sum of ``|M / sum(M) - M' / sum(M')|``, in 0..1.
 
     A signal for the steps of :func:`allocate` (ours; what it is worth: docs/experiment.md).
 
     Args:
-        maps: ``[B, Steps, P]`` or ``[B, Steps, G, P]``, floating-point, not negative.
+        maps: floating-point, not negative.
         following: the maps of the step after each, of the same shape.
+        layout: what the dimensions of both are, as for :func:`allocate`, with steps: "bsp", "bsgp", "bshw", "bsghw".
 
     Returns:
         ``[B, Steps]`` or ``[B, Steps, G]``, float32 (float64 for float64 maps), detached; 0 where one of the two maps
@@ -82,17 +96,20 @@ def map_change(maps: Tensor, following: Tensor) -> Tensor:
         TypeError, ValueError: wrong dtype or shape; the message names the argument.
     """
     for name, given in (("maps", maps), ("following", following)):
-        _check_maps(name, given)
-    if maps.ndim == 2 or maps.shape != following.shape:
-        raise ValueError(
-            "maps and following must have one shape, [B, Steps, P] or [B, Steps, G, P], "
-            f"got {list(maps.shape)} and {list(following.shape)}"
-        )
+        _check_floating(name, given)
+    layout = _check_layout(maps, layout, [known for known in LAYOUTS if "s" in known])
+    if maps.shape != following.shape:
+        raise ValueError(f"following must have the shape of maps, {list(maps.shape)}, got {list(following.shape)}")
     _check_device("following", following, maps)
     dtype = torch.float64 if torch.float64 in (maps.dtype, following.dtype) else torch.float32
-    here, then = maps.detach().to(dtype), following.detach().to(dtype)
+    here, then = (_flat(given.detach(), layout).to(dtype) for given in (maps, following))
     apart = (_shares(here, (-1,)) - _shares(then, (-1,))).abs().mean(dim=-1) / 2
     return torch.where(_good(here, (-1,))[..., 0] & _good(then, (-1,))[..., 0], apart, 0.0)
+
+
+def _flat(maps: Tensor, layout: str) -> Tensor:
+    """The maps with their positions in one dimension, the last."""
+    return maps.flatten(len(layout.rstrip("pfhw")))
 
 
 def _shares(values: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -129,25 +146,36 @@ def _cap(weights: Tensor, cap: float) -> Tensor:
     return torch.where(fits.any(dim=-1, keepdim=True), capped, every)
 
 
-def _check_maps(name: str, maps: Tensor) -> None:
-    _check_floating(name, maps)
-    if maps.ndim not in (2, 3, 4) or 0 in maps.shape:
+def _check_layout(maps: Tensor, layout: str | None, accepted: Sequence[str]) -> str:
+    """The layout of maps, which fits their shape."""
+    fitting = [known for known in accepted if len(known) == maps.ndim]
+    choice = f"one of {', '.join(map(repr, fitting))}" if fitting else "a letter for each dimension, such as 'bshw'"
+    if layout is None and maps.ndim == 2 and "bp" in accepted:
+        layout = "bp"
+    if layout is None:
+        raise ValueError(f"layout must be given where maps have shape {list(maps.shape)}: {choice}")
+    if layout not in accepted:
+        raise ValueError(f"layout must be one of {', '.join(map(repr, accepted))}, got {layout!r}")
+    if len(layout) != maps.ndim or 0 in maps.shape:
+        sizes = ", ".join(_SIZES[letter] for letter in layout)
         raise ValueError(
-            f"{name} must have shape [B, P], [B, Steps, P] or [B, Steps, G, P], none of them 0, got {list(maps.shape)}"
+            f"maps must have shape [{sizes}] for layout {layout!r}, none of them 0, got {list(maps.shape)}"
         )
+    return layout
 
 
 def _check_floating(name: str, given: Tensor) -> None:
     if not isinstance(given, Tensor) or not given.is_floating_point():
         got = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    check_dense(name, given)
 
 
-def _check_signal(step_signal: Tensor, maps: Tensor, over: str) -> None:
+def _check_signal(step_signal: Tensor, maps: Tensor, layout: str, over: str) -> None:
     _check_floating("step_signal", step_signal)
     if over != "trajectory":
         raise ValueError(f"step_signal must be None unless over='trajectory', got it with over={over!r}")
-    accepted = [list(maps.shape[:2])] if maps.ndim == 3 else [list(maps.shape[:2]), list(maps.shape[:3])]
+    accepted = [list(maps.shape[:2]), list(maps.shape[:3])][: 1 + ("g" in layout)]
     if list(step_signal.shape) not in accepted:
         shapes = " or ".join(map(str, accepted))
         raise ValueError(
@@ -161,14 +189,14 @@ def _check_device(name: str, given: Tensor, maps: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of maps, {maps.device}, got {given.device}")
 
 
-def _check(maps: Tensor, strength: float, over: str, cap: float | None) -> None:
+def _check(maps: Tensor, layout: str | None, strength: float, over: str, cap: float | None) -> str:
     _check_floating("maps", maps)
     if not isinstance(over, str) or over not in _MEANS:
         raise ValueError(f"over must be 'step' or 'trajectory', got {over!r}")
-    _check_maps("maps", maps)
-    if over == "trajectory" and maps.ndim == 2:
+    layout = _check_layout(maps, layout, LAYOUTS)
+    if over == "trajectory" and "s" not in layout:
         raise ValueError(
-            f"maps must have shape [B, Steps, P] or [B, Steps, G, P] for over='trajectory', got {list(maps.shape)}"
+            f"layout must have steps, as 'bsp' and 'bshw', for over='trajectory', got {layout!r} for {list(maps.shape)}"
         )
     check_number("strength", strength)
     if cap is not None:
@@ -177,3 +205,4 @@ def _check(maps: Tensor, strength: float, over: str, cap: float | None) -> None:
         raise ValueError(f"strength must lie between 0 and 1, got {strength}")
     if cap is not None and not 1 < cap < float("inf"):
         raise ValueError(f"cap must be finite and above 1, got {cap}")
+    return layout

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-_library = torch.library.Library("star_kernels", "DEF")
-_PLAIN = frozenset((Tensor, nn.Parameter, int, float, bool, str, type(None)))
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
+
+class _Library(torch.library.Library):
+    """A library whose autograd kernels refuse what they would get wrong."""
+
+    def impl(self, op_name: Any, fn: Any, dispatch_key: Any = "", **options: Any) -> None:
+        super().impl(op_name, _guarded(op_name, fn) if dispatch_key == "Autograd" else fn, dispatch_key, **options)
+
+
+_library = _Library("star_kernels", "DEF")
 
 
 class Operator:
     """An operator ``star_kernels::name``: schema, implementation, shapes and gradient.
 
-    Calling it means calling ``torch.ops.star_kernels.name``. On plain tensors, with no tracing, no dispatch mode and no
-    functorch transform about, the implementation (or an autograd.Function around it) is called directly: the round
-    through the dispatcher and back into Python would cost twice what the rest of a small call does.
+    Calling it means calling ``torch.ops.star_kernels.name``. On plain tensors, with no tracing, no dispatch mode, no
+    forward-mode differentiation and no transform of torch.func about, the implementation (or an autograd.Function
+    around it) is called directly: the round through the dispatcher and back into Python would cost twice what the rest
+    of a small call does.
 
     Args:
-        schema: as for ``torch.library.define``, without the namespace.
+        schema: as for ``torch.library.define``, without the namespace; tensors come before other arguments.
         implementation: for real tensors.
         shapes: for fake ones.
-        setup_context, backward: the gradient, as for ``torch.library.register_autograd``; both or none.
+        check: raises unless arguments fit the implementation; run where the dispatcher calls it, for anyone may then
+            be the caller. The functions of star_kernels, which check more, come to the implementation without it.
+        setup_context, backward: the gradient, as for ``torch.library.register_autograd``; both or none. Whoever
+            differentiates an operator without one gets an error.
         devices: dispatch keys of the implementation.
     """
 
@@ -33,6 +47,7 @@ class Operator:
         implementation: Callable[..., Any],
         shapes: Callable[..., Any],
         *,
+        check: Callable[..., None],
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         devices: Sequence[str] = ("CompositeExplicitAutograd",),
@@ -40,27 +55,54 @@ class Operator:
         name = schema[: schema.index("(")]
         _library.define(schema)
         for device in devices:
-            _library.impl(name, implementation, device)
+            _library.impl(name, _checked(check, implementation), device)
         torch.library.register_fake(f"star_kernels::{name}", shapes, lib=_library)
+        if setup_context is None or backward is None:
+            setup_context, backward = _keep_nothing, _no_derivative(name)
+        torch.library.register_autograd(f"star_kernels::{name}", backward, setup_context=setup_context, lib=_library)
         self.overload = getattr(torch.ops.star_kernels, name).default
+        self._tensors = schema[: schema.index("->")].count("Tensor")
         self._implementation = implementation
-        self._function: Any = None
-        if backward is not None:
-            torch.library.register_autograd(
-                f"star_kernels::{name}", backward, setup_context=setup_context, lib=_library
-            )
-            self._function = _function(name, implementation, setup_context, backward)
+        self._function = _function(name, implementation, setup_context, backward)
+        self._transformable = _transformable(name, self, setup_context, backward)
 
     def __call__(self, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or _observed():
+        if torch.compiler.is_compiling():
             return self.overload(*arguments)
-        if not _PLAIN.issuperset(map(type, arguments)):
+        if WATCH.observed():
+            return (self._transformable.apply if WATCH.differentiated() else self.overload)(*arguments)
+        tensors = [a for a in arguments[: self._tensors] if a is not None]
+        if not _in_memory(tensors):
             return self.overload(*arguments)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            if self._function is None:
-                return self.overload(*arguments)
+        if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
             return self._function.apply(*arguments)
         return self._implementation(*arguments)
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """The tensor for a function that does not differentiate it, in no mode."""
+    if tensor.requires_grad or torch.compiler.is_compiling() or WATCH.dual():
+        return tensor.detach()
+    return tensor
+
+
+def _checked(check: Callable[..., None], implementation: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*arguments: Any) -> Any:
+        check(*arguments)
+        return implementation(*arguments)
+
+    return checked
+
+
+def _in_memory(tensors: list[Tensor]) -> bool:
+    """Whether the memory of all tensors holds their values: the dispatcher resolves negated views and zeros without
+    memory, and subclasses and other layouts are its own."""
+    if not _PLAIN.issuperset(map(type, tensors)) or any(map(Tensor.is_neg, tensors)):
+        return False
+    try:
+        return all(map(Tensor.data_ptr, tensors))
+    except RuntimeError:  # no storage
+        return False
 
 
 def _function(name: str, implementation: Any, setup_context: Any, backward: Any) -> Any:
@@ -72,31 +114,100 @@ def _function(name: str, implementation: Any, setup_context: Any, backward: Any)
         setup_context(ctx, arguments, output)
         return output
 
-    def backward_once(ctx: Any, *gradients: Any) -> Any:
-        with torch.no_grad():
-            outputs = backward(ctx, *gradients)
-        if not torch.is_grad_enabled():
-            return outputs
-        # create_graph=True: whoever differentiates these gradients is told, even where the upstream one is a constant.
-        return tuple([g if g is None else _Undifferentiable.apply(g.detach().requires_grad_(), name) for g in outputs])
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), members)
 
 
-class _Undifferentiable(torch.autograd.Function):
-    """The identity, in a graph that ends here with an error."""
+def _transformable(name: str, operator: Any, setup_context: Any, backward: Any) -> Any:
+    """The same in the form that the transforms of torch.func take; ``operator`` runs below them."""
 
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, name: str) -> Tensor:
-        ctx.name = name
-        return gradient.view_as(gradient)
+    def context(ctx: Any, inputs: Any, output: Any) -> None:
+        setup_context(ctx, inputs, output)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(f"star_kernels::{ctx.name} has no second derivative: it cannot be differentiated twice")
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_tangents(name)
+
+    members = {
+        "forward": staticmethod(lambda *arguments: operator(*arguments)),
+        "setup_context": staticmethod(context),
+        "backward": staticmethod(backward),
+        "jvp": staticmethod(jvp),
+        "generate_vmap_rule": True,
+    }
+    return type(name, (torch.autograd.Function,), members)
 
 
-def _observed() -> bool:
-    """Whether a dispatch mode (fake tensors, tracing, counters) or a functorch transform is active."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+def _guarded(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """An autograd kernel, which knows nothing of tangents and of torch.func, with errors for both."""
+
+    def guarded(keyset: Any, *arguments: Any) -> Any:
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        if WATCH.dual() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            _refuse_tangents(name)
+        if torch.is_grad_enabled() and WATCH.differentiated() and any(t.requires_grad for t in tensors):
+            raise NotImplementedError(
+                f"torch.ops.star_kernels.{name} cannot be differentiated by torch.func: call the function of "
+                "star_kernels, which can, or use torch.autograd"
+            )
+        return kernel(keyset, *arguments)
+
+    return guarded
+
+
+def _refuse_tangents(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"star_kernels::{name} has no forward-mode derivative (torch.func.jvp, torch.func.jacfwd, "
+        "torch.autograd.forward_ad): use reverse mode, or backend='naive' where the function has it"
+    )
+
+
+def _keep_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _no_derivative(name: str) -> Callable[..., NoReturn]:
+    first = name.removesuffix("_backward")
+    which = "derivative" if first == name else "second derivative: it cannot be differentiated twice"
+
+    def backward(ctx: Any, *gradients: Any) -> NoReturn:
+        raise RuntimeError(f"star_kernels::{first} has no {which}")
+
+    return backward
+
+
+class _Watch(NamedTuple):
+    """What private names of PyTorch tell, asked nowhere else."""
+
+    observed: Callable[[], bool]  # a dispatch mode (fake tensors, tracing, counters) or one of the two below is active
+    transformed: Callable[[], bool]  # a transform of torch.func
+    differentiated: Callable[[], bool]  # one that differentiates
+    dual: Callable[[], bool]  # forward-mode differentiation
+
+
+def _watch() -> _Watch:
+    """Where a torch lacks one of the names every call goes through the dispatcher: safe, and slower."""
+    try:
+        from torch._C import _len_torch_dispatch_stack
+        from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
+
+        forward_ad._current_level + 0  # the number of open levels, less one
+        kinds = (TransformType.Grad, TransformType.Jvp)
+    except (ImportError, AttributeError):
+        return _Watch(lambda: True, lambda: False, lambda: False, lambda: True)
+
+    def transformed() -> bool:
+        return peek_interpreter_stack() is not None
+
+    def dual() -> bool:
+        return forward_ad._current_level >= 0
+
+    def observed() -> bool:
+        return _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+    def differentiated() -> bool:
+        return any(interpreter.key() in kinds for interpreter in get_interpreter_stack() or ())
+
+    return _Watch(observed, transformed, differentiated, dual)
+
+
+WATCH = _watch()

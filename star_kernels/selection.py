@@ -10,6 +10,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from star_kernels.checks import check_dense
+
 EMPTY = -1  # the index of an unused slot
 
 
@@ -40,11 +42,13 @@ class TokenSelection:
     last: int = field(init=False, repr=False)  # known without a wait for the device
 
     def __post_init__(self) -> None:
-        _check_fields(self.index, self.weight)
+        check_selection_fields(self.index, self.weight)
         _check_text(self.text)
-        _check_values(self.index, self.weight)
-        last = int(self.index.max())
-        first = EMPTY if last == EMPTY else int(self.index.masked_fill(self.index == EMPTY, last).min())
+        first = last = EMPTY
+        if not torch.compiler.is_compiling():  # a compiled graph has no values yet: there the kernels check positions
+            _check_values(self.index, self.weight)
+            last = int(self.index.max())
+            first = EMPTY if last == EMPTY else int(self.index.masked_fill(self.index == EMPTY, last).min())
         object.__setattr__(self, "first", first)
         object.__setattr__(self, "last", last)
 
@@ -122,6 +126,7 @@ class TokenSelection:
         if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask must be a bool or floating-point tensor, got {got}")
+        check_dense("mask", mask)
         if mask.ndim not in (2, 3) or 0 in mask.shape:
             raise ValueError(f"mask must have shape [B, S] or [B, G, S], none of them 0, got {list(mask.shape)}")
         weight = mask.float() if mask.ndim == 3 else mask.float()[:, None]  # [B, G, S]
@@ -182,11 +187,12 @@ def _is_flat(row: object) -> TypeGuard[list[int]]:
     return isinstance(row, list) and all(isinstance(p, int) and not isinstance(p, bool) for p in row)
 
 
-def _check_fields(index: Tensor, weight: Tensor) -> None:
+def check_selection_fields(index: Tensor, weight: Tensor) -> None:
     for name, value, dtype in (("index", index, torch.int32), ("weight", weight, torch.float32)):
         if not isinstance(value, Tensor) or value.dtype != dtype:
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} must be a {str(dtype).removeprefix('torch.')} tensor, got {got}")
+        check_dense(name, value)
     if index.ndim != 2 or 0 in index.shape:
         raise ValueError(f"index must have shape [B, T] with B and T at least 1, got {list(index.shape)}")
     batch, slots = index.shape

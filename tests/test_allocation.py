@@ -10,12 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from star_kernels import allocate, map_change
+from star_kernels.allocation import LAYOUTS as LAYOUTS_OF_ALLOCATE
 
 MANY = settings(max_examples=80, deadline=None)
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 4), st.integers(1, 70)),
     st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40)),
 )
+
+
+LAYOUTS = {2: "bp", 3: "bsp", 4: "bsgp"}
+
+
+def weigh(maps: torch.Tensor, **options: Any) -> torch.Tensor:
+    return allocate(maps, layout=LAYOUTS[maps.ndim], **options)
 
 
 def sizes(maps: torch.Tensor, over: str) -> tuple[int, ...]:
@@ -40,7 +48,7 @@ def problems(draw: Any) -> tuple[torch.Tensor, float, str, float | None]:
 @given(problems())
 def test_weights_are_not_negative_and_of_mean_one(problem: tuple) -> None:
     maps, strength, over, cap = problem
-    weights = allocate(maps, strength=strength, over=over, cap=cap)
+    weights = weigh(maps, strength=strength, over=over, cap=cap)
     assert weights.shape == maps.shape
     assert weights.dtype == torch.float32
     assert bool((weights >= 0).all())
@@ -56,10 +64,10 @@ def test_each_group_has_weights_of_its_own(over: str, cap: float | None) -> None
     maps = torch.rand(2, 3, 4, 25) ** 4
     maps[0, :, 1] = 0
     maps[1, 0, 2, 7] = torch.nan
-    found = allocate(maps, over=over, cap=cap, strength=0.75)
+    found = weigh(maps, over=over, cap=cap, strength=0.75)
     assert found.shape == maps.shape
     for group in range(4):
-        alone = allocate(maps[:, :, group], over=over, cap=cap, strength=0.75)
+        alone = weigh(maps[:, :, group], over=over, cap=cap, strength=0.75)
         torch.testing.assert_close(found[:, :, group], alone, rtol=1e-6, atol=1e-6)
     assert torch.equal(found[0, :, 1], torch.ones(3, 25))
 
@@ -68,7 +76,7 @@ def test_each_group_has_weights_of_its_own(over: str, cap: float | None) -> None
 @given(problems())
 def test_order_is_kept(problem: tuple) -> None:
     maps, strength, over, cap = problem
-    weights = allocate(maps, strength=strength, over=over, cap=cap)
+    weights = weigh(maps, strength=strength, over=over, cap=cap)
     order = maps.flatten(-len(sizes(maps, over))).argsort(dim=-1)
     ordered = weights.flatten(-len(sizes(maps, over))).gather(-1, order)
     assert bool((ordered.diff(dim=-1) >= -1e-5 * ordered[..., 1:].abs() - 1e-6).all())
@@ -79,8 +87,8 @@ def test_order_is_kept(problem: tuple) -> None:
 def test_scale_of_the_map_does_not_matter(problem: tuple, factor: float) -> None:
     maps, strength, over, cap = problem
     maps = maps.clamp(max=1e30) * (maps > 1e-20)  # so that a power of two is exact
-    expected = allocate(maps, strength=strength, over=over, cap=cap)
-    assert torch.equal(allocate(maps * factor, strength=strength, over=over, cap=cap), expected)
+    expected = weigh(maps, strength=strength, over=over, cap=cap)
+    assert torch.equal(weigh(maps * factor, strength=strength, over=over, cap=cap), expected)
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e30, 3e38])
@@ -88,20 +96,20 @@ def test_tiny_and_huge_maps_are_in_proportion(scale: float) -> None:
     maps = torch.tensor([[1.0, 2.0, 3.0, 6.0] * 8]) / 6 * scale
     expected = torch.tensor([[1 / 3, 2 / 3, 1.0, 2.0] * 8])
     # Subnormal numbers carry few digits.
-    torch.testing.assert_close(allocate(maps), expected, rtol=0.2 if scale < 1e-40 else 1e-5, atol=0)
+    torch.testing.assert_close(weigh(maps), expected, rtol=0.2 if scale < 1e-40 else 1e-5, atol=0)
 
 
 @pytest.mark.parametrize("over", ["step", "trajectory"])
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_strength_zero_gives_exactly_ones(over: str, cap: float | None) -> None:
     maps = torch.rand(3, 4, 77) * 1e3
-    assert torch.equal(allocate(maps, strength=0, over=over, cap=cap), torch.ones_like(maps))
+    assert torch.equal(weigh(maps, strength=0, over=over, cap=cap), torch.ones_like(maps))
 
 
 @pytest.mark.parametrize("over", ["step", "trajectory"])
 @pytest.mark.parametrize("value", [1e-30, 0.1, 1 / 3, 7.0, 1e30])
 def test_a_flat_map_gives_ones(over: str, value: float) -> None:
-    weights = allocate(torch.full((2, 3, 1357), value), over=over)
+    weights = weigh(torch.full((2, 3, 1357), value), over=over)
     torch.testing.assert_close(weights, torch.ones_like(weights), rtol=1e-6, atol=0)
 
 
@@ -110,21 +118,21 @@ def test_the_formula(strength: float) -> None:
     maps = torch.rand(3, 4, 50, dtype=torch.float64)
     for over, dims in (("step", (2,)), ("trajectory", (1, 2))):
         expected = (1 - strength) + strength * maps / maps.mean(dim=dims, keepdim=True)
-        torch.testing.assert_close(allocate(maps, strength=strength, over=over), expected)
+        torch.testing.assert_close(weigh(maps, strength=strength, over=over), expected)
 
 
 def test_a_trajectory_gives_steps_their_own_mass_and_a_step_none() -> None:
     maps = torch.rand(2, 3, 40) * torch.tensor([1.0, 2.0, 5.0])[:, None]
     mass = maps.double().mean(dim=2)
-    by_trajectory = allocate(maps, over="trajectory").double().mean(dim=2)
+    by_trajectory = weigh(maps, over="trajectory").double().mean(dim=2)
     torch.testing.assert_close(by_trajectory, mass / mass.mean(dim=1, keepdim=True), rtol=1e-5, atol=0)
-    by_step = allocate(maps, over="step").double().mean(dim=2)
+    by_step = weigh(maps, over="step").double().mean(dim=2)
     torch.testing.assert_close(by_step, torch.ones_like(by_step), rtol=1e-5, atol=0)
 
 
 def test_steps_are_allocated_one_by_one_as_samples_are() -> None:
     maps = torch.rand(2, 3, 40)
-    assert torch.equal(allocate(maps).flatten(0, 1), allocate(maps.flatten(0, 1)))
+    assert torch.equal(weigh(maps).flatten(0, 1), weigh(maps.flatten(0, 1)))
 
 
 @pytest.mark.parametrize("bad", [0.0, torch.nan, torch.inf, -torch.inf, -1e-3], ids=str)
@@ -134,9 +142,9 @@ def test_a_degenerate_map_gives_ones_and_reaches_no_other_sample(
     bad: float, everywhere: bool, cap: float | None
 ) -> None:
     maps = torch.rand(3, 50)
-    clean = allocate(maps, cap=cap)
+    clean = weigh(maps, cap=cap)
     maps[1, slice(None) if everywhere or bad == 0 else 7] = bad
-    weights = allocate(maps, cap=cap)
+    weights = weigh(maps, cap=cap)
     assert torch.equal(weights[1], torch.ones(50))
     assert torch.equal(weights[[0, 2]], clean[[0, 2]])
 
@@ -144,9 +152,9 @@ def test_a_degenerate_map_gives_ones_and_reaches_no_other_sample(
 def test_a_degenerate_step_costs_a_trajectory_its_allocation_but_a_step_only_itself() -> None:
     maps = torch.rand(2, 3, 20)
     maps[0, 1, 4] = torch.nan
-    assert torch.equal(allocate(maps, over="trajectory")[0], torch.ones(3, 20))
-    assert torch.equal(allocate(maps)[0, 1], torch.ones(20))
-    assert torch.equal(allocate(maps)[0, 0], allocate(maps[:, :1])[0, 0])
+    assert torch.equal(weigh(maps, over="trajectory")[0], torch.ones(3, 20))
+    assert torch.equal(weigh(maps)[0, 1], torch.ones(20))
+    assert torch.equal(weigh(maps)[0, 0], weigh(maps[:, :1])[0, 0])
 
 
 @pytest.mark.parametrize("cap", [1.001, 1.5, 2.0, 7.9, 8.0, 9.0, 1e6])
@@ -156,7 +164,7 @@ def test_a_cap_is_kept_with_mean_one(spread: str, cap: float) -> None:
     maps[0, : {"one": 1, "two": 2, "few": 5, "all": 8}[spread]] = torch.tensor([64.0, 16, 4, 2, 1, 1, 1, 1])[
         : {"one": 1, "two": 2, "few": 5, "all": 8}[spread]
     ]
-    weights = allocate(maps, cap=cap)
+    weights = weigh(maps, cap=cap)
     assert float(weights.max()) <= cap * (1 + 1e-6)
     torch.testing.assert_close(weights.mean(), torch.tensor(1.0), rtol=1e-6, atol=0)
     below = weights[(weights < cap * (1 - 1e-6)) & (maps > 0)]
@@ -168,13 +176,13 @@ def test_a_cap_is_kept_with_mean_one(spread: str, cap: float) -> None:
 def test_all_mass_on_one_position_leaves_the_rest_to_equal_parts() -> None:
     maps = torch.zeros(1, 5)
     maps[0, 3] = 0.2
-    torch.testing.assert_close(allocate(maps, cap=3.0), torch.tensor([[0.5, 0.5, 0.5, 3.0, 0.5]]))
+    torch.testing.assert_close(weigh(maps, cap=3.0), torch.tensor([[0.5, 0.5, 0.5, 3.0, 0.5]]))
 
 
 @pytest.mark.parametrize("cap", [1.01, 2.0])
 def test_a_cap_is_kept_where_weights_are_of_every_size(cap: float) -> None:
     maps = torch.logspace(0, -44, 24)[None]
-    weights = allocate(maps, cap=cap)
+    weights = weigh(maps, cap=cap)
     assert float(weights.min()) >= 0
     assert float(weights.max()) <= cap
     assert float(weights.mean()) == pytest.approx(1, rel=1e-6)
@@ -182,29 +190,29 @@ def test_a_cap_is_kept_where_weights_are_of_every_size(cap: float) -> None:
     ratio = weights[below] / maps[below]
     if len(ratio):
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-5, atol=0)
-    torch.testing.assert_close(allocate(torch.tensor([[0.2, 0.0]]), cap=1.5), torch.tensor([[1.5, 0.5]]))
+    torch.testing.assert_close(weigh(torch.tensor([[0.2, 0.0]]), cap=1.5), torch.tensor([[1.5, 0.5]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_cap_that_the_dtype_rounds_is_kept_where_all_mass_is_at_it(dtype: torch.dtype) -> None:
     maps = torch.zeros(1, 15, dtype=dtype)
     maps[0, 0] = 1.0
-    weights = allocate(maps, cap=1.01)
+    weights = weigh(maps, cap=1.01)
     torch.testing.assert_close(weights[0, 0], torch.tensor(1.01, dtype=dtype))
     torch.testing.assert_close(weights[0, 1:], torch.full((14,), 13.99 / 14, dtype=dtype))
 
 
 def test_a_cap_that_nothing_reaches_changes_nothing() -> None:
     maps = torch.rand(2, 60) + 0.5
-    torch.testing.assert_close(allocate(maps, cap=10.0), allocate(maps), rtol=1e-6, atol=0)
+    torch.testing.assert_close(weigh(maps, cap=10.0), weigh(maps), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_narrow_maps_give_float32_weights(dtype: torch.dtype) -> None:
     maps = torch.rand(2, 4096).to(dtype)
-    weights = allocate(maps)
+    weights = weigh(maps)
     assert weights.dtype == torch.float32
-    torch.testing.assert_close(weights.double(), allocate(maps.double()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights.double(), weigh(maps.double()), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
@@ -213,7 +221,7 @@ def test_a_signal_gives_steps_their_shares_and_maps_the_positions_in_them(
     groups: tuple[int, ...], cap: float | None
 ) -> None:
     maps, signal = torch.rand(2, 3, *groups, 25) ** 2, torch.rand(2, 3, *groups) + 0.5
-    found = allocate(maps, over="trajectory", step_signal=signal, cap=cap, strength=0.5)
+    found = weigh(maps, over="trajectory", step_signal=signal, cap=cap, strength=0.5)
     assert found.shape == maps.shape
     torch.testing.assert_close(found.mean(dim=(1, -1)), torch.ones(2, *groups))
     expected = maps / maps.mean(dim=-1, keepdim=True) * (signal / signal.mean(dim=1, keepdim=True))[..., None]
@@ -222,43 +230,41 @@ def test_a_signal_gives_steps_their_shares_and_maps_the_positions_in_them(
     else:
         assert float(found.max()) <= cap * (1 + 1e-6)
     if groups:
-        shared = allocate(maps, over="trajectory", step_signal=signal[:, :, 0], cap=cap)
-        alone = [
-            allocate(maps[:, :, g], over="trajectory", step_signal=signal[:, :, 0], cap=cap) for g in range(*groups)
-        ]
+        shared = weigh(maps, over="trajectory", step_signal=signal[:, :, 0], cap=cap)
+        alone = [weigh(maps[:, :, g], over="trajectory", step_signal=signal[:, :, 0], cap=cap) for g in range(*groups)]
         torch.testing.assert_close(shared, torch.stack(alone, dim=2))
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, torch.nan, torch.inf])
 def test_a_degenerate_signal_leaves_the_steps_alike_and_reaches_no_other_sample(bad: float) -> None:
     maps, signal = torch.rand(3, 4, 20), torch.rand(3, 4)
-    expected = allocate(maps, over="trajectory", step_signal=signal)
+    expected = weigh(maps, over="trajectory", step_signal=signal)
     signal[1] = torch.tensor([bad, 0, 0, 0])
-    found = allocate(maps, over="trajectory", step_signal=signal)
-    torch.testing.assert_close(found[1], allocate(maps)[1])
+    found = weigh(maps, over="trajectory", step_signal=signal)
+    torch.testing.assert_close(found[1], weigh(maps)[1])
     assert torch.equal(found[[0, 2]], expected[[0, 2]])
     maps[0, 2] = 0  # a step without a map is even, at its share
     torch.testing.assert_close(
-        allocate(maps, over="trajectory", step_signal=signal)[0, 2], (signal[0, 2] / signal[0].mean()).expand(20)
+        weigh(maps, over="trajectory", step_signal=signal)[0, 2], (signal[0, 2] / signal[0].mean()).expand(20)
     )
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e38])
 def test_tiny_and_huge_signals_are_in_proportion(scale: float) -> None:
-    found = allocate(torch.ones(1, 2, 5), over="trajectory", step_signal=torch.tensor([[1.0, 3.0]]) * scale)
+    found = weigh(torch.ones(1, 2, 5), over="trajectory", step_signal=torch.tensor([[1.0, 3.0]]) * scale)
     torch.testing.assert_close(found[0, :, 0], torch.tensor([0.5, 1.5]))
 
 
 def test_change_is_the_share_of_a_map_that_moves() -> None:
     maps = torch.tensor([[[4.0, 0, 0, 0], [1, 1, 1, 1], [0, 2, 2, 0], [0, 0, 0, 0]]])
     following = torch.tensor([[[0.0, 0, 1, 0], [3, 3, 3, 3], [0, 0, 8, 8], [1, 0, 0, 0]]])
-    torch.testing.assert_close(map_change(maps, following), torch.tensor([[1.0, 0.0, 0.5, 0.0]]))
-    grouped = map_change(maps.unsqueeze(2).expand(1, 4, 3, 4), following.unsqueeze(2).expand(1, 4, 3, 4))
+    torch.testing.assert_close(map_change(maps, following, layout="bsp"), torch.tensor([[1.0, 0.0, 0.5, 0.0]]))
+    grouped = map_change(*(m.unsqueeze(2).expand(1, 4, 3, 4) for m in (maps, following)), layout="bsgp")
     torch.testing.assert_close(grouped, torch.tensor([1.0, 0.0, 0.5, 0.0])[None, :, None].expand(1, 4, 3))
-    assert map_change(maps.half(), following.double()).dtype == torch.float64
+    assert map_change(maps.half(), following.double(), layout="bsp").dtype == torch.float64
     following[0, 2, 3] = torch.nan
-    assert map_change(maps, following)[0].tolist() == [1.0, 0.0, 0.0, 0.0]
-    assert not map_change(maps.requires_grad_(), following).requires_grad
+    assert map_change(maps, following, layout="bsp")[0].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert not map_change(maps.requires_grad_(), following, layout="bsp").requires_grad
 
 
 @pytest.mark.parametrize(
@@ -276,22 +282,56 @@ def test_change_is_the_share_of_a_map_that_moves() -> None:
 )
 def test_a_bad_signal_is_named(options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        allocate(torch.ones(2, 3, 5), **{"over": "trajectory", "step_signal": torch.ones(2, 3), **options})
+        weigh(torch.ones(2, 3, 5), **{"over": "trajectory", "step_signal": torch.ones(2, 3), **options})
 
 
 def test_maps_of_which_the_change_has_no_meaning_are_named() -> None:
-    with pytest.raises(ValueError, match=r"maps and following must have one shape.*got \[2, 3, 5\] and \[2, 4, 5\]"):
-        map_change(torch.ones(2, 3, 5), torch.ones(2, 4, 5))
-    with pytest.raises(ValueError, match=r"maps and following must have one shape.*got \[2, 5\] and \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"following must have the shape of maps, \[2, 3, 5\], got \[2, 4, 5\]"):
+        map_change(torch.ones(2, 3, 5), torch.ones(2, 4, 5), layout="bsp")
+    with pytest.raises(ValueError, match=r"layout must be given where maps have shape \[2, 3, 5\]: one of 'bsp'$"):
+        map_change(torch.ones(2, 3, 5), torch.ones(2, 3, 5))
+    with pytest.raises(ValueError, match="layout must be given where maps have shape"):
         map_change(torch.ones(2, 5), torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"layout must be one of 'bsp', 'bsgp', .* got 'bhw'"):
+        map_change(torch.ones(2, 3, 5), torch.ones(2, 3, 5), layout="bhw")
     with pytest.raises(TypeError, match=r"following must be a floating-point tensor, got torch\.int64"):
-        map_change(torch.ones(2, 3, 5), torch.ones(2, 3, 5, dtype=torch.int64))
+        map_change(torch.ones(2, 3, 5), torch.ones(2, 3, 5, dtype=torch.int64), layout="bsp")
     with pytest.raises(ValueError, match="following must be on the device of maps, cpu, got meta"):
-        map_change(torch.ones(2, 3, 5), torch.ones(2, 3, 5, device="meta"))
+        map_change(torch.ones(2, 3, 5), torch.ones(2, 3, 5, device="meta"), layout="bsp")
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("layout", [known for known in LAYOUTS_OF_ALLOCATE if known != "bp"])
+def test_a_layout_is_the_maps_with_their_positions_flat(layout: str, cap: float | None) -> None:
+    lengths = {"b": 2, "s": 3, "g": 2, "p": 20, "f": 2, "h": 4, "w": 5}
+    maps = torch.rand([lengths[letter] for letter in layout]) ** 3
+    rows = maps.view(-1, maps[(0,) * len(layout.rstrip("pfhw"))].numel())  # every map by itself
+    found = allocate(maps, layout=layout, cap=cap)
+    assert found.shape == maps.shape
+    assert torch.equal(found.reshape(rows.shape), allocate(rows, cap=cap))
+    if "s" in layout:
+        flat = maps.flatten(len(layout.rstrip("pfhw")))
+        change = map_change(maps, maps.flip(1), layout=layout)
+        assert torch.equal(change, map_change(flat, flat.flip(1), layout=LAYOUTS[flat.ndim]))
+        for signal in (None, change):
+            options: dict[str, Any] = {"over": "trajectory", "cap": cap, "step_signal": signal}
+            assert torch.equal(allocate(maps, layout=layout, **options), weigh(flat, **options).view_as(maps))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 8, 8), r"where maps have shape \[2, 8, 8\]: one of 'bgp', 'bsp', 'bhw'"),
+        ((2, 3, 8, 8), r"where maps have shape \[2, 3, 8, 8\]: one of 'bsgp', 'bghw', 'bshw', 'bfhw'"),
+    ],
+)
+def test_maps_of_more_than_two_dimensions_need_a_layout(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"layout must be given {message}"):
+        allocate(torch.ones(shape))
 
 
 def test_weights_are_detached() -> None:
-    assert not allocate(torch.rand(2, 5, requires_grad=True)).requires_grad
+    assert not weigh(torch.rand(2, 5, requires_grad=True)).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -299,10 +339,14 @@ def test_weights_are_detached() -> None:
     [
         ([[1.0]], {}, TypeError, "maps must be a floating-point tensor, got list"),
         (torch.ones(2, 3, dtype=torch.int64), {}, TypeError, "maps must be a floating-point tensor, got torch.int64"),
-        (torch.ones(3), {}, ValueError, r"maps must have shape \[B, P\], \[B, Steps, P\] or.*got \[3\]"),
-        (torch.ones(2, 0), {}, ValueError, r"maps must have shape .*none of them 0, got \[2, 0\]"),
-        (torch.ones(1, 1, 1, 1, 1), {}, ValueError, r"maps must have shape .*got \[1, 1, 1, 1, 1\]"),
-        (torch.ones(2, 3), {"over": "trajectory"}, ValueError, r"maps must have shape \[B, Steps, P\].*got \[2, 3\]"),
+        (torch.ones(3), {}, ValueError, r"layout must be given where maps have shape \[3\]"),
+        (torch.ones(2, 0), {}, ValueError, r"maps must have shape \[B, P\] .*none of them 0, got \[2, 0\]"),
+        (torch.ones(2, 3), {"layout": "bhw"}, ValueError, r"maps must have shape \[B, h, w\] .*got \[2, 3\]"),
+        (torch.ones(2, 3), {"layout": "hw"}, ValueError, "layout must be one of 'bp', .* got 'hw'"),
+        (torch.ones(2, 3), {"layout": 3}, ValueError, "layout must be one of 'bp', .* got 3"),
+        (torch.ones(2, 3).to_sparse(), {}, TypeError, r"maps must be a dense tensor .* got torch\.sparse_coo"),
+        (torch.ones(2, 3), {"over": "trajectory"}, ValueError, "layout must have steps, .* got 'bp'"),
+        (torch.ones(2, 3, 4), {"over": "trajectory", "layout": "bgp"}, ValueError, "must have steps, .* got 'bgp'"),
         (torch.ones(2, 3), {"over": "space"}, ValueError, "over must be 'step' or 'trajectory', got 'space'"),
         (torch.ones(2, 3), {"strength": -0.1}, ValueError, "strength must lie between 0 and 1, got -0.1"),
         (torch.ones(2, 3), {"strength": 1.1}, ValueError, "strength must lie between 0 and 1, got 1.1"),

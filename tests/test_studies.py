@@ -138,7 +138,7 @@ def test_maps_are_those_of_the_driver(rollout: allocations.Rollout, config: Conf
     policy = Policy(config, torch.device("cpu"))
     prompts = [prompt for prompt in load_prompts("scenes:composition")[:3] for _ in range(2)]
     batch = driver.roll_out(policy, prompts, range(6), config, 0, Accelerator(cpu=True).autocast)
-    core = allocations.allocate(rollout.phrases.sum(dim=3).mean(dim=2))
+    core = allocations.allocate(rollout.phrases.sum(dim=3).mean(dim=2), layout="bsp")
     for at, step in enumerate(batch.steps):
         assert step.weights is not None
         torch.testing.assert_close(step.weights.flatten(1), core[:, at], rtol=1e-3, atol=1e-4)

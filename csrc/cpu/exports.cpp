@@ -66,6 +66,7 @@ const Kernels& kernels() {
 
 // One thread for each `grain` of work: waking a thread costs about as much as a small call.
 int threads_for(int64_t work, int64_t grain, int64_t threads) {
+  check(threads >= 1 && threads <= 2147483647, "threads", "be at least 1");
   const int64_t useful = (work + grain - 1) / grain;
   return static_cast<int>(useful < threads ? useful : threads);
 }
@@ -76,7 +77,7 @@ constexpr int64_t kLatentGrain = int64_t{1} << 15;  // elements, about 30 micros
 
 // [B, H, S, D] with unit stride in D.
 View heads_view(const char* name, ffi::TensorView t, int64_t batch, int64_t heads, int64_t head_dim) {
-  check(t.device().device_type == kDLCPU, name, "be on the CPU");
+  check_memory(name, t);
   check(t.ndim() == 4 && t.size(0) == batch && t.size(1) == heads && t.size(3) == head_dim, name,
         "have the shape [B, H, S, D] of the query");
   check(head_dim == 1 || t.stride(3) == 1, name, "have unit stride in its last dimension");
@@ -86,16 +87,18 @@ View heads_view(const char* name, ffi::TensorView t, int64_t batch, int64_t head
 void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView lse, ffi::TensorView index,
                     ffi::TensorView weight, ffi::Optional<ffi::TensorView> key_mask, int64_t start, double scale,
                     bool text_to_image, bool reduce_heads, int64_t threads, ffi::TensorView maps) {
-  check(query.ndim() == 4, "query", "have shape [B, H, S, D]");
-  check(index.ndim() == 2 && weight.ndim() == 3, "index and weight", "have shapes [B, T] and [B, G, T]");
-  check(lse.ndim() == 3, "lse", "have shape [B, H, Sq]");
+  check(query.ndim() == 4 && query.numel() > 0, "query", "have shape [B, H, S, D], none of them 0");
   MapsArguments a{};
   a.batch = query.size(0);
   a.heads = query.size(1);
   a.head_dim = query.size(3);
   check(a.head_dim <= kMaxHeadDim, "query", "have at most 1024 elements a head");
+  check(index.ndim() == 2 && index.size(0) == a.batch && index.size(1) > 0, "index", "have shape [B, T], T above 0");
   a.slots = index.size(1);
+  check(weight.ndim() == 3 && weight.size(0) == a.batch && weight.size(1) > 0 && weight.size(2) == a.slots, "weight",
+        "have shape [B, G, T], G above 0");
   a.groups = weight.size(1);
+  check(maps.ndim() == (reduce_heads ? 3 : 4), "maps", "have shape [B, G, R], or [B, G, H, R] of each head");
   a.rows = maps.size(maps.ndim() - 1);
   a.start = start;
   a.scale = static_cast<float>(scale);
@@ -107,8 +110,9 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
   a.gathered = text_to_image ? queries : keys;
   a.dense_length = text_to_image ? key.size(2) : query.size(2);
   a.gathered_length = text_to_image ? query.size(2) : key.size(2);
-  check(start >= 0 && a.rows > 0 && start + a.rows <= a.dense_length, "rows", "lie within the sequence");
-  check(lse.size(0) == a.batch && lse.size(1) == a.heads && lse.size(2) == query.size(2), "lse",
+  check(start >= 0 && a.rows > 0 && start <= a.dense_length - a.rows, "rows", "lie within the sequence");
+  check_memory("lse", lse);
+  check(lse.ndim() == 3 && lse.size(0) == a.batch && lse.size(1) == a.heads && lse.size(2) == query.size(2), "lse",
         "have shape [B, H, Sq]");
   check(dtype_of("lse", lse) == DType::kFloat32, "lse", "be float32");
   a.lse = {lse.data_ptr(), DType::kFloat32, lse.stride(0), lse.stride(1), lse.stride(2)};
@@ -121,7 +125,9 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
     }
   }
   if (key_mask.has_value()) {
-    a.key_mask = dense_data<uint8_t>("key_mask", key_mask.value(), kDLBool, 8, a.batch * key.size(2));
+    const ffi::TensorView mask = key_mask.value();
+    check(mask.ndim() == 2 && mask.size(0) == a.batch && mask.size(1) == key.size(2), "key_mask", "have shape [B, Sk]");
+    a.key_mask = dense_data<uint8_t>("key_mask", mask, kDLBool, 8, mask.numel());
   }
   a.maps = floats("maps", maps, a.batch * a.groups * (reduce_heads ? 1 : a.heads) * a.rows);
   a.threads = threads_for(a.batch * a.heads * a.rows * a.slots * a.head_dim, kMapsGrain, threads);

@@ -61,6 +61,8 @@ void run(const char* name, const Call<Arguments>& call, void (*kernel)(const Arg
 
 template <typename Kind>
 int64_t workspace_bytes(int64_t batch, int64_t positions) {
+  constexpr int64_t kMost = 2147483647;
+  check(batch > 0 && batch <= kMost && positions > 0 && positions <= kMost, "batch and positions", "have 32 bits");
   return cuda::most_tiles(batch, positions) * Kind::kSums * static_cast<int64_t>(sizeof(double));
 }
 

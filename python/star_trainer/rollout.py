@@ -165,15 +165,15 @@ def weighted(steps: list[Step], maps: Tensor, allocation: Allocation, following:
     Args:
         following: the maps of the step after each, for ``over`` "change".
     """
-    grid, splits = maps.shape[-2:], allocation.credit == "split"
-    own = maps.flatten(-2)
-    found = own.sum(dim=2) if splits else own
+    splits = allocation.credit == "split"
+    found = maps.sum(dim=2) if splits else maps
+    layout = "bshw" if found.ndim == 4 else "bsghw"
     signal = None
     if following is not None:
-        then = following.flatten(-2)
-        signal = map_change(found, then.sum(dim=2) if splits else then)
+        signal = map_change(found, following.sum(dim=2) if splits else following, layout=layout)
     weights = allocate(
         found,
+        layout=layout,
         strength=allocation.strength,
         over="trajectory" if allocation.over == "change" else allocation.over,
         cap=allocation.cap,
@@ -181,8 +181,7 @@ def weighted(steps: list[Step], maps: Tensor, allocation: Allocation, following:
     )
     if splits:
         total = found[:, :, None]
-        shares = torch.where((total > 0) & total.isfinite(), own / total, 1.0)
+        shares = torch.where((total > 0) & total.isfinite(), maps / total, 1.0)
         each = weights[:, :, None] * torch.lerp(torch.ones_like(shares), shares, allocation.strength)
         weights = torch.cat([weights[:, :, None], each], dim=2)
-    on_grid = weights.unflatten(-1, grid)
-    return [replace(step, weights=on_grid[:, i].contiguous()) for i, step in enumerate(steps)]
+    return [replace(step, weights=weights[:, i].contiguous()) for i, step in enumerate(steps)]

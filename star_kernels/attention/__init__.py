@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from operator import index as index_of
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from star_kernels.attention.checks import (
     resolve_scale,
 )
 from star_kernels.checks import check_flag
+from star_kernels.operators import constant
 from star_kernels.selection import TokenSelection
 
 __all__ = ["AttentionOutput", "attention", "attention_maps"]
@@ -95,14 +97,14 @@ def attention(
     check_flag("return_lse", return_lse)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    device, dtype, head_dim = query.device.type, query.dtype, query.shape[3]
+    device, dtype, head_dim = query.device.type, query.dtype, index_of(query.shape[3])  # constant in a graph
     if backend == "auto":
         backend = choose_backend(device, dtype, head_dim, key_mask is not None)
     elif problem := obstacle(backend, device, dtype, head_dim, key_mask is not None):
         raise ValueError(
             f"backend {backend!r} cannot run here: {problem}; got {dtype}, head dimension {head_dim}, on {device}"
         )
-    index, weight = selection.index, selection.weight
+    index, weight = selection.index, constant(selection.weight)
     if backend == "naive":
         out, maps, lse = naive.attention(
             query, key, value, index, weight, key_mask, (start, length), scale, reduce_heads
@@ -161,13 +163,14 @@ def attention_maps(
     check_flag("reduce_heads", reduce_heads)
     if backend not in ("auto", "naive"):
         raise ValueError(f"backend must be auto or naive, got {backend!r}")
+    weight = constant(selection.weight)
     if backend == "naive" or query.dtype == torch.float64:
         return naive.attention_maps(
             query,
             key,
             lse,
             selection.index,
-            selection.weight,
+            weight,
             key_mask,
             (start, length),
             scale,
@@ -179,7 +182,7 @@ def attention_maps(
         key,
         lse,
         selection.index,
-        selection.weight,
+        weight,
         key_mask,
         start,
         length,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from star_kernels.selection import TokenSelection
+from star_kernels.checks import check_dense
+from star_kernels.selection import TokenSelection, check_selection_fields
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -34,6 +36,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, sequence_axis: int) -> 
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
         if tensor.ndim != 4 or not tensor.numel():
             raise ValueError(f"{name} must have shape {names}, none of them 0, got {list(tensor.shape)}")
         if tensor.dtype not in DTYPES:
@@ -73,6 +76,7 @@ def check_key_mask(key_mask: Tensor | None, query: Tensor, length: int) -> None:
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
         got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
         raise TypeError(f"key_mask must be a bool tensor, true where a key takes part, got {got}")
+    check_dense("key_mask", key_mask)
     if key_mask.shape != (query.shape[0], length):
         raise ValueError(f"key_mask must have shape [B, Sk] = [{query.shape[0]}, {length}], got {list(key_mask.shape)}")
     if key_mask.device != query.device:
@@ -84,6 +88,7 @@ def check_lse(lse: Tensor, query: Tensor) -> None:
     if not isinstance(lse, Tensor) or lse.dtype != wide:
         got = lse.dtype if isinstance(lse, Tensor) else type(lse).__name__
         raise TypeError(f"lse must be a {str(wide).removeprefix('torch.')} tensor, got {got}")
+    check_dense("lse", lse)
     if lse.shape != query.shape[:3]:
         raise ValueError(f"lse must have shape [B, H, Sq] = {list(query.shape[:3])}, got {list(lse.shape)}")
     if lse.device != query.device:
@@ -121,3 +126,44 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
+
+
+def check_operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    key_mask: Tensor | None,
+    start: int,
+    rows: int,
+    *,
+    text_to_image: bool = False,
+) -> None:
+    """What the operators rely on, for callers of ``torch.ops.star_kernels``; the kernels look at positions."""
+    check_qkv(query, key, value, 2)
+    if query.dtype == torch.float64:
+        raise TypeError("query must be float32, float16 or bfloat16, got torch.float64")
+    check_selection_fields(index, weight)
+    if index.shape[0] != query.shape[0] or index.device != query.device:
+        raise ValueError(
+            f"index must have the batch and the device of query, {query.shape[0]} on {query.device}, "
+            f"got {list(index.shape)} on {index.device}"
+        )
+    check_key_mask(key_mask, query, key.shape[2])
+    resolve_rows((start, rows), (key if text_to_image else query).shape[2])
+
+
+def check_like(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, query: Tensor) -> None:
+    """A result or its gradient, of the device of query."""
+    if tensor is None or (list(tensor.shape), tensor.dtype, tensor.device) == (list(shape), dtype, query.device):
+        return
+    raise ValueError(
+        f"{name} must have shape {list(shape)} and be {dtype} on {query.device}, got {list(tensor.shape)}, "
+        f"{tensor.dtype} on {tensor.device}"
+    )
+
+
+def maps_shape(query: Tensor, weight: Tensor, rows: int, reduce_heads: bool) -> tuple[int, ...]:
+    batch, groups, _ = weight.shape
+    return (batch, groups, rows) if reduce_heads else (batch, groups, query.shape[1], rows)

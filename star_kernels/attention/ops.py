@@ -1,4 +1,4 @@
-"""The attention operators as PyTorch sees them: schema, shapes, autograd. Arguments are validated by the callers."""
+"""The attention operators as PyTorch sees them: schema, shapes, autograd."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from star_kernels import native
 from star_kernels.attention import maps_gradient, naive, tuning, vendor
+from star_kernels.attention.checks import check_like, check_lse, check_operator, maps_shape
 from star_kernels.attention.tuning import Plan
 from star_kernels.checks import repeats
 from star_kernels.operators import Operator
@@ -326,9 +327,34 @@ def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _empty_maps(query: Tensor, weight: Tensor, rows: int, reduce_heads: bool) -> Tensor:
-    batch, groups, _ = weight.shape
-    shape = (batch, groups, rows) if reduce_heads else (batch, groups, query.size(1), rows)
-    return torch.empty(shape, dtype=torch.float32, device=query.device)
+    return torch.empty(maps_shape(query, weight, rows, reduce_heads), dtype=torch.float32, device=query.device)
+
+
+def _check_attention(*arguments: Any) -> None:
+    check_operator(*arguments[:8])
+
+
+def _check_attention_backward(
+    grad_out: Tensor | None, grad_maps: Tensor | None, grad_lse: Tensor | None, *arguments: Any
+) -> None:
+    query, key, value, out, lse, index, weight, key_mask, start, rows, _, reduce_heads, _ = arguments
+    check_operator(query, key, value, index, weight, key_mask, start, rows)
+    check_lse(lse, query)
+    check_like("out", out, query.shape, query.dtype, query)
+    check_like("grad_out", grad_out, query.shape, query.dtype, query)
+    check_like("grad_maps", grad_maps, maps_shape(query, weight, rows, reduce_heads), torch.float32, query)
+    check_like("grad_lse", grad_lse, lse.shape, torch.float32, query)
+
+
+def _check_maps(query: Tensor, key: Tensor, lse: Tensor, *arguments: Any) -> None:
+    check_operator(query, key, key, *arguments[:5], text_to_image=arguments[-1])
+    check_lse(lse, query)
+
+
+def _check_maps_backward(grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, *arguments: Any) -> None:
+    _check_maps(query, key, lse, *arguments)
+    _, weight, _, _, rows, _, reduce_heads, _ = arguments
+    check_like("grad_maps", grad_maps, maps_shape(query, weight, rows, reduce_heads), torch.float32, query)
 
 
 # Backward operators come first: the forward ones name them.
@@ -337,11 +363,13 @@ ATTENTION_BACKWARD = Operator(
     f"Tensor out, Tensor lse, {_MAPS}, str backend) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     attention_backward,
     attention_backward_fake,
+    check=_check_attention_backward,
 )
 ATTENTION = Operator(
     f"attention(Tensor query, Tensor key, Tensor value, {_MAPS}, str backend) -> (Tensor out, Tensor maps, Tensor lse)",
     attention,
     attention_fake,
+    check=_check_attention,
     setup_context=_save_attention,
     backward=_differentiate_attention,
 )
@@ -350,11 +378,13 @@ ATTENTION_MAPS_BACKWARD = Operator(
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_lse)",
     attention_maps_backward,
     attention_maps_backward_fake,
+    check=_check_maps_backward,
 )
 ATTENTION_MAPS = Operator(
     f"attention_maps(Tensor query, Tensor key, Tensor lse, {_MAPS}, bool text_to_image) -> Tensor",
     attention_maps,
     attention_maps_fake,
+    check=_check_maps,
     setup_context=_save_maps,
     backward=_differentiate_maps,
 )

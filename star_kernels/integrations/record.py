@@ -37,7 +37,7 @@ class RecordedMaps:
         if not self.maps:
             raise RuntimeError("no maps were recorded: the transformer did not run while record_maps was open")
         maps = torch.stack([taken.sum(dim=1) for taken in self.maps], dim=1)  # [B, Steps, h, w]
-        return allocate(maps.flatten(2), strength=strength, over=over, cap=cap).view_as(maps)
+        return allocate(maps, layout="bshw", strength=strength, over=over, cap=cap)
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from star_kernels.checks import check_number
+from star_kernels.checks import check_dense, check_number, readable
 from star_kernels.policy.transitions import Transition
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -48,6 +50,10 @@ def check_latent(name: str, latent: Tensor, model_output: Tensor) -> None:
 def check_transition(transition: Transition, model_output: Tensor) -> None:
     if not isinstance(transition, Transition):
         raise TypeError(f"transition must be a Transition (see flow_sde), got {type(transition).__name__}")
+    _check_columns(transition, model_output)
+
+
+def _check_columns(transition: Transition, model_output: Tensor) -> None:
     batch = model_output.shape[0]
     if transition.coefficients.shape[1] not in (1, batch):
         raise ValueError(
@@ -87,19 +93,24 @@ def check_mask(mask: Tensor | None, model_output: Tensor, channel_dim: int) -> N
     """Bool, one for each location; on a CPU each sample keeps at least one."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, true where a location counts, got {got}")
-    shape = _locations(model_output, channel_dim)
-    if list(mask.shape) != shape:
-        raise ValueError(f"mask must have shape [B, *locations] = {shape}, got {list(mask.shape)}")
-    _check_device("mask", mask, model_output)
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+    _check_mask(mask, model_output, channel_dim)
+    if readable(mask):
         empty = ~mask.flatten(1).any(dim=1)
         if bool(empty.any()):
             raise ValueError(
                 f"mask must keep a location of every sample, got none for sample {int(empty.nonzero()[0])}"
             )
+
+
+def _check_mask(mask: Tensor, model_output: Tensor, channel_dim: int) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, true where a location counts, got {got}")
+    check_dense("mask", mask)
+    shape = _locations(model_output, channel_dim)
+    if list(mask.shape) != shape:
+        raise ValueError(f"mask must have shape [B, *locations] = {shape}, got {list(mask.shape)}")
+    _check_device("mask", mask, model_output)
 
 
 def check_weights(weights: Tensor | None, model_output: Tensor, channel_dim: int) -> None:
@@ -162,7 +173,7 @@ def _check_weights(weights: Tensor, groups: list[int], model_output: Tensor, cha
 
 def check_weight_values(weights: Tensor | None) -> None:
     """Weights are finite and not negative. The compiled CPU kernel checks this itself; a GPU is not waited for."""
-    if weights is not None and weights.device.type == "cpu" and not torch.compiler.is_compiling():
+    if weights is not None and readable(weights):
         good = (weights >= 0) & weights.isfinite()
         if not bool(good.all()):
             raise ValueError(f"weights must be finite and not negative, got {float(weights[~good][0])}")
@@ -199,6 +210,35 @@ def check_beta(beta: float, advantage_clip: float) -> None:
         raise ValueError(f"advantage_clip must be finite, got {advantage_clip}")
 
 
+def check_operator(
+    names: Sequence[str],
+    tensors: Sequence[Tensor | None],
+    latents: Sequence[int],
+    channel_dim: int,
+    per_location: bool,
+) -> None:
+    """What the operators rely on, for callers of ``torch.ops.star_kernels``; values are not looked at."""
+    given = {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+    model_output = given["model_output"]
+    if not 0 < channel_dim == resolve_channel_dim(channel_dim, model_output):
+        raise ValueError(f"channel_dim must be counted from the front, got {channel_dim}")
+    if model_output.dtype == torch.float64:
+        raise TypeError("model_output must be float32, float16 or bfloat16, got torch.float64")
+    for i in latents:
+        if names[i] in given:
+            check_latent(names[i], given[names[i]], model_output)
+    for name in {"advantages", "sigma", "step_weights"} & given.keys():
+        check_numbers(name, given[name], model_output)
+    if "coefficients" in given:
+        _check_columns(Transition(given["coefficients"]), model_output)
+    if "mask" in given:
+        _check_mask(given["mask"], model_output, channel_dim)
+    check_weights(given.get("weights"), model_output, channel_dim)
+    if "old_log_prob" in given:
+        ratio = "location" if per_location else "sample"
+        check_old_log_prob(given["old_log_prob"], model_output, channel_dim, given.get("weights"), ratio)
+
+
 def _locations(model_output: Tensor, channel_dim: int) -> list[int]:
     """The shape without the channels: [B, *locations]."""
     return [n for d, n in enumerate(model_output.shape) if d != channel_dim]
@@ -209,6 +249,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+    check_dense(name, tensor)
 
 
 def _check_float(name: str, tensor: Tensor, model_output: Tensor) -> None:
@@ -217,6 +258,7 @@ def _check_float(name: str, tensor: Tensor, model_output: Tensor) -> None:
         raise TypeError(f"{name} must be a float32 tensor, got {got}")
     if tensor.dtype == torch.float64 and model_output.dtype != torch.float64:
         raise TypeError(f"{name} must be float32 (float64 only with a float64 model_output), got {tensor.dtype}")
+    check_dense(name, tensor)
     _check_device(name, tensor, model_output)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from star_kernels.checks import check_flag
+from star_kernels.operators import constant
 from star_kernels.policy import naive, ops
 from star_kernels.policy.backends import resolve_backend
 from star_kernels.policy.checks import (
@@ -278,4 +279,4 @@ def _summed(found: list[PolicyLoss]) -> PolicyLoss:
 
 
 def _constant(tensor: Tensor | None) -> Tensor | None:
-    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
+    return None if tensor is None else constant(tensor)

@@ -1,4 +1,4 @@
-"""The policy operators as PyTorch sees them: schema, shapes, autograd. Arguments are validated by the callers.
+"""The policy operators as PyTorch sees them: schema, shapes, autograd.
 
 The forward pass keeps a few numbers per sample for the backward pass, which recomputes the residuals from the inputs:
 no more memory is read than when a gradient is written early and scaled later, and none is held in between.
@@ -16,6 +16,7 @@ from star_kernels import native
 from star_kernels.checks import repeats
 from star_kernels.operators import Operator
 from star_kernels.policy import naive
+from star_kernels.policy.checks import check_operator
 
 # Tensors, then scalars, in the order of star_kernels.policy.naive and of the compiled functions.
 _POLICY_TENSORS = (
@@ -47,7 +48,8 @@ class _Objective:
         self, name: str, function: str, tensors: str, scalars: str, latents: tuple[int, ...], metrics: int, rows: int
     ) -> None:
         self._function, self._latents, self._metrics, self._rows = function, latents, metrics, rows
-        self._tensors = tensors.count(",") + 1
+        self._names = [tensor.split()[-1] for tensor in tensors.split(", ")]
+        self._tensors = len(self._names)
         self._inputs = self._tensors + scalars.count(",") + 2  # and the backend
         self._per_sample = self._tensors + [s.split()[-1] for s in scalars.split(", ")].index("per_sample")
         arguments = f"{tensors}, {scalars}, str backend"
@@ -55,16 +57,35 @@ class _Objective:
             f"{name}_backward(Tensor grad_loss, Tensor statistics, {arguments}) -> Tensor",
             self._run_backward,
             self._shape_backward,
+            check=self._check_backward,
             devices=_DEVICES,
         )
         self.forward: Operator = Operator(
             f"{name}({arguments}) -> (Tensor loss, Tensor metrics, Tensor statistics)",
             self._run,
             self._shapes,
+            check=self._check,
             setup_context=self._save,
             backward=self._differentiate,
             devices=_DEVICES,
         )
+
+    def _check(self, *arguments: Any) -> None:
+        n = self._tensors
+        check_operator(
+            self._names, arguments[:n], self._latents, channel_dim=arguments[n], per_location=arguments[n + 1]
+        )
+
+    def _check_backward(self, grad_loss: Tensor, statistics: Tensor, *arguments: Any) -> None:
+        self._check(*arguments)
+        batch = arguments[0].shape[0]
+        loss = [batch] if arguments[self._per_sample] else []
+        for name, tensor, shape in (("grad_loss", grad_loss, loss), ("statistics", statistics, [self._rows, batch])):
+            if list(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device != arguments[0].device:
+                raise ValueError(
+                    f"{name} must be a float32 tensor of shape {shape} on {arguments[0].device}, "
+                    f"got {tensor.dtype}, {list(tensor.shape)} on {tensor.device}"
+                )
 
     def _run(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         *objective, backend = self._prepare(arguments)
@@ -142,6 +163,13 @@ def sample_transition_fake(
     return prev_sample, model_output.new_empty(locations, dtype=torch.float32)
 
 
+def _check_sample(
+    model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int, backend: str
+) -> None:
+    names = ("model_output", "sample", "noise", "coefficients")
+    check_operator(names, (model_output, sample, noise, coefficients), (0, 1, 2), channel_dim, False)
+
+
 def _call(
     function: str,
     backend: str,
@@ -212,5 +240,6 @@ SAMPLE_TRANSITION = Operator(
     "str backend) -> (Tensor prev_sample, Tensor log_prob)",
     sample_transition,
     sample_transition_fake,
+    check=_check_sample,
     devices=_DEVICES,
 )

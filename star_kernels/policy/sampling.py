@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from star_kernels.operators import constant
 from star_kernels.policy import naive, ops
 from star_kernels.policy.backends import resolve_backend
 from star_kernels.policy.checks import check_latent, check_transition, resolve_channel_dim
@@ -42,12 +43,13 @@ def sample_transition(
     check_transition(transition, model_output)
     if noise is None:
         wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
-        noise = torch.randn(sample.shape, generator=generator, dtype=wide, device=sample.device)
+        # What torch.randn does, which takes no generator, not even None, with the sizes of a graph with dynamic shapes.
+        noise = torch.empty(sample.shape, dtype=wide, device=sample.device).normal_(generator=generator)
     elif generator is not None:
         raise ValueError("generator must be None where noise is given, got both")
     else:
         check_latent("noise", noise, model_output)
-    arguments = (model_output.detach(), sample.detach(), noise.detach(), transition.coefficients, channel_dim)
+    arguments = (model_output.detach(), sample.detach(), noise.detach(), constant(transition.coefficients), channel_dim)
     backend = resolve_backend(backend, model_output)
     if backend == "naive":
         return naive.sample_transition(*arguments)

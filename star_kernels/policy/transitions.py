@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from star_kernels.checks import check_number
+from star_kernels.checks import check_number, readable
 
 ROWS = ("mean_sample", "mean_output", "std", "scale", "offset", "kl_scale")
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -207,11 +207,11 @@ def _column(name: str, value: Tensor, sigma: Tensor, *, widens: bool = True) -> 
 
 def _positive(name: str, value: float) -> None:
     check_number(name, value)
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _in_range(name: str, value: Tensor, good: Tensor, requirement: str) -> None:
     """Raises unless all values are good; looks only where looking costs no wait for a device."""
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(good.all()):
+    if readable(value) and not bool(good.all()):
         raise ValueError(f"{name} must {requirement}, got {value[~good].flatten()[0].item():g}")

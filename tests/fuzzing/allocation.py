@@ -27,6 +27,8 @@ def allocation_arguments(draw: Draw) -> dict[str, Any]:
         "over": over,
         "cap": draw.choice([None, None, 1.01, 1.5, 3, 20.0]),
     }
+    if len(shape) == 3:
+        arguments["layout"] = "bsp"
     if over == "trajectory" and draw.chance(0.5):
         arguments["step_signal"] = _signal(draw, shape[:2])
     return arguments
@@ -40,7 +42,14 @@ def _signal(draw: Draw, shape: tuple[int, ...]) -> Tensor:
     return draw.place("step_signal", values)
 
 
-def written(maps: Tensor, strength: float, over: str, cap: float | None, step_signal: Tensor | None = None) -> Tensor:
+def written(
+    maps: Tensor,
+    strength: float,
+    over: str,
+    cap: float | None,
+    layout: str = "bp",
+    step_signal: Tensor | None = None,
+) -> Tensor:
     """The formula in float64, map by map; the factor of capped weights by bisection."""
     size = math.prod(maps.shape[-2:]) if over == "trajectory" else maps.shape[-1]
     weights = []

@@ -65,7 +65,7 @@ def test_weights_are_the_allocation_of_all_groups_together(over: str) -> None:
     weights = recorded.weights(strength=0.5, over=over, cap=1.2)
     assert weights.shape == (BATCH, 3, ROWS, COLUMNS)
     mass = torch.stack([maps.sum(dim=1) for maps in recorded.maps], dim=1).flatten(2)
-    assert torch.equal(weights.flatten(2), allocate(mass, strength=0.5, over=over, cap=1.2))
+    assert torch.equal(weights.flatten(2), allocate(mass, layout="bsp", strength=0.5, over=over, cap=1.2))
     torch.testing.assert_close(weights.mean(dim=(2, 3) if over == "step" else (1, 2, 3)).mean(), torch.tensor(1.0))
 
 
