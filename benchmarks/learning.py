@@ -205,9 +205,9 @@ def text(result: dict[str, Any]) -> str:
             lines.append(line)
     lines += [
         "",
-        "- plain: difference from plain Flow-GRPO with the same seed. Where there is a curve: samples, the two shares",
-        "of plain's samples, those of neighbouring evaluations, between which the mean reaches plain's last one; early,",
-        f"the last reward within {EARLY:g} x plain's samples minus plain's final one.",
+        "- plain: difference from plain Flow-GRPO with the same seed. Where there is a curve: samples, the shares of",
+        "plain's samples (two evaluations, one after the other) between which the mean reaches plain's last one;",
+        f"early, the last reward within {EARLY:g} x plain's samples minus plain's final one.",
     ]
     return "\n".join(lines)
 
