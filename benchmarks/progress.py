@@ -57,18 +57,19 @@ class Progress:
     """Of one comparison: a bar in seconds of its budget."""
 
     def __init__(self, title: str, seconds: float) -> None:
-        place = _plan.place if _plan else ""
-        self.title = f"{place} {title}".strip()
+        self.title = title
         self.bar = tqdm(
             total=_total(seconds),
-            desc=self.title,
+            desc=self._told(""),
             leave=False,
             disable=None,
             ncols=100,
-            bar_format="{desc} |{bar}| {postfix}",
+            nrows=20,  # terminals that do not know their height would show nothing
+            bar_format="{desc} |{bar}|",
         )
         if self.bar.disable:
-            print(f"{self.title} ... {self._left()}".rstrip(), file=sys.stderr, flush=True)
+            place, left = _whereabouts()
+            print(f"{place}{title} ...{left and ' ' + left}", file=sys.stderr, flush=True)
         self.start = time.perf_counter()
 
     def restart(self, seconds: float) -> None:
@@ -81,17 +82,25 @@ class Progress:
     def show(self, what: str) -> None:
         if not self.bar.disable:
             self.bar.n = min(round(self.elapsed()), self.bar.total or sys.maxsize)
-            self.bar.set_postfix_str(", ".join(filter(None, (what[:24], self._left()))))
+            self.bar.set_description_str(self._told(what))
 
-    def _left(self) -> str:
-        left = duration(_plan.left) if _plan else ""
-        return f"{left} left" if left else ""
+    def _told(self, what: str) -> str:
+        place, left = _whereabouts()
+        return f"{place}{left and left + ' · '}{self.title}{what and ': ' + what}"[:80]
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *unused: object) -> None:
         self.bar.close()
+
+
+def _whereabouts() -> tuple[str, str]:
+    """The place in the plan and the time left, both empty without a plan."""
+    if _plan is None:
+        return "", ""
+    left = duration(_plan.left)
+    return f"{_plan.place} ", f"{left} left" if left else ""
 
 
 def _total(seconds: float) -> int | None:

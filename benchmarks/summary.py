@@ -138,7 +138,8 @@ def machine(parts: dict[str, list[dict[str, Any]]], found: list[Row]) -> str:
     if all(row.calm for row in found):
         return f"{told}. A calm machine gives narrower intervals."
     return (
-        f"{told} except where a * stands: too few were left, and the figures may be others'. Repeat on a calm machine."
+        f"{told}, except in rows with a *: too few were left there, and those figures may be the other programs'. "
+        "Repeat on a calm machine."
     )
 
 
