@@ -3,10 +3,11 @@
 # make test-all  the same, and the exhaustive tests: whole grids, ahead-of-time compiles, kill points, notebooks
 # make numerics  the numeric contract with each instruction set and number of threads that this processor has
 # make demo      the same, then trains the small model: reward curve, pictures before and after, allocation strips
-# make overhead  the same, then the benchmark behind README's numbers
+# make overhead  the same, then what maps, weights and a step cost here; four minutes; ARGS=--thorough is behind README's numbers
 # make gpu       on a machine with a GPU: its tests, sanitizers, tuning and benchmarks; OUT=DIR takes the results
 # make gpu-study on a machine with a GPU: the learning study at its full size; goes on where it stopped, in runs/; OUT=DIR as above
 # make sanitize  the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; four minutes
+# make mutation  each constant and operator of the definitions changed in turn, and the tests run; ARGS='--only policy'
 # make coverage  the tests with the lines counted that they reach; fails under 95 %
 # make lint      formatting, lint, types
 # make docs      the documentation's site, in site/; a broken link is an error
@@ -24,7 +25,7 @@ STAMP := $(VENV)/.star-kernels
 PYTHON := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: test test-all test-exhaustive numerics demo overhead gpu gpu-study sanitize coverage lint docs clean
+.PHONY: test test-all test-exhaustive numerics demo overhead gpu gpu-study sanitize mutation coverage lint docs clean
 
 JOBS ?= 2
 PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist worksteal
@@ -58,6 +59,9 @@ gpu-study: $(STAMP)
 
 sanitize: $(STAMP)
 	$(PYTHON) tests/sanitize.py $(ARGS)
+
+mutation: $(STAMP)
+	$(PYTHON) tests/mutation.py $(ARGS)
 
 coverage: $(STAMP)
 	$(PYTHON) -m coverage erase

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from attention_variants import FLUX_1024, SD35_512, SD35_1024, VENDORS, Inputs, Shape, make_inputs
 from clocks import kernel_clock
-from harness import Budget, Variant, interleave
+from harness import Budget, Extent, Variant, interleave
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,16 +22,16 @@ TOLERANCE = 3e-2
 
 
 def measure(
-    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, quick: bool
-) -> list[dict[str, Any]]:
+    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, extent: Extent
+) -> Iterator[dict[str, Any]]:
     if device.type != "cuda":  # PyTorch's own backward pass there
-        return []
+        return
     shapes = [replace(shape, batch=batch or b) for shape, b in SHAPES]
-    return [
-        measure_case(shape, dtype, device, budget)
-        for shape in ([replace(SD35_512, name="smoke test", heads=2)] if quick else shapes)
-        for dtype in dtypes or [torch.bfloat16]
-    ]
+    if extent == "quick":
+        shapes = [replace(SD35_512, name="smoke test", heads=2)]
+    cases = [(shape, dtype) for shape in shapes for dtype in dtypes or [torch.bfloat16]]
+    for done, (shape, dtype) in enumerate(cases):
+        yield measure_case(shape, dtype, device, budget.for_one(len(cases) - done))
 
 
 def measure_case(shape: Shape, dtype: torch.dtype, device: torch.device, budget: Budget) -> dict[str, Any]:

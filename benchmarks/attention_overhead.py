@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,26 +22,29 @@ from attention_variants import (
     shapes_for,
 )
 from clocks import kernel_clock
-from harness import Budget, Progress, Variant, interleave
+from harness import Budget, Extent, Variant, interleave
+from progress import Progress
 
 ALTERNATIVES = ("lse_difference", "augmented_value", "materialised")
 
 
 def measure(
-    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, quick: bool
-) -> list[dict[str, Any]]:
+    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, extent: Extent
+) -> Iterator[dict[str, Any]]:
     """One case for each shape and dtype.
 
-    Only the first shape runs in both dtypes unless some are asked for. The others run in what the device is used with:
-    without bfloat16 instructions one call of the materialised way takes a minute on a CPU.
+    The usual dtype is the one that the device is used with: without bfloat16 instructions one call of the materialised
+    way takes seconds on a CPU. A thorough run has the first shape in both.
     """
-    cases = []
     usual = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for number, shape in enumerate(shapes_for(device, batch, quick)):
-        for dtype in dtypes or ([torch.float32, torch.bfloat16] if number == 0 else [usual]):
-            limit = budget if number == 0 else replace(budget, seconds=budget.seconds / 2)
-            cases.append(measure_case(shape, dtype, device, limit))
-    return cases
+    both = [torch.float32, torch.bfloat16] if extent == "thorough" or device.type == "cuda" else [usual]
+    shapes = shapes_for(device, batch, extent)
+    chosen = [(shape, dtype) for n, shape in enumerate(shapes) for dtype in dtypes or (both if n == 0 else [usual])]
+    for done, (shape, dtype) in enumerate(chosen):
+        limit = budget.for_one(len(chosen) - done)
+        yield measure_case(
+            shape, dtype, device, limit if shape is shapes[0] else replace(limit, seconds=limit.seconds / 2)
+        )
 
 
 def measure_case(shape: Shape, dtype: torch.dtype, device: torch.device, budget: Budget) -> dict[str, Any]:

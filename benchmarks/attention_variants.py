@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Variant
+from harness import Extent, Variant
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -58,20 +58,21 @@ SD35_1024 = Shape("SD3.5-M 1024²", 1, 24, 64, 4096, 333)
 FLUX_1024 = Shape("FLUX 1024²", 1, 24, 128, 4096, 512, image_first=False)
 
 
-def shapes_for(device: torch.device, batch: int | None, quick: bool) -> list[Shape]:
+def shapes_for(device: torch.device, batch: int | None, extent: Extent) -> list[Shape]:
     """The models' shapes: larger batches on a GPU, a third of the heads at 1024² on a CPU (heads are independent)."""
-    if quick:
+    if extent == "quick":
         return [Shape("smoke test", batch or 1, 2, 64, 256, 77)]
     if device.type == "cuda":
         batches = ((SD35_512, 2), (SD35_512, 16), (SD35_1024, 2), (SD35_1024, 16), (FLUX_1024, 2))
         chosen = [replace(s, batch=batch or b) for s, b in batches]
         return list(dict.fromkeys(chosen))
     note = "8 of the model's 24 heads, to fit the time on a CPU: heads are independent of one another"
-    return [
+    shapes = [
         replace(SD35_512, batch=batch or SD35_512.batch),
         replace(SD35_1024, batch=batch or 1, heads=8, note=note),
         replace(FLUX_1024, batch=batch or 1, heads=8, note=note),
     ]
+    return shapes if extent == "thorough" else shapes[:2]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from clocks import kernel_clock
-from harness import Budget, Progress, Variant, interleave
+from harness import Budget, Extent, Variant, interleave
 from policy_overhead import peak_memory
+from progress import Progress
 from sd3_model import CHANNELS, POOLED_WIDTH, TEXT_WIDTH, Size, build
 from torch import Tensor
 
@@ -21,17 +23,20 @@ SIZES = {
     "cpu": Size(blocks=2, latent=128, text=333, groups=1, group=1, steps=1),
     "cuda": Size(blocks=24, latent=128, text=333, groups=1, group=1, steps=1),
 }
+SHORT = Size(blocks=1, latent=64, text=333, groups=1, group=1, steps=1)  # on a CPU, unless the run is thorough
 QUICK = Size(blocks=1, latent=16, text=32, groups=1, group=1, steps=1)
 # Relative RMS between a forward pass with capture and one without: other sums, through the model's dtype.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 def measure(
-    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, quick: bool
-) -> list[dict[str, Any]]:
-    size = QUICK if quick else SIZES[device.type]
+    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, extent: Extent
+) -> Iterator[dict[str, Any]]:
+    size = SHORT if extent == "default" and device.type == "cpu" else SIZES[device.type]
+    if extent == "quick":
+        size = QUICK
     dtype = (dtypes or [torch.bfloat16 if device.type == "cuda" else torch.float32])[0]
-    return [measure_case(replace(size, group=batch or SAMPLES), dtype, device, budget, quick)]
+    yield measure_case(replace(size, group=batch or SAMPLES), dtype, device, budget, extent == "quick")
 
 
 @torch.no_grad()
@@ -49,11 +54,12 @@ def measure_case(size: Size, dtype: torch.dtype, device: torch.device, budget: B
         Variant("captured", "transformer forward with capture", forward.captured),
     ]
     clock = kernel_clock(device)
-    times = interleave(variants, clock, budget, title, warm_up=1)
-    memory = peak_memory(forward.captured, device) / peak_memory(forward.plain, device)
+    with Progress(f"{title} · memory", 0):
+        memory = peak_memory(forward.captured, device) / peak_memory(forward.plain, device)
+    times = interleave(variants, clock, budget, title, warm_up=0)
     label = "capture / no capture"
     return {
-        "name": "smoke test" if quick else "SD3.5-M 1024² forward",
+        "name": "smoke test" if quick else f"SD3.5-M {8 * size.latent}² forward",
         "title": f"SD3.5-M, {size.blocks} of 24 blocks, {8 * size.latent}², {size.text} text tokens, {name}, "
         f"batch {2 * size.batch} with its unconditional half",
         "size": asdict(size),

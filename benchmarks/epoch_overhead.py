@@ -7,6 +7,7 @@ parts, all that STAR adds to an epoch timed by itself, many times, over the time
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from clocks import CpuClock
-from harness import Budget, Figure, Progress, Variant, interleave
+from harness import Budget, Extent, Figure, Variant, interleave
 from policy_overhead import peak_memory
+from progress import Progress
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from star_kernels import weighted_policy_loss
 from star_trainer.command import PRESETS
@@ -26,16 +29,17 @@ from star_trainer.rollout import capture, select, weighted
 from star_trainer.schedule import schedule_of
 from star_trainer.trainer import Trainer
 
-GROUPS = 8  # of the preset's size: what an epoch does scales with them
+GROUPS = {"default": 4, "thorough": 8}  # of the preset's size: what an epoch does scales with them
 QUICK = {"groups": 1, "group_size": 2, "batch": 2}
 
 
 def measure(
-    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, quick: bool
-) -> list[dict[str, Any]]:
+    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, extent: Extent
+) -> Iterator[dict[str, Any]]:
     """Always float32: the small model trains in nothing else."""
+    transformers_logging.disable_progress_bar()  # of loading the model
     preset = _preset("small")
-    changes = QUICK if quick else {"groups": GROUPS, "batch": batch or preset.rollout.batch}
+    changes = QUICK if extent == "quick" else {"groups": GROUPS[extent], "batch": batch or preset.rollout.batch}
     config = replace(
         preset,
         rollout=replace(preset.rollout, **changes),
@@ -43,7 +47,7 @@ def measure(
         output=replace(preset.output, pictures_every=0, tensorboard=False),
     )
     with tempfile.TemporaryDirectory() as folder:
-        return [measure_case(config, device, budget, folder, quick)]
+        yield measure_case(config, device, budget, folder, extent == "quick")
 
 
 def measure_case(config: Config, device: torch.device, budget: Budget, folder: str, quick: bool) -> dict[str, Any]:
@@ -51,14 +55,17 @@ def measure_case(config: Config, device: torch.device, budget: Budget, folder: s
     with Progress(f"{title} · building", 0):
         trainers = {method: _trainer(config, method, device, folder) for method in ("plain", "star")}
     variants = [
-        Variant("plain", "epoch, plain Flow-GRPO", trainers["plain"].train_epoch),
-        Variant("star", "epoch with STAR", trainers["star"].train_epoch),
+        Variant("plain", "epoch of plain Flow-GRPO", trainers["plain"].train_epoch),
+        Variant("star", "epoch of STAR", trainers["star"].train_epoch),
     ]
     clock = CpuClock(device)
-    times = interleave(variants, clock, replace(budget, seconds=0.7 * budget.seconds), title, warm_up=1)
+    with Progress(f"{title} · memory", 0):  # and the first epochs of each
+        peaks = {method: peak_memory(trainer.train_epoch, device) for method, trainer in trainers.items()}
+    times = interleave(variants, clock, budget.share(0.7), title, warm_up=0)
     parts = added(trainers["star"], clock, replace(budget, seconds=0.3 * budget.seconds))
     plain = times.figure("plain").median
-    peaks = {method: peak_memory(trainer.train_epoch, device) for method, trainer in trainers.items()}
+    known = all(figure.low is not None for _, figure in parts.values())
+    bounds = ("median", "low", "high") if known else ("median",)
     return {
         "name": "smoke test" if quick else "epoch of the driver",
         "title": f"driver, preset small, float32: {config.rollout.groups} groups of {config.rollout.group_size}, "
@@ -75,9 +82,10 @@ def measure_case(config: Config, device: torch.device, budget: Budget, folder: s
                 "label": "OVERHEAD all that STAR adds, over an epoch without",
                 **{
                     bound: 1 + sum(count * getattr(figure, bound) for count, figure in parts.values()) / plain
-                    for bound in ("median", "low", "high")  # as if all parts were at their bounds together
+                    for bound in bounds  # as if all parts were at their bounds together
                 },
                 "count": min(figure.count for _, figure in parts.values()),
+                "calm": all(figure.calm for _, figure in parts.values()),
             },
             "star_memory": {"label": "peak memory: with STAR / without", "median": peaks["star"] / peaks["plain"]},
         },

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gradient_agreement import Multiple, cosines, multiple, shown
+from harness import interval_rank
 from learning import EARLY, by_arm, differences, early, mean_curve, paired
 from learning import text as learning_text
 
@@ -406,9 +407,13 @@ def _relative(case: dict[str, Any], name: str) -> str:
 
 
 def _ratio(case: dict[str, Any], name: str) -> str:
+    """With its 95 % interval, or the number of rounds where they are too few for one; what is counted has neither."""
     figure = case["ratios"][name]
-    interval = f" [{figure['low']:.3f}, {figure['high']:.3f}]" if "low" in figure else ""
-    return f"{figure['median']:.3f}{interval}"
+    if "count" not in figure:
+        return f"{figure['median']:.3f}"
+    known = interval_rank(figure["count"]) is not None
+    more = f"[{figure['low']:.3f}, {figure['high']:.3f}]" if known else f"({figure['count']} rounds)"
+    return f"{figure['median']:.3f} {more}"
 
 
 def _three(value: float) -> str:

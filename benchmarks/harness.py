@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from clocks import Clock, CudaClock, Sample
-from tqdm import tqdm
+from progress import Progress
+
+Extent = Literal["quick", "default", "thorough"]  # tiny shapes for tests; minutes; what results are published from
 
 
 @dataclass(frozen=True)
@@ -26,26 +27,45 @@ class Variant:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a comparison may go on: at most ``rounds``, and no new one after ``seconds`` (but at least two)."""
+    """How long a comparison may go on: at least two rounds, at most ``rounds``.
+
+    Args:
+        seconds: of rounds, after which none begins; preparation does not count.
+        until: a time of ``time.perf_counter`` past which no round may be expected to last; preparation counts.
+    """
 
     rounds: int
-    seconds: float
+    seconds: float = math.inf
+    until: float = math.inf
+
+    def share(self, part: float) -> Budget:
+        """A part of what is left."""
+        now = time.perf_counter()
+        return replace(self, seconds=part * self.seconds, until=now + part * (self.until - now))
+
+    def for_one(self, left: int) -> Budget:
+        """For the next of ``left`` cases: ``seconds`` are those of each case, ``until`` is that of all together."""
+        return replace(self, until=self.share(1 / left).until)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A median with the 20th and 80th percentile, and the 95 % interval of the median itself."""
+    """A median with the 20th and 80th percentile, and an interval that has the true median with at least 95 %.
+
+    Fewer than six samples have no such interval: that between their least and largest misses it more often.
+    """
 
     median: float
     p20: float
     p80: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     count: int
     calm: bool = True  # no other program took the processor meanwhile
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        """Without the ends of an interval that there is not."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class Times:
@@ -55,7 +75,7 @@ class Times:
     they tell is how the operating system shares a machine. Ratios are formed within a round, so that drift cancels.
     """
 
-    ENOUGH = 5
+    ENOUGH = 6  # for an interval
 
     def __init__(self, names: Sequence[str], rounds: list[dict[str, Sample]]) -> None:
         self.names = list(names)
@@ -115,14 +135,16 @@ def interleave(
     """Times all variants in rounds, in a random order each, after ``warm_up`` calls of each."""
     shuffle = random.Random(seed).shuffle
     rounds: list[dict[str, Sample]] = []
-    with Progress(title, budget.seconds) as progress:
+    with Progress(title, min(budget.seconds, budget.until - time.perf_counter())) as progress:
         for variant in variants:
             for _ in range(warm_up):
                 progress.show(f"warm-up: {variant.label}")
                 clock.time([variant.run])
-        progress.restart()
+        progress.restart(min(budget.seconds, budget.until - time.perf_counter()))
+        last = 0.0  # seconds of the last round
         for number in range(budget.rounds):
-            if number >= 2 and progress.elapsed() > budget.seconds:
+            began = time.perf_counter()
+            if number >= 2 and (progress.elapsed() > budget.seconds or began + last > budget.until):
                 break
             runs = [v for v in variants if int(number * v.share) != int((number - 1) * v.share) or number == 0]
             shuffle(runs)
@@ -135,53 +157,32 @@ def interleave(
                     progress.show(variant.label)
                     samples += clock.time([variant.run])
             rounds.append(dict(zip((v.name for v in runs), samples, strict=True)))
+            last = time.perf_counter() - began
     return Times([v.name for v in variants], rounds)
 
 
-class Progress:
-    """A progress bar in seconds of the budget on a terminal, one line a comparison elsewhere."""
-
-    def __init__(self, title: str, seconds: float) -> None:
-        self.bar = tqdm(
-            total=max(1, round(seconds)) if math.isfinite(seconds) else None,
-            desc=title,
-            leave=False,
-            disable=None,
-            ncols=100,
-            bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} s {postfix}",
-        )
-        if self.bar.disable:
-            print(f"{title} ...", file=sys.stderr, flush=True)
-        self.restart()
-
-    def restart(self) -> None:
-        self.start = time.perf_counter()
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.start
-
-    def show(self, what: str) -> None:
-        if not self.bar.disable:
-            self.bar.n = min(round(self.elapsed()), self.bar.total or sys.maxsize)
-            self.bar.set_postfix_str(what[:32])
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self.bar.close()
-
-
 def summarise(values: Sequence[float]) -> Figure:
-    """Median and percentiles; the interval is that of order statistics, which assumes no distribution."""
+    """Median, percentiles and interval; the interval is that of order statistics, which assumes no distribution."""
     if not values:
         raise ValueError("nothing was measured: the variants never ran in the same round")
     ordered = sorted(values)
-    n = len(ordered)
-    reach = 0.98 * n**0.5  # 1.96 standard deviations of a binomial count with p = 1/2
-    low, high = int(max(0.0, n / 2 - reach)), int(min(n - 1.0, n / 2 + reach))
     median, p20, p80 = (_quantile(ordered, q) for q in (0.5, 0.2, 0.8))
-    return Figure(median, p20, p80, ordered[low], ordered[high], n)
+    outside = interval_rank(len(ordered))
+    low, high = (None, None) if outside is None else (ordered[outside], ordered[-1 - outside])
+    return Figure(median, p20, p80, low, high, len(ordered))
+
+
+def interval_rank(count: int) -> int | None:
+    """How many of the least and of the largest values the 95 % interval of the median leaves out; None: it has none.
+
+    The number of samples below the median is binomial with p = 1/2.
+    """
+    below = 0
+    for rank in range(count):
+        below += math.comb(count, rank)
+        if 40 * below > 2**count:  # the interval misses the median if this many or fewer lie on one side of it
+            return rank - 1 if rank else None
+    return None
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:

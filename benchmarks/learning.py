@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +181,14 @@ def collect(design: dict[str, Any], runs: Path) -> dict[str, Any]:
 
 
 def text(result: dict[str, Any]) -> str:
-    """Final rewards, differences from plain Flow-GRPO paired by seed, and samples to plain's final reward."""
+    """Final rewards, differences from plain Flow-GRPO paired by seed, and bounds of samples to plain's final reward."""
     lines = []
     for task in result["design"]["tasks"]:
         arms = by_arm(result, task)
         if "plain" not in arms:
             continue
         lines += ["", f"{task}: reward of {result['design']['settings']['evaluation.prompts']} held-out prompts"]
-        head = ("seeds", "start", "final", "± 95 %", "- plain", "± 95 %", "p", "samples", "early", "± 95 %", "p")
+        head = ("seeds", "start", "final", "± 95 %", "- plain", "± 95 %", "p", "   samples", "early", "± 95 %", "p")
         lines.append(f"  {'arm':<22}" + "".join(f"{word:>9}" for word in head))
         for arm, runs in arms.items():
             pairs = differences(arms["plain"], runs)
@@ -200,17 +199,15 @@ def text(result: dict[str, Any]) -> str:
                 difference, reach, p = paired(pairs)
                 line += f"{difference:>9.4f}{reach:>9.4f}{p:>9.3f}"
                 if len(next(iter(runs.values()))["evaluations"]) > 2:  # a curve, not its two ends
-                    share = samples_to(arms["plain"], runs)
-                    line += f"{share:>9.2f}" if math.isfinite(share) else f"{'> 1':>9}"
+                    line += f"{_bounds(*samples_to(arms['plain'], runs)):>10}"
                     difference, reach, p = paired(early(arms["plain"], runs))
                     line += f"{difference:>9.4f}{reach:>9.4f}{p:>9.3f}"
             lines.append(line)
     lines += [
         "",
-        "- plain: difference from plain Flow-GRPO with the same seed. Where there is a curve: samples, those after",
-        "which the mean reaches plain's last one, as a share of plain's; early, the last reward within "
-        f"{EARLY:g} x plain's",
-        "samples minus plain's final one.",
+        "- plain: difference from plain Flow-GRPO with the same seed. Where there is a curve: samples, the shares of",
+        "plain's samples (two evaluations, one after the other) between which the mean reaches plain's last one;",
+        f"early, the last reward within {EARLY:g} x plain's samples minus plain's final one.",
     ]
     return "\n".join(lines)
 
@@ -239,19 +236,25 @@ def mean_curve(runs: dict[int, dict[str, Any]]) -> list[tuple[float, float]]:
     return [(points[0][0], statistics.mean(p[1] for p in points)) for points in zip(*curves, strict=True)]
 
 
-def samples_to(plain: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]) -> float:
-    """The share of plain's samples after which the mean curve reaches plain's last value; infinite if it never does.
+def samples_to(plain: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]) -> tuple[float, float]:
+    """Between which shares of plain's samples the mean curve reaches plain's last value: those of two evaluations.
 
-    Between evaluations the curve is taken as straight.
+    The curve in between is not known. A curve that never gets there has infinity for the second.
     """
     common = sorted(set(plain) & set(runs))
     reference = mean_curve({s: plain[s] for s in common})
-    goal, curve = reference[-1][1], mean_curve({s: runs[s] for s in common})
-    for (before, low), (after, high) in pairwise(curve):
-        if high >= goal:
-            at = before if low >= goal else before + (after - before) * (goal - low) / (high - low)
-            return at / reference[-1][0]
-    return math.inf
+    (last, goal), before = reference[-1], 0.0
+    for epoch, reward in mean_curve({s: runs[s] for s in common}):
+        if reward >= goal:
+            return before / last, epoch / last
+        before = epoch
+    return before / last, math.inf
+
+
+def _bounds(low: float, high: float) -> str:
+    if math.isinf(high):
+        return f"> {low:.3g}"
+    return f"{low:.3g} to {high:.3g}" if low > 0 else f"<= {high:.3g}"
 
 
 def early(plain: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]) -> list[float]:

@@ -1,74 +1,121 @@
-"""What attention maps and spatial weights cost: python benchmarks/overhead.py
+"""What attention maps and spatial weights cost on this machine: python benchmarks/overhead.py
 
 On a GPU if there is one and else on the CPU: attention with maps against attention without and against other ways to
-get maps; on a GPU its backward pass against PyTorch's; the weighted policy loss against Flow-GRPO's arithmetic in
-PyTorch; a transformer's forward pass with and without capture; a whole rollout-and-update step with and without STAR;
-and so an epoch of the driver, with its rewards. Prints tables, and writes JSON and a plot to benchmarks/results.
+get maps; the weighted policy loss against the one without weights and against Flow-GRPO's arithmetic in PyTorch; a
+whole rollout-and-update step with and without STAR; and so an epoch of the driver, with its rewards. On a GPU, and with
+--thorough, also a transformer's forward pass with and without capture, and attention's backward pass.
+
+Prints a table for each part as soon as it is measured, and a summary at the end; writes JSON and a plot to
+runs/overhead. Takes less than four minutes on two cores, and ten with --thorough. Ctrl-C ends it with what there is.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory is chatty
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import attention_backward
 import attention_overhead
 import environment
 import plot
 import policy_overhead
+import progress
 import report
+import summary
 import torch
-from harness import Budget
-from thresholds import evaluate
+from harness import Budget, Extent
+from thresholds import FAILED, HELD, UNDECIDED, Outcome, evaluate
 
 PARTS = ("attention", "backward", "policy", "capture", "end-to-end", "epoch")
-# Of each comparison, after its checks.
+ON_CPU = ("attention", "policy", "end-to-end", "epoch")  # unless thorough: the step has a capture in it
+# Of each part by default, preparation included.
+BUDGET = {"attention": 45.0, "backward": 15.0, "policy": 25.0, "capture": 40.0, "end-to-end": 65.0, "epoch": 40.0}
+# Of each comparison of a thorough run, after its checks; and of a whole part, for its announcement.
 SECONDS = {"attention": 36.0, "backward": 12.0, "policy": 12.0, "capture": 40.0, "end-to-end": 75.0, "epoch": 90.0}
-RECORDED = ("only", "device", "dtype", "repetitions", "seconds", "batch", "quick")
+EXPECTED = {"attention": 170.0, "backward": 50.0, "policy": 50.0, "capture": 90.0, "end-to-end": 120.0, "epoch": 110.0}
+RECORDED = ("only", "device", "dtype", "repetitions", "seconds", "batch", "quick", "thorough")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OUT = Path(__file__).resolve().parents[1] / "runs" / "overhead"
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     device = torch.device(options.device)
     dtypes = [DTYPES[name] for name in options.dtype] if options.dtype else None
-    parts: dict[str, list[dict[str, Any]]] = {}
-    started = time.perf_counter()
-    runs = _runs(options, device, dtypes)
-    for part in options.only or PARTS:
-        parts[part] = runs[part]()
+    chosen = options.only or (PARTS if options.thorough or device.type == "cuda" else ON_CPU)
+    plan = progress.Plan({part: expected(options, part) for part in chosen})
     described = environment.describe(device)
-    outcomes = evaluate(parts, device.type)
-    result = {
+    result: dict[str, Any] = {
         "environment": described,
         "settings": {
             **{name: getattr(options, name) for name in RECORDED},
             "prompts": f"{options.prompts.name if options.prompts else 'built in'} ({len(options.texts)})",
             "tokenizer": options.tokenizer.name if options.tokenizer else "BPE trained on the prompts",
         },
-        "seconds": round(time.perf_counter() - started, 1),
-        "parts": parts,
-        "thresholds": [outcome.as_dict() for outcome in outcomes],
+        "seconds": 0.0,
+        "complete": False,
+        "parts": {},
+        "thresholds": [],
     }
-    name = f"overhead-{environment.slug(described)}"
-    print(report.text(result, outcomes))
-    report.write_json(options.out / f"{name}.json", result)
-    plot.draw(options.out / f"{name}.png", result)
-    print(f"\n{result['seconds']:.0f} s; wrote {os.path.relpath(options.out / name)}.json and .png")
-    if options.check and not outcomes:
+    path = options.out / f"overhead-{environment.slug(described)}.json"
+    takes = progress.duration(plan.left)
+    print(f"{len(chosen)} parts{takes and ', ' + takes}; Ctrl-C ends the run with what it has measured", flush=True)
+    print(report.beginning(described, options.thorough), flush=True)
+    started = time.perf_counter()
+    progress.follow(plan)
+    try:
+        for part in chosen:
+            plan.begin(part)
+            for case in measure(part, options, device, dtypes):
+                result["parts"].setdefault(part, []).append(case)
+                result["seconds"] = round(time.perf_counter() - started, 1)
+                result["thresholds"] = [outcome.as_dict() for outcome in evaluate(result["parts"], device.type)]
+                report.write_json(path, result)
+                print(report.case_text(part, case, options.thorough), flush=True)
+        result["complete"] = True
+    except KeyboardInterrupt:
+        print(f"\ninterrupted in part {plan.current!r}", file=sys.stderr)
+    finally:
+        progress.follow(None)
+    return finish(result, path, options)
+
+
+def finish(result: dict[str, Any], path: Path, options: argparse.Namespace) -> int:
+    """Summary, plot and verdict of what was measured."""
+    status = 0 if result["complete"] else INTERRUPTED
+    if not result["parts"]:
+        print("nothing was measured: no file was written")
+        return status
+    report.write_json(path, result)
+    plot.draw(path.with_suffix(".png"), result)
+    print(f"\n{summary.text(result)}")
+    if options.check:
+        status = check(evaluate(result["parts"], result["environment"]["device"])) or status
+    told = "" if result["complete"] else "the parts before the interruption: "
+    print(f"{result['seconds']:.0f} s; wrote {told}{os.path.relpath(path)} and .png")
+    return status
+
+
+def check(outcomes: list[Outcome]) -> int:
+    """Prints every threshold; 1 if the whole interval of a figure lies beyond one."""
+    if not outcomes:
         print("--check: no threshold is about what was run", file=sys.stderr)
-    failed = [outcome for outcome in outcomes if not outcome.passed]
-    if options.check and failed:
-        print(f"\n{len(failed)} of {len(outcomes)} thresholds not held:", *failed, sep="\n  ", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+    verdicts = [outcome.verdict for outcome in outcomes]
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in (HELD, FAILED, UNDECIDED))
+    print(f"\nLIMITS: {counts} (the limit is inside the interval, or there is no interval)", *outcomes, "", sep="\n")
+    return int(FAILED in verdicts)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -80,13 +127,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated; each part has its default")
     parser.add_argument("--repetitions", type=_positive, help="rounds of each comparison, instead of a time limit")
     parser.add_argument("--seconds", type=_positive, help="time of each comparison, instead of each part's own")
+    parser.add_argument("--thorough", action="store_true", help="all parts, at more sizes and for longer: ten minutes")
     parser.add_argument("--batch", type=_positive, help="batch size, instead of each part's own")
     parser.add_argument("--prompts", type=Path, help='prompts, one a line, or JSON lines with a "prompt" each')
     parser.add_argument("--tokenizer", type=Path, help="folder of a fast tokenizer (default: trained on the prompts)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for JSON and plot")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 if a threshold is not held")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for JSON and plot (default: runs/overhead)")
+    parser.add_argument(
+        "--check", action="store_true", help="also judge the figures by benchmarks/thresholds.py: status 1 if one fails"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: shows that everything runs")
     options = parser.parse_args(arguments)
+    if options.quick and options.thorough:
+        parser.error("--quick and --thorough exclude each other")
     try:
         device = torch.device(options.device)
     except RuntimeError:
@@ -103,40 +155,49 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _runs(
-    options: argparse.Namespace, device: torch.device, dtypes: list[torch.dtype] | None
-) -> dict[str, Callable[[], list[dict[str, Any]]]]:
-    def budget(part: str) -> Budget:
-        if options.repetitions:
-            return Budget(options.repetitions, float("inf"))
-        return Budget(3, 1.0) if options.quick else Budget(1000, options.seconds or SECONDS[part])
+def measure(
+    part: str, options: argparse.Namespace, device: torch.device, dtypes: list[torch.dtype] | None
+) -> Iterator[dict[str, Any]]:
+    """The cases of a part, each as soon as it is measured."""
+    extent: Extent = "quick" if options.quick else "thorough" if options.thorough else "default"
+    common = device, dtypes, options.batch, budget_of(options, part), extent
+    if part == "attention":
+        return attention_overhead.measure(*common)
+    if part == "backward":
+        return attention_backward.measure(*common)
+    if part == "policy":
+        return policy_overhead.measure(*common)
+    # These need diffusers, whose import takes as long as a part.
+    if part == "capture":
+        import capture_overhead
 
-    def end_to_end() -> list[dict[str, Any]]:
-        from end_to_end import measure
+        return capture_overhead.measure(*common)
+    if part == "end-to-end":
+        import end_to_end
 
-        return measure(*common("end-to-end"), prompts=options.texts, tokenizer=options.loaded_tokenizer)
+        return end_to_end.measure(*common, prompts=options.texts, tokenizer=options.loaded_tokenizer)
+    import epoch_overhead
 
-    def capture() -> list[dict[str, Any]]:
-        from capture_overhead import measure
+    return epoch_overhead.measure(*common)
 
-        return measure(*common("capture"))
 
-    def epoch() -> list[dict[str, Any]]:
-        from epoch_overhead import measure
+def budget_of(options: argparse.Namespace, part: str) -> Budget:
+    if options.repetitions:
+        return Budget(options.repetitions)
+    if options.quick:
+        return Budget(3, seconds=1.0)
+    if options.seconds or options.thorough:
+        return Budget(1000, seconds=options.seconds or SECONDS[part])
+    return Budget(1000, until=time.perf_counter() + BUDGET[part])
 
-        return measure(*common("epoch"))
 
-    def common(part: str) -> tuple[Any, ...]:
-        return device, dtypes, options.batch, budget(part), options.quick
-
-    return {
-        "attention": lambda: attention_overhead.measure(*common("attention")),
-        "backward": lambda: attention_backward.measure(*common("backward")),
-        "policy": lambda: policy_overhead.measure(*common("policy")),
-        "capture": capture,
-        "end-to-end": end_to_end,
-        "epoch": epoch,
-    }
+def expected(options: argparse.Namespace, part: str) -> float:
+    """Seconds that a part will take on two cores, infinite where nobody knows."""
+    if options.repetitions or options.seconds:
+        return math.inf
+    if options.quick:
+        return 10.0
+    return EXPECTED[part] if options.thorough else BUDGET[part]
 
 
 def _positive(text: str) -> int:

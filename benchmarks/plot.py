@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
+from summary import BUSY, duration
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 OURS, PYTORCH, OTHER = "#0072B2", "#7F7F7F", "#E69F00"
@@ -20,6 +21,10 @@ COLOURS = {
     "ours_from_lse": OURS,
     "ours_weighted": OURS,
     "ours_without": OURS,
+    "ours_maps": OURS,
+    "flash": PYTORCH,
+    "efficient": PYTORCH,
+    "cudnn": PYTORCH,
     "star": OURS,
     "plain": PYTORCH,
     "captured": OURS,
@@ -38,10 +43,13 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     for axis in axes.flat[len(cases) :]:
         axis.axis("off")
     environment = result["environment"]
+    busy = any(case["disturbed_calls"] >= BUSY for _, case in cases)
     figure.suptitle(
         f"Cost of attention maps and spatial weights on {environment['device_name']}, "
         f"{environment['threads']} threads, torch {environment['versions']['torch']}\n"
-        "shorter is better; medians with the 20th and 80th percentile",
+        "shorter is better; medians with the 20th and 80th percentile"
+        + busy
+        * "; other programs took the processor meanwhile",
         fontsize=13,
     )
     handles = [Patch(color=colour, label=label) for label, colour in LEGEND.items()]
@@ -62,28 +70,22 @@ def _panel(axis: Axes, part: str, case: dict[str, Any]) -> None:
     axis.set_yticks(range(len(names)), [textwrap.fill(case["times"][name]["label"], 36) for name in names], fontsize=10)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     top = max(row["p80"] for row in relative)
-    axis.set_xlim(0, 1.42 * top)
+    axis.set_xlim(0, 1.5 * max(1.0, top))
     for y, name in enumerate(names):
         row = case["times"][name]
         axis.text(
             max(1.0, relative[y]["p80"]) + 0.02 * top,
             y,
-            f"{_times(values[y])}  ({_duration(row['median'])})",
+            f"{_times(values[y])} ({duration(row['median'])})",
             va="center",
             fontsize=10.5,
         )
     reference = case["times"][case["reference"]]["label"]
-    axis.set_xlabel(f"time relative to '{reference}' (1 = dotted line)", fontsize=10)
-    title = textwrap.fill(f"{part}: {case['title']}", 78)
+    axis.set_xlabel(textwrap.fill(f"time relative to '{reference}' (1 = dotted line)", 62), fontsize=10)
+    title = textwrap.fill(f"{part}: {case['title']}", 74)
     axis.set_title(title, fontsize=10.5, fontweight="bold", loc="left", x=-0.55)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def _times(ratio: float) -> str:
     return f"{ratio:.3f} x" if ratio < 1.5 else f"{ratio:.1f} x"
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.0f} µs"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from clocks import kernel_clock
-from harness import Budget, Progress, Variant, interleave
+from harness import Budget, Extent, Variant, interleave
 from policy_variants import Inputs, flow_grpo, make_inputs, ours, variants
+from progress import Progress
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -25,17 +27,24 @@ MEMORY = {
 
 
 def measure(
-    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, quick: bool
-) -> list[dict[str, Any]]:
-    shape = QUICK_SHAPE if quick else SHAPE
+    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, extent: Extent
+) -> Iterator[dict[str, Any]]:
+    """A case for each dtype; by default float32 alone on a CPU, where compiling the other arithmetic takes longest."""
+    shape = QUICK_SHAPE if extent == "quick" else SHAPE
     if batch:
         shape = (batch, *shape[1:])
     settle_allocator(device)
-    name = "smoke test" if quick else "policy loss"
-    cases = [measure_case(name, shape, dtype, device, budget) for dtype in dtypes or [torch.float32, torch.bfloat16]]
-    if device.type == "cuda" and not quick:
-        cases += [measure_bandwidth(LARGE_SHAPE, dtype, device, budget) for dtype in dtypes or [torch.float32]]
-    return cases
+    name = "smoke test" if extent == "quick" else "policy loss"
+    short = extent == "default" and device.type == "cpu"
+    usual = dtypes or ([torch.float32] if short else [torch.float32, torch.bfloat16])
+    large = (dtypes or [torch.float32]) if device.type == "cuda" and extent != "quick" else []
+    left = len(usual) + len(large)
+    for dtype in usual:
+        yield measure_case(name, shape, dtype, device, budget.for_one(left))
+        left -= 1
+    for dtype in large:
+        yield measure_bandwidth(LARGE_SHAPE, dtype, device, budget.for_one(left))
+        left -= 1
 
 
 def measure_case(

@@ -7,36 +7,36 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from thresholds import Outcome
-
 WIDTH = 100
 
 
-def text(result: dict[str, Any], outcomes: list[Outcome]) -> str:
-    """Every part's tables, at most 100 columns wide."""
-    environment = result["environment"]
+def beginning(environment: dict[str, Any], thorough: bool) -> str:
+    """What is measured on, and how to read the tables that follow."""
     isa = environment["libraries"]["cpu"] or "not built"
+    versions = f"torch {environment['versions']['torch']} · C++ library: {isa}"
     lines = [
-        "",
-        f"{environment['device_name']} · {environment['threads']} threads · torch {environment['versions']['torch']} · "
-        f"C++ library: {isa}",
-        "Times are medians with the 20th and 80th percentile. Ratios are medians of ratios within a round, with",
-        "the 20th and 80th percentile and, in brackets, the 95 % interval of the median.",
+        f"{environment['device_name']} · {environment['threads']} threads · {versions}",
+        "Times are medians with the 20th and 80th percentile.",
     ]
-    for part, cases in result["parts"].items():
-        for case in cases:
-            lines += ["", f"{part.upper()}  {case['title']}"[:WIDTH], *_times(case), *_ratios(case), *_notes(case)]
-    if outcomes:
-        lines += ["", "THRESHOLDS"]
-        lines += [f"  {outcome}" for outcome in outcomes]
-    if not all(outcome.calm for outcome in outcomes):
-        lines.append("  busy: other programs took the processor meanwhile; repeat on a machine of its own")
+    if thorough:
+        lines += [
+            "Ratios are medians of ratios within a round, with the 20th and 80th percentile and, in brackets, the 95 %",
+            "interval of the median.",
+        ]
     return "\n".join(lines)
+
+
+def case_text(part: str, case: dict[str, Any], thorough: bool) -> str:
+    """The table of a case; a thorough run's with all ratios and notes."""
+    more = [*_ratios(case), *_notes(case)] if thorough else []
+    return "\n".join(["", f"{part.upper()}  {case['title']}"[:WIDTH], *_times(case), *more])
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    new = path.with_suffix(".new")  # an interruption leaves the old file or the new one, not half of one
+    new.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def _times(case: dict[str, Any]) -> list[str]:

@@ -1,7 +1,12 @@
-"""What ``--check`` holds the figures to: the one table of limits."""
+"""What ``--check`` holds the figures to: the one table of limits.
+
+The limits of a CPU are claims for every CPU: attention itself is faster where a processor has instructions for matrices
+(AMX), so that the same maps cost 1.7 % of it there and 0.6 % elsewhere. Those of a GPU are goals.
+"""
 
 from __future__ import annotations
 
+import operator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +14,10 @@ ANY = ""
 # Names of cases; --quick has others.
 ATTENTION, LARGE, FLUX = "SD3.5-M 512²", "SD3.5-M 1024²", "FLUX 1024²"
 LOSS, BANDWIDTH = "policy loss", "policy loss, large"
-FORWARD, STEP, EPOCH = "SD3.5-M 1024² forward", "SD3.5-M step", "epoch of the driver"
+FORWARD, STEP, EPOCH = ("SD3.5-M 512² forward", "SD3.5-M 1024² forward"), "SD3.5-M step", "epoch of the driver"
+EAGER = ("eager_over_ours", "eager_over_ours_weighted")
+COMPILED = ("compiled_over_ours", "compiled_over_ours_weighted")
+HELD, FAILED, UNDECIDED = "held", "FAILED", "undecided"
 
 
 @dataclass(frozen=True)
@@ -40,20 +48,21 @@ THRESHOLDS = (
     Threshold("policy", "copy_over_ours", ">=", 0.85, device="cuda", case=BANDWIDTH),
     Threshold("policy", "launches", "<=", 3, device="cuda", case=LOSS),
     Threshold("policy", "synchronisations", "<=", 0, device="cuda", case=LOSS),
-    Threshold("attention", "overhead", "<=", 1.01, device="cpu", case=ATTENTION),
-    Threshold("attention", "materialised_over_ours", ">=", 3.0, case=ATTENTION),
-    Threshold("policy", "eager_over_ours", ">=", 4.0, device="cpu", case=LOSS),
-    Threshold("policy", "eager_over_ours_weighted", ">=", 4.0, device="cpu", case=LOSS),
-    Threshold("policy", "compiled_over_ours", ">", 1.0, case=LOSS),
-    Threshold("policy", "compiled_over_ours_weighted", ">", 1.0, case=LOSS),
+    Threshold("attention", "materialised_over_ours", ">=", 3.0, device="cuda", case=ATTENTION),
+    *(Threshold("policy", ratio, ">", 1.0, device="cuda", case=LOSS) for ratio in COMPILED),
+    Threshold("end-to-end", "star_over_plain", "<=", 1.02, device="cuda", case=STEP),
+    *(Threshold("attention", "overhead", "<=", 1.03, device="cpu", case=case) for case in (ATTENTION, LARGE)),
+    Threshold("attention", "materialised_over_ours", ">=", 2.0, device="cpu", case=ATTENTION),
+    *(Threshold("policy", ratio, ">=", 2.0, device="cpu", case=LOSS) for ratio in EAGER),
+    *(Threshold("policy", ratio, ">", 1.0, device="cpu", case=LOSS) for ratio in COMPILED),
+    *(Threshold("capture", "capture_over_plain", "<=", 1.03, device="cpu", case=case) for case in FORWARD),
+    Threshold("end-to-end", "star_over_plain", "<=", 1.03, device="cpu", case=STEP),
+    Threshold("epoch", "star_over_plain", "<=", 1.03, device="cpu", case=EPOCH),
+    Threshold("epoch", "star_by_parts", "<=", 1.02, device="cpu", case=EPOCH),
     # A gradient and the few numbers that come with it: loss, metrics, one slope a sample.
     Threshold("policy", "memory_over_gradient", "<=", 1.001, case=LOSS),
     Threshold("policy", "memory_over_gradient_weighted", "<=", 1.001, case=LOSS),
-    Threshold("capture", "capture_over_plain", "<=", 1.015, device="cpu", case=FORWARD),
-    Threshold("capture", "capture_memory", "<=", 1.01, case=FORWARD),
-    Threshold("end-to-end", "star_over_plain", "<=", 1.02, case=STEP),
-    Threshold("epoch", "star_over_plain", "<=", 1.01, device="cpu", case=EPOCH),
-    Threshold("epoch", "star_by_parts", "<=", 1.01, device="cpu", case=EPOCH),
+    *(Threshold("capture", "capture_memory", "<=", 1.01, case=case) for case in FORWARD),
     Threshold("epoch", "star_memory", "<=", 1.01, case=EPOCH),
 )
 
@@ -67,11 +76,15 @@ class Outcome:
     measured: float | None
     low: float | None  # the 95 % interval of the measured median
     high: float | None
-    passed: bool
+    verdict: str  # HELD or FAILED where the whole interval says so
     calm: bool  # false: other programs took the processor meanwhile, so the verdict may be theirs
 
+    @property
+    def passed(self) -> bool:
+        return self.verdict == HELD
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "passed": self.passed}
 
     def __str__(self) -> str:
         value = "not measured"
@@ -81,12 +94,11 @@ class Outcome:
                 value += f" [{self.low:.4g}, {self.high:.4g}]"
             if not self.calm:
                 value += " busy"
-        verdict = "ok  " if self.passed else "FAIL"
-        return f"{verdict} {self.case:<33} {self.ratio:<29} {self.limit:<8} {value}"
+        return f"{self.verdict:<9} {self.case:<31} {self.ratio:<29} {self.limit:<8} {value}"
 
 
 def evaluate(parts: dict[str, list[dict[str, Any]]], device: str) -> list[Outcome]:
-    """Every threshold against every case that it is about; a ratio that could not be measured fails."""
+    """Every threshold against every case that it is about; a ratio that could not be measured decides nothing."""
     outcomes = []
     for threshold in THRESHOLDS:
         if threshold.device not in (ANY, device):
@@ -99,26 +111,27 @@ def evaluate(parts: dict[str, list[dict[str, Any]]], device: str) -> list[Outcom
 
 def _judge(threshold: Threshold, case: dict[str, Any]) -> Outcome:
     figure = case["ratios"].get(threshold.ratio, {})
-    measured = figure.get("median")
-    passed = (
-        measured is not None
-        and {
-            "<=": measured <= threshold.limit,
-            ">=": measured >= threshold.limit,
-            ">": measured > threshold.limit,
-        }[threshold.sense]
-    )
     batch = f"batch {case['batch']}" if case.get("batch") else ""
     name = " ".join(filter(None, (case["name"], batch, case["dtype"])))
-    limit = f"{threshold.sense} {threshold.limit:g}"
     return Outcome(
         threshold.part,
         name,
         threshold.ratio,
-        limit,
-        measured,
+        f"{threshold.sense} {threshold.limit:g}",
+        figure.get("median"),
         figure.get("low"),
         figure.get("high"),
-        passed,
+        _verdict(threshold, figure),
         figure.get("calm", True),
     )
+
+
+def _verdict(threshold: Threshold, figure: dict[str, Any]) -> str:
+    """By the whole interval; what is counted rather than timed, such as bytes and launches, by its value."""
+    if "median" not in figure or ("count" in figure and "low" not in figure):
+        return UNDECIDED
+    holds = [_HOLDS[threshold.sense](figure.get(end, figure["median"]), threshold.limit) for end in ("low", "high")]
+    return HELD if all(holds) else UNDECIDED if any(holds) else FAILED
+
+
+_HOLDS = {"<=": operator.le, ">=": operator.ge, ">": operator.gt}

@@ -1,9 +1,10 @@
 """Mutation testing of the definitions: each constant and each arithmetic operator changed in turn, and the tests run.
 
-    python tests/mutation.py [--only policy allocation attention kernels] [--list]
+    python tests/mutation.py [--only policy allocation attention kernels] [--lines TEXT] [--list]
 
 Works on a copy of the tree in a temporary folder. A mutant that no test notices is printed; one that cannot matter is
-listed in EQUIVALENT with the reason. The exit status is 1 if any other survives. Takes about ten minutes.
+listed in EQUIVALENT with the reason. The exit status is 1 if any other survives, or if an entry of EQUIVALENT is about
+a line that is no longer there. Takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,8 @@ TARGETS = {  # name -> file, tests, expression that selects them
     ),
 }
 FOLDERS = {"policy": "tests/policy", "allocation": "tests", "attention": "tests/attention", "kernels": "tests/policy"}
-# (file, line as it stands, change) -> why nothing can notice it
+# (file, line as it stands, change) -> why nothing can notice it. Where a file has the same change of the same line more
+# than once, the change ends in the number of the one that is meant: "* -> / #2".
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "star_kernels/allocation.py",
@@ -225,6 +228,25 @@ def header_mutants(file: str, source: str) -> Iterator[Mutant]:
             yield Mutant(file, *found.span(), other, source)
 
 
+def named(name: str, source: str) -> dict[tuple[str, str, str], Mutant]:
+    """The mutants of a target in the order of their places, under the names that EQUIVALENT has for them."""
+    file = TARGETS[name][0]
+    made = header_mutants if name == "kernels" else python_mutants
+    found: dict[tuple[str, str, str], Mutant] = {}
+    count: Counter[tuple[str, str]] = Counter()
+    for mutant in sorted(made(file, source), key=lambda m: (m.start, m.text)):
+        count[mutant.line, mutant.change] += 1
+        number = count[mutant.line, mutant.change]
+        found[file, mutant.line, mutant.change + (f" #{number}" if number > 1 else "")] = mutant
+    return found
+
+
+def stale() -> list[tuple[str, str, str]]:
+    """The entries of EQUIVALENT that name no mutant of the code as it stands."""
+    there = {key for name, (file, *_) in TARGETS.items() for key in named(name, (ROOT / file).read_text())}
+    return [key for key in EQUIVALENT if key not in there]
+
+
 def copy_tree(folder: Path) -> Path:
     tree = folder / "tree"
     ignored = shutil.ignore_patterns("__pycache__", "results", ".*", "*cuda.so")
@@ -303,8 +325,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="mutation.py", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--list", action="store_true", help="only says what would be changed")
+    parser.add_argument("--lines", default="", metavar="TEXT", help="only changes of lines that contain this")
     options = parser.parse_args()
-    unexplained = 0
+    for file, line, change in stale():
+        print(f"EQUIVALENT names a change that is not there: {file}: {change}: {line}")
+    unexplained = len(stale())
     if not options.list:
         preload()
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
@@ -312,24 +337,23 @@ def main() -> int:
         for name in options.only:
             file = TARGETS[name][0]
             source = (tree / file).read_text()
-            made = header_mutants if name == "kernels" else python_mutants
-            mutants = sorted(made(file, source), key=lambda m: (m.start, m.text))
+            mutants = {key: mutant for key, mutant in named(name, source).items() if options.lines in mutant.line}
             if options.list:
-                print(*(f"{m.file}:{m.number}: {m.change}: {m.line}" for m in mutants), sep="\n")
+                print(*(f"{file}:{m.number}: {key[2]}: {m.line}" for key, m in mutants.items()), sep="\n")
                 continue
             if name == "kernels":
                 assert build_kernels(tree), "the kernels do not build"
             assert not noticed(tree, name), f"the tests of {name} fail without a mutant"
             began, survivors = time.monotonic(), []
-            for mutant in mutants:
+            for key, mutant in mutants.items():
                 (tree / file).write_text(mutant.mutated)
                 if (name == "kernels" and not build_kernels(tree)) or noticed(tree, name):
                     continue
                 survivors.append(mutant)
-                reason = EQUIVALENT.get((file, mutant.line, mutant.change))
+                reason = EQUIVALENT.get(key)
                 unexplained += reason is None
                 print(
-                    f"{file}:{mutant.number}: {mutant.change}: {mutant.line}\n    {reason or 'NOBODY NOTICES'}",
+                    f"{file}:{mutant.number}: {key[2]}: {mutant.line}\n    {reason or 'NO TEST NOTICES'}",
                     flush=True,
                 )
             (tree / file).write_text(source)

@@ -6,6 +6,7 @@ A stand-in for the compiler makes empty libraries: what is tested is the way fro
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -95,3 +96,22 @@ def test_the_sdist_holds_what_building_testing_and_measuring_need(made: Made) ->
     left_out = {name for name in set(made.files) - names if not name.startswith(".")}
     assert not left_out
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+@pytest.mark.parametrize(("cpu", "cuda"), [("yes", "yes"), ("yes", "no"), ("no", "yes")])
+def test_the_test_of_a_wheel_fails_without_one_of_its_libraries(cpu: str, cuda: str, tmp_path: Path) -> None:
+    (command,) = re.findall(r'^test-command = """(.*?)"""', (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.M)
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho 'CPU library   {cpu}: ...'\necho 'CUDA library  {cuda}: ...'\n")
+    python.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-c", command],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "CUDA library" in done.stdout
+    assert (done.returncode == 0) == (cpu == cuda == "yes")

@@ -319,13 +319,30 @@ def test_paired_is_students_t() -> None:
     assert math.isnan(learning.paired([1.0])[2])
 
 
-def test_samples_to_is_where_the_mean_curve_crosses() -> None:
+def test_samples_to_is_between_the_evaluations_where_the_mean_curve_crosses() -> None:
     plain = {0: {"evaluations": [[0, 0.0], [10, 0.5], [20, 1.0]]}}
     fast = {0: {"evaluations": [[0, 0.0], [10, 0.8], [20, 1.2]]}}
     slow = {0: {"evaluations": [[0, 0.0], [10, 0.1], [20, 0.2]]}}
-    assert learning.samples_to(plain, fast) == pytest.approx(15 / 20)
-    assert learning.samples_to(plain, plain) == 1
-    assert learning.samples_to(plain, slow) == math.inf
+    early = {0: {"evaluations": [[0, 0.0], [10, 1.0], [20, 1.2]]}}
+    assert learning.samples_to(plain, fast) == (0.5, 1.0)
+    assert learning.samples_to(plain, plain) == (0.5, 1.0)
+    assert learning.samples_to(plain, early) == (0.0, 0.5)
+    assert learning.samples_to(plain, slow) == (1.0, math.inf)
+    design = {"tasks": ["text"], "settings": {"evaluation.prompts": 1}}
+    runs = [
+        {
+            "task": "text",
+            "arm": arm,
+            "seed": seed,
+            "evaluations": [[e, r + seed / 8] for e, r in found[0]["evaluations"]],
+        }
+        for arm, found in (("plain", plain), ("fast", fast), ("early", early), ("slow", slow))
+        for seed in (0, 1)
+    ]
+    told = {line.split()[0]: line for line in learning.text({"design": design, "runs": runs}).splitlines() if line}
+    assert " 0.5 to 1 " in told["fast"]
+    assert " <= 0.5 " in told["early"]
+    assert " > 1 " in told["slow"]
 
 
 def test_early_is_the_last_reward_within_the_share_of_samples_less_plains_final_one() -> None:

@@ -1,6 +1,6 @@
 """The transitions of one denoising step: every sampler of the family is linear in sample and velocity, plus noise.
 
-``prev ~ N(a x + b v, std^2)`` and ``log p = offset - scale * (prev - mean)^2``. Only the five coefficients differ, so
+``prev ~ N(a x + b v, std^2)`` and ``log p = offset - scale * (prev - mean)^2``. Only their six coefficients differ, so
 one kernel serves them all. Sigma runs from 1 (noise) to 0 (image); arithmetic is float64, rounded once.
 """
 
