@@ -1,4 +1,4 @@
-"""Texts in pictures: drawn literally, whatever characters they hold, and cut to the room that they have."""
+"""Texts in pictures: drawn literally, with any characters, and shortened to the space that they have."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _warned = False
 
 
 def caption(text: str, width: int, lines: int = 4) -> str:
-    """A text in at most so many lines of so many characters, to be drawn with ``LITERAL``.
+    """A text wrapped to at most ``lines`` lines of ``width`` characters, to be drawn with ``LITERAL``.
 
-    Control characters become spaces. A character that no font of ``rcParams["font.family"]`` has is drawn as a square,
-    of which the first call in a process warns.
+    Control characters become spaces. A character without a glyph in the fonts of ``rcParams["font.family"]`` becomes a
+    square, with a warning for the first one in a process.
     """
     global _warned
     fonts = _fonts()
@@ -29,7 +29,7 @@ def caption(text: str, width: int, lines: int = 4) -> str:
             drawn += " "
         elif character.isascii() or any(font.get_char_index(ord(character)) for font in fonts):
             drawn += character
-        elif unicodedata.category(character) not in ("Cf", "Mn"):  # which ask for another form, and are not seen
+        elif unicodedata.category(character) not in ("Cf", "Mn"):  # these are invisible or join the one before
             drawn += _NO_GLYPH
             missing.append(character)
     if missing and not _warned:

@@ -232,7 +232,7 @@ def _panels(count: int, columns: int, bars: int = 1) -> tuple[Figure, NDArray[An
 
 
 def _head(figure: Figure, title: str) -> None:
-    """A title over the whole figure, in lines of its width."""
+    """Sets the title of the whole figure, wrapped to its width."""
     letters = int(10 * figure.get_figwidth())  # ten to an inch
     figure.suptitle(caption(title, letters), fontsize=11, **LITERAL)
 

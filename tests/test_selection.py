@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def test_positions_of_one_group() -> None:
     assert selection.weight.tolist() == [[[1.0, 1.0]], [[1.0, 0.0]]]
     assert selection.index.dtype == torch.int32
     assert selection.weight.dtype == torch.float32
-    assert selection.last == 1101
+    assert (selection.first, selection.last) == (1029, 1101)
 
 
 class Place:
@@ -111,7 +112,7 @@ def test_a_mask_becomes_its_own_weights(batch: int, groups: int, length: int, se
 def test_an_empty_mask_selects_nothing() -> None:
     selection = TokenSelection.from_mask(torch.zeros(2, 7, dtype=torch.bool))
     assert selection.index.tolist() == [[-1], [-1]]
-    assert selection.last == -1
+    assert (selection.first, selection.last) == (-1, -1)
 
 
 @MANY
@@ -121,16 +122,20 @@ def test_shift_moves_used_slots_alone(positions: list[list[int]], offset: int) -
     assert torch.equal(per_key(moved, 60), per_key(TokenSelection.from_positions(positions), 60).roll(offset, 2))
     assert torch.equal(moved.index == -1, TokenSelection.from_positions(positions).index == -1)
     assert moved.last == int(moved.index.max())
+    assert moved.first == min((p for row in moved.index.tolist() for p in row if p >= 0), default=-1)
     back = moved.shift(-offset)
     assert torch.equal(back.index, TokenSelection.from_positions(positions).index)
 
 
 def test_moving_keeps_the_selection() -> None:
-    selection = TokenSelection.from_positions([[3, 5], [7]])
+    selection = replace(TokenSelection.from_positions([[3, 5], [7]]), text=(2, 9))
     moved = selection.to("cpu")
+    assert (moved.first, moved.last, moved.text) == (3, 7, (2, 9))
+    assert moved.shift(4).text == (6, 9)
+    assert moved.shift(-3).text is None  # before the first position
+    assert moved.among_empty(1, 0).text == (2, 9)
     assert torch.equal(moved.index, selection.index)
     assert torch.equal(moved.weight, selection.weight)
-    assert moved.last == selection.last
     assert selection.to("meta").device.type == "meta"
 
 
@@ -221,6 +226,13 @@ def test_a_position_beyond_32_bits_is_named() -> None:
 def test_bad_masks_are_named(mask: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         TokenSelection.from_mask(mask)
+
+
+@pytest.mark.parametrize("text", [3, [1, 2], (1,), (None, 2), (-1, 2), (1, 2.5)])
+def test_a_bad_place_of_the_text_is_named(text: Any) -> None:
+    selection = TokenSelection.from_positions([[3]])
+    with pytest.raises(TypeError, match=r"text must be \(start, length\), integers of at least 0"):
+        replace(selection, text=text)
 
 
 def test_a_shift_below_zero_is_named() -> None:

@@ -1,7 +1,7 @@
-"""What a run shows and writes, without secrets.
+"""Removes secrets from what a run prints and writes.
 
-Hidden are the users, passwords and queries of addresses, the values of options that are named like secrets, and secrets
-that are known (:func:`remember`), wherever a text repeats them.
+It hides users, passwords and queries of addresses, the values of options whose names are those of secrets, and the
+secrets passed to :func:`remember`, wherever a text repeats them.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _known: set[str] = set()
 
 
 def remember(secret: object) -> None:
-    """From now on :func:`redact` hides a secret, whatever the text. One that is shorter than six characters is not."""
+    """Makes :func:`redact` hide this secret in every text, if it has at least six characters."""
     if isinstance(secret, str) and len(secret.strip()) >= _SHORTEST:
         _known.update({secret.strip(), repr(secret.strip())[1:-1]})
 
 
 def remember_options(options: object, *, secret: bool = False) -> None:
-    """Remembers the values of options that are named like secrets, at any depth."""
+    """Remembers the values of options whose names are those of secrets, at any depth."""
     if isinstance(options, Mapping):
         for name, value in options.items():
             remember_options(value, secret=secret or is_secret(name))
@@ -60,7 +60,7 @@ def remember_options(options: object, *, secret: bool = False) -> None:
 
 
 def is_secret(name: object) -> bool:
-    """Whether an option's name says that its value is a secret: "api_key", "authToken", "headers", not "max_tokens"."""
+    """Whether the name of an option means that its value is a secret: "api_key", "authToken", but not "max_tokens"."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
         return False
     words = [word.lower() for word in _WORD.findall(name)]
@@ -73,7 +73,7 @@ def is_secret(name: object) -> bool:
 
 
 def redact(text: str) -> str:
-    """A text, for people, without secrets."""
+    """A message without secrets."""
     text = _NAMED.sub(_without_value, _ADDRESS.sub(_shown, text))
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
@@ -81,7 +81,7 @@ def redact(text: str) -> str:
 
 
 def redacted(settings: Any) -> Any:
-    """Settings, of dictionaries, lists and values, without the secrets in addresses, keys as well, and in options.
+    """Settings (dictionaries, lists and values) without the secrets in addresses and options.
 
     Keys that are alike without what is hidden are numbered: the second has "#2" at its end.
     """
@@ -110,7 +110,7 @@ class RedactingFormatter(logging.Formatter):
 
 
 def _hidden(value: Any) -> Any:
-    """The shape of a secret: what may be one is hidden, names of headers and what is switched on or off are not."""
+    """Hides all values but None and bools; keeps the structure and the keys, such as names of headers."""
     if isinstance(value, Mapping):
         return {key: _hidden(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -121,7 +121,7 @@ class MapCapture:
         self.remove()
 
     def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model is not self._model:  # a copy of it, which has this hook too
+        if model is not self._model:  # a replica of it, which shares this hook
             return
         with self._lock:
             self._passes.clear()
@@ -140,13 +140,16 @@ class MapCapture:
             self._checkpointing.begin()
 
     def _end(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
-        if model is not self._model or not self._passes.end():
+        if model is not self._model:
             return
-        self._checkpointing.end()
-        silent = [block for block in self._blocks if block.maps is None]
-        if silent and output is not None:  # without an output an exception is on its way
-            names = ", ".join(block.name for block in silent)
-            raise RuntimeError(f"no maps from {names}: {reason(model, silent)}")
+        with self._lock:  # until all is seen, no other thread's pass begins
+            if not self._passes.end():
+                return
+            self._checkpointing.end()
+            silent = [block for block in self._blocks if block.maps is None]
+            if silent and output is not None:  # without an output an exception is on its way
+                names = ", ".join(block.name for block in silent)
+                raise RuntimeError(f"no maps from {names}: {reason(model, silent)}")
 
     def _forget(self) -> None:
         self._value = None

@@ -1,8 +1,8 @@
 """Quoted text: what an image is asked to show in writing.
 
 Straight quotes ("..." and '...'), typographic ones, and those of LaTeX (``...''). The outermost pair counts, with
-whatever quotes stand inside it. Doubled marks (''...'', ""..."") and marks behind backslashes (\\"...\\") are quotes as
-well, and an opening double quote may be closed by another kind of double quote where its own is missing.
+whatever quotes stand inside it. Doubled marks (''...'', ""..."") and escaped ones (\\"...\\") are quotes as well.
+If the matching mark is missing, another kind of double (or single) quote may close the text.
 
 A mark without a partner is no quotation, nor is a straight double one before the next that opens. A straight double
 quote right after a digit opens nothing (it means inches). A single one neither opens after a letter or digit nor closes

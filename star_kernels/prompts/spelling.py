@@ -14,17 +14,18 @@ _SAME = {
     **dict.fromkeys(map(ord, _DASHES), "-"),
     ord("\u2044"): "/",  # within a fraction of one character
 }
-# Characters that ask for a form or a direction of others, the variation selectors of emoji among them.
+# Invisible characters: soft hyphens, joiners, marks of direction, variation selectors of emoji.
 _UNSEEN = "\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
 _INVISIBLE = re.compile(f"[{_UNSEEN}]")
 _DOTTED = re.compile("i\u0307+")  # from the Turkish capital i
 
 
 def plain(text: str) -> str:
-    """A text without the differences that readers do not see as such.
+    """A text without the differences in spelling that a reader ignores.
 
-    One are: accents composed or not, full and half width, ligatures, capitals (Unicode's NFKC with case folding), and
-    the kinds of apostrophes, of quotes and of dashes. Characters that cannot be seen are left out; spaces stay.
+    Applies Unicode's NFKC and case folding (composed and decomposed accents, full and half width, ligatures, capitals),
+    replaces every kind of apostrophe, quote and dash by the one of ASCII, and removes invisible characters. Spaces are
+    kept.
     """
     folded = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text).translate(_SAME)).casefold()
     return _DOTTED.sub("i", unicodedata.normalize("NFKC", folded).translate(_SAME))

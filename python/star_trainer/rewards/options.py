@@ -1,4 +1,4 @@
-"""Checks of the options that rewards are made with."""
+"""Checks of the options of rewards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_number(
     at_most: float | None = None,
     whole: bool = False,
 ) -> None:
-    """Raises TypeError where an option is no number, or no integer, and ValueError where it is out of range."""
+    """Raises TypeError if an option is not a number (an integer with ``whole``), ValueError if it is out of range."""
     kind = "an integer" if whole else "a finite number"
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         raise TypeError(f"{name} must be {kind}, got {value!r}")
@@ -30,19 +30,19 @@ def check_number(
 
 
 def check_text(name: str, value: object) -> None:
-    """Raises TypeError where an option is no string; what it is instead is not shown, for it may be a secret."""
+    """Raises TypeError if an option is not a string. The value is not shown, because it may be a secret."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {type(value).__name__}")
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raises TypeError where an option is neither true nor false."""
+    """Raises TypeError if an option is not a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be true or false, got {value!r}")
 
 
 def check_path(name: str, value: object) -> None:
-    """Raises TypeError where an option is no name of a model and no path."""
+    """Raises TypeError if an option is neither the name of a model nor a path."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise TypeError(f"{name} must be a name on the hub or a path, got {value!r}")
 
@@ -51,7 +51,7 @@ def device_of(value: object) -> torch.device:
     """The device that an option names.
 
     Raises:
-        TypeError, ValueError: it names none.
+        TypeError, ValueError: the value does not name a device.
     """
     if not isinstance(value, str | torch.device):
         raise TypeError(f"device must be a string or a torch.device, got {value!r}")

@@ -8,10 +8,10 @@ The answer has status 200 and a score for each image, in order; null, or NaN, fo
 
     {"scores": [0.25, null, ...]}
 
-What may pass is tried again: a status of 408, 425, 429, or 500 and above, a connection that fails or breaks, and an
-answer that takes too long. ``Retry-After`` is respected, up to the timeout. Any other status is final, redirections
-included, and so is a certificate that is not accepted, or an answer that is not as above or longer than 16 MiB. With a
-token the request carries ``Authorization: Bearer <token>``: use https then, unless the server is at hand.
+A request is retried after a status of 408, 425, 429, or 500 and above, a connection that fails or breaks, or a timeout.
+``Retry-After`` is respected, up to the timeout. Any other status is final, including redirections, and so is a
+certificate that is not accepted, or an answer of another form or longer than 16 MiB. With a token the request carries
+``Authorization: Bearer <token>``: use https then, unless the server is at hand.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class RemoteReward:
     Args:
         url: an http or https address without a user or a password. Its query, which may hold a token, is not shown.
         timeout: seconds to wait for a connection, and for the answer.
-        retries: how often a request is made again after a failure that may pass (see the module), time-outs included.
+        retries: how often a request is retried after a failure that may be temporary (see the module).
         backoff: seconds before the first retry; they double with each, up to the timeout.
         batch_size: images in a request; None is all.
-        token_env: name of the environment variable that holds a token, of printable ASCII characters; a newline at its
-            end is left out. Its value goes into the request, never into a message.
+        token_env: name of the environment variable with the token, which must be printable ASCII; one newline at its
+            end is removed. The token is sent with the request and never shown in a message.
         name: the reward's name; None is host and path of the address.
 
     Raises:
@@ -168,10 +168,10 @@ class RemoteReward:
         return RewardError(f"{self.name}: {message}")
 
     def _fill(self, answer: bytearray, response: Any, most: int) -> int | None:
-        """Reads a body up to a number of bytes. Returns its length, where the server says that.
+        """Appends at most ``most`` bytes of the body. Returns the length that the server states, or None.
 
         Raises:
-            TimeoutError: the body goes on for longer than the timeout. The timeout of the connection is for each part.
+            TimeoutError: the body takes longer than the timeout; the socket's own timeout applies to each part alone.
         """
         length: int | None = response.length
         deadline = time.monotonic() + self.timeout
@@ -188,15 +188,15 @@ class RemoteReward:
         if self._token_env is None:
             return ""
         token = os.environ.get(self._token_env, "").removesuffix("\n").removesuffix("\r")
-        # What does not look like a name of a variable may be the token itself.
+        # Another name may be the token itself, given in the wrong place.
         shown = repr(self._token_env) if re.fullmatch("[A-Z_][A-Z0-9_]*", self._token_env) else "(not shown)"
         if not token:
             raise ValueError(f"token_env names the environment variable {shown}, which is not set")
         remember(token)
         if not (token.isascii() and token.isprintable()):
             raise ValueError(
-                f"token_env names the environment variable {shown}, which must hold printable ASCII characters alone; "
-                "one newline may follow them"
+                f"token_env names the environment variable {shown}, whose value must be printable ASCII "
+                "characters, with at most one newline at the end"
             )
         return token
 
@@ -211,7 +211,7 @@ class RemoteReward:
 
 
 class _Again(Exception):
-    """A failure that a further attempt may mend, after the seconds that the server asks for."""
+    """A failure that may be temporary, and the seconds that the server asks to wait."""
 
     def __init__(self, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
@@ -236,7 +236,7 @@ def _is_address(url: str) -> bool:
 
 
 def wait_of(retry_after: str | None) -> float:
-    """The seconds that a header ``Retry-After`` asks for, a number or a date; 0 where it says nothing of the kind."""
+    """The seconds to wait by a header ``Retry-After``, which is a number or a date; 0 if it is neither."""
     text = (retry_after or "").strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])

@@ -126,7 +126,7 @@ def test_a_token_that_no_header_can_hold_is_refused_without_showing_it(
     monkeypatch: pytest.MonkeyPatch, token: str
 ) -> None:
     monkeypatch.setenv("MY_TOKEN", token)
-    with pytest.raises(ValueError, match="'MY_TOKEN', which must hold printable ASCII characters") as caught:
+    with pytest.raises(ValueError, match="'MY_TOKEN', whose value must be printable ASCII characters") as caught:
         RemoteReward("http://127.0.0.1/x", token_env="MY_TOKEN")
     assert "".join(traceback.format_exception(caught.value)).count(TOKEN) == 0
 
