@@ -5,6 +5,7 @@
 # make gpu-study on a machine with a GPU: the learning study at its full size; goes on where it stopped, in runs/; OUT=DIR as above
 # make sanitize  the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; four minutes
 # make coverage  the tests with the lines counted that they reach; fails under 95 %
+# make test-lower  the tests of what uses other packages, in .venv-lower with the oldest versions that pyproject.toml allows
 # make lint      formatting, lint, types
 # make docs      the documentation's site, in site/; a broken link is an error
 #
@@ -21,11 +22,21 @@ STAMP := $(VENV)/.star-kernels
 PYTHON := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: test demo overhead gpu gpu-study sanitize coverage lint docs clean
+.PHONY: test test-lower demo overhead gpu gpu-study sanitize coverage lint docs clean
 
 JOBS ?= 2
 test: $(STAMP)
 	$(PYTHON) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# torch is the pinned one; where the index has the declared lower bound: make test-lower TORCH=2.11.0
+TORCH ?= 2.13.0
+LOWER := .venv-lower
+LOWER_TESTS := tests/test_versions.py tests/test_figures.py tests/prompts tests/capture/test_families.py tests/trainer
+test-lower:
+	test -x $(LOWER)/bin/python || python3 -m venv $(LOWER)
+	$(LOWER)/bin/python tests/lower_bounds.py torch==$(TORCH) > $(LOWER)/constraints.txt
+	$(LOWER)/bin/python -m pip install -c $(LOWER)/constraints.txt -e '.[bench,rewards,train]' pytest hypothesis
+	$(LOWER)/bin/python -m pytest $(LOWER_TESTS) $(ARGS)
 
 DEMO ?= runs/demo
 demo: $(STAMP)
@@ -67,4 +78,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf .venv build site star_kernels/lib *.egg-info
+	rm -rf .venv .venv-lower build site star_kernels/lib *.egg-info
