@@ -9,6 +9,7 @@
 # make sanitize  the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; four minutes
 # make mutation  each constant and operator of the definitions changed in turn, and the tests run; ARGS='--only policy'
 # make coverage  the tests with the lines counted that they reach; fails under 95 %
+# make test-lower  the tests of what uses other packages, in .venv-lower with the oldest versions that pyproject.toml allows
 # make lint      formatting, lint, types
 # make docs      the documentation's site, in site/; a broken link is an error
 #
@@ -25,7 +26,8 @@ STAMP := $(VENV)/.star-kernels
 PYTHON := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: test test-all test-exhaustive numerics demo overhead gpu gpu-study sanitize mutation coverage lint docs clean
+.PHONY: test test-all test-exhaustive test-lower numerics
+.PHONY: demo overhead gpu gpu-study sanitize mutation coverage lint docs clean
 
 JOBS ?= 2
 PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist worksteal
@@ -40,6 +42,16 @@ test-exhaustive: $(STAMP)
 
 numerics: $(STAMP)
 	$(PYTHON) tests/numerics.py -n $(JOBS) --dist worksteal $(ARGS)
+
+# torch is the pinned one; where the index has the declared lower bound: make test-lower TORCH=2.11.0
+TORCH ?= 2.13.0
+LOWER := .venv-lower
+LOWER_TESTS := tests/test_versions.py tests/test_figures.py tests/prompts tests/capture/test_families.py tests/trainer
+test-lower:
+	test -x $(LOWER)/bin/python || python3 -m venv $(LOWER)
+	$(LOWER)/bin/python tests/lower_bounds.py torch==$(TORCH) > $(LOWER)/constraints.txt
+	$(LOWER)/bin/python -m pip install -c $(LOWER)/constraints.txt -e '.[bench,rewards,train]' pytest hypothesis
+	$(LOWER)/bin/python -m pytest $(LOWER_TESTS) $(ARGS)
 
 DEMO ?= runs/demo
 demo: $(STAMP)
@@ -84,4 +96,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf .venv build site star_kernels/lib *.egg-info
+	rm -rf .venv .venv-lower build site star_kernels/lib *.egg-info

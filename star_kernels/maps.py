@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +83,8 @@ def draw(
             result = pipeline(prompt=prompt, callback_on_step_end=after_step, **call)
         finally:
             hook.remove()
+    if not found:
+        raise ValueError(f"num_inference_steps must be at least 1, got {call.get('num_inference_steps')}")
     return Drawing(result.images[0], torch.stack(found), names[0], noise)
 
 
@@ -146,6 +150,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as missing:
         print(f"star_kernels.maps needs the extras diffusers and figures: {missing}", file=sys.stderr)
         return 2
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        print(f"--out must be a folder to write to, got {str(options.out)!r}: {problem.strerror}", file=sys.stderr)
+        return 2
     dtype = DTYPES[options.dtype or ("bfloat16" if options.device != "cpu" else "float32")]
     try:
         pipeline = load_pipeline(options.model, dtype)
@@ -179,19 +188,62 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m star_kernels.maps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="folder of a pipeline, or its id on the hub")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--out", required=True, type=Path, help="folder for the pictures and the JSON")
-    parser.add_argument("--phrase", action="append", help="a phrase of the prompt to follow; may be repeated")
+    parser.add_argument(
+        "--model", required=True, type=os.path.expanduser, help="folder of a pipeline, or its id on the hub"
+    )
+    parser.add_argument("--prompt", required=True, type=_text)
+    parser.add_argument("--out", required=True, type=_path, help="folder for the pictures and the JSON")
+    parser.add_argument(
+        "--phrase", action="append", type=_text, help="a phrase of the prompt to follow; may be repeated"
+    )
     parser.add_argument("--blocks", type=_blocks, default="default", help='"all", "default" or indices such as 8,9,10')
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's)")
-    parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
-    parser.add_argument("--height", type=int, help="of the image, in pixels")
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    count = _number(int, 1)
+    parser.add_argument("--steps", type=count, help="denoising steps (default: the pipeline's)")
+    parser.add_argument("--guidance", type=_number(float, 0), help="guidance scale (default: the pipeline's)")
+    parser.add_argument("--height", type=count, help="of the image, in pixels")
+    parser.add_argument("--width", type=count)
+    parser.add_argument("--seed", type=_number(int, -(2**63), 2**64 - 1), default=0)
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     return parser
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must not be blank, got {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # what the terminal sent was in another encoding
+        raise argparse.ArgumentTypeError(f"must be Unicode text, got {text!r}") from None
+    return text
+
+
+def _number(kind: type[int | float], least: int, most: float = math.inf) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and math.isfinite(value)):
+            what = "an integer" if kind is int else "a number"
+            upper = f" and at most {most}" if math.isfinite(most) else ""
+            raise argparse.ArgumentTypeError(f"must be {what} of at least {least}{upper}, got {text!r}")
+        return value
+
+    return read
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"must be a device of this machine, got {text!r}: {reason}") from None
+    return text
 
 
 def _blocks(text: str) -> str | list[int]:

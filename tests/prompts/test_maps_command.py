@@ -145,6 +145,65 @@ def test_bad_input_is_named(folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert '"all", "default" or indices' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--steps", "0", "must be an integer of at least 1, got '0'"),
+        ("--steps", "2.5", "must be an integer of at least 1, got '2.5'"),
+        ("--guidance", "-1", "must be a number of at least 0, got '-1'"),
+        ("--guidance", "nan", "must be a number of at least 0, got 'nan'"),
+        ("--guidance", "inf", "must be a number of at least 0, got 'inf'"),
+        ("--height", "0", "must be an integer of at least 1, got '0'"),
+        ("--width", "-8", "must be an integer of at least 1, got '-8'"),
+        ("--seed", str(2**64), f"must be an integer of at least -{2**63} and at most {2**64 - 1}, got '{2**64}'"),
+        ("--device", "gpu", "must be a device of this machine, got 'gpu'"),
+        ("--prompt", " ", "must not be blank, got ' '"),
+        ("--prompt", "a \udce9 b", "must be Unicode text"),
+        ("--phrase", "", "must not be blank, got ''"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_before_anything_is_loaded(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    value: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(maps, "load_pipeline", lambda *arguments: pytest.fail("the model is loaded"))
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, tmp_path / "out", option, value)
+    assert f"argument {option}: {message}" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maps, "load_pipeline", lambda *arguments: pytest.fail("the model is loaded"))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert run(tmp_path, out) == 2
+        assert f"--out must be a folder to write to, got '{out}'" in capsys.readouterr().err
+
+
+def test_sizes_that_the_model_cannot_draw_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, tmp_path, "--height", "63", "--width", "64") == 2
+    assert "`height` and `width` have to be divisible by 4 but are 63 and 64" in capsys.readouterr().err
+
+
+def test_no_steps_give_no_drawing(pipeline: Any) -> None:
+    with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
+        maps.draw(pipeline, PROMPT, num_inference_steps=0, height=SIZE, width=SIZE)
+
+
+def test_paths_of_the_home_folder_are_expanded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    options = maps._parser().parse_args(["--model=~/pipeline", "--prompt", PROMPT, "--out=~/out"])
+    assert (options.model, options.out) == (f"{folder.parent}/pipeline", folder.parent / "out")
+
+
 def test_a_missing_extra_is_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
