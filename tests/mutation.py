@@ -50,37 +50,27 @@ FOLDERS = {"policy": "tests/policy", "allocation": "tests", "attention": "tests/
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "star_kernels/allocation.py",
-        "good = (mean > 0) & mean.isfinite() & (maps.amin(dim=dims, keepdim=True) >= 0) & peak.isfinite()",
-        "> -> >=",
-    ): "the largest relative entry is one, or NaN where all are zero: the mean is never zero",
-    (
-        "star_kernels/allocation.py",
-        "fits = (factor * ordered <= cap) & (factor > 0)  # capping the k largest leaves the next one within the cap",
+        "fits = (left * ordered <= cap * rest) & (left > 0) & (rest > 0)",
         "<= -> <",
     ): "a weight that comes out at the cap is at the cap either way",
     (
         "star_kernels/allocation.py",
-        "fits = (factor * ordered <= cap) & (factor > 0)  # capping the k largest leaves the next one within the cap",
+        "fits = (left * ordered <= cap * rest) & (left > 0) & (rest > 0)",
         "> -> >=",
-    ): "a factor of zero follows one that fits already",
-    (
-        "star_kernels/allocation.py",
-        "every = torch.where(weights > 0, torch.full_like(weights, cap), 0.0)",
-        "0.0 -> 1.0",
-    ): "what is left is counted from these, so that they come out the same",
+    ): "where nothing is left for position k, the cap is left for the one before, which fits",
     (
         "star_kernels/attention/naive.py",
-        "scores = torch.matmul(_wide(query), _wide(key).transpose(-1, -2)) * scale  # [B, H, Sq, Sk]",
-        "- -> ",
+        "scores = torch.matmul(_wide(query), _wide(key).transpose(-1, -2)) * scale",
+        "- ->  #2",
     ): "of four dimensions -2 is 2",
     (
         "star_kernels/attention/naive.py",
-        "scores = torch.matmul(dense, _wide(gathered.gather(2, slots)).transpose(-1, -2)) * scale  # [B, H, R, T]",
-        "- -> ",
+        "scores = torch.matmul(dense, _wide(gathered.gather(2, slots)).transpose(-1, -2)) * scale",
+        "- ->  #2",
     ): "of four dimensions -2 is 2",
     (
         "star_kernels/attention/naive.py",
-        "normaliser = lse.gather(2, slots[..., 0])[:, :, None]  # [B, H, 1, T]",
+        "normaliser = lse.gather(2, slots[..., 0])[:, :, None]",
         "0 -> 1",
     ): "slots are expanded along the last dimension; heads of one element, which have no second, come in tests/fuzz.py",
     (
@@ -146,8 +136,10 @@ class Mutant:
 
     @property
     def line(self) -> str:
+        """Without its comment, which may change."""
         begin = self.source.rfind("\n", 0, self.start) + 1
-        return self.source[begin : self.source.index("\n", self.start)].strip()
+        comment = "  #" if self.file.endswith(".py") else "  //"
+        return self.source[begin : self.source.index("\n", self.start)].partition(comment)[0].strip()
 
     @property
     def change(self) -> str:

@@ -207,6 +207,16 @@ def test_check_alone_judges(
     assert run(tmp_path, "--check") == 1
 
 
+def test_what_a_cpu_has_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, told in (
+        (["--only", "backward"], "--only backward needs a GPU"),
+        (["--quick", "--thorough"], "exclude"),
+    ):
+        with pytest.raises(SystemExit):
+            overhead.parse(["--device", "cpu", *arguments])
+        assert told in capsys.readouterr().err
+
+
 def test_a_run_does_not_write_over_the_committed_results() -> None:
     assert overhead.parse([]).out == Path(overhead.__file__).resolve().parents[1] / "runs" / "overhead"
 
