@@ -202,8 +202,11 @@ def libraries() -> list[Extension]:
         find_nvcc()
         if os.environ.get("STAR_KERNELS_CUDA") != "0":
             names.append("libstar_kernels_cuda")
-    except Missing:
-        pass  # a machine without the CUDA compiler has no use for the CUDA library
+    except Missing as reason:  # a machine without the CUDA compiler has no use for the CUDA library
+        if os.environ.get("STAR_KERNELS_REQUIRE") == "1" and (
+            os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        ):
+            raise SystemExit(f"libstar_kernels_cuda.so cannot be built: {reason}") from reason
     return [Extension(f"star_kernels.lib.{name}", sources=[], optional=True) for name in names]
 
 
