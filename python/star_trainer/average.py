@@ -25,14 +25,19 @@ class Average:
         self.values: dict[str, Tensor] = {n: p.detach().clone().float() for n, p in kept.items()}
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Counts an optimiser step. Early on the decay is smaller, so that the start is soon forgotten."""
+    def step(self, skipped: Tensor | float = 0.0) -> None:
+        """Counts an optimiser step. Early on the decay is smaller, so that the start is soon forgotten.
+
+        Args:
+            skipped: 1 leaves the average as it is; it may be on the device, and is not waited for.
+        """
         self.steps += 1
         if self.steps % self.interval:
             return
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        weight = (1 - decay) * (1 - skipped)
         for name, value in self.values.items():
-            value.lerp_(self.parameters[name].detach().float(), 1 - decay)
+            value.add_((self.parameters[name].detach().float() - value) * weight)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

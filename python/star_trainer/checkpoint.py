@@ -142,6 +142,7 @@ def restore(path: Path, live: Live) -> int:
         raise ValueError(f"{error}. {_way_out(path)}") from error
     set_model_state_dict(live.model, parts["weights"], options=StateDictOptions(full_state_dict=True, strict=False))
     flat = {**parts["optimizer"], **state["optimizer"]}
+    flat |= {key: True for key in flat if key.endswith(".fused")}  # not so in earlier versions
     set_optimizer_state_dict(live.model, live.optimizer, flat, options=StateDictOptions(full_state_dict=True))
     with torch.no_grad():
         for name, value in live.average.values.items():
@@ -192,7 +193,7 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def _read(path: Path, live: Live) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+def _read(path: Path, live: Live) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The state and the tensors of a checkpoint, once they are known to fit the run."""
     state = _read_state(path)
     if state["format"] != FORMAT:
@@ -213,7 +214,7 @@ def _read(path: Path, live: Live) -> tuple[dict[str, Any], dict[str, dict[str, T
         raise Damaged(f"{path} is damaged: {problem}")
     names = ["weights", "optimizer", *(["average"] if live.average.values else [])]
     try:
-        parts = {name: load_file(path / f"{name}.safetensors") for name in names}
+        parts: dict[str, dict[str, Any]] = {name: load_file(path / f"{name}.safetensors") for name in names}
     except (OSError, SafetensorError) as error:
         raise Damaged(f"{path} cannot be read: {error}") from error
     for part, key, shape in _expected(live.average, parts["optimizer"]):

@@ -66,7 +66,7 @@ class Signals:
         os.close(self._write)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        """Python's handler: it runs in the main thread, as soon as that is back from C++, and may interrupt anything."""
+        """Python's handler, in the main thread, as soon as that is back from C++; it may interrupt anything."""
         self.stopped = True
 
     def _watch(self) -> None:

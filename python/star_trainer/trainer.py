@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -32,9 +33,11 @@ from star_trainer.rewards.service import RewardService
 from star_trainer.rollout import Batch, capture, roll_out, sample
 from star_trainer.schedule import shares
 from star_trainer.signals import Signals, launched
-from star_trainer.update import Updater
+from star_trainer.update import Updater, fused_adamw
 
 log = logging.getLogger("star_trainer")
+
+PATIENCE = 10  # steps in a row that may be skipped; a scale of float16's gradients takes several to come down
 
 
 class Trainer:
@@ -72,7 +75,9 @@ class Trainer:
         if config.allocation.method == "star":
             capture(self.policy, None, config).remove()  # blocks that the model has not are refused now
         trained = [p for p in self.policy.transformer.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, config.train.learning_rate, weight_decay=config.train.weight_decay)
+        optimizer = torch.optim.AdamW(
+            trained, config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
+        )
         self.policy.transformer, self.optimizer = self.accelerator.prepare(self.policy.transformer, optimizer)
         self.average = Average(self.policy.model, config.train.ema, config.train.ema_interval)
         self.updater = Updater(self.policy, self.optimizer, self.average, self.accelerator, config)
@@ -85,6 +90,7 @@ class Trainer:
         self._kept: checkpoint.Snapshot | None = None  # of the latest epoch, where that is not saved
         self._writing = threading.Lock()  # and replacing what is kept
         self._shown: Batch | None = None  # a batch of the latest epoch, to be drawn
+        self._skipped_in_a_row = 0
         self.stopped = False
         if found:
             self.epoch = self._saved = checkpoint.restore(found[-1], self._live())
@@ -147,6 +153,7 @@ class Trainer:
                     numbers = part[rows]
                     chosen = [prompts[n // size] for n in numbers]
                     batch = self.roll_out(chosen, numbers)
+                    self._check_weights(batch.images)
                     batches[-1].append(batch)
                     counts = phrases and [phrases[n // size] for n in numbers]
                     waiting.append((numbers, self._submit(batch.images, chosen, numbers, counts)))
@@ -156,13 +163,21 @@ class Trainer:
         judged = time.perf_counter()
         advantages = advantages_of(rewards, config)
         metrics: dict[str, float] = {}
+        skipped = 0
         passes = config.train.passes * sum(len(b.numbers) * len(b.steps) for part in batches for b in part)
         with self._bar("update", passes) as bar:
             for part_batches in batches * config.train.passes:
-                reported = self.updater.step(part_batches, advantages.values, bar.update)
-                for name, value in {**reported, "grad_norm": self.updater.grad_norm}.items():
-                    share = 1 / (config.train.passes * len(batches))
-                    metrics[name] = metrics.get(name, 0.0) + self._mean(value) * share
+                reported = {**self.updater.step(part_batches, advantages.values, bar.update)}
+                reported["grad_norm"] = self.updater.grad_norm
+                values = {name: self._mean(value) for name, value in reported.items()}
+                if self._mean(self.updater.skipped):
+                    skipped += 1
+                    self._count_skipped(values)
+                    continue
+                self._skipped_in_a_row = 0
+                for name, value in values.items():
+                    metrics[name] = metrics.get(name, 0.0) + value
+        taken = max(1, config.train.passes * len(batches) - skipped)
         self.epoch += 1
         known = rewards.total[rewards.total.isfinite()]
         recorded = {
@@ -171,7 +186,8 @@ class Trainer:
             **{f"reward/{name}": values[values.isfinite()].mean().item() for name, values in rewards.parts.items()},
             "skipped": float(config.samples - len(known)),
             "flat_groups": float(advantages.flat_groups),
-            **{f"loss/{name}": value for name, value in metrics.items()},
+            "skipped_steps": float(skipped),
+            **{f"loss/{name}": value / taken for name, value in metrics.items()},
             "seconds/rollout": rolled_out - started,
             "seconds/rewards": judged - rolled_out,
             "seconds/update": time.perf_counter() - judged,
@@ -197,6 +213,7 @@ class Trainer:
                 chosen = [prompts[n] for n in numbers]
                 names = [f"evaluation {config.train.seed} {n}" for n in numbers]
                 drawn = sample(self.policy, chosen, names, config, self.accelerator.autocast)
+                self._check_weights(drawn)
                 images.update(zip(numbers, drawn, strict=True))
                 waiting.append((numbers, self._submit(drawn, chosen, numbers)))
                 bar.update(len(numbers))
@@ -254,14 +271,38 @@ class Trainer:
         parts = dict(zip(names, whole[1:first], strict=True))
         return Scores(whole[0], parts, whole[first:].T if phrases else None)
 
+    def _check_weights(self, images: Tensor) -> None:
+        """Raises FloatingPointError where pictures are not finite because the weights are not: no reward's fault."""
+        if not images.isfinite().all():
+            weights = {n: getattr(p, "to_local", lambda p=p: p)() for n, p in self.average.parameters.items()}
+            checkpoint.check_finite(f"the weights after epoch {self.epoch}", weights)
+
+    def _count_skipped(self, values: dict[str, float]) -> None:
+        """Raises FloatingPointError after too many steps in a row whose gradients are not finite."""
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row < PATIENCE:
+            return
+        bad = [name for name, value in values.items() if name != "grad_norm" and not math.isfinite(value)]
+        cause = f"the loss is not finite either ({', '.join(bad)})" if bad else "the loss itself is finite"
+        raise FloatingPointError(
+            f"the gradients of {PATIENCE} optimiser steps in a row, up to epoch {self.epoch + 1}, are not finite; "
+            f"{cause}. These steps were skipped, and the weights are those before them. Look at train.mixed_precision "
+            f"({self.config.train.mixed_precision!r}), model.dtype ({self.config.model.dtype!r}) and "
+            f"train.learning_rate ({self.config.train.learning_rate:g})"
+        )
+
     def _mean(self, value: Tensor) -> float:
         """Over processes."""
         return float(self.accelerator.reduce(value.detach().float().to(self.accelerator.device), "mean").item())
 
     def _live(self) -> checkpoint.Live:
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
         return checkpoint.Live(
-            self.policy.transformer, inner, self.average, self.accelerator, self.config, digest(self.prompts)
+            self.policy.transformer,
+            fused_adamw(self.optimizer),
+            self.average,
+            self.accelerator,
+            self.config,
+            digest(self.prompts),
         )
 
     def _keep(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -20,23 +21,32 @@ from star_trainer.rollout import Batch, Step
 from star_trainer.schedule import schedule_of
 
 
+def fused_adamw(optimizer: Any) -> Any:
+    """PyTorch's optimiser within accelerate's. A fused one skips a step by its attribute ``found_inf``, as under a
+    gradient scaler."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 class Updater:
     """Optimiser steps on batches of samples.
 
     Attributes:
         grad_norm: of the latest optimiser step, before clipping.
+        skipped: whether that step was skipped, as its gradients are not finite: 0 or 1, on the device.
     """
 
     def __init__(self, policy: Policy, optimizer: Any, average: Average, accelerator: Any, config: Config) -> None:
         self.policy, self.optimizer, self.average = policy, optimizer, average
         self.accelerator, self.config = accelerator, config
         self.schedule = schedule_of(policy.pipeline, config.rollout.steps)
-        self.grad_norm = torch.zeros(())
+        self.grad_norm = self.skipped = torch.zeros(())
 
     def step(
         self, batches: Sequence[Batch], advantages: Tensor, report: Callable[[int], object] = lambda samples: None
     ) -> dict[str, Tensor]:
         """One optimiser step on a process's share of the samples.
+
+        Gradients that are not finite change nothing. That is decided on the device: nothing here waits for it.
 
         Args:
             batches: with the same trained steps.
@@ -48,11 +58,13 @@ class Updater:
         """
         metrics = self.gradients(batches, advantages, report)
         trained = list(self.average.parameters.values())
-        norm = self.accelerator.clip_grad_norm_(trained, self.config.train.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(trained, self.config.train.max_grad_norm or math.inf)
         self.grad_norm = whole(torch.as_tensor(norm).detach())
+        self.skipped = (~self.grad_norm.isfinite()).float()  # of all processes' gradients: alike in all
+        fused_adamw(self.optimizer).found_inf = self.skipped
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.average.step()
+        self.average.step(self.skipped)
         return metrics
 
     def gradients(

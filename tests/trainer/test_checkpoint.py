@@ -138,9 +138,16 @@ def test_a_damaged_one_is_not_offered(live: Live, newest: Path) -> None:
         checkpoint.restore(newest, live)
 
 
-def test_a_checkpoint_without_checksums_is_read(live: Live, newest: Path) -> None:
+def test_a_checkpoint_of_an_earlier_version_is_read(live: Live, newest: Path) -> None:
+    """Without checksums, and of an optimiser that was not fused."""
     without_checksums(newest)
+
+    def unfused(optimizer: dict[str, Any]) -> dict[str, Any]:
+        return {key: None if key.endswith(".fused") else value for key, value in optimizer.items()}
+
+    edit_state(newest, lambda state: {**state, "optimizer": unfused(state["optimizer"])})
     assert checkpoint.restore(newest, live) == 2
+    assert all(group["fused"] for group in live.optimizer.param_groups)
 
 
 def test_links_to_old_checkpoints_are_unlinked(live: Live, tmp_path: Path) -> None:

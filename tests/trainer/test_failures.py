@@ -165,7 +165,7 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(
         OSError, match=r"checkpoint-000002 cannot be written: .*I/O error.*it takes .* MB, .* MB are fr"
     ):
         trainer._save()
-    with pytest.raises(OSError, match="final cannot be written: .*I/O error"):
+    with pytest.raises(OSError, match=r"final cannot be written: .*I/O error"):
         trainer._export()
     assert [path.name for path in trainer.folder.glob("*checkpoint*")] == ["checkpoint-000001"]
 

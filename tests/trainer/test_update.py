@@ -15,6 +15,8 @@ from accelerate.state import AcceleratorState
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
+from star_trainer import checkpoint
+from star_trainer import trainer as module
 from star_trainer.config import Config
 from star_trainer.policy import Text
 from star_trainer.rollout import Batch, roll_out
@@ -197,6 +199,93 @@ def test_an_epoch_of_every_transition_changes_the_weights(
     assert changed
     assert all(torch.tensor(value).isfinite() for value in metrics.values())
     assert metrics["loss/kl_loss"] > 0
+
+
+def _set_gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """Of all ones, but for one element."""
+
+    def gradients(*arguments: Any) -> dict[str, Tensor]:
+        for parameter in trainer.average.parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        parameter.grad.view(-1)[0] = value
+        return {"policy_loss": torch.tensor(0.5)}
+
+    monkeypatch.setattr(trainer.updater, "gradients", gradients)
+
+
+def _everything(trainer: Trainer) -> dict[str, Tensor]:
+    snapshot = checkpoint.take(trainer._live(), 1)
+    assert snapshot is not None
+    return {f"{part}.{n}": v for part, values in snapshot.tensors.items() for n, v in values.items()}
+
+
+def test_a_step_that_is_not_finite_changes_nothing(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither weights nor moments, nor their average; the next step is a step again."""
+    trainer = trainer_of(configure())
+    _set_gradients(trainer, monkeypatch, 1.0)
+    trainer.updater.step([], torch.zeros(4))
+    before = _everything(trainer)
+    for value in (torch.nan, torch.inf):
+        _set_gradients(trainer, monkeypatch, value)
+        trainer.updater.step([], torch.zeros(4))
+        assert trainer.updater.skipped == 1
+        after = _everything(trainer)
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+    _set_gradients(trainer, monkeypatch, 1.0)
+    trainer.updater.step([], torch.zeros(4))
+    assert trainer.updater.skipped == 0
+    after = _everything(trainer)
+    assert not any(torch.equal(after[name], value) for name, value in before.items() if name.startswith("average."))
+
+
+def test_skipped_steps_are_counted_and_too_many_end_the_run(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(train={"updates": 2, "epochs": 99, "ema": 0.0})
+    trainer = trainer_of(config)
+    before = _everything(trainer)
+    _set_gradients(trainer, monkeypatch, torch.nan)
+    metrics = trainer.train_epoch()
+    assert metrics["skipped_steps"] == 2
+    assert not any(name.startswith("loss/") for name in metrics)
+    monkeypatch.setattr(module, "PATIENCE", 4)
+    with pytest.raises(
+        FloatingPointError, match=r"the gradients of 4 optimiser steps in a row, up to epoch 2, are not"
+    ):
+        trainer.run()
+    after = _everything(trainer)
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("weights."))
+
+
+def test_weights_that_are_not_finite_are_not_the_rewards_fault(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer]
+) -> None:
+    trainer = trainer_of(configure(evaluation={"every": 1}))
+    with torch.no_grad():
+        next(iter(trainer.average.parameters.values())).fill_(torch.nan)
+    for draw in (trainer.train_epoch, trainer.evaluate):
+        with pytest.raises(FloatingPointError, match="the weights after epoch 0 hold NaN or infinity in 1 of"):
+            draw()
+        trainer.average.values.clear()  # of which the evaluation is
+
+
+@pytest.mark.parametrize("limit", [0.0, None])
+def test_gradients_may_go_unclipped(
+    configure: Callable[..., Config],
+    trainer_of: Callable[[Config], Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    limit: float | None,
+) -> None:
+    trainer = trainer_of(configure(train={"max_grad_norm": limit}))
+    _set_gradients(trainer, monkeypatch, 2.0)
+    seen = []
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: seen.extend(p.grad for p in parameters))
+    parameters = list(trainer.average.parameters.values())
+    trainer.updater.step([], torch.zeros(4))
+    assert all(bool((grad.view(-1)[1:] == 1).all()) for grad in seen)
+    assert float(trainer.updater.grad_norm) == pytest.approx((sum(p.numel() for p in parameters) + 3) ** 0.5, rel=1e-5)
 
 
 @pytest.fixture
