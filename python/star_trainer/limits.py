@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 from star_trainer.config import Config
-from star_trainer.redact import redact
+from star_trainer.redact import redacted
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def check_values(config: Config) -> None:
     if not weights:
         raise ValueError("reward.weights must name at least one reward, got none")
     for key, weight in weights.items():
-        _check_number(f"reward.weights of {redact(key)!r}", weight, float, Range())
+        _check_number(f"reward.weights of {redacted(key)!r}", weight, float, Range())
     if not any(weights.values()):
         raise ValueError("reward.weights must have a weight other than 0, got only 0")
 

@@ -14,6 +14,7 @@ import yaml
 from yaml import YAMLError
 
 from star_trainer.config import Config
+from star_trainer.redact import redacted
 from star_trainer.textfile import read_text
 
 SECTIONS = {part: [f.name for f in fields(kind)] for part, kind in get_type_hints(Config).items()}
@@ -39,7 +40,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 line = key.start_mark.line + 1
                 if key.value in lines:
-                    text = f"{key.value!r} stands twice, in line {lines[key.value]} and in line {line}"
+                    text = f"{redacted(key.value)!r} stands twice, in line {lines[key.value]} and in line {line}"
                     raise yaml.constructor.ConstructorError(problem=text, problem_mark=key.start_mark)
                 lines[key.value] = line
         return super().construct_mapping(node, deep)
@@ -74,16 +75,14 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ValueError(
-            f"{path} must hold sections of settings ({', '.join(SECTIONS)}), got {type(values).__name__} {values!r}"
-        )
+        raise ValueError(f"{path} must hold sections of settings ({', '.join(SECTIONS)}), got {redacted(values)!r}")
     for key, value in root.value:
         _check_known(path, key, [*SECTIONS, "preset"])
         section = key.value
         if section != "preset" and values[section] is not None:
             if not isinstance(value, yaml.MappingNode):
                 where = f"{path}, line {key.start_mark.line + 1}"
-                raise ValueError(f"{where}: {section} must be a section of settings, got {values[section]!r}")
+                raise ValueError(f"{where}: {section} must be a section of settings, got {redacted(values[section])!r}")
             for name, _ in value.value:
                 _check_known(path, name, SECTIONS[section], f"{section}.")
     return {section: value for section, value in values.items() if value is not None}
@@ -97,5 +96,6 @@ def suggestion(name: str, known: Sequence[str], before: str = "") -> str:
 
 def _check_known(path: str | os.PathLike[str], key: Any, known: list[str], section: str = "") -> None:
     if key.value not in known:
-        hint = suggestion(str(key.value), known)
-        raise ValueError(f"{path}, line {key.start_mark.line + 1}: unknown setting {section}{key.value}{hint}")
+        name = str(redacted(key.value))
+        hint = suggestion(name, known)
+        raise ValueError(f"{path}, line {key.start_mark.line + 1}: unknown setting {section}{name}{hint}")

@@ -221,11 +221,10 @@ def test_an_address_in_the_message_of_a_reward_is_shortened(on_failure: Any) -> 
         ({"weights": {f"https://host:{PASSWORD}/score": 1.0}}, "without a user or password"),
         ({"weights": {f"https://host/score?token=a {QUERY}": 1.0}}, "without a user or password"),
         ({"weights": {f"ftp://me:{PASSWORD}@host/score": 1.0}}, "unknown reward 'ftp://***@host/score'"),
-        ({"weights": {f"https://host/score?token={QUERY}": float("nan")}}, "finite numbers, got nan"),
         ({"weights": {"ocr": 1.0}, "options": {f"https://host/score?token={QUERY}": {}}}, "options must be for"),
         ({"weights": {f"https://host/score?token={QUERY}": 1.0}, "options": {"ocr": {}}}, "options must be for"),
     ],
-    ids=["user", "slash", "port", "blank", "scheme", "weight", "options", "weights"],
+    ids=["user", "slash", "port", "blank", "scheme", "options", "weights"],
 )
 def test_settings_that_are_wrong_are_named_without_them(
     star_train: Callable[..., int], shown: Callable[[], str], reward: dict[str, Any], message: str
@@ -349,6 +348,34 @@ def test_options_named_like_secrets_keep_their_shape() -> None:
 def test_what_a_text_shows_of_named_secrets(text: str, expected: str) -> None:
     assert redact(text) == expected
     assert redact(expected) == expected
+
+
+ADDRESS = f"https://me:{PASSWORD}@host/score?token=a {QUERY}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            f"reward: {{weights: {{'{ADDRESS}': .nan}}}}",
+            "reward.weights of 'https://***@host/score?***' must be finite",
+        ),
+        (f"reward: {{weights: {{'{ADDRESS}': 1, '{ADDRESS}': 2}}}}", "'https://***@host/score?***' stands twice"),
+        (f"reward:\n  '{ADDRESS}': 1", "line 2: unknown setting reward.https://***@host/score?***"),
+        (f"reward: '{ADDRESS}'", "reward must be a section of settings, got 'https://***@host/score?***'"),
+        (f"- '{ADDRESS}'", "must hold sections of settings"),
+    ],
+    ids=["value", "twice", "unknown", "section", "list"],
+)
+def test_files_that_are_wrong_are_named_without_them(
+    shown: Callable[[], str], tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--config", str(tmp_path / "mine.yaml")])
+    said = shown()
+    assert message in said
+    assert without_secrets(said)
 
 
 def test_options_that_cannot_be_read_are_quoted_without_them(shown: Callable[[], str]) -> None:
