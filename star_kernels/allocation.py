@@ -103,7 +103,7 @@ def map_change(maps: Tensor, following: Tensor, *, layout: str | None = None) ->
     _check_device("following", following, maps)
     dtype = torch.float64 if torch.float64 in (maps.dtype, following.dtype) else torch.float32
     here, then = (_flat(given.detach(), layout).to(dtype) for given in (maps, following))
-    apart = (_shares(here, (-1,)) - _shares(then, (-1,))).abs().mean(dim=-1) / 2
+    apart = _mean((_shares(here, (-1,)) - _shares(then, (-1,))).abs(), (-1,))[..., 0] / 2
     return torch.where(_good(here, (-1,))[..., 0] & _good(then, (-1,))[..., 0], apart, 0.0)
 
 
@@ -115,7 +115,17 @@ def _flat(maps: Tensor, layout: str) -> Tensor:
 def _shares(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Values over their mean, scaled by the largest first: neither tiny nor huge ones leave the range of the dtype."""
     relative = values / values.amax(dim=dims, keepdim=True)
-    return torch.where(_good(values, dims), relative / relative.mean(dim=dims, keepdim=True), 1.0)
+    return torch.where(_good(values, dims), relative / _mean(relative, dims), 1.0)
+
+
+def _mean(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The mean over the last dimensions, with bits that do not depend on the number of threads.
+
+    PyTorch shares the sum of a single result out among the threads of a CPU, but one of two results goes to one thread.
+    """
+    if values.device.type == "cpu" and all(size == 1 for size in values.shape[: -len(dims)]):
+        return values.expand(2, *values.shape).mean(dim=dims, keepdim=True)[0]
+    return values.mean(dim=dims, keepdim=True)
 
 
 def _good(values: Tensor, dims: tuple[int, ...]) -> Tensor:

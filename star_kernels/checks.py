@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 import torch
 from torch import Tensor
 
 from star_kernels.operators import WATCH
+
+
+def warn(message: str) -> None:
+    """A UserWarning of the line that called into star_kernels, however deep below it and on whichever way."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("star_kernels", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def check_flag(name: str, value: bool) -> None:

@@ -7,13 +7,14 @@ that are compared or checked: those of the sanitizers, say.
 from __future__ import annotations
 
 import os
-import warnings
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from star_kernels.checks import warn
 
 FOLDER = Path(os.environ.get("STAR_KERNELS_LIB") or Path(__file__).with_name("lib"))
 _POLICY = ("policy_forward", "policy_backward", "nft_forward", "nft_backward", "sample_transition")
@@ -25,14 +26,12 @@ FUNCTIONS = {
 
 @cache
 def cpu() -> Any | None:
-    """The CPU kernels (see csrc/exports.cpp), or None with one warning where they are not there."""
+    """The CPU kernels (see csrc/cpu/exports.cpp), or None with one warning where they are not there."""
     library, problem = load("libstar_kernels_cpu.so")
     if library is None:
-        warnings.warn(
+        warn(
             f"star_kernels runs on PyTorch alone, which is slower: {problem}. Reinstall with a C++17 compiler on PATH "
-            "(pip install -v shows the build).",
-            UserWarning,
-            stacklevel=2,
+            "(pip install -v shows the build)."
         )
     return library
 

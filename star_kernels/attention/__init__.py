@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from operator import index as index_of
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from star_kernels.attention.checks import (
     resolve_rows,
     resolve_scale,
 )
-from star_kernels.checks import check_flag
+from star_kernels.checks import check_flag, warn
 from star_kernels.operators import constant
 from star_kernels.selection import TokenSelection
 
@@ -57,7 +56,7 @@ def attention(
     ``out = softmax(scale * query key^T) value``, exactly as ``torch.nn.functional.scaled_dot_product_attention``, and
     ``maps[b, g, r] = mean_h sum_t weight[b, g, t] * P[b, h, rows[r], index[b, t]]`` with P the softmax over all keys.
     No matrix of size [Sq, Sk] is ever held, in the backward pass neither. All results are differentiable in query,
-    key and value.
+    key and value, once and in reverse mode (``backend="naive"``: in every mode).
 
     Args:
         query: ``[B, H, Sq, D]`` (``[B, Sq, H, D]`` with layout "bshd"); float32, float16 or bfloat16, any strides.
@@ -235,11 +234,7 @@ def obstacle(backend: str, device: str, dtype: torch.dtype, head_dim: int, maske
 
 @cache
 def _warn_naive(problem: str) -> None:
-    warnings.warn(
-        f"star_kernels.attention materialises all probabilities: no other backend can run here: {problem}",
-        UserWarning,
-        stacklevel=3,
-    )
+    warn(f"star_kernels.attention materialises all probabilities: no other backend can run here: {problem}")
 
 
 def _sequence_axis(layout: str) -> int:

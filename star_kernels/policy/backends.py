@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from importlib.util import find_spec
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import native
+from star_kernels.checks import warn
 
 BACKENDS = ("auto", "naive", "native", "triton")
 
@@ -60,8 +60,4 @@ def _triton_problem() -> str:
 
 @cache
 def _warn_naive(problem: str) -> None:
-    warnings.warn(
-        f"star_kernels runs the policy loss in plain PyTorch, some thirty launches a call: {problem}",
-        UserWarning,
-        stacklevel=4,
-    )
+    warn(f"star_kernels runs the policy loss in plain PyTorch, some thirty launches a call: {problem}")

@@ -69,7 +69,7 @@ def weighted_policy_loss(
     * ``ratio="location"``: ``rho_p = exp(d_p)``, ``loss = mean_p W_p max(-A rho_p, -A clip(rho_p))``. A position's
       log-ratio is about sqrt(P) wider than a sample's, so the clip range must be.
 
-    The gradient goes to ``model_output`` alone.
+    The gradient goes to ``model_output`` alone; it is the first, in reverse mode (``backend="naive"`` has them all).
 
     Args:
         model_output: velocity of the model in training, ``[B, C, H, W]``, ``[B, C, F, H, W]`` or packed ``[B, S, C]``

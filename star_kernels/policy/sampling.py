@@ -25,7 +25,7 @@ def sample_transition(
     """One denoising step: draws ``prev ~ N(a x + b v, std^2)`` and gives its log-probability at every location.
 
     The log-probability is that of the value returned, after rounding to the sample's dtype, so that the policy ratio
-    of an unchanged model is exactly one. Not differentiable.
+    of an unchanged model is exactly one. Not differentiable, in no mode.
 
     Args:
         model_output: velocity ``[B, C, H, W]``, ``[B, C, F, H, W]`` or packed ``[B, S, C]`` with ``channel_dim=-1``.

@@ -493,24 +493,6 @@ def test_auto_agrees_with_the_definition_in_float64() -> None:
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["mask_some", "groups_per_head", "parallel", "thousand"])
-def test_equal_inputs_give_equal_bits_with_any_number_of_threads(
-    name: str, dtype: torch.dtype, attention_backend: tuple[str, str], threads: Callable
-) -> None:
-    backend, device = attention_backend
-    inputs = make(CASES[name], dtype, device)
-    found = []
-    for count in (1, 2, 2, 1):
-        threads(count)
-        leaves = tuple(t.detach().clone().requires_grad_() for t in inputs.tensors)
-        results = run(inputs, backend, leaves)
-        torch.autograd.backward(results, [torch.ones_like(r) for r in results])
-        found.append([*results, *(t.grad for t in leaves)])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
 @pytest.mark.parametrize("wanted", [("maps",), ("out", "maps", "lse")], ids="-".join)
 def test_no_matrix_of_size_s_by_s_is_held(
     wanted: tuple, attention_backend: tuple[str, str], peak_memory: Callable

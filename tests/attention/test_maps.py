@@ -219,22 +219,6 @@ def test_strides_of_query_key_and_lse_do_not_matter(direction: str, maps_backend
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_equal_inputs_give_equal_bits_with_any_number_of_threads(
-    direction: str, maps_backend: tuple[str, str], threads: Callable
-) -> None:
-    backend, device = maps_backend
-    inputs = Inputs(CASES["parallel"], torch.float32, device, direction, slots=40)
-    found = []
-    for count in (1, 2, 2, 1):
-        threads(count)
-        leaves = [t.clone().requires_grad_() for t in inputs.tensors]
-        maps = inputs.run(backend, tuple(leaves))
-        found.append([maps, *torch.autograd.grad(maps.square().sum(), leaves)])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("masked", ["", "some"])
 @pytest.mark.parametrize("reduce_heads", [True, False])
 def test_operators_pass_opcheck(reduce_heads: bool, masked: str, direction: str) -> None:

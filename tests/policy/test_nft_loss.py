@@ -241,17 +241,6 @@ def test_the_gradient_goes_to_model_output_alone(policy_backend: tuple[str, str]
     assert [t.grad for t in leaves[1:]] == [None] * 3
 
 
-def test_equal_inputs_give_equal_bits_with_any_number_of_threads(policy_backend: tuple[str, str], threads: Any) -> None:
-    batch = Batch(policy_backend)
-    found = []
-    for count in (1, 2, 2, 1):
-        threads(count)
-        loss, gradient, metrics = batch.run(**batch.options())
-        found.append([loss, gradient, *metrics.values()])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
 @pytest.mark.parametrize("beta", [1.0, 0.3])
 def test_gradcheck_of_the_definition(beta: float) -> None:
     output, old, target = torch.randn(3, BATCH, 3, 2, 2, dtype=torch.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -384,32 +383,6 @@ def test_one_column_of_coefficients_serves_the_batch(policy_backend: tuple[str, 
     found = [run(replace(problem, transition=t), policy_backend, clip_range=0.9) for t in (one, many)]
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
-
-
-@pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("layout", ["image", "packed", "image_odd"])
-def test_equal_inputs_give_equal_bits_with_any_number_of_threads(
-    layout: str, ratio: str, policy_backend: tuple[str, str], threads: Callable
-) -> None:
-    shape, channel_dim = LAYOUTS[layout]
-    if layout == "image":  # large enough for the work to be shared out
-        shape = (BATCH, 16, 64, 64)
-    device = policy_backend[1]
-    transition = SAMPLERS["flow_sde"]().to(device)
-    old, output, sample = (torch.randn(shape, device=device) for _ in range(3))
-    output = old + 0.01 * output
-    noise = torch.randn(shape, device=device)
-    found = []
-    for count in (1, 2, 2, 1):
-        threads(count)
-        options = {"channel_dim": channel_dim, "backend": policy_backend[0]}
-        prev, log_prob = sample_transition(old, sample, transition, noise=noise, **options)
-        advantages = torch.tensor([1.0, -1.0, 2.0, -2.0], device=device)
-        problem = Problem(output, sample, prev, log_prob, advantages, transition, channel_dim)
-        loss, gradient, metrics = run(problem, policy_backend, ratio=ratio, clip_range=0.5)
-        found.append([prev, log_prob, loss, gradient, *metrics.values()])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_backends_agree_to_rounding() -> None:

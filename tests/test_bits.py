@@ -1,0 +1,133 @@
+"""Bits that are this library's: equal inputs give equal ones with any number of threads.
+
+Those of results that PyTorch computes (attention and its gradients, the plain definitions) are PyTorch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from star_kernels import (
+    TokenSelection,
+    allocate,
+    attention_maps,
+    flow_sde,
+    map_change,
+    native,
+    sample_transition,
+    weighted_nft_loss,
+    weighted_policy_loss,
+)
+
+COUNTS = (1, 2, 3, 4, 7, 1)
+KERNELS = [("native", "cpu")]
+if torch.cuda.is_available():
+    KERNELS += [("triton", "cuda")] + [("native", "cuda")] * (not native.problem("cuda"))
+LAYOUTS = {"image": ((4, 16, 64, 64), 1), "packed": ((2, 1100, 128), 2), "video": ((3, 7, 5, 60, 40), 1)}  # 7 threads
+kernels = pytest.mark.parametrize(("backend", "device"), [pytest.param(*k, marks=pytest.mark.native) for k in KERNELS])
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture
+def assert_equal_bits(threads: Callable[[int], None]) -> Callable[[Callable[[], list[Tensor]]], None]:
+    """That a function gives the same bits with any number of threads."""
+
+    def check(function: Callable[[], list[Tensor]]) -> None:
+        found = []
+        for count in COUNTS:
+            threads(count)
+            found.append(function())
+        for count, other in zip(COUNTS[1:], found[1:], strict=True):
+            for position, (first, result) in enumerate(zip(found[0], other, strict=True)):
+                assert torch.equal(first, result), f"result {position} with {count} threads"
+
+    return check
+
+
+def latents(layout: str, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    shape, channel_dim = LAYOUTS[layout]
+    places = [n for d, n in enumerate(shape) if d != channel_dim]
+    names = ("output", "old", "sample", "other")
+    found = {name: torch.randn(shape, device=device).to(dtype) for name in names}
+    found |= {"log_prob": torch.randn(places, device=device) - 5, "mask": torch.rand(places, device=device) < 0.8}
+    return found | {"weights": torch.rand(places, device=device), "numbers": torch.rand(shape[0], device=device)}
+
+
+@kernels
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ratio", ["sample", "location"])
+def test_the_policy_loss(
+    ratio: str, dtype: torch.dtype, layout: str, backend: str, device: str, assert_equal_bits: Callable
+) -> None:
+    t = latents(layout, dtype, device)
+    transition = flow_sde(0.9, 0.8, sigma_max=0.95).to(device)
+    options: dict[str, Any] = {"weights": t["weights"], "mask": t["mask"], "step_weights": t["numbers"]}
+    options |= {"old_model_output": t["old"], "ref_model_output": t["other"], "kl_coef": 0.1, "clip_range": 0.5}
+    options |= {"channel_dim": LAYOUTS[layout][1], "ratio": ratio, "backend": backend}
+
+    def results() -> list[Tensor]:
+        leaf = t["output"].clone().requires_grad_()
+        given = (leaf, t["sample"], t["other"], t["log_prob"], t["numbers"], transition)
+        loss, metrics = weighted_policy_loss(*given, **options)
+        return [loss.detach(), *torch.autograd.grad(loss, leaf), *metrics.values()]
+
+    assert_equal_bits(results)
+
+
+@kernels
+@layouts
+def test_the_nft_loss(layout: str, backend: str, device: str, assert_equal_bits: Callable) -> None:
+    t = latents(layout, torch.float32, device)
+    options: dict[str, Any] = {"weights": t["weights"], "mask": t["mask"], "step_weights": t["numbers"]}
+    options |= {"ref_model_output": t["other"], "kl_coef": 0.1, "channel_dim": LAYOUTS[layout][1], "backend": backend}
+
+    def results() -> list[Tensor]:
+        leaf = t["output"].clone().requires_grad_()
+        loss, metrics = weighted_nft_loss(leaf, t["old"], t["sample"], t["numbers"], t["numbers"], **options)
+        return [loss.detach(), *torch.autograd.grad(loss, leaf), *metrics.values()]
+
+    assert_equal_bits(results)
+
+
+@kernels
+@layouts
+def test_the_sampling_step(layout: str, backend: str, device: str, assert_equal_bits: Callable) -> None:
+    t = latents(layout, torch.float32, device)
+    transition = flow_sde(0.9, 0.8, sigma_max=0.95).to(device)
+    options: dict[str, Any] = {"noise": t["other"], "channel_dim": LAYOUTS[layout][1], "backend": backend}
+    assert_equal_bits(lambda: list(sample_transition(t["output"], t["sample"], transition, **options)))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("reduce_heads", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
+def test_attention_maps_of_a_given_log_sum_exp(
+    direction: str, dtype: torch.dtype, reduce_heads: bool, assert_equal_bits: Callable
+) -> None:
+    query, key = torch.randn(2, 4, 300, 64).to(dtype), torch.randn(2, 4, 310, 64).to(dtype)  # work for 7 threads
+    lse = torch.logsumexp(query.float() @ key.float().mT / 8, dim=-1)
+    selection = TokenSelection.from_positions([[list(range(30)), [40, 299]], [[], list(range(100, 132))]])
+    mask = torch.rand(2, 310) < 0.8
+    options: dict[str, Any] = {"direction": direction, "key_mask": mask, "reduce_heads": reduce_heads}
+    assert_equal_bits(lambda: [attention_maps(query, key, lse, selection, **options)])
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("shape", [(1, 1, 300, 300), (1, 10, 96, 96), (2, 3, 160, 160)], ids=str)
+def test_allocations(shape: tuple[int, ...], cap: float | None, assert_equal_bits: Callable) -> None:
+    """Of one sample, too, the sum of whose map PyTorch would share out among the threads."""
+    maps = torch.rand(shape) ** 3
+
+    def results() -> list[Tensor]:
+        change = map_change(maps, maps.flip(2), layout="bshw")
+        signals = [allocate(maps, layout="bshw", over="trajectory", cap=cap, step_signal=s) for s in (None, change)]
+        return [allocate(maps, layout="bshw", cap=cap), change, *signals]
+
+    assert_equal_bits(results)
