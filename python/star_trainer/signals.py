@@ -86,7 +86,7 @@ class Signals:
                     continue
                 now = time.monotonic()
                 if number == signal.SIGINT and interrupted is not None:
-                    if not (_by_torchrun() and now - interrupted < ECHO):
+                    if not (by_torchrun() and now - interrupted < ECHO):
                         log.warning("a second Ctrl-C: the run ends here")
                         os._exit(128 + number)
                 elif number == signal.SIGINT:
@@ -107,8 +107,9 @@ class Signals:
 
 def launched() -> bool:
     """Whether a launcher, accelerate's or torchrun, is the parent: its end is to be the run's."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ or _by_torchrun()
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or by_torchrun()
 
 
-def _by_torchrun() -> bool:
+def by_torchrun() -> bool:
+    """Whether torchrun, or accelerate's launcher of several processes, started this one."""
     return "TORCHELASTIC_RUN_ID" in os.environ

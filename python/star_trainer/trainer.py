@@ -32,7 +32,7 @@ from star_trainer.rewards.images import slices
 from star_trainer.rewards.service import RewardService
 from star_trainer.rollout import Batch, capture, roll_out, sample
 from star_trainer.schedule import shares
-from star_trainer.signals import Signals, launched
+from star_trainer.signals import Signals, by_torchrun
 from star_trainer.update import Updater, fused_adamw
 
 log = logging.getLogger("star_trainer")
@@ -340,11 +340,10 @@ class Trainer:
         log.warning("%s: the run ends after this epoch", reason)
         self._rescue()
         log.warning(
-            "%d epochs are saved in %s. The epoch under way is finished and saved as well%s; if the process is killed "
-            "before that, this epoch is lost. A second Ctrl-C ends the run on the spot",
-            self._saved,
-            self.folder,
-            ", as far as the launcher leaves the time (torchrun kills its processes after 30 s)" if launched() else "",
+            "%s. The epoch under way is finished and saved as well%s; if the process is killed before that, this epoch "
+            "is lost. A second Ctrl-C ends the run on the spot",
+            f"Epoch {self._saved} is saved in {self.folder}" if self._saved else "No epoch is finished yet",
+            " (torchrun kills its processes after 30 s)" if by_torchrun() else "",
         )
 
     def _export(self) -> None:

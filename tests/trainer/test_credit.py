@@ -243,7 +243,7 @@ def test_pictures_show_the_weights_of_all_phrases_together(
     monkeypatch: pytest.MonkeyPatch,
     credit: str,
 ) -> None:
-    config = by_phrase(allocation={"credit": credit})
+    config = by_phrase(allocation={"credit": credit}, output={"pictures_every": 1})
     trainer = trainer_of(config)
     batch = rolled_out(trainer, config, [PAIR, SINGLE])
     drawn: list[Tensor] = []

@@ -136,7 +136,7 @@ def test_what_is_done_is_saved_as_soon_as_the_run_is_to_end(
     trainer._keep()
     trainer._save_at_once("SIGTERM")
     assert [path.name for path in checkpoint.find(trainer.folder)] == ["checkpoint-000001"]
-    assert "1 epochs are saved" in caplog.text
+    assert f"Epoch 1 is saved in {trainer.folder}" in caplog.text
     assert "if the process is killed before that, this epoch is lost" in caplog.text
 
 

@@ -14,6 +14,7 @@ import torch
 from star_kernels import figures
 from star_trainer import checkpoint, record
 from star_trainer.config import Config
+from star_trainer.policy import Text
 from star_trainer.prompts import Prompt
 from star_trainer.record import Record, read_metrics
 from star_trainer.rollout import Batch, Step
@@ -23,8 +24,9 @@ from star_trainer.trainer import Trainer
 @pytest.fixture
 def batch() -> Batch:
     latent, weights = torch.zeros(1, 4, 4, 4), torch.ones(1, 2, 2)
+    text = Text(torch.zeros(1, 1, 1), torch.zeros(1, 1))
     step = Step(0, latent, latent, torch.zeros(1, 4, 4), None, weights)
-    return Batch([0], [Prompt("a clock")], None, [step], torch.zeros(1, 3, 8, 8))  # type: ignore[arg-type]
+    return Batch([0], [Prompt("a clock")], text, [step], torch.zeros(1, 3, 8, 8))
 
 
 def write_all(made: Record, batch: Batch, epoch: int) -> None:
