@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         print(f"star-train: error: {error}", file=sys.stderr)
         print("Resume (output.resume) with a smaller rollout.batch or train.batch, or with", file=sys.stderr)
-        print("model.gradient_checkpointing: these change no result.", file=sys.stderr)
+        print("model.gradient_checkpointing: these change results by rounding alone.", file=sys.stderr)
         return 1
     if trainer.accelerator.is_main_process:
         with suppress(OSError):  # nobody reads it any more
