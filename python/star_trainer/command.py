@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         print(f"star-train: error: {error}", file=sys.stderr)
         print("Resume (output.resume) with a smaller rollout.batch or train.batch, or with", file=sys.stderr)
-        print("model.gradient_checkpointing: these change no result.", file=sys.stderr)
+        print("model.gradient_checkpointing: these change results by rounding alone.", file=sys.stderr)
         return 1
     except Exception as error:
         print(redacted_traceback(error), end="", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import rewards_that_fail
 import torch
 from safetensors.torch import load_file
 
-from star_trainer import checkpoint
+from star_trainer import checkpoint, command
 from star_trainer import trainer as module
 from star_trainer.config import Config
 from star_trainer.record import Record, read_metrics
@@ -236,3 +237,22 @@ def test_only_so_many_checkpoints_stay(
 ) -> None:
     trainer_of(configure(train={"epochs": 4}, output={"checkpoint_every": 1, "keep": 2})).run()
     assert [path.name for path in checkpoint.find(tmp_path / "run")] == ["checkpoint-000003", "checkpoint-000004"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (torch.OutOfMemoryError("out of memory"), 1, r"out of memory\nResume .* smaller rollout\.batch"),
+        (FloatingPointError("not finite"), 1, "star-train: error: not finite"),
+        (KeyboardInterrupt(), 130, "^$"),
+    ],
+)
+def test_the_command_says_what_ended_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, status: int, told: str
+) -> None:
+    def fail(config: Config) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "Trainer", fail)
+    assert command.main([]) == status
+    assert re.search(told, capsys.readouterr().err)
