@@ -1,8 +1,7 @@
-"""A few hundred random calls; STAR_FUZZ_CASES=10000 makes it more. See fuzz.py."""
+"""A hundred random calls, and some more with the exhaustive tests. See fuzz.py."""
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,18 +9,20 @@ import fuzz
 import pytest
 import torch
 from fuzzing.memory import UNWRITTEN, guarded_library
+from tiers import mostly_exhaustive
 
 from star_kernels import TokenSelection, attention_maps, native
 
-CASES = int(os.environ.get("STAR_FUZZ_CASES", "400"))
-
 
 @pytest.mark.native
+@pytest.mark.parametrize(("seed", "cases"), mostly_exhaustive([(0, 100), (1, 400)], [(0, 100)]))
 @pytest.mark.parametrize("operation", fuzz.OPERATIONS)
-def test_random_calls_keep_to_the_definition_and_to_their_memory(operation: str, poisoned: None) -> None:
+def test_random_calls_keep_to_the_definition_and_to_their_memory(
+    operation: str, seed: int, cases: int, poisoned: None
+) -> None:
     with guarded_library():
-        for number in range(fuzz.cases_of(operation, CASES)):
-            fuzz.run_case(operation, 0, number)
+        for number in range(fuzz.cases_of(operation, cases)):
+            fuzz.run_case(operation, seed, number)
 
 
 @pytest.mark.native

@@ -132,6 +132,7 @@ def test_parts_by_shares_add_up_to_the_whole_map(rollout: allocations.Rollout, c
     torch.testing.assert_close(where, found["split, shuffled"][0][1])  # all parts move alike
 
 
+@pytest.mark.exhaustive
 def test_maps_are_those_of_the_driver(rollout: allocations.Rollout, config: Config) -> None:
     from star_trainer import rollout as driver
 
@@ -144,6 +145,7 @@ def test_maps_are_those_of_the_driver(rollout: allocations.Rollout, config: Conf
         torch.testing.assert_close(step.weights.flatten(1), core[:, at], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("trained", [None, 2], ids=["all steps", "two of three"])
 def test_weights_by_change_are_those_of_the_driver(config: Config, trained: int | None) -> None:
     from star_trainer import rollout as driver
@@ -162,6 +164,7 @@ def test_weights_by_change_are_those_of_the_driver(config: Config, trained: int 
     assert float((found.mean(dim=2) - 1).abs().max()) > 0.01
 
 
+@pytest.mark.exhaustive
 def test_split_is_that_of_the_driver(config: Config) -> None:
     from star_trainer import rollout as driver
     from star_trainer.credit import acting, advantages_of
@@ -212,6 +215,7 @@ def test_parts_by_masks_of_the_finished_picture(rollout: allocations.Rollout) ->
         assert [round(float(total[at])) for at in ((1, 1), (6, 6), (0, 7))] == [on_red, on_blue, off]
 
 
+@pytest.mark.exhaustive
 def test_gradients_are_those_of_the_driver(rollout: allocations.Rollout, config: Config) -> None:
     from star_trainer.trainer import Trainer
 
@@ -230,6 +234,7 @@ def test_gradients_are_those_of_the_driver(rollout: allocations.Rollout, config:
     torch.testing.assert_close(torch.stack(steps).sum(dim=0), found["scalar"])
 
 
+@pytest.mark.exhaustive
 def test_allocations_join_the_unit_of_the_same_batches(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -387,6 +392,7 @@ def test_shuffled_moves_each_map_to_random_positions_the_same_ones_in_all_steps(
         assert sorted(after.T.tolist()) == columns  # a position keeps its steps and phrases
 
 
+@pytest.mark.exhaustive
 def test_a_study_runs_resumes_and_reports(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -414,6 +420,7 @@ def test_a_study_runs_resumes_and_reports(
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
+@pytest.mark.exhaustive
 def test_the_parts_of_what_runs_have_learnt_sum_to_the_reward(pipeline_folder: Path, tmp_path: Path) -> None:
     settings = {
         "model.path": str(pipeline_folder), "allocation.blocks": "all", "train.epochs": 1, "rollout.steps": 3,

@@ -49,7 +49,7 @@ def test_in_the_interpreter(tier: str) -> None:
 
 DTYPES = {torch.float32: list(CASES), torch.float16: ["plain", "cross", "head_dim_40", "head_dim_128", "mask_all"]}
 CASES_AND_DTYPES = [(name, dtype) for dtype in DTYPES for name in DTYPES[dtype]]
-QUICK = {"plain", "one", "cross_short", "head_dim_13", "groups", "per_head", "mask_all"}
+QUICK = {"plain", "one", "cross_short", "groups", "mask_all"}
 
 
 def quick(name: str, dtype: torch.dtype, wanted: str = "out maps lse") -> bool:
@@ -131,7 +131,7 @@ def test_maps_from_a_log_sum_exp_match_the_definition(
 
 
 @inner
-@pytest.mark.parametrize("change", [bshd, packed, strided, misaligned])
+@pytest.mark.parametrize("change", mostly_exhaustive([bshd, packed, strided, misaligned], [strided]))
 def test_any_strides_give_the_same_results(change: Callable, poisoned: None) -> None:
     inputs = make(Case((2, 3, 40, 50, 24), groups=2, masked="some"), torch.float32)
     upstream = cotangents(inputs, "out maps lse")
@@ -154,12 +154,11 @@ def test_any_strides_give_the_same_results(change: Callable, poisoned: None) -> 
         assert torch.equal(one, two)
 
 
+@pytest.mark.exhaustive
 @inner
 @pytest.mark.parametrize(
     ("architecture", "width"),
-    mostly_exhaustive(
-        [("sm_80", 32), ("sm_80", 64), ("sm_80", 128), ("sm_90", 128)], lambda architecture, width: width == 32
-    ),
+    [("sm_80", 32), ("sm_80", 64), ("sm_80", 128), ("sm_90", 128)],
 )
 def test_the_shipped_configurations_give_the_same_results(architecture: str, width: int, poisoned: None) -> None:
     inputs = make(Case((1, 2, 140, 133, width), groups=2), torch.float16)
@@ -188,8 +187,7 @@ def test_tokens_loaded_early_give_the_same_maps(case: Case, poisoned: None, monk
 
 @inner
 @pytest.mark.parametrize("text_to_image", [False, True])
-@pytest.mark.parametrize("tokens", [5, 37])
-@pytest.mark.parametrize("programs", [1, 10])
+@pytest.mark.parametrize(("programs", "tokens"), mostly_exhaustive([(1, 5), (1, 37), (10, 5), (10, 37)], [(1, 5)]))
 def test_maps_alone_may_add_up_heads_in_one_program(
     programs: int, tokens: int, text_to_image: bool, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +204,7 @@ BULK_CASES = ["plain", "one", "full_tiles", "cross", "cross_short", "head_dim_72
 
 
 @inner
-@pytest.mark.parametrize("name", mostly_exhaustive(BULK_CASES, QUICK))
+@pytest.mark.parametrize("name", mostly_exhaustive(BULK_CASES, ["plain", "mask_all"]))
 def test_descriptors_give_the_same_results(name: str, assert_as_exact: Callable, poisoned: None) -> None:
     inputs = make(CASES[name], torch.float16)
     out, maps, lse = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=BULK)
@@ -233,6 +231,7 @@ def test_tensors_that_bulk_copies_cannot_read_are_read_by_pointers() -> None:
             assert torch.equal(one, two)
 
 
+@pytest.mark.exhaustive
 @inner
 def test_positions_past_the_sequence_are_empty_slots(poisoned: None) -> None:
     """torch.compile checks no values, so the kernels must not read where such a position points."""

@@ -13,6 +13,7 @@ from star_kernels.capture import attach_maps
 GRID, TEXT, WIDTH = 64, 333, 1536
 
 
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_capture_adds_less_than_one_percent_of_the_attention_of_a_block(peak_memory):
     model = diffusers.SD3Transformer2DModel(

@@ -115,6 +115,7 @@ def test_the_maps_are_those_of_the_conditional_pass(pipeline: Any) -> None:
     assert drawing.maps.shape == (2, 1, 16, 16)
 
 
+@pytest.mark.exhaustive
 def test_equal_seeds_draw_equal_maps(folder: Path, tmp_path: Path) -> None:
     outs = [tmp_path / name for name in ("first", "second", "third")]
     for out, seed in zip(outs, ("7", "7", "8"), strict=True):
