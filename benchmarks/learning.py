@@ -29,7 +29,6 @@ import yaml
 from accelerate import Accelerator
 
 from star_kernels import allocate
-from star_trainer import checkpoint
 from star_trainer.command import parse as parse_settings
 from star_trainer.config import Config
 from star_trainer.prompts import Prompt
@@ -140,9 +139,8 @@ def units(design: dict[str, Any]) -> Iterator[Unit]:
 def train(unit: Unit, design: dict[str, Any], runs: Path, deadline: float) -> None:
     """Goes on with a run until it is done or the time is up."""
     folder, arm = unit.folder(runs), design["arms"][unit.arm]
-    found = checkpoint.find(folder)
     epochs = design["settings"]["train.epochs"]
-    if found and int(found[-1].name.split("-")[1]) >= epochs:
+    if finished(*curves(folder), epochs):
         return
     values = {
         **design["settings"],
@@ -161,14 +159,25 @@ def train(unit: Unit, design: dict[str, Any], runs: Path, deadline: float) -> No
     StudyTrainer(config, arm.get("control"), deadline).run()
 
 
+def curves(folder: Path) -> tuple[list[float], list[list[float]]]:
+    """The rewards of a run's rollouts by epoch, and ``[epoch, reward]`` of its evaluations."""
+    lines = read_metrics(folder)
+    rollouts = [line["reward"] for line in lines if line["event"] == "epoch"]
+    return rollouts, [[line["epoch"], line["reward"]] for line in lines if line["event"] == "evaluation"]
+
+
+def finished(rollouts: list[float], evaluations: list[list[float]], epochs: int) -> bool:
+    return len(rollouts) == epochs and bool(evaluations) and evaluations[-1][0] == epochs
+
+
 def collect(design: dict[str, Any], runs: Path) -> dict[str, Any]:
     """The rewards of every finished run: of rollouts by epoch, and of evaluations."""
     found = []
     for unit in units(design):
-        lines = read_metrics(unit.folder(runs))
-        rollouts = [line["reward"] for line in lines if line["event"] == "epoch"]
-        evaluations = [[line["epoch"], line["reward"]] for line in lines if line["event"] == "evaluation"]
-        if len(rollouts) == design["settings"]["train.epochs"] and evaluations[-1][0] == len(rollouts):
+        folder = unit.folder(runs)
+        rollouts, evaluations = curves(folder)
+        if finished(rollouts, evaluations, design["settings"]["train.epochs"]):
+            lines = read_metrics(folder)
             seconds = sum(value for line in lines for name, value in line.items() if name.startswith("seconds/"))
             found.append(
                 {**asdict(unit), "rollouts": rollouts, "evaluations": evaluations, "seconds": round(seconds, 1)}
