@@ -30,7 +30,8 @@ def check_number(name: str, value: float) -> None:
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """A tensor whose elements lie in memory, at strides."""
+    """A tensor whose elements lie in memory, at strides. Called for each tensor this costs more than its condition,
+    which small calls therefore look at first."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         got = "a nested tensor" if tensor.is_nested else str(tensor.layout)
         raise TypeError(f"{name} must be a dense tensor (torch.strided), got {got}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-_PLAIN = frozenset((Tensor, nn.Parameter))
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 
 class _Library(torch.library.Library):
@@ -61,7 +61,9 @@ class Operator:
             setup_context, backward = _keep_nothing, _no_derivative(name)
         torch.library.register_autograd(f"star_kernels::{name}", backward, setup_context=setup_context, lib=_library)
         self.overload = getattr(torch.ops.star_kernels, name).default
-        self._tensors = schema[: schema.index("->")].count("Tensor")
+        kinds = [argument.split()[0] for argument in schema[len(name) + 1 : schema.index(")")].split(", ")]
+        self._tensors = sum(kind.startswith("Tensor") for kind in kinds)
+        self._first = kinds.index("Tensor")  # that is never None
         self._implementation = implementation
         self._function = _function(name, implementation, setup_context, backward)
         self._transformable = _transformable(name, self, setup_context, backward)
@@ -71,19 +73,26 @@ class Operator:
             return self.overload(*arguments)
         if WATCH.observed():
             return (self._transformable.apply if WATCH.differentiated() else self.overload)(*arguments)
-        tensors = [a for a in arguments[: self._tensors] if a is not None]
-        if not _in_memory(tensors):
+        tensors = arguments[: self._tensors]
+        if not _PLAIN.issuperset(map(type, tensors)) or any([t.is_neg() for t in tensors if t is not None]):
+            return self.overload(*arguments)  # which resolves lazily negated views
+        if not tensors[self._first].is_cpu and not _has_memory(tensors):
             return self.overload(*arguments)
-        if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-            return self._function.apply(*arguments)
-        return self._implementation(*arguments)
+        direct = self._implementation
+        if torch.is_grad_enabled() and WATCH.requires_grad(*tensors):
+            direct = self._function.apply
+        try:
+            return direct(*arguments)
+        except ValueError:
+            if _has_memory(tensors):
+                raise
+            return self.overload(*arguments)
 
 
-def constant(tensor: Tensor) -> Tensor:
-    """The tensor for a function that does not differentiate it, in no mode."""
-    if tensor.requires_grad or torch.compiler.is_compiling() or WATCH.dual():
-        return tensor.detach()
-    return tensor
+def constants(*tensors: Any) -> list[Any]:
+    """The tensors, or None, for a function that does not differentiate them, in no mode."""
+    dual = WATCH.dual()
+    return [t.detach() if t is not None and (dual or t.requires_grad) else t for t in tensors]
 
 
 def _checked(check: Callable[..., None], implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,15 +103,9 @@ def _checked(check: Callable[..., None], implementation: Callable[..., Any]) -> 
     return checked
 
 
-def _in_memory(tensors: list[Tensor]) -> bool:
-    """Whether the memory of all tensors holds their values: the dispatcher resolves negated views and zeros without
-    memory, and subclasses and other layouts are its own."""
-    if not _PLAIN.issuperset(map(type, tensors)) or any(map(Tensor.is_neg, tensors)):
-        return False
-    try:
-        return all(map(Tensor.data_ptr, tensors))
-    except RuntimeError:  # no storage
-        return False
+def _has_memory(tensors: tuple[Any, ...]) -> bool:
+    """Whether no tensor is one of zeros without memory, which the dispatcher fills; a CPU's kernels see that first."""
+    return all([t.data_ptr() for t in tensors if t is not None])
 
 
 def _function(name: str, implementation: Any, setup_context: Any, backward: Any) -> Any:
@@ -182,18 +185,19 @@ class _Watch(NamedTuple):
     transformed: Callable[[], bool]  # a transform of torch.func
     differentiated: Callable[[], bool]  # one that differentiates
     dual: Callable[[], bool]  # forward-mode differentiation
+    requires_grad: Callable[..., bool]  # whether one of the arguments does
 
 
 def _watch() -> _Watch:
     """Where a torch lacks one of the names every call goes through the dispatcher: safe, and slower."""
     try:
-        from torch._C import _len_torch_dispatch_stack
+        from torch._C import _any_requires_grad, _len_torch_dispatch_stack
         from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 
         forward_ad._current_level + 0  # the number of open levels, less one
         kinds = (TransformType.Grad, TransformType.Jvp)
     except (ImportError, AttributeError):
-        return _Watch(lambda: True, lambda: False, lambda: False, lambda: True)
+        return _Watch(lambda: True, lambda: False, lambda: False, lambda: True, lambda *_: True)
 
     def transformed() -> bool:
         return peek_interpreter_stack() is not None
@@ -207,7 +211,7 @@ def _watch() -> _Watch:
     def differentiated() -> bool:
         return any(interpreter.key() in kinds for interpreter in get_interpreter_stack() or ())
 
-    return _Watch(observed, transformed, differentiated, dual)
+    return _Watch(observed, transformed, differentiated, dual, _any_requires_grad)
 
 
 WATCH = _watch()

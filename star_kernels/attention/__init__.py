@@ -20,7 +20,7 @@ from star_kernels.attention.checks import (
     resolve_scale,
 )
 from star_kernels.checks import check_flag, warn
-from star_kernels.operators import constant
+from star_kernels.operators import constants
 from star_kernels.selection import TokenSelection
 
 __all__ = ["AttentionOutput", "attention", "attention_maps"]
@@ -103,7 +103,7 @@ def attention(
         raise ValueError(
             f"backend {backend!r} cannot run here: {problem}; got {dtype}, head dimension {head_dim}, on {device}"
         )
-    index, weight = selection.index, constant(selection.weight)
+    index, weight = constants(selection.index, selection.weight)
     if backend == "naive":
         out, maps, lse = naive.attention(
             query, key, value, index, weight, key_mask, (start, length), scale, reduce_heads
@@ -162,13 +162,13 @@ def attention_maps(
     check_flag("reduce_heads", reduce_heads)
     if backend not in ("auto", "naive"):
         raise ValueError(f"backend must be auto or naive, got {backend!r}")
-    weight = constant(selection.weight)
+    index, weight = constants(selection.index, selection.weight)
     if backend == "naive" or query.dtype == torch.float64:
         return naive.attention_maps(
             query,
             key,
             lse,
-            selection.index,
+            index,
             weight,
             key_mask,
             (start, length),
@@ -180,7 +180,7 @@ def attention_maps(
         query,
         key,
         lse,
-        selection.index,
+        index,
         weight,
         key_mask,
         start,

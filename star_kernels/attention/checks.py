@@ -36,7 +36,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, sequence_axis: int) -> 
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        check_dense(name, tensor)
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            check_dense(name, tensor)
         if tensor.ndim != 4 or not tensor.numel():
             raise ValueError(f"{name} must have shape {names}, none of them 0, got {list(tensor.shape)}")
         if tensor.dtype not in DTYPES:

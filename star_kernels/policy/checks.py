@@ -249,7 +249,8 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-    check_dense(name, tensor)
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        check_dense(name, tensor)
 
 
 def _check_float(name: str, tensor: Tensor, model_output: Tensor) -> None:
@@ -258,7 +259,8 @@ def _check_float(name: str, tensor: Tensor, model_output: Tensor) -> None:
         raise TypeError(f"{name} must be a float32 tensor, got {got}")
     if tensor.dtype == torch.float64 and model_output.dtype != torch.float64:
         raise TypeError(f"{name} must be float32 (float64 only with a float64 model_output), got {tensor.dtype}")
-    check_dense(name, tensor)
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        check_dense(name, tensor)
     _check_device(name, tensor, model_output)
 
 

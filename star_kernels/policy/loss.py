@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from star_kernels.checks import check_flag
-from star_kernels.operators import constant
+from star_kernels.operators import constants
 from star_kernels.policy import naive, ops
 from star_kernels.policy.backends import resolve_backend
 from star_kernels.policy.checks import (
@@ -132,8 +132,8 @@ def weighted_policy_loss(
     def loss_of(own: Tensor, field: Tensor | None, penalised: bool) -> PolicyLoss:
         arguments: tuple[Any, ...] = (
             model_output,
-            *map(_constant, (sample, prev_sample, old_log_prob, own, transition.coefficients)),
-            *map(_constant, (field, mask, step_weights, old_model_output, ref_model_output if penalised else None)),
+            *constants(sample, prev_sample, old_log_prob, own, transition.coefficients),
+            *constants(field, mask, step_weights, old_model_output, ref_model_output if penalised else None),
             channel_dim,
             ratio == "location",
             weighted_kl,
@@ -213,8 +213,8 @@ def weighted_nft_loss(
     check_weights(weights, model_output, channel_dim)
     arguments: tuple[Any, ...] = (
         model_output,
-        *map(_constant, (old_model_output, target, advantages, sigma)),
-        *map(_constant, (weights, mask, step_weights, ref_model_output)),
+        *constants(old_model_output, target, advantages, sigma),
+        *constants(weights, mask, step_weights, ref_model_output),
         channel_dim,
         adaptive,
         weighted_kl,
@@ -276,7 +276,3 @@ def _summed(found: list[PolicyLoss]) -> PolicyLoss:
         else:
             metrics[name] = values.amax(dim=0) if name == "ratio_max" else values.mean(dim=0)
     return PolicyLoss(loss, metrics)
-
-
-def _constant(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else constant(tensor)

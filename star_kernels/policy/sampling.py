@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from star_kernels.operators import constant
+from star_kernels.operators import constants
 from star_kernels.policy import naive, ops
 from star_kernels.policy.backends import resolve_backend
 from star_kernels.policy.checks import check_latent, check_transition, resolve_channel_dim
@@ -49,7 +49,7 @@ def sample_transition(
         raise ValueError("generator must be None where noise is given, got both")
     else:
         check_latent("noise", noise, model_output)
-    arguments = (model_output.detach(), sample.detach(), noise.detach(), constant(transition.coefficients), channel_dim)
+    arguments = (*constants(model_output, sample, noise, transition.coefficients), channel_dim)
     backend = resolve_backend(backend, model_output)
     if backend == "naive":
         return naive.sample_transition(*arguments)

@@ -21,7 +21,7 @@ def grouped(problem: Problem, groups: int = GROUPS) -> tuple[Problem, Tensor]:
     generator = torch.Generator().manual_seed(3)
     size = locations(tuple(problem.model_output.shape), problem.channel_dim)
     maps = torch.rand(BATCH, groups, *size, generator=generator) ** 3
-    weights = allocate(maps.flatten(2), layout="bgp").view_as(maps)
+    weights = allocate(maps, layout=("bgp", "bghw", "bgfhw")[len(size) - 1])
     advantages = torch.randn(BATCH, groups, generator=generator) * 4
     device = problem.model_output.device
     return replace(problem, advantages=advantages.to(device)), weights.to(device)
