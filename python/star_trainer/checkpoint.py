@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -38,6 +39,10 @@ _FREE = (
     *("output.", "evaluation.", "train.epochs", "data.eval_prompts", "reward.timeout", "reward.on_failure"),
     *("rollout.batch", "train.batch", "model.gradient_checkpointing"),
 )
+
+
+# Network file systems may have no such thing as flushing a folder.
+_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 
 
 class Damaged(ValueError):
@@ -103,7 +108,7 @@ def write(snapshot: Snapshot, folder: Path, keep: int) -> Path:
     Raises:
         OSError: it cannot be written, as on a full disk. Nothing of it is left behind then.
     """
-    target = folder / f"checkpoint-{snapshot.epoch:06d}"
+    target = folder / _name(snapshot.epoch)
     work = _hidden(target)
     try:
         shutil.rmtree(work, ignore_errors=True)
@@ -252,6 +257,8 @@ def _read_state(path: Path) -> dict[str, Any]:
             raise Damaged(f"{path} is damaged: state.json must hold {key!r} of type {kind.__name__}")
     if not all(isinstance(values, dict) for values in (*state["config"].values(), state.get("sha256", {}))):
         raise Damaged(f"{path} is damaged: state.json must hold objects of settings and of checksums")
+    if path.name != _name(state["epoch"]):
+        raise Damaged(f"{path} is damaged: by its state.json it is {_name(state['epoch'])}: was the folder renamed?")
     return state
 
 
@@ -288,6 +295,10 @@ def _remove(path: Path) -> None:
             shutil.rmtree(hidden)
     except OSError as error:
         warnings.warn(f"{path} cannot be removed: {error}", RuntimeWarning, stacklevel=3)
+
+
+def _name(epoch: int) -> str:
+    return f"checkpoint-{epoch:06d}"
 
 
 def _hidden(path: Path) -> Path:
@@ -358,5 +369,8 @@ def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _NO_FLUSH):
+            raise
     finally:
         os.close(handle)

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if trainer.accelerator.is_main_process:
         with suppress(OSError):  # nobody reads it any more
-            print(summary(Path(config.output.folder)))
+            print(summary(trainer.folder))
     return 0
 
 

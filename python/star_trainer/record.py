@@ -32,11 +32,12 @@ class Record:
 
     Args:
         resumed_at: epochs done; later lines of metrics.jsonl, of a run that was cut off, are dropped.
+        folder: None is the configuration's.
     """
 
-    def __init__(self, config: Config, *, enabled: bool, resumed_at: int = 0) -> None:
+    def __init__(self, config: Config, *, enabled: bool, resumed_at: int = 0, folder: Path | None = None) -> None:
         self.config, self.enabled = config, enabled
-        self.folder = Path(config.output.folder)
+        self.folder = folder or Path(config.output.folder)
         self.board: Any = None
         self.evaluated: set[int] = set()  # epochs
         self._warned: set[str] = set()

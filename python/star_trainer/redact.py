@@ -6,11 +6,13 @@ secrets passed to :func:`remember`, wherever a text repeats them.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import traceback
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
 _SCHEME = r"(?i:\b[a-z][a-z0-9+.-]{0,30}://)"
@@ -21,30 +23,42 @@ _PORT = re.compile(r"^([^/:[]*):(?!\d*(?:/|$))[^/]*")  # one that is no number
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SECRET_WORDS = """
-    secret secrets password passwords passwd pwd passphrase passcode credential credentials auth authorization bearer
-    cookie cookies jwt apikey apikeys accesskey secretkey authtoken accesstoken headers
+    secret secrets password passwords passwd pwd pw passphrase passcode credential credentials cred creds auth
+    authorization bearer cookie cookies jwt apikey apikeys accesskey secretkey authtoken accesstoken headers
 """
 _SECRETS = frozenset(_SECRET_WORDS.split())
-_BEFORE_KEY = "api access secret private auth account service signing encryption subscription license ssh"
+_BEFORE_KEY = """
+    api access secret private auth account service signing encryption subscription license ssh openai anthropic gemini
+    google azure aws hf wandb
+"""
 _KEYS = frozenset(_BEFORE_KEY.split())
 # Of names that are no secrets: those of tokenizers, and numbers.
 _BEFORE_TOKEN = "pad eos bos unk sep cls mask stop start end image text special max min num new per first last"
 _NO_SECRET = frozenset(_BEFORE_TOKEN.split())
 _VALUES = frozenset(("value", "string", "str", "header"))  # words that may follow: "auth_header"
-# A name like a secret's and its value, in a text: api_key="...", 'token': '...', Authorization: Bearer ...
+# A name like a secret's and its value, in a text: api_key="...", 'token': b'...', Authorization: Bearer ...
+_VALUE = r"""(?P<value>"[^"]*"?|'[^']*'?|[^\s,;"'{}()\[\]]+)"""
 _NAMED = re.compile(
-    r"""(?<![\w.-])(?P<name>[\w.-]+)(?P<between>\\*["']?\s*[:=]\s*\\*(?:(?i:Bearer|Basic|Token)\s+)?)"""
-    r"""(?P<value>"[^"]*"?|'[^']*'?|[^\s,;"'{}()\[\]]+)"""
+    r"""(?<![\w.-])(?P<name>[\w.-]+)(?P<between>\\*["']?\s*[:=]\s*\\*(?:(?i:Bearer|Basic|Token)\s+)?"""
+    rf"""(?:[bBfFrRuU]{{1,2}}(?=["']))?){_VALUE}"""
 )
+_OPTION = re.compile(rf"(?<![\w.-])(?P<name>--[\w.-]+)(?P<between>\s+)(?!-){_VALUE}")  # --api_key ...
+_BEARER = re.compile(r"(\b(?i:Bearer)\s+)(?=[^\s\d]*\d)[\w.~+/=-]{6,}")
+_QUERY = re.compile(
+    r"((?<!\S)/[^\s?'\"<>]*\?)[^\s'\"<>]*[^\s'\"<>,;:)]"
+)  # of an address that is shown without its host
 _NOTHING = frozenset(("None", "null", "True", "False", "true", "false"))
 _SHORTEST = 6  # characters of a value that is looked for in texts
 _known: set[str] = set()
 
 
 def remember(secret: object) -> None:
-    """Makes :func:`redact` hide this secret in every text, if it has at least six characters."""
-    if isinstance(secret, str) and len(secret.strip()) >= _SHORTEST:
-        _known.update({secret.strip(), repr(secret.strip())[1:-1]})
+    """Makes :func:`redact` hide this secret in every text, as it is or escaped, if it has at least six characters."""
+    text = str(secret).strip() if isinstance(secret, str | int | float) else ""
+    if len(text) >= _SHORTEST:
+        escaped = (repr(text)[1:-1], repr(text.encode("utf-8", "replace"))[2:-1], json.dumps(text)[1:-1])
+        parts = text.encode("utf-8", "replace")
+        _known.update({text, *escaped, quote(parts), quote(parts, safe=""), quote_plus(parts)})
 
 
 def remember_options(options: object, *, secret: bool = False) -> None:
@@ -64,7 +78,7 @@ def is_secret(name: object) -> bool:
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
         return False
     words = [word.lower() for word in _WORD.findall(name)]
-    while len(words) > 1 and words[-1] in _VALUES:
+    while len(words) > 1 and (words[-1] in _VALUES or words[-1].isdecimal()):
         words.pop()
     last, before = words[-1] if words else "", words[-2] if len(words) > 1 else ""
     if last in ("token", "key", "tokens", "keys"):
@@ -74,7 +88,8 @@ def is_secret(name: object) -> bool:
 
 def redact(text: str) -> str:
     """A message without secrets."""
-    text = _NAMED.sub(_without_value, _ADDRESS.sub(_shown, text))
+    text = _QUERY.sub(rf"\1{HIDDEN}", _ADDRESS.sub(_shown, text))
+    text = _BEARER.sub(rf"\1{HIDDEN}", _OPTION.sub(_without_value, _without_named(text)))
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return text
@@ -116,6 +131,21 @@ def _hidden(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_hidden(part) for part in value]
     return value if value is None or isinstance(value, bool) else HIDDEN
+
+
+def _without_named(text: str) -> str:
+    """Looks into the values of other names too: "ValueError: token=..." names two things."""
+    shown, at = list[str](), 0
+    while found := _NAMED.search(text, at):
+        hidden = _without_value(found)
+        if hidden == found[0]:
+            end = found.start("value")
+            shown.append(text[at:end])
+        else:
+            end = found.end()
+            shown += [text[at : found.start()], hidden]
+        at = end
+    return "".join([*shown, text[at:]])
 
 
 def _without_value(found: re.Match[str]) -> str:

@@ -17,6 +17,7 @@ log = logging.getLogger("star_trainer")
 CAUGHT = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 ECHO = 2.0  # seconds within which torchrun passes on a Ctrl-C that its processes have from the terminal already
 LOOK = 1.0  # seconds between looks for the launcher
+_catching: list[Signals] = []  # those whose context lasts
 
 
 class Signals:
@@ -49,6 +50,7 @@ class Signals:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None)
             }
             self._wakeup = signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+            _catching.append(self)
         self._start(self._watch)
         return self
 
@@ -59,11 +61,21 @@ class Signals:
             signal.signal(number, handler)
         if self._wakeup is not None:
             signal.set_wakeup_fd(self._wakeup)
+            _catching.remove(self)
         os.write(self._write, b"\0")
         for thread in self._threads:  # the watch, then what it has started
             thread.join()
         os.close(self._end)
         os.close(self._write)
+
+    def let_go(self) -> None:
+        """In a forked process, as of a reward's pool: its signals are its own, and not told to the run.
+
+        A terminal's Ctrl-C reaches it too, but the epoch that the run then finishes needs it.
+        """
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """Python's handler, in the main thread, as soon as that is back from C++; it may interrupt anything."""
@@ -103,6 +115,14 @@ class Signals:
         thread = threading.Thread(target=function, args=arguments, name="signals", daemon=True)
         self._threads.append(thread)
         thread.start()
+
+
+def _forked() -> None:
+    while _catching:
+        _catching.pop().let_go()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def launched() -> bool:

@@ -50,8 +50,15 @@ class Trainer:
 
     def __init__(self, config: Config, accelerator: Accelerator | None = None, *, progress: bool = True) -> None:
         self.config = config
+        self.folder = Path(config.output.folder).absolute()  # wherever a reward changes to
         self.accelerator = accelerator or Accelerator(mixed_precision=config.train.mixed_precision)
         check(config, self.accelerator.num_processes)
+        accumulated = self.accelerator.gradient_accumulation_steps
+        if accumulated != 1:  # it would divide the gradients
+            raise ValueError(
+                f"accelerate's gradient_accumulation_steps must be 1, got {accumulated}: train.batch and train.updates "
+                "say how many samples a forward pass and an optimiser step have"
+            )
         if config.train.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise ValueError("train.mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'")
         self.prompts = load_prompts(config.data.prompts)
@@ -60,7 +67,6 @@ class Trainer:
         reward = build(config.reward.weights, device=str(self.accelerator.device), options=config.reward.options)
         check_rewards(reward, config.allocation)
         check_prompts(self.prompts, self.eval_prompts, reward, config)
-        self.folder = Path(config.output.folder)
         if self.accelerator.is_main_process:
             lock(self.folder)
             checkpoint.clean(self.folder)
@@ -95,7 +101,9 @@ class Trainer:
         if found:
             self.epoch = self._saved = checkpoint.restore(found[-1], self._live())
             log.info("resumed from %s", found[-1])
-        self.record = Record(config, enabled=self.accelerator.is_main_process, resumed_at=self.epoch)
+        self.record = Record(
+            config, enabled=self.accelerator.is_main_process, resumed_at=self.epoch, folder=self.folder
+        )
         self.progress = progress and self.accelerator.is_main_process
 
     def run(self) -> None:

@@ -25,6 +25,19 @@ class Brightness:
         return images.mean(dim=(1, 2, 3))
 
 
+class Moves(Brightness):
+    """Changes the working directory."""
+
+    name = "moves"
+
+    def __init__(self, to: str) -> None:
+        self.to = to
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        os.chdir(self.to)
+        return super().__call__(images, prompts, metadata)
+
+
 class Channels(Brightness):
     """Scores a prompt's phrases too, each by a channel's mean, and ``more`` than it has."""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +94,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: edit_state(p, lambda state: {k: v for k, v in state.items() if k != "average_steps"}),
         "state.json must hold 'average_steps' of type int",
     ),
+    "another epoch": (lambda p: edit_state(p, lambda state: {**state, "epoch": 1}), "it is checkpoint-000001"),
     "no settings": (lambda p: edit_state(p, lambda state: {**state, "config": {"train": 1}}), "objects of settings"),
     "truncated, without checksums": (
         lambda p: (without_checksums(p), truncate(p, "weights.safetensors")),
@@ -176,6 +180,22 @@ def test_one_that_cannot_be_removed_warns(live: Live, tmp_path: Path, monkeypatc
     with pytest.warns(RuntimeWarning, match="checkpoint-000001 cannot be removed: device or resource busy"):
         checkpoint.write(snapshot, tmp_path, keep=1)
     assert [path.name for path in checkpoint.find(tmp_path)] == ["checkpoint-000003"]
+
+
+def test_a_file_system_that_flushes_no_folders_will_do(
+    live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = os.fsync
+
+    def files_alone(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    snapshot = checkpoint.take(live, 2)
+    assert snapshot is not None
+    assert checkpoint.restore(checkpoint.write(snapshot, tmp_path, keep=1), live) == 2
 
 
 def test_weights_that_are_not_finite_are_not_written(live: Live) -> None:

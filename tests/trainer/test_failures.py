@@ -99,6 +99,21 @@ def test_sigterm_finishes_the_epoch_and_saves_it(
     assert [line["epoch"] for line in lines if line["event"] == "epoch"] == [1, 2]
 
 
+def test_a_reward_that_changes_the_working_directory_moves_nothing(
+    configure: Callable[..., Config],
+    trainer_of: Callable[[Config], Trainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = {"rewards_that_fail:Moves": {"to": str(tmp_path / "elsewhere")}}
+    reward = {"weights": dict.fromkeys(options, 1.0), "options": options}
+    trainer_of(configure(reward=reward, output={"folder": "run"})).run()
+    assert {"checkpoint-000001", "final", "metrics.jsonl"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
 def test_whatever_ends_a_run_the_epochs_done_are_saved(
     configure: Callable[..., Config],

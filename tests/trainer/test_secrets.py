@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote, quote_plus
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from reward_server import Server
 
 from star_trainer import checkpoint, command
 from star_trainer.config import Config
-from star_trainer.redact import RedactingFormatter, is_secret, redact, redacted
+from star_trainer.redact import RedactingFormatter, is_secret, redact, redacted, remember_options
 from star_trainer.rewards import RewardError, RewardService, build
 from star_trainer.rewards.remote import RemoteReward
 from star_trainer.trainer import Trainer
@@ -276,6 +277,13 @@ def test_the_secrets_of_options_are_hidden_wherever_they_come_again(
     assert redact(f"no such key: {KEY!r}, {HEADER} {NESTED}") == "no such key: '***', *** ***"
 
 
+@pytest.mark.parametrize("written", [repr, json.dumps, quote, quote_plus, lambda text: quote(text, safe="")])
+def test_a_secret_is_hidden_however_it_is_escaped(written: Callable[[str], str]) -> None:
+    secret = 'p@ss "w\u00f6rd"/\\x'
+    remember_options({"password": secret, "pin": {"secret": 73519462}})
+    assert redact(f"x {written(secret).strip(chr(34) + chr(39))} 73519462") == "x *** ***"
+
+
 def test_options_that_do_not_fit_are_refused_without_them(keyed: Callable[..., dict[str, Any]]) -> None:
     def make(api_key: str = KEY, limit: str = "no secret") -> Keyed:
         return Keyed()
@@ -293,7 +301,7 @@ def test_options_that_do_not_fit_are_refused_without_them(keyed: Callable[..., d
 SECRET_NAMES = """
     api_key apiKey API-Key X-Api-Key OPENAI_API_KEY token hf_token accessToken api_tokens token_value secret
     client_secret password db.password passwd passphrase credentials authorization Authorization auth headers
-    auth_header extra_headers Cookie private_key secretAccessKey bearer
+    auth_header extra_headers Cookie private_key secretAccessKey bearer password2 api_key_1 openai_key creds
 """
 OTHER_NAMES = """
     token_env max_tokens num_tokens tokens tokenizer pad_token eos_token stop_token token_url key keys image_key
@@ -343,6 +351,15 @@ def test_options_named_like_secrets_keep_their_shape() -> None:
         ("Authorization: Bearer abc; x", "Authorization: Bearer ***; x"),
         ("token: None, max_tokens=5, pad_token: '<pad>'", "token: None, max_tokens=5, pad_token: '<pad>'"),
         ("the token is wrong: try again", "the token is wrong: try again"),
+        ("ValueError: token=abc", "ValueError: token=***"),
+        ("note: 'no api_key: abc', x", "note: 'no api_key: ***', x"),
+        ("{'X-Api-Key': b'abc', 'n': b'3'}", "{'X-Api-Key': b'***', 'n': b'3'}"),
+        ("arguments: --judge.api_key=abc --n 3 --token abc -v", "arguments: --judge.api_key=*** --n 3 --token *** -v"),
+        ("('Authorization', 'Bearer abc123'), Bearer authority", "('Authorization', 'Bearer ***'), Bearer authority"),
+        (
+            "retries exceeded with url: /v1/score?key=abc (Caused by",
+            "retries exceeded with url: /v1/score?*** (Caused by",
+        ),
     ],
 )
 def test_what_a_text_shows_of_named_secrets(text: str, expected: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 
 import star_kernels
 from star_kernels.policy.checks import check_clip, check_coefficients
@@ -351,6 +352,15 @@ def test_a_run_that_cannot_work_says_why(
 ) -> None:
     with pytest.raises(error, match=message):
         trainer_of(configure(**parts)).run()
+
+
+def test_accelerates_own_accumulation_of_gradients_is_refused(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the file that accelerate config writes."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps must be 1, got 4: train\.batch and"):
+        Trainer(configure(), Accelerator(cpu=True), progress=False)
 
 
 def test_a_folder_of_something_else_is_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,20 @@ def test_other_signals_are_not_taken() -> None:
         assert (seen, told) == ([signal.SIGUSR2], [])
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_the_signals_of_forked_processes_are_their_own() -> None:
+    told = list[str]()
+    with warnings.catch_warnings(), Signals(told.append) as caught:
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of forks beside threads
+        child = os.fork()
+        if not child:
+            signal.raise_signal(signal.SIGINT)  # ignored
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(3)
+        _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM
+    assert (caught.stopped, told) == (False, [])
 
 
 def test_outside_the_main_thread_nothing_is_caught() -> None:

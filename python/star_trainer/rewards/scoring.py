@@ -112,7 +112,7 @@ def _score_rows(
     except Hung as error:
         return [Failure(tuple(rows), str(error), error)]
     except BaseException as error:
-        problem, cause = redact(f"{type(error).__name__}: {error}"), error
+        problem, cause = _message(error), error
     else:
         if isinstance(answer, Tensor):
             found: list[Failure] = []
@@ -132,6 +132,13 @@ def _score_rows(
         if stop and _lost(failures):
             break
     return failures or [Failure((), problem, cause)]
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return redact(f"{type(error).__name__}: {error}")
+    except Exception:  # of a reward's own class, whose __str__ fails
+        return type(error).__name__
 
 
 def _lost(failures: list[Failure]) -> bool:

@@ -174,6 +174,21 @@ def test_stop_names_reward_sample_prompt_and_cause(images: Tensor) -> None:
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+def test_an_error_without_a_message_fails_its_sample_alone(images: Tensor) -> None:
+    class Speechless(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    def act(prompts: Sequence[str]) -> None:
+        if any("bad" in prompt for prompt in prompts):
+            raise Speechless
+
+    with RewardService(Brightness(act), on_failure="skip") as service:
+        pending = submit(service, images)
+        with pytest.warns(RuntimeWarning, match="sample 12 .*: Speechless;"):
+            assert pending.result().total.isnan().tolist() == [False, False, True, False]
+
+
 def test_stop_leaves_other_batches_alone(images: Tensor) -> None:
     with RewardService(Brightness(fails_on("bad"))) as service:
         before, broken, after = (submit(service, images, p) for p in (["x"] * 4, PROMPTS, ["y"] * 4))
