@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -44,5 +45,13 @@ def readable(tensor: Tensor) -> bool:
 
 
 def repeats(tensor: Tensor) -> bool:
-    """Whether an element stands for several, as after expand."""
-    return any([stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+    """Whether elements may share memory, as after expand or in windows that overlap."""
+    if tensor.is_contiguous():
+        return False
+    reach = 1  # past what the smaller strides reach
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True), key=itemgetter(0)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach += stride * (size - 1)
+    return False

@@ -183,6 +183,12 @@ def _lists(value: Any) -> Any:
         return value
 
 
+def integers(value: object) -> list[int] | None:
+    """A list, tensor or array of integers as a list; None for anything else."""
+    found = _lists(value)
+    return found if _is_flat(found) else None
+
+
 def _is_flat(row: object) -> TypeGuard[list[int]]:
     return isinstance(row, list) and all(isinstance(p, int) and not isinstance(p, bool) for p in row)
 

@@ -315,7 +315,7 @@ def _unit_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _for_pytorch(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as PyTorch's own kernels take them: its CPU kernel lays results out like the query, and writes them
-    wrongly where the query's rows or heads are one expanded along others."""
+    wrongly where the query's rows or heads share memory."""
     if not tensors[0].is_cuda:
         tensors = tuple([t.contiguous() if repeats(t) else t for t in tensors])
     return _unit_strides(*tensors)

@@ -23,7 +23,8 @@ from star_kernels.capture.family import (
 from star_kernels.capture.guidance import CHOICES
 from star_kernels.capture.handle import MapCapture
 from star_kernels.capture.hooks import Hook
-from star_kernels.selection import TokenSelection
+from star_kernels.checks import check_flag
+from star_kernels.selection import TokenSelection, integers
 
 __all__ = ["Family", "ImageTokens", "MapCapture", "attach_maps", "capture_maps", "detach_maps", "register_family"]
 
@@ -77,16 +78,16 @@ def attach_maps(
     """
     if cfg not in CHOICES:
         raise ValueError(f"cfg must be 'auto', 'last', 'first' or None, got {cfg!r}")
-    for name, pair in (("rows", rows), ("grid", grid)):
-        if pair is not None and not (len(pair) == 2 and all(isinstance(n, int) and n >= 0 for n in pair)):
-            raise ValueError(f"{name} must be a pair of integers of at least 0, got {pair!r}")
+    check_flag("detach", detach)
+    rows, grid = _pair("rows", rows), _pair("grid", grid)
     if rows is not None and grid is not None and rows[1] != grid[0] * grid[1]:
         raise ValueError(f"grid must hold the {rows[1]} positions of rows, got {grid[0]} x {grid[1]}")
     model = unwrapped(transformer)
     given = None if rows is None or grid is None else ImageTokens(rows, grid)
     family = find_or_explain(model, given)
     found = family.attentions(model)
-    chosen = [found[i] for i in _choose(family.default_blocks if blocks == "default" else blocks, len(found))]
+    default = isinstance(blocks, str) and blocks == "default"
+    chosen = [found[i] for i in _choose(family.default_blocks if default else blocks, len(found))]
     attentions = _named(model, chosen)
     for name, attention in attentions.items():
         _check_processor(family, name, attention.processor)
@@ -125,11 +126,20 @@ def detach_maps(transformer: nn.Module) -> int:
     return len(captures)
 
 
+def _pair(name: str, pair: object) -> tuple[int, int] | None:
+    if pair is None:
+        return None
+    found = integers(pair)
+    if found is None or len(found) != 2 or min(found) < 0:
+        raise ValueError(f"{name} must be a pair of integers of at least 0, got {pair!r}")
+    return found[0], found[1]
+
+
 def _choose(blocks: str | Sequence[int], count: int) -> list[int]:
-    if blocks == "all":
+    if isinstance(blocks, str) and blocks == "all":
         return list(range(count))
-    indices = [] if isinstance(blocks, str) else list(blocks)
-    good = all(isinstance(i, int) and -count <= i < count for i in indices)
+    indices = integers(blocks)
+    good = all(-count <= i < count for i in indices or ())
     if not indices or not good or len({i % count for i in indices}) != len(indices):
         raise ValueError(f"blocks must be 'all', 'default' or distinct indices below {count}, got {blocks!r}")
     return [i % count for i in indices]

@@ -59,7 +59,8 @@ class MapCapture:
             block.install()
         self._hooks = [
             model.register_forward_pre_hook(Hook(self, "_begin"), with_kwargs=True),
-            model.register_forward_hook(Hook(self, "_end"), always_call=True),
+            # Before those of earlier captures, which began first and end last.
+            model.register_forward_hook(Hook(self, "_end"), always_call=True, prepend=True),
         ]
 
     @property
@@ -132,7 +133,11 @@ class MapCapture:
             if arguments.get("skip_layers"):  # skip-layer guidance: a pass without some of the blocks
                 return
             self._forget()
-            self._image = replace(self._family.image(model, arguments), **self._given)
+            try:
+                image = self._family.image(model, arguments)
+            except KeyError as missing:
+                raise ValueError(f"transformer must be called with {missing} while it is captured") from None
+            self._image = replace(image, **self._given)
             if self._image.text is not None:
                 _check_text(selection, *self._image.text)
             whole, self._wanted, expected = self._guidance.of_pass(selection, arguments)
@@ -147,7 +152,10 @@ class MapCapture:
                 return
             self._checkpointing.end()
             silent = [block for block in self._blocks if block.maps is None]
-            if silent and output is not None:  # without an output an exception is on its way
+            if output is None:  # an exception is on its way
+                if not silent:
+                    self._forget()
+            elif silent:
                 names = ", ".join(block.name for block in silent)
                 raise RuntimeError(f"no maps from {names}: {reason(model, silent)}")
 

@@ -362,7 +362,12 @@ def _expanded_rows(t: Tensor) -> Tensor:
     return t.transpose(1, 2).contiguous().transpose(1, 2)[:, :, :1].expand(t.shape)
 
 
-EXPANDED = [_expanded, _expanded_heads, _expanded_rows]
+def _overlapping(t: Tensor) -> Tensor:
+    """Rows that are windows of one sequence, each one element after the last."""
+    return torch.nn.functional.pad(t[..., 0], (0, t.shape[3] - 1), value=0.5).unfold(-1, t.shape[3], 1)
+
+
+EXPANDED = [_expanded, _expanded_heads, _expanded_rows, _overlapping]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Options of a capture, the handle that stays, and errors that say what is accepted."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -142,15 +143,36 @@ def test_bad_options_are_named(model_and_inputs):
             enter(model, wrong)
     with pytest.raises(ValueError, match="cfg must be 'auto', 'last', 'first' or None, got 'both'"):
         enter(model, selection, cfg="both")
-    for blocks in ("some", [], [3], [0, 0], [0, -3], [0.5]):
+    with pytest.raises(TypeError, match="detach must be True or False, got 'no'"):
+        enter(model, selection, detach="no")
+    for blocks in ("some", [], [3], [0, 0], [0, -3], [0.5], 1, [True]):
         with pytest.raises(ValueError, match="blocks must be 'all', 'default' or distinct indices below 3"):
             enter(model, selection, blocks=blocks)
     for name in ("rows", "grid"):
-        for pair in ((1,), (1, -2), (1, 2.5)):
+        for pair in ((1,), (1, -2), (1, 2.5), 5, (True, 60)):
             with pytest.raises(ValueError, match=f"{name} must be a pair of integers of at least 0"):
                 enter(model, selection, **{name: pair})
     assert not model._forward_pre_hooks
     assert not hasattr(model.transformer_blocks[0].attn.processor, "_star_block")
+
+
+@torch.no_grad()
+def test_options_may_be_integers_of_numpy_and_lists(model_and_inputs):
+    model, inputs = model_and_inputs
+    rows, grid = [np.int64(0), np.int64(IMAGE)], np.array([ROWS, COLUMNS])
+    for blocks in (np.array([0, 2]), torch.tensor([0, 2]), [np.int64(0), 2]):
+        with capture_maps(model, CASE.selection, blocks=blocks, rows=rows, grid=grid) as maps:
+            model(**inputs)
+        assert maps.value.shape == (2, 2, ROWS, COLUMNS)
+
+
+@pytest.mark.parametrize(("family", "missing"), [("flux", "img_ids"), ("qwen-image", "img_shapes")])
+def test_a_pass_without_what_the_capture_reads_is_named(family, missing):
+    case = CASES[family]
+    model, inputs = case.make()
+    del inputs[missing]
+    with capture_maps(model, case.selection), pytest.raises(ValueError, match=f"must be called with '{missing}'"):
+        model(**inputs)
 
 
 def test_a_wrong_selection_is_refused_later_too(model_and_inputs):

@@ -99,6 +99,21 @@ def test_a_pass_that_fails_leaves_checkpointing_as_it_was():
         assert model._gradient_checkpointing_func is function
 
 
+def test_captures_of_different_blocks_leave_checkpointing_as_it_was():
+    case = CASES["sd3.5"]
+    model, inputs, expected, _ = plain(case)
+    model.enable_gradient_checkpointing()
+    function = model._gradient_checkpointing_func
+    with capture_maps(model, case.selection, blocks=[0]) as one, capture_maps(model, case.selection, blocks=[1]) as two:
+        loss_of(model, inputs).backward()
+        assert one.ready and two.ready
+    assert_same(gradients(model), expected)
+    assert model._gradient_checkpointing_func is function
+    doubled = {name: torch.cat([value, value]) for name, value in inputs.items()}
+    loss_of(model, doubled).backward()  # no longer captured
+    assert_same(gradients(model), expected)
+
+
 def test_checkpoint_wrappers_of_pytorch_work_inside_the_context():
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 

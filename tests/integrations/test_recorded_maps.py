@@ -93,6 +93,18 @@ def test_an_exception_ends_the_recording() -> None:
     assert recorded.maps == []
 
 
+@torch.no_grad()
+def test_a_pass_that_fails_after_its_blocks_is_not_recorded() -> None:
+    model, inputs, selection = sd3()
+    with record_maps(model, selection) as recorded:
+        hook = model.proj_out.register_forward_pre_hook(lambda module, args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs(0))
+        hook.remove()
+        model(**inputs(1), skip_layers=[0])
+    assert recorded.maps == []
+
+
 def test_nothing_recorded_is_said() -> None:
     model, _, selection = sd3()
     with record_maps(model, selection) as recorded:

@@ -110,6 +110,30 @@ def test_expanded_latents_are_what_they_stand_for(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("layout", ["image_odd", "channels_innermost"])
+def test_latents_that_overlap_in_memory_are_what_they_stand_for(
+    layout: str, step: int, policy_backend: tuple[str, str]
+) -> None:
+    problem = make(policy_backend, layout)
+    options = {"channel_dim": problem.channel_dim, "backend": policy_backend[0]}
+
+    def overlapping(t: Tensor) -> Tensor:
+        """Channels that are windows of one signal, each ``step`` elements after the last."""
+        first = t.movedim(problem.channel_dim, 1)
+        strides = list(first[:, 0].contiguous().stride())
+        return t.flatten().as_strided(first.shape, [strides[0], step, *strides[1:]]).movedim(1, problem.channel_dim)
+
+    found = []
+    for view in (overlapping, lambda t: overlapping(t).contiguous()):
+        latents = [view(t) for t in (problem.model_output, problem.sample)]
+        drawn = sample_transition(*latents, problem.transition, noise=problem.prev_sample, **options)
+        moved = replace(problem, model_output=latents[0], sample=latents[1])
+        found.append([*drawn, *policy(moved, policy_backend), *nft(moved, policy_backend)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("layout", ["image", "packed"])
 def test_on_policy_weights_multiply_the_gradient_of_flow_grpo(
