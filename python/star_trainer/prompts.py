@@ -119,7 +119,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice in an object")
     return record
 
 

@@ -1,4 +1,4 @@
-"""YAML files of settings, read strictly: what stands twice or is unknown is an error that names its line."""
+"""YAML files of settings, read strictly: what appears twice or is unknown is an error that names its line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 line = key.start_mark.line + 1
                 if key.value in lines:
-                    text = f"{redacted(key.value)!r} stands twice, in line {lines[key.value]} and in line {line}"
+                    text = f"{redacted(key.value)!r} appears twice, in line {lines[key.value]} and in line {line}"
                     raise yaml.constructor.ConstructorError(problem=text, problem_mark=key.start_mark)
                 lines[key.value] = line
         return super().construct_mapping(node, deep)
@@ -51,7 +51,7 @@ for _name, (_pattern, _first) in _PLAIN.items():
 
 
 def load(text: str) -> Any:
-    """The value of a YAML text. Raises YAMLError, also for a key that stands twice."""
+    """The value of a YAML text. Raises YAMLError, also for a key that appears twice."""
     return yaml.load(text, _Loader)
 
 
@@ -59,7 +59,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings of a file by section. A file without any gives none.
 
     Raises:
-        ValueError: no YAML, a key that stands twice or that is no setting; the message names file and line.
+        ValueError: no YAML, a key that appears twice or that is no setting; the message names file and line.
         OSError: a file that cannot be read.
     """
     try:

@@ -99,8 +99,8 @@ def test_json_lines_keep_their_metadata(tmp_path: Path) -> None:
         ('["a b"]', 'line 3, must be an object with a "prompt"'),
         ('{"prompt": "a \\ud800 b"}', r"line 3, holds half a surrogate pair, \\ud800"),
         ('{"prompt": "a b", "text": ["\\udc00"]}', r"line 3, holds half a surrogate pair, \\udc00"),
-        ('{"prompt": "a b", "prompt": "c"}', "line 3, is not JSON.*'prompt' stands twice"),
-        ('{"prompt": "a b", "include": [{"class": "a", "class": "b"}]}', "line 3, is not JSON.*'class' stands twice"),
+        ('{"prompt": "a b", "prompt": "c"}', "line 3, is not JSON.*'prompt' appears twice"),
+        ('{"prompt": "a b", "include": [{"class": "a", "class": "b"}]}', "line 3, is not JSON.*'class' appears twice"),
         ('{"prompt": "a b", "weight": NaN}', "line 3, is not JSON.*NaN is no JSON number"),
     ],
 )

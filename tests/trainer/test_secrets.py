@@ -377,7 +377,7 @@ ADDRESS = f"https://me:{PASSWORD}@host/score?token=a {QUERY}"
             f"reward: {{weights: {{'{ADDRESS}': .nan}}}}",
             "reward.weights of 'https://***@host/score?***' must be finite",
         ),
-        (f"reward: {{weights: {{'{ADDRESS}': 1, '{ADDRESS}': 2}}}}", "'https://***@host/score?***' stands twice"),
+        (f"reward: {{weights: {{'{ADDRESS}': 1, '{ADDRESS}': 2}}}}", "'https://***@host/score?***' appears twice"),
         (f"reward:\n  '{ADDRESS}': 1", "line 2: unknown setting reward.https://***@host/score?***"),
         (f"reward: '{ADDRESS}'", "reward must be a section of settings, got 'https://***@host/score?***'"),
         (f"- '{ADDRESS}'", "must hold sections of settings"),

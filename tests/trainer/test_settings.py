@@ -105,9 +105,9 @@ def test_anchors_and_merges_of_yaml_are_no_repeats(parse_file: Callable[..., Con
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train: {epochs: 1}\ndata: {}\ntrain: {}\n", "line 3: 'train' stands twice, in line 1 and in line 3"),
-        ("train:\n  epochs: 1\n  'epochs': 2\n", "line 3: 'epochs' stands twice, in line 2 and in line 3"),
-        ("reward:\n  weights: {ocr: 1, ocr: 2}\n", "line 2: 'ocr' stands twice"),
+        ("train: {epochs: 1}\ndata: {}\ntrain: {}\n", "line 3: 'train' appears twice, in line 1 and in line 3"),
+        ("train:\n  epochs: 1\n  'epochs': 2\n", "line 3: 'epochs' appears twice, in line 2 and in line 3"),
+        ("reward:\n  weights: {ocr: 1, ocr: 2}\n", "line 2: 'ocr' appears twice"),
         ("train:\n  lerning_rate: 1\n", "line 2: unknown setting train.lerning_rate; did you mean learning_rate?"),
         ("trian: {epochs: 1}\n", "line 1: unknown setting trian; did you mean train?"),
         ("train.epochs: 1\n", "line 1: unknown setting train.epochs"),
@@ -167,7 +167,7 @@ def test_every_setting_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
         (["--config", "absent.yaml"], "--config must be a YAML file that can be read, got absent.yaml: No such file"),
         (["--train.max_grad_norm", "-1"], "train.max_grad_norm must be at least 0, got -1.0"),
         (["--reward.weights", "{scene: 1, scene: 2}"], "reward.weights"),
-        (["--train", "{epochs: 1, epochs: 2}"], "'epochs' stands twice"),
+        (["--train", "{epochs: 1, epochs: 2}"], "'epochs' appears twice"),
         (["--train.epochs", "many"], "train.epochs"),
         (["--rollout.transition", "ode"], "rollout.transition"),
     ],
