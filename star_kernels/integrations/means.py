@@ -16,7 +16,6 @@ from star_kernels.integrations.layout import channel_dim_of, check_shape, column
 from star_kernels.integrations.schedule import SDE_TYPES
 from star_kernels.policy import PolicyLoss, Transition, weighted_policy_loss
 
-
 _LOSS_ALONE = {
     *("advantages", "clip_range", "advantage_clip", "adv_clip_max", "step_weights", "reduction"),
     *("beta", "kl_coef", "ref_prev_sample_mean", "ref_model_output", "weighted_kl"),

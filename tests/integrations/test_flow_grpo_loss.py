@@ -272,7 +272,7 @@ def test_errors_name_the_argument() -> None:
 
 def test_an_old_mean_is_not_broadcast() -> None:
     problem = rollout("flux")
-    with pytest.raises(ValueError, match="^old_prev_sample_mean must have the shape of model_output"):
+    with pytest.raises(ValueError, match=r"^old_prev_sample_mean must have the shape of model_output"):
         policy_loss(*arguments(problem, problem.new_v), old_prev_sample_mean=problem.old.mean[:1], **problem.settings)
 
 
