@@ -155,7 +155,7 @@ def weights(
     parts: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     upper, lower = parts
     axes = upper.subplots(1, count, squeeze=False)
-    norm = TwoSlopeNorm(1.0, 0.0, max(2.0, float(np.nanmax(grids))))
+    norm = TwoSlopeNorm(1.0, 0.0, max(2.0, _largest(grids)))
     if image is not None:
         axes[0, 0].imshow(picture(image))
         axes[0, 0].set_title("image", fontsize=9)
@@ -187,7 +187,7 @@ def picture(image: Any) -> NDArray[np.uint8]:
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f"image must be a tensor [3, H, W], got {list(image.shape)}")
         wide = image.detach().cpu().float()
-        if not image.dtype.is_floating_point:
+        if not image.dtype.is_floating_point and image.dtype != torch.bool:
             wide = wide / 255
         return np.asarray((wide.clamp(0, 1) * 255).round().permute(1, 2, 0).to(torch.uint8))
     if hasattr(image, "convert"):  # of PIL
@@ -215,6 +215,8 @@ def _draw_over(axis: Axes, image: NDArray[np.uint8] | None, grid: Array, norm: N
 
 def _panels(count: int, columns: int, bars: int = 1) -> tuple[Figure, NDArray[Any], Any]:
     """A figure with a grid of panels, without ticks, and places for colour bars on its right."""
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
     columns = min(columns, count)
     rows = -(-count // columns)
     size = (max(PANEL * columns, 3.0) + 1.2 * bars, (PANEL + 0.35) * rows + 0.6)
@@ -274,11 +276,18 @@ def _pictures(images: Sequence[Any] | None, count: int) -> list[NDArray[np.uint8
 def _top(values: Array, top: float | None) -> float:
     """The value of the brightest colour: never 0, so that an empty map is dark all over."""
     if top is not None:
+        if not 0 < top < np.inf:
+            raise ValueError(f"top must be positive and finite, got {top}")
         return top
-    largest = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
+    largest = _largest(values)
     return largest if largest > 0 else 1.0
 
 
 def _symmetric(values: Array) -> Normalize:
-    reach = float(np.nanmax(np.abs(values))) or 1.0
+    reach = _largest(np.abs(values)) or 1.0
     return Normalize(-reach, reach)
+
+
+def _largest(values: Array) -> float:
+    """The largest of the finite values, 0 where there are none."""
+    return float(np.max(values, initial=-np.inf, where=np.isfinite(values))) if np.isfinite(values).any() else 0.0

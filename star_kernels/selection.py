@@ -105,13 +105,13 @@ class TokenSelection:
                 if not _is_flat(group) or any(not 0 <= p < 2**31 for p in group):
                     raise ValueError(f"positions[{b}] must hold token positions of at least 0, got {group!r}")
         slots = max(1, max(sum(map(len, row)) for row in grouped))
-        index = torch.full((len(grouped), slots), EMPTY, dtype=torch.int32)
-        weight = torch.zeros(len(grouped), groups, slots)
+        index = torch.full((len(grouped), slots), EMPTY, dtype=torch.int32, device="cpu")
+        weight = torch.zeros(len(grouped), groups, slots, dtype=torch.float32, device="cpu")
         for b, row in enumerate(grouped):
             start = 0
             for g, group in enumerate(row):
                 stop = start + len(group)
-                index[b, start:stop] = torch.tensor(group, dtype=torch.int32)
+                index[b, start:stop] = torch.tensor(group, dtype=torch.int32, device="cpu")
                 weight[b, g, start:stop] = 1.0
                 start = stop
         return cls(index, weight).to(device)

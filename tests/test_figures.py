@@ -70,6 +70,10 @@ def test_images_of_every_kind_give_the_same_picture(kind: str) -> None:
     assert np.abs(figures.picture(image).astype(int) - pattern).max() <= tolerance
 
 
+def test_a_picture_of_booleans_is_black_and_white() -> None:
+    assert set(figures.picture(torch.eye(4, dtype=torch.bool).expand(3, 4, 4)).flatten().tolist()) == {0, 255}
+
+
 def test_the_panels_of_a_strip_share_one_scale() -> None:
     maps = torch.stack([0.1 * SPOT, SPOT])
     figure = figures.strip(maps, images=IMAGE, labels=["early", "late"], title="a strip")
@@ -110,6 +114,22 @@ def test_empty_and_spoilt_maps_are_drawn_dark() -> None:
     assert yellow(drawn(figures.overlay(IMAGE, torch.zeros(4, 4)))).sum() == 0
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of inf less inf, and of means
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_values_that_are_not_finite_spoil_no_picture(value: float, everywhere: bool) -> None:
+    spoilt = torch.full_like(SPOT[None], value) if everywhere else SPOT[None].clone()
+    spoilt[0, 0, 0] = value
+    for figure in (
+        figures.strip(spoilt),
+        figures.phrases(IMAGE, spoilt, ["owl"]),
+        figures.difference(SPOT[None], spoilt),
+        figures.difference(spoilt, spoilt),
+        figures.weights(spoilt),
+    ):
+        drawn(figure)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -118,6 +138,9 @@ def test_empty_and_spoilt_maps_are_drawn_dark() -> None:
         (lambda: figures.strip(torch.zeros(2, 3, 4), labels=["a"]), "labels must be 2 strings.*got"),
         (lambda: figures.strip(torch.zeros(2, 3, 4), images=[IMAGE] * 3), "images must be one picture, or 2.*got 3"),
         (lambda: figures.difference(torch.zeros(2, 3), torch.zeros(3, 3)), r"after must have the shape of before"),
+        (lambda: figures.strip(torch.zeros(2, 3, 4), columns=0), "columns must be at least 1, got 0"),
+        (lambda: figures.overlay(IMAGE, SPOT, top=-1.0), "top must be positive and finite, got -1"),
+        (lambda: figures.overlay(IMAGE, SPOT, top=torch.nan), "top must be positive and finite, got nan"),
         (lambda: figures.overlay(torch.zeros(1, 4, 4), SPOT), r"image must be a tensor \[3, H, W\], got \[1, 4, 4\]"),
     ],
 )

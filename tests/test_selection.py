@@ -69,6 +69,19 @@ def test_whatever_is_an_integer_is_a_position(positions: Any) -> None:
     assert selection.weight.sum() == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_device_do_not_matter(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            selection = TokenSelection.from_positions([[3, 4], [1]])
+    finally:
+        torch.set_default_dtype(before)
+    assert selection.index.tolist() == [[3, 4], [1, -1]]
+    assert selection.weight.tolist() == [[[1, 1]], [[1, 0]]]
+
+
 def test_positions_of_several_groups_share_the_slots() -> None:
     selection = TokenSelection.from_positions([[[1029], [1030]], [[1101], []]])
     assert (selection.batch, selection.groups) == (2, 2)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_kernels.integrations.layout import channel_dim_of, column, weights_like
+from star_kernels.integrations.layout import channel_dim_of, check_shape, column, weights_like
 from star_kernels.integrations.record import RecordedMaps, record_maps
 from star_kernels.integrations.schedule import step_at
 from star_kernels.policy import PolicyLoss, sample_transition, weighted_policy_loss
@@ -73,6 +73,9 @@ def sde_step_with_logprob(
         TypeError, ValueError: an argument of wrong type, shape or range; the message names it.
     """
     channel_dim = channel_dim_of(model_output, channel_dim)
+    for name, latent in (("sample", sample), ("prev_sample", prev_sample)):
+        if latent is not None:
+            check_shape(name, latent, "model_output", model_output)
     step = step_at(self, timestep, sample, noise_level=noise_level, sde_type=sde_type)
     transition = step.transition
     model_output, sample = model_output.float(), sample.float()
@@ -155,6 +158,8 @@ def policy_loss(
     channel_dim = channel_dim_of(model_output, channel_dim)
     step = step_at(scheduler, timestep, sample, noise_level=noise_level, sde_type=sde_type)
     if old_prev_sample_mean is not None:
+        check_shape("old_prev_sample_mean", old_prev_sample_mean, "model_output", model_output)
+        check_shape("sample", sample, "model_output", model_output)
         mean_sample, mean_output = (column(row, sample) for row in step.transition.coefficients[:2])
         old_model_output = (old_prev_sample_mean.float() - mean_sample * sample.float()) / mean_output
     if old_model_output is not None:

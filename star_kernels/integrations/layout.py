@@ -18,6 +18,12 @@ def channel_dim_of(latent: Tensor, channel_dim: int | None) -> int:
     return _CHANNEL_DIMS[latent.ndim]
 
 
+def check_shape(name: str, latent: Tensor, other: str, like: Tensor) -> None:
+    """Two latents of one shape: nothing is broadcast."""
+    if latent.shape != like.shape:
+        raise ValueError(f"{name} must have the shape of {other}, {list(like.shape)}, got {list(latent.shape)}")
+
+
 def column(numbers: Tensor, like: Tensor) -> Tensor:
     """``[B]`` or ``[1]``, shaped to broadcast over ``like``."""
     return numbers.view(-1, *[1] * (like.ndim - 1))

@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_kernels.integrations.layout import channel_dim_of, column, weights_like
+from star_kernels.integrations.layout import channel_dim_of, check_shape, column, weights_like
 from star_kernels.integrations.schedule import SDE_TYPES
 from star_kernels.policy import PolicyLoss, Transition, weighted_policy_loss
+
+_LOSS_ALONE = {
+    *("advantages", "clip_range", "advantage_clip", "adv_clip_max", "step_weights", "reduction"),
+    *("beta", "kl_coef", "ref_prev_sample_mean", "ref_model_output", "weighted_kl"),
+}
 
 
 def mean_transition(std_dev_t: Tensor, sqrt_dt: Tensor, *, sde_type: str = "sde") -> Transition:
@@ -83,6 +88,9 @@ def policy_loss_of_means(
     if old_prev_sample_mean is None and (guard or old_log_prob is None):
         use = "with guard=True" if guard else "where old_log_prob is None"
         raise ValueError(f"old_prev_sample_mean must be given {use}, got None")
+    for name, latent in (("prev_sample", prev_sample), ("old_prev_sample_mean", old_prev_sample_mean)):
+        if latent is not None:
+            check_shape(name, latent, "prev_sample_mean", prev_sample_mean)
     channel_dim = channel_dim_of(prev_sample_mean, channel_dim)
     transition = mean_transition(std_dev_t, sqrt_dt, sde_type=sde_type)
     prev_sample = prev_sample.detach()
@@ -119,8 +127,13 @@ def ratio_of_means(
     """The ratio of each sample, ``[B]`` and differentiable, for trainers that clip it themselves.
 
     With weights it is ``exp(mean_p W_p d_p)``, d the channel-mean log-ratio at a position. Arguments as in
-    :func:`policy_loss_of_means`, without advantages and clip range: the loss of advantages -1 that nothing clips.
+    :func:`policy_loss_of_means`, without those of the loss alone (advantages, clip ranges, KL, step_weights): the loss
+    of advantages -1 that nothing clips. With ``guard`` it is the normalised ratio, not divided by -dt.
     """
+    if refused := _LOSS_ALONE & options.keys():
+        raise TypeError(f"{', '.join(sorted(refused))} must not be given: a ratio does not depend on them")
+    if options.get("guard"):  # takes out the balance of the steps
+        options["step_weights"] = sqrt_dt.detach().float().reshape(-1).square().expand(len(prev_sample))
     advantages = -torch.ones(len(prev_sample), device=prev_sample.device)
     options |= {"clip_range": (1.0, math.inf), "reduction": "none"}
     return policy_loss_of_means(prev_sample_mean, prev_sample, std_dev_t, sqrt_dt, advantages, **options).loss

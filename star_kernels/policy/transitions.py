@@ -96,9 +96,7 @@ def flow_sde(
     _positive("noise_level", noise_level)
     if isinstance(sigma_max, Tensor) and sigma_max.device != sigma.device:
         raise ValueError(f"sigma_max must be on the device of sigma, {sigma.device}, got {sigma_max.device}")
-    top = _column(
-        "sigma_max", torch.as_tensor(sigma_max, dtype=torch.float64, device=sigma.device), sigma, widens=False
-    )
+    top = _column("sigma_max", _wide("sigma_max", sigma_max, sigma.device), sigma, widens=False)
     _in_range("sigma_max", top, (top > 0) & (top < 1), "lie strictly between 0 and 1")
     s = noise_level * torch.sqrt(sigma / (1 - torch.where(sigma == 1, top, sigma)))
     return _gaussian(sigma, sigma_next, s)
@@ -145,12 +143,12 @@ def flow_matching(sigma: Tensor | float, *, weight: Tensor | float | None = None
         sigma: noise level of the training sample, ``[]`` or ``[B]``, above 0 and at most 1; it fixes the batch.
         weight: positive, ``[]`` or ``[B]``; 1 by default.
     """
-    sigma = torch.as_tensor(sigma, dtype=torch.float64)
+    sigma = _wide("sigma", sigma)
     sigma = _column("sigma", sigma, sigma)
     _in_range("sigma", sigma, (sigma > 0) & (sigma <= 1), "be above 0 and at most 1")
     if isinstance(weight, Tensor) and weight.device != sigma.device:
         raise ValueError(f"weight must be on the device of sigma, {sigma.device}, got {weight.device}")
-    w = torch.as_tensor(1.0 if weight is None else weight, dtype=torch.float64, device=sigma.device)
+    w = _wide("weight", 1.0 if weight is None else weight, sigma.device)
     _, w = torch.broadcast_tensors(sigma, _column("weight", w, sigma, widens=False))
     _in_range("weight", w, (w > 0) & w.isfinite(), "be positive and finite")
     zero = torch.zeros_like(w)
@@ -181,13 +179,20 @@ def _sigmas(sigma: Tensor | float, sigma_next: Tensor | float) -> tuple[Tensor, 
     if isinstance(sigma, Tensor) and isinstance(sigma_next, Tensor) and sigma.device != sigma_next.device:
         raise ValueError(f"sigma_next must be on the device of sigma, {sigma.device}, got {sigma_next.device}")
     device = next((s.device for s in (sigma, sigma_next) if isinstance(s, Tensor)), None)
-    first = torch.as_tensor(sigma, dtype=torch.float64, device=device)
-    then = _column("sigma_next", torch.as_tensor(sigma_next, dtype=torch.float64, device=device), first)
+    first = _wide("sigma", sigma, device)
+    then = _column("sigma_next", _wide("sigma_next", sigma_next, device), first)
     first = _column("sigma", first, first)
     first, then = torch.broadcast_tensors(first, then)
     _in_range("sigma", first, (first > 0) & (first <= 1), "be above 0 and at most 1")
     _in_range("sigma_next", then, (then >= 0) & (then < first), "be at least 0 and below sigma")
     return first, then
+
+
+def _wide(name: str, value: Tensor | float, device: torch.device | None = None) -> Tensor:
+    try:
+        return torch.as_tensor(value, dtype=torch.float64, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a float or a tensor of floats, got {value!r}") from None
 
 
 def _column(name: str, value: Tensor, sigma: Tensor, *, widens: bool = True) -> Tensor:

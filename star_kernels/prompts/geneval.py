@@ -34,10 +34,11 @@ class _Object:
     relation: str | None
 
     def parts(self) -> list[list[str]]:
-        """What the prompt says of the object, in this order; each part in all its forms, the longest first."""
+        """What the prompt says of the object, in this order; each part in all its forms, the likeliest first."""
         counts = [[_NUMBERS[self.count] if self.count < len(_NUMBERS) else str(self.count), str(self.count)]]
         colors = [[self.color]] if self.color else []
-        return (counts if self.count > 1 else []) + colors + [_forms(self.noun)]
+        nouns = _forms(self.noun)
+        return [*counts, *colors, nouns] if self.count > 1 else [*colors, nouns[::-1]]
 
 
 def geneval(prompt: str, metadata: Mapping[str, Any]) -> Core:
@@ -100,7 +101,8 @@ def _free(prompt: str, forms: list[str], taken: list[Span], item: _Object) -> Sp
         for span in occurrences(prompt, form):
             if not _overlaps(span, taken):
                 return span
-    raise ValueError(f"metadata names {forms[-1]!r} for {item.noun!r}, which the prompt does not hold: {prompt!r}")
+    name = item.noun if item.noun in forms else forms[-1]
+    raise ValueError(f"metadata names {name!r} for {item.noun!r}, which the prompt does not hold: {prompt!r}")
 
 
 def _overlaps(span: Span, others: list[Span]) -> bool:

@@ -85,7 +85,7 @@ def select_tokens(
     _warn(samples, regions)
     built = _build(list(located.values()), groups == "phrase", weight == "phrase")
     places = {core: place for place, core in enumerate(located)}
-    rows = torch.tensor([places[cores[key]] for key in keys])
+    rows = torch.tensor([places[cores[key]] for key in keys], device="cpu")
     names = [sample.names if groups == "phrase" else (", ".join(sample.names),) for sample in samples]
     text = _text(regions, image_tokens)
     return PromptSelection(TokenSelection(built.index[rows], built.weight[rows], text), names)
@@ -119,12 +119,13 @@ def _build(located: Sequence[_Located], by_phrase: bool, share: bool) -> TokenSe
     slots = [sorted(frozenset().union(*sample.positions)) for sample in located]
     width = max(1, max(map(len, slots)))
     groups = max(len(sample.positions) for sample in located) if by_phrase else 1
-    index = torch.full((len(located), width), EMPTY, dtype=torch.int32)
-    weight = torch.zeros(len(located), groups, width)
+    index = torch.full((len(located), width), EMPTY, dtype=torch.int32, device="cpu")
+    weight = torch.zeros(len(located), groups, width, dtype=torch.float32, device="cpu")
     for b, (sample, row) in enumerate(zip(located, slots, strict=True)):
-        index[b, : len(row)] = torch.tensor(row, dtype=torch.int32)
+        index[b, : len(row)] = torch.tensor(row, dtype=torch.int32, device="cpu")
         for p, positions in enumerate(sample.positions):
-            chosen = torch.tensor([position in positions for position in row] + [False] * (width - len(row)))
+            among = [position in positions for position in row] + [False] * (width - len(row))
+            chosen = torch.tensor(among, device="cpu")
             group = weight[b, p if by_phrase else 0]
             if share:
                 group += chosen / max(1, len(positions))

@@ -270,6 +270,12 @@ def test_errors_name_the_argument() -> None:
         )
 
 
+def test_an_old_mean_is_not_broadcast() -> None:
+    problem = rollout("flux")
+    with pytest.raises(ValueError, match=r"^old_prev_sample_mean must have the shape of model_output"):
+        policy_loss(*arguments(problem, problem.new_v), old_prev_sample_mean=problem.old.mean[:1], **problem.settings)
+
+
 def test_written_step_is_what_it_was_drawn_with() -> None:
     """The formulas of these tests agree with themselves: a latent drawn from noise has the noise's density."""
     problem = rollout()

@@ -187,6 +187,15 @@ def test_errors_name_the_argument() -> None:
         sde_step_with_logprob(problem.made, torch.zeros(4, 16), problem.timestep, problem.sample)
 
 
+@pytest.mark.parametrize("name", ["sample", "prev_sample"])
+def test_latents_are_not_broadcast(name: str) -> None:
+    problem = rollout("flux")
+    latents = {"sample": problem.sample, "prev_sample": problem.old.prev_sample}
+    latents[name] = latents[name][:1]
+    with pytest.raises(ValueError, match=f"^{name} must have the shape of model_output"):
+        sde_step_with_logprob(problem.made, problem.new_v, problem.timestep, **latents)
+
+
 def test_channels_may_stand_elsewhere() -> None:
     """A packed latent with its channels first, [B, C, S]."""
     problem = rollout("flux", "sde")

@@ -172,6 +172,33 @@ def test_the_ratio_of_means_with_weights_is_allocated() -> None:
     close(ratio, (weights.flatten(1) * change).mean(dim=1).exp(), 1e-5)
 
 
+def test_the_ratio_of_means_of_an_unchanged_model_is_one_with_guard_too() -> None:
+    old = rollout("flux").old
+    ratio = ratio_of_means(
+        old.mean, old.prev_sample, old.std_dev_t, old.sqrt_dt, old_prev_sample_mean=old.mean, guard=True
+    )
+    close(ratio, torch.ones(BATCH))
+
+
+def test_a_ratio_of_means_takes_no_option_of_the_loss_alone() -> None:
+    old = rollout("flux").old
+    arguments = (old.mean, old.prev_sample, old.std_dev_t, old.sqrt_dt)
+    for name in ("adv_clip_max", "step_weights", "beta", "clip_range"):
+        with pytest.raises(TypeError, match=f"{name} must not be given"):
+            ratio_of_means(*arguments, old_prev_sample_mean=old.mean, **{name: 0.5})
+
+
+def test_means_are_not_broadcast() -> None:
+    old = rollout("flux").old
+    for name in ("prev_sample", "old_prev_sample_mean"):
+        latents = {"prev_sample": old.prev_sample, "old_prev_sample_mean": old.mean}
+        latents[name] = latents[name][:1]
+        with pytest.raises(ValueError, match=f"^{name} must have the shape of prev_sample_mean"):
+            policy_loss_of_means(
+                old.mean, std_dev_t=old.std_dev_t, sqrt_dt=old.sqrt_dt, advantages=torch.ones(BATCH), **latents
+            )
+
+
 def test_the_registered_class_is_a_verl_omni_loss(verl_omni: World) -> None:
     made = register()
     loss = verl_omni.registry["flow_grpo"]

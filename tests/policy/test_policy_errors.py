@@ -284,6 +284,22 @@ def test_sigmas_out_of_range_are_named(make: Any, changed: dict, message: str) -
 
 
 @pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: flow_sde("0.8", 0.6, sigma_max=0.9), "sigma"),
+        (lambda: flow_cps(0.8, None), "sigma_next"),
+        (lambda: dance_sde(0.8, [[0.6], [0.5, 0.4]]), "sigma_next"),
+        (lambda: flow_sde(0.8, 0.6, sigma_max=None), "sigma_max"),
+        (lambda: flow_matching(None), "sigma"),
+        (lambda: flow_matching(0.5, weight="1"), "weight"),
+    ],
+)
+def test_what_is_no_number_of_a_transition_is_named(call: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be a float or a tensor of floats, got"):
+        call()
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: flow_sde(0.8, 0.6, sigma_max=1.0), "sigma_max must lie strictly between 0 and 1, got 1"),

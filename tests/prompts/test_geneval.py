@@ -55,6 +55,13 @@ def test_each_word_serves_one_object() -> None:
     assert geneval("a van, red, and a bus, also red", metadata).spans == ((2, 5), (7, 10), (18, 21), (28, 31))
 
 
+def test_a_single_object_is_not_the_plural_beside_it() -> None:
+    include = [{"class": "bench", "count": 1}, {"class": "bench", "count": 2, "position": ["right of", 0]}]
+    core = geneval("two benches right of a bench", {"include": include})
+    assert core.names == ("bench", "two benches", "right of")
+    assert core.phrases[0].spans == ((23, 28),)
+
+
 def test_words_are_found_however_they_are_spelt() -> None:
     metadata = {"include": [{"class": "café", "count": 1, "color": "rosé"}, {"class": "chef's knife", "count": 2}]}
     prompt = "a photo of a rose\u0301 cafe\u0301 and two chef\u2019s knives"

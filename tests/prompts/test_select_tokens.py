@@ -200,6 +200,19 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
         select_tokens(arguments.pop("prompts"), arguments.pop("regions"), **arguments)
 
 
+def test_the_default_dtype_and_device_do_not_matter() -> None:
+    expected, _ = select_tokens(["a red owl", "a cat"], sd3(), image_tokens=IMAGE, weight="phrase")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            selection, _ = select_tokens(["a red owl", "a cat"], sd3(), image_tokens=IMAGE, weight="phrase")
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(selection.index, expected.index)
+    assert torch.equal(selection.weight, expected.weight)
+
+
 def test_image_tokens_do_not_matter_where_the_text_comes_first() -> None:
     first, _ = select_tokens(["a red owl"], flux_regions(t5_tokenizer()))
     again, _ = select_tokens(["a red owl"], flux_regions(t5_tokenizer()), image_tokens=4096)
