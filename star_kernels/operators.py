@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
+_PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class _Library(torch.library.Library):
@@ -61,9 +61,7 @@ class Operator:
             setup_context, backward = _keep_nothing, _no_derivative(name)
         torch.library.register_autograd(f"star_kernels::{name}", backward, setup_context=setup_context, lib=_library)
         self.overload = getattr(torch.ops.star_kernels, name).default
-        kinds = [argument.split()[0] for argument in schema[len(name) + 1 : schema.index(")")].split(", ")]
-        self._tensors = sum(kind.startswith("Tensor") for kind in kinds)
-        self._first = kinds.index("Tensor")  # that is never None
+        self._tensors = schema[: schema.index("->")].count("Tensor")
         self._implementation = implementation
         self._function = _function(name, implementation, setup_context, backward)
         self._transformable = _transformable(name, self, setup_context, backward)
@@ -73,20 +71,12 @@ class Operator:
             return self.overload(*arguments)
         if WATCH.observed():
             return (self._transformable.apply if WATCH.differentiated() else self.overload)(*arguments)
-        tensors = arguments[: self._tensors]
-        if not _PLAIN.issuperset(map(type, tensors)) or any([t.is_neg() for t in tensors if t is not None]):
-            return self.overload(*arguments)  # which resolves lazily negated views
-        if not tensors[self._first].is_cpu and not _has_memory(tensors):
+        tensors = [a for a in arguments[: self._tensors] if a is not None]
+        if not _in_memory(tensors):
             return self.overload(*arguments)
-        direct = self._implementation
         if torch.is_grad_enabled() and WATCH.requires_grad(*tensors):
-            direct = self._function.apply
-        try:
-            return direct(*arguments)
-        except ValueError:
-            if _has_memory(tensors):
-                raise
-            return self.overload(*arguments)
+            return self._function.apply(*arguments)
+        return self._implementation(*arguments)
 
 
 def constants(*tensors: Any) -> list[Any]:
@@ -103,9 +93,15 @@ def _checked(check: Callable[..., None], implementation: Callable[..., Any]) -> 
     return checked
 
 
-def _has_memory(tensors: tuple[Any, ...]) -> bool:
-    """Whether no tensor is one of zeros without memory, which the dispatcher fills; a CPU's kernels see that first."""
-    return all([t.data_ptr() for t in tensors if t is not None])
+def _in_memory(tensors: list[Tensor]) -> bool:
+    """Whether the memory of all tensors holds their values: the dispatcher resolves negated views and zeros without
+    memory, which not all of PyTorch's own kernels do, and subclasses are its own."""
+    if not _PLAIN.issuperset(map(type, tensors)) or any(map(Tensor.is_neg, tensors)):
+        return False
+    try:
+        return all(map(Tensor.data_ptr, tensors))
+    except RuntimeError:  # no storage: another layout, or a tensor of torch.func
+        return False
 
 
 def _function(name: str, implementation: Any, setup_context: Any, backward: Any) -> Any:
