@@ -55,6 +55,7 @@ class Live:
 
     Args:
         prompts: digest of the run's prompts.
+        loaded: fingerprint of the pipeline before training.
     """
 
     model: Any
@@ -63,6 +64,7 @@ class Live:
     accelerator: Any
     config: Config
     prompts: str
+    loaded: str
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def take(live: Live, epoch: int) -> Snapshot | None:
         "optimizer": {n: v for n, v in flat.items() if not isinstance(v, Tensor)},
         "scaler": scaler.state_dict() if scaler is not None else None,
         "prompts": live.prompts,
+        "loaded": live.loaded,
         "config": redacted(asdict(live.config)),
     }
     return Snapshot(epoch, tensors, state)
@@ -135,7 +138,7 @@ def write(snapshot: Snapshot, folder: Path, keep: int) -> Path:
 def restore(path: Path, live: Live) -> int:
     """Brings everything to the state of a checkpoint. Returns the epochs done.
 
-    Warns (RuntimeWarning) where the prompts are others than the checkpoint's.
+    Warns (RuntimeWarning) where the prompts, or the weights in ``model.path``, are others than the checkpoint's.
 
     Raises:
         ValueError: a checkpoint of another format or configuration (the keys are named), or one that is damaged; the
@@ -159,6 +162,14 @@ def restore(path: Path, live: Live) -> int:
         warnings.warn(
             f"data.prompts {live.config.data.prompts} has other prompts than when {path} was written: epochs from "
             f"{state['epoch'] + 1} on take the new ones. Bring the file back to what it was if that is not meant",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    if state.get("loaded", live.loaded) != live.loaded:
+        warnings.warn(
+            f"model.path {live.config.model.path} holds other weights than when {path} was written: what is not "
+            "trained, as text encoders and the weights below adapters, changes within the run. Bring the model back if "
+            "that is not meant",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -203,11 +214,12 @@ def _read(path: Path, live: Live) -> tuple[dict[str, Any], dict[str, dict[str, A
     state = _read_state(path)
     if state["format"] != FORMAT:
         raise ValueError(f"{path} has format {state['format']}, this version reads {FORMAT}")
-    same_prompts = state.get("prompts") == live.prompts  # the file may have moved
+    # Files may have moved.
+    same = {"data.prompts": state.get("prompts") == live.prompts, "model.path": state.get("loaded") == live.loaded}
     changed = [
         (key, old, new)
         for key, old, new in _differences(_completed(redacted(state["config"])), redacted(asdict(live.config)))
-        if not (key == "data.prompts" and same_prompts)
+        if not same.get(key)
     ]
     if changed:
         listed = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in changed)

@@ -11,6 +11,7 @@ Settings come from a preset, then from YAML files (--config), then from options,
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from star_trainer import settings
 from star_trainer.config import Config
@@ -67,6 +68,9 @@ def entry() -> NoReturn:
     A reward that hangs, or was still at work when an error ended the run, has a thread within C++, which Python's own
     exit aborts (SIGABRT). Such a process leaves without that.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not closed; a path may hold what the encoding cannot
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except Exception as error:
@@ -157,6 +161,15 @@ def merged(parser: Any, path: str, found: dict[str, Any], values: Any) -> Any:
 
 
 def config_of(parser: Any, values: Any) -> Config:
+    """The configuration of parsed values.
+
+    Raises:
+        ValueError: a setting without a value that must have one.
+    """
+    for section, kind in get_type_hints(Config).items():
+        for name, allowed in get_type_hints(kind).items():
+            if values[section][name] is None and type(None) not in get_args(allowed):
+                raise ValueError(f"{section}.{name} must not be null")
     made = parser.instantiate(values)
     return Config(**{name: getattr(made, name) for name in Config.__dataclass_fields__})
 

@@ -83,6 +83,8 @@ def check_values(config: Config) -> None:
         raise ValueError("allocation.blocks must be 'default', 'all' or a list of indices, got an empty list")
     if not config.output.folder:
         raise ValueError("output.folder must name a folder, got ''")
+    if config.data.eval_prompts == "":
+        raise ValueError("data.eval_prompts must name a file or be null, got ''")
     weights = config.reward.weights
     if not weights:
         raise ValueError("reward.weights must name at least one reward, got none")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,12 @@ class Policy:
 
     Attributes:
         transformer: replaced by its distributed wrapper where there is one.
+        loaded: fingerprint of the pipeline before training.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.pipeline = load_pipeline(config.model.path, DTYPES[config.model.dtype])
+        self.loaded = fingerprint(self.pipeline)
         self.pipeline.to(device)
         self.device, self.guidance = device, config.rollout.guidance
         self.text_length = config.model.text_length
@@ -185,6 +189,17 @@ class Policy:
         finally:
             for layer in layers:
                 layer.unscale_layer()
+
+
+def fingerprint(pipeline: Any) -> str:
+    """Of a few values of each weight, in any order: libraries rename weights and change their order."""
+    models = [model for model in pipeline.components.values() if isinstance(model, nn.Module)]
+    found = []
+    for parameter in chain.from_iterable(model.parameters() for model in models):
+        values = parameter.detach().flatten()
+        values = values[:: max(1, len(values) // 8)].float().cpu()
+        found.append(hashlib.sha256(f"{list(parameter.shape)} {values.tolist()}".encode()).digest())
+    return hashlib.sha256(b"".join(sorted(found))).hexdigest()
 
 
 def load_pipeline(path: str, dtype: torch.dtype) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -100,7 +101,9 @@ def _from_text(path: Path, number: int, line: str) -> Prompt:
 
 def _from_json(path: Path, number: int, line: str) -> Prompt:
     try:
-        record = json.loads(line, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+        record = json.loads(
+            line, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant, parse_float=_finite
+        )
         if "\\u" in line:
             json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -108,7 +111,7 @@ def _from_json(path: Path, number: int, line: str) -> Prompt:
         raise ValueError(
             f"{path}, line {number}, holds half a surrogate pair, {lone}, which is no character of its own"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}, is not JSON, an object a line: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
         raise ValueError(f'{path}, line {number}, must be an object with a "prompt", got {line[:80]!r}')
@@ -125,6 +128,13 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is larger than any number that can be held")
+    return value
 
 
 def _tasks() -> str:

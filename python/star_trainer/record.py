@@ -53,7 +53,10 @@ class Record:
             with self._spared("TensorBoard's files"):
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resumed_at or None)
+                # Its thread ends at an error: a queue that is full would then be waited for without end.
+                self.board = SummaryWriter(
+                    str(self.folder / "tensorboard"), purge_step=resumed_at or None, max_queue=10_000
+                )
 
     def metrics(self, event: str, epoch: int, values: dict[str, float]) -> None:
         if not self.enabled:

@@ -311,6 +311,7 @@ class Trainer:
             self.accelerator,
             self.config,
             digest(self.prompts),
+            self.policy.loaded,
         )
 
     def _keep(self) -> None:

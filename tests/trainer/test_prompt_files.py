@@ -102,6 +102,8 @@ def test_json_lines_keep_their_metadata(tmp_path: Path) -> None:
         ('{"prompt": "a b", "prompt": "c"}', "line 3, is not JSON.*'prompt' appears twice"),
         ('{"prompt": "a b", "include": [{"class": "a", "class": "b"}]}', "line 3, is not JSON.*'class' appears twice"),
         ('{"prompt": "a b", "weight": NaN}', "line 3, is not JSON.*NaN is no JSON number"),
+        ('{"prompt": "a b", "weight": -1e999}', "line 3, is not JSON.*-1e999 is larger than any number"),
+        (f'{{"prompt": "a b", "n": {"[" * 100_000}', "line 3, is not JSON.*recursion"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:

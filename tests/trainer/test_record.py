@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from star_kernels import figures
 from star_trainer import checkpoint, record
@@ -62,6 +64,24 @@ def test_nothing_that_is_written_or_drawn_ends_a_run(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write_all(made, batch, 2)
+
+
+def test_a_board_that_cannot_be_written_is_not_waited_for(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its thread has ended at an error, or is slow, nothing empties its queue."""
+    told = threading.Event()
+    monkeypatch.setattr(RecordWriter, "write", lambda *arguments: told.wait(60))
+    made = Record(configure(output={"tensorboard": True}), enabled=True)
+    many = {f"reward/{number}": 0.5 for number in range(100)}
+    writing = threading.Thread(target=made.metrics, args=("epoch", 1, many), daemon=True)
+    writing.start()
+    writing.join(30)
+    stuck = writing.is_alive()
+    told.set()
+    writing.join()
+    made.close()
+    assert not stuck
 
 
 def test_no_pictures_are_no_pictures(configure: Callable[..., Config], batch: Batch) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from star_trainer import checkpoint
 from star_trainer.config import Config
+from star_trainer.policy import fingerprint
 from star_trainer.prompts import Prompt, digest, load_prompts
 from star_trainer.trainer import Trainer
 
@@ -119,6 +120,24 @@ def test_prompts_may_move(trained: Trainer) -> None:
     assert checkpoint.restore(path, replace(live, config=moved)) == 1
     with pytest.raises(ValueError, match=r"data\.prompts: '.*prompts\.txt' there, 'elsewhere\.txt' here"):
         checkpoint.restore(path, replace(live, config=moved, prompts="of others"))
+
+
+def test_a_model_that_was_exchanged_is_noticed(trained: Trainer) -> None:
+    path, live = checkpoint.find(trained.folder)[-1], trained._live()
+    with torch.no_grad():
+        trained.policy.pipeline.text_encoder.get_parameter("text_projection.weight").mul_(1.01)
+    exchanged = replace(live, loaded=fingerprint(trained.policy.pipeline))
+    with pytest.warns(RuntimeWarning, match=r"model\.path .* holds other weights than when .*checkpoint-000001"):
+        assert checkpoint.restore(path, exchanged) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_may_move(trained: Trainer) -> None:
+    path, live = checkpoint.find(trained.folder)[-1], trained._live()
+    moved = replace(live.config, model=replace(live.config.model, path="elsewhere"))
+    assert checkpoint.restore(path, replace(live, config=moved)) == 1
+    with pytest.raises(ValueError, match=r"model\.path: '.*' there, 'elsewhere' here"):
+        checkpoint.restore(path, replace(live, config=moved, loaded="of others"))
 
 
 def test_metadata_counts_among_the_prompts() -> None:

@@ -116,7 +116,10 @@ def test_anchors_and_merges_of_yaml_are_no_repeats(parse_file: Callable[..., Con
         ("data: {}\ntrain: [1]\n", "line 2: train must be a section of settings, got [1]"),
         ("train: {epochs: 1\n", "line 2: "),
         ("train: {epochs: many}\n", 'mine.yaml: Parser key "train.epochs"'),
-        ("train: {epochs: null}\n", "train.epochs must be an integer, got None"),
+        ("train: {epochs: null}\n", "train.epochs must not be null"),
+        ("output: {folder: null}\n", "output.folder must not be null"),
+        ("rollout: {transition: null}\n", "rollout.transition must not be null"),
+        ("data: {eval_prompts: ''}\n", "data.eval_prompts must name a file or be null, got ''"),
         ("preset: sd4\n", "--preset must be one of sd35m-geneval"),
     ],
 )

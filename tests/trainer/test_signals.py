@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
@@ -163,3 +164,13 @@ def test_a_process_with_a_reward_at_work_leaves_without_pythons_exit(monkeypatch
 def test_the_command_is_the_entry() -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert 'star-train = "star_trainer.command:entry"' in project
+
+
+def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(command.sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    monkeypatch.setattr(command, "main", lambda: print("l\u00e4ufe"))
+    monkeypatch.setattr(command.threading, "enumerate", lambda: [])  # other tests' rewards may be at work
+    with pytest.raises(SystemExit):
+        command.entry()
+    assert written.getvalue() == rb"l\xe4ufe" + b"\n"
