@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_inputs import SELECTION, TRANSITION, inputs
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from star_kernels import (
     TokenSelection,
@@ -100,6 +101,22 @@ def test_a_function_is_one_graph_with_dynamic_shapes(name: str) -> None:
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
     for got, want in zip(flat(compiled(*arguments)), flat(function(*arguments)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_graph_of_attention_serves_every_length() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(_attention_and_maps, fullgraph=True, dynamic=True, backend=counter)
+    for length in (6, 9, 12):
+        query, key = torch.randn(2, 2, length, 8), torch.randn(2, 2, length + 1, 8)
+        torch.testing.assert_close(compiled(query, key), _attention_and_maps(query, key))
+    assert counter.frame_count == 1
+
+
+def _attention_and_maps(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    out, maps, lse = attention(query, key, key, SELECTION, return_lse=True)
+    return out + maps.mean(), attention_maps(query, key, lse, SELECTION)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -21,7 +21,7 @@ TRITON = Plan("triton", "triton")
 EXPLICIT = {kernel: Plan(kernel, kernel) for kernel in vendor.KERNELS}
 
 
-_MAPS = "Tensor index, Tensor weight, Tensor? key_mask, int start, int rows, float scale, bool reduce_heads"
+_MAPS = "Tensor index, Tensor weight, Tensor? key_mask, SymInt start, SymInt rows, float scale, bool reduce_heads"
 
 
 def attention(
