@@ -18,6 +18,7 @@ CAUGHT = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP",
 ECHO = 2.0  # seconds within which torchrun passes on a Ctrl-C that its processes have from the terminal already
 LOOK = 1.0  # seconds between looks for the launcher
 _catching: list[Signals] = []  # those whose context lasts
+_masks = threading.local()
 
 
 class Signals:
@@ -117,12 +118,22 @@ class Signals:
         thread.start()
 
 
+def _before_fork() -> None:
+    """What comes for the child, as from a pool that ends at once, waits until that has let go."""
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT if _catching else ())
+
+
+def _unmask() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
 def _forked() -> None:
     while _catching:
         _catching.pop().let_go()
+    _unmask()
 
 
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(before=_before_fork, after_in_parent=_unmask, after_in_child=_forked)
 
 
 def launched() -> bool:
