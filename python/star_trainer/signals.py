@@ -14,7 +14,9 @@ from typing import Any
 
 log = logging.getLogger("star_trainer")
 
-CAUGHT = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+# The last three are what batch systems send before they kill.
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+CAUGHT = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 ECHO = 2.0  # seconds within which torchrun passes on a Ctrl-C that its processes have from the terminal already
 LOOK = 1.0  # seconds between looks for the launcher
 _catching: list[Signals] = []  # those whose context lasts

@@ -101,6 +101,10 @@ class Trainer:
         if found:
             self.epoch = self._saved = checkpoint.restore(found[-1], self._live())
             log.info("resumed from %s", found[-1])
+            if self.epoch >= config.train.epochs:
+                log.warning(
+                    "nothing is left to train: %d epochs are done, train.epochs is %d", self.epoch, config.train.epochs
+                )
         self.record = Record(
             config, enabled=self.accelerator.is_main_process, resumed_at=self.epoch, folder=self.folder
         )

@@ -89,14 +89,14 @@ def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_signals_are_not_taken() -> None:
     seen, told = list[int](), list[str]()
-    before = signal.signal(signal.SIGUSR2, lambda number, frame: seen.append(number))
+    before = signal.signal(signal.SIGWINCH, lambda number, frame: seen.append(number))
     try:
         with Signals(told.append) as caught:
-            signal.raise_signal(signal.SIGUSR2)
+            signal.raise_signal(signal.SIGWINCH)
         assert not caught.stopped
-        assert (seen, told) == ([signal.SIGUSR2], [])
+        assert (seen, told) == ([signal.SIGWINCH], [])
     finally:
-        signal.signal(signal.SIGUSR2, before)
+        signal.signal(signal.SIGWINCH, before)
 
 
 def test_the_signals_of_forked_processes_are_their_own() -> None:
