@@ -24,7 +24,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 from star_trainer import settings
 from star_trainer.config import Config
 from star_trainer.limits import check_values
-from star_trainer.redact import RedactingFormatter, redact, redacted_traceback
+from star_trainer.redact import RedactingFormatter, redact, redact_warnings, redacted_traceback
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -71,6 +71,7 @@ def entry() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not closed; a path may hold what the encoding cannot
             stream.reconfigure(errors="backslashreplace")
+    redact_warnings()
     try:
         status = main()
     except Exception as error:

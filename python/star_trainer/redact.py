@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import traceback
+import warnings
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, quote_plus
@@ -122,6 +123,12 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
+
+
+def redact_warnings() -> None:
+    """Makes Python print warnings, of any library, without secrets."""
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *arguments, **options: redact(plain(*arguments, **options))
 
 
 def _hidden(value: Any) -> Any:

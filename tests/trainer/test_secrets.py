@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from reward_server import Server
 
 from star_trainer import checkpoint, command
 from star_trainer.config import Config
-from star_trainer.redact import RedactingFormatter, is_secret, redact, redacted, remember_options
+from star_trainer.redact import RedactingFormatter, is_secret, redact, redact_warnings, redacted, remember_options
 from star_trainer.rewards import RewardError, RewardService, build
 from star_trainer.rewards.remote import RemoteReward
 from star_trainer.trainer import Trainer
@@ -266,6 +267,14 @@ def test_logged_exceptions_are_formatted_without_them() -> None:
     text = RedactingFormatter().format(record)
     assert "token: ***" in text
     assert "https://***@host" in text
+    assert without_secrets(text)
+
+
+def test_warnings_are_printed_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    redact_warnings()
+    text = warnings.formatwarning(UserWarning(f"https://me:{PASSWORD}@host, token={QUERY}"), UserWarning, "f.py", 3)
+    assert text.startswith("f.py:3: UserWarning: https://***@host")
     assert without_secrets(text)
 
 
