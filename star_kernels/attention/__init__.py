@@ -103,7 +103,7 @@ def attention(
         raise ValueError(
             f"backend {backend!r} cannot run here: {problem}; got {dtype}, head dimension {head_dim}, on {device}"
         )
-    index, weight = constants(selection.index, selection.weight)
+    index, (weight,) = selection.index, constants(selection.weight)
     if backend == "naive":
         out, maps, lse = naive.attention(
             query, key, value, index, weight, key_mask, (start, length), scale, reduce_heads
@@ -162,7 +162,7 @@ def attention_maps(
     check_flag("reduce_heads", reduce_heads)
     if backend not in ("auto", "naive"):
         raise ValueError(f"backend must be auto or naive, got {backend!r}")
-    index, weight = constants(selection.index, selection.weight)
+    index, (weight,) = selection.index, constants(selection.weight)
     if backend == "naive" or query.dtype == torch.float64:
         return naive.attention_maps(
             query,
