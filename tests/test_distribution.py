@@ -73,6 +73,7 @@ def build(kind: str, source: Path, out: Path, environment: dict[str, str]) -> Pa
     return out / done.stdout.splitlines()[-1]
 
 
+@pytest.mark.exhaustive
 def test_one_wheel_serves_every_python_of_a_platform(made: Made) -> None:
     with zipfile.ZipFile(made.wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))

@@ -79,6 +79,7 @@ def test_a_file_that_is_no_library_is_reported_and_not_raised(no_library: Path) 
     assert "does not load" in problem
 
 
+@pytest.mark.exhaustive
 @pytest.mark.native
 def test_a_folder_of_other_builds_is_taken_by_name(tmp_path: Path) -> None:
     (tmp_path / "libstar_kernels_cpu.so").symlink_to(native.FOLDER / "libstar_kernels_cpu.so")
@@ -149,6 +150,7 @@ print(growth(1024))
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.native
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory")
 def test_memory_outside_pytorch_does_not_exceed_one_gradient() -> None:

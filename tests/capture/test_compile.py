@@ -82,6 +82,7 @@ def test_the_compiled_model_gives_the_same_maps_from_one_graph(family):
     assert graphs() == 1
 
 
+@pytest.mark.exhaustive
 def test_blocks_compiled_one_by_one_and_in_place_work():
     case, model, inputs = make("flux")
     expected = eager_maps(model, inputs, case.selection)

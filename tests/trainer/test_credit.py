@@ -183,7 +183,7 @@ def test_a_split_advantage_keeps_its_sum() -> None:
     assert torch.equal(found.sum(dim=1), advantages[:, 0])
 
 
-@pytest.mark.parametrize("ratio", ["sample", "location"])
+@pytest.mark.parametrize("ratio", mostly_exhaustive(["sample", "location"], ["location"]))
 def test_a_split_advantage_at_uniform_weights_is_flow_grpos(
     by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer], ratio: str
 ) -> None:

@@ -8,6 +8,7 @@ import torch
 from harness import Budget
 
 
+@pytest.mark.exhaustive
 def test_both_arms_are_timed_and_weighed() -> None:
     (case,) = epoch_overhead.measure(torch.device("cpu"), None, None, Budget(2, 1.0), extent="quick")
     assert set(case["times"]) == {"plain", "star"}

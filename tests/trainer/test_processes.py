@@ -98,6 +98,7 @@ def test_two_processes_make_the_run_of_one(
                 assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 def test_a_lost_process_ends_the_run_and_keeps_its_checkpoints(
     configure: Callable[..., Config], tmp_path: Path
