@@ -14,7 +14,7 @@ import yaml
 
 from star_trainer.config import Config
 
-POINTS = 20
+POINTS = 8
 
 
 @pytest.mark.exhaustive
