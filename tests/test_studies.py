@@ -369,6 +369,7 @@ def test_the_driver_takes_every_arm_of_a_committed_design(design: Path) -> None:
     assert found["settings"]["evaluation.prompts"] >= 1024
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("credit", ["image", "split"])
 def test_shuffled_moves_each_map_to_random_positions_the_same_ones_in_all_steps(
     credit: Literal["image", "split"], config: Config, tmp_path: Path

@@ -53,7 +53,9 @@ def gradient(trainer: Trainer, batch: Batch, advantages: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "method", [{}, {"over": "trajectory"}, {"over": "change"}, {"strength": 0.5, "cap": 2.0}], ids=str
+    "method",
+    mostly_exhaustive([{}, {"over": "trajectory"}, {"over": "change"}, {"strength": 0.5, "cap": 2.0}], [{}]),
+    ids=str,
 )
 def test_weights_of_a_phrase_are_those_of_its_map(
     by_phrase: Callable[..., Config],

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiers import mostly_exhaustive
 from torch import Tensor
 
 from star_trainer import checkpoint
@@ -22,6 +21,8 @@ from star_trainer.record import read_metrics
 from star_trainer.trainer import Trainer
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
+
+pytestmark = pytest.mark.exhaustive  # each starts interpreters of its own
 
 
 def on_two(config: Config, *arguments: str, fails: bool = False) -> str:
@@ -44,16 +45,13 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 @pytest.mark.parametrize(
     ("wrapper", "lora_rank", "kl_coef", "credit"),
-    mostly_exhaustive(
-        [
-            ("ddp", 0, 0.0, "image"),
-            ("ddp", 4, 0.1, "image"),
-            ("ddp", 0, 0.1, "phrase"),
-            ("fsdp2", 0, 0.0, "image"),
-            ("fsdp2", 4, 0.1, "image"),
-        ],
-        [("ddp", 4, 0.1, "image")],
-    ),
+    [
+        ("ddp", 0, 0.0, "image"),
+        ("ddp", 4, 0.1, "image"),
+        ("ddp", 0, 0.1, "phrase"),
+        ("fsdp2", 0, 0.0, "image"),
+        ("fsdp2", 4, 0.1, "image"),
+    ],
 )
 def test_two_processes_make_the_run_of_one(
     configure: Callable[..., Config],
@@ -98,7 +96,6 @@ def test_two_processes_make_the_run_of_one(
                 assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
 
 
-@pytest.mark.exhaustive
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 def test_a_lost_process_ends_the_run_and_keeps_its_checkpoints(
     configure: Callable[..., Config], tmp_path: Path
