@@ -83,6 +83,7 @@ def test_one_wheel_serves_every_python_of_a_platform(made: Made) -> None:
     assert made.wheel.name.split("-")[-3:-1] == ["py3", "none"]
 
 
+@pytest.mark.exhaustive
 def test_the_wheel_holds_the_library_the_tables_and_the_presets(made: Made) -> None:
     with zipfile.ZipFile(made.wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}

@@ -102,6 +102,7 @@ torch.save(test_native.policy_results("native"), sys.argv[3])
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.native
 def test_every_instruction_set_that_runs_here_gives_the_same_bits_of_log_prob(tmp_path: Path) -> None:
     found = {}

@@ -267,6 +267,7 @@ def test_weights_that_cancel_still_have_their_gradient(assert_as_exact: Callable
         assert_as_exact(f"gradient of {tensor}", *grads, torch.float32)
 
 
+@pytest.mark.exhaustive
 @inner
 @pytest.mark.parametrize("reduce_heads", [True, False])
 def test_any_layout_of_the_gradient_of_maps_gives_the_same_results(reduce_heads: bool, poisoned: None) -> None:

@@ -42,6 +42,7 @@ def eager_maps(model, inputs, selection):
     return maps.value
 
 
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_no_new_graph_for_a_new_selection_or_a_new_context():
     case, model, inputs = make("sd3.5")
