@@ -180,6 +180,7 @@ class _Watch(NamedTuple):
     observed: Callable[[], bool]  # a dispatch mode (fake tensors, tracing, counters) or one of the two below is active
     transformed: Callable[[], bool]  # a transform of torch.func
     differentiated: Callable[[], bool]  # one that differentiates
+    vectorised: Callable[[], bool]  # torch.vmap
     dual: Callable[[], bool]  # forward-mode differentiation
     requires_grad: Callable[..., bool]  # whether one of the arguments does
 
@@ -191,9 +192,10 @@ def _watch() -> _Watch:
         from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 
         forward_ad._current_level + 0  # the number of open levels, less one
-        kinds = (TransformType.Grad, TransformType.Jvp)
+        kinds, vmap = (TransformType.Grad, TransformType.Jvp), TransformType.Vmap
     except (ImportError, AttributeError):
-        return _Watch(lambda: True, lambda: False, lambda: False, lambda: True, lambda *_: True)
+        yes, no = (lambda: True), (lambda: False)
+        return _Watch(yes, no, no, no, yes, lambda *_: True)
 
     def transformed() -> bool:
         return peek_interpreter_stack() is not None
@@ -207,7 +209,10 @@ def _watch() -> _Watch:
     def differentiated() -> bool:
         return any(interpreter.key() in kinds for interpreter in get_interpreter_stack() or ())
 
-    return _Watch(observed, transformed, differentiated, dual, _any_requires_grad)
+    def vectorised() -> bool:
+        return any(interpreter.key() == vmap for interpreter in get_interpreter_stack() or ())
+
+    return _Watch(observed, transformed, differentiated, vectorised, dual, _any_requires_grad)
 
 
 WATCH = _watch()

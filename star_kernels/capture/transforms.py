@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+
+from star_kernels.checks import warn
+from star_kernels.operators import WATCH
 
 
 def backend_for(name: str, *tensors: Tensor) -> str:
@@ -18,10 +20,11 @@ def backend_for(name: str, *tensors: Tensor) -> str:
     """
     if torch.compiler.is_compiling():
         return "auto"
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
+    if not (WATCH.transformed() or WATCH.dual()):
+        return "auto"
+    if WATCH.vectorised():
         raise ValueError(f"{name} runs under torch.vmap (jacfwd is made of it): there are no maps of such a pass")
-    if not levels and all(unpack_dual(tensor).tangent is None for tensor in tensors):
+    if not WATCH.transformed() and all(unpack_dual(tensor).tangent is None for tensor in tensors):
         return "auto"
     _warn()
     return "naive"
@@ -29,8 +32,4 @@ def backend_for(name: str, *tensors: Tensor) -> str:
 
 @cache
 def _warn() -> None:
-    warnings.warn(
-        "a captured pass under forward-mode differentiation or torch.func materialises all attention probabilities",
-        UserWarning,
-        stacklevel=2,
-    )
+    warn("a captured pass under forward-mode differentiation or torch.func materialises all attention probabilities")
