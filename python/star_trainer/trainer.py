@@ -33,7 +33,7 @@ from star_trainer.rewards.service import RewardService
 from star_trainer.rollout import Batch, capture, roll_out, sample
 from star_trainer.schedule import shares
 from star_trainer.signals import Signals, by_torchrun
-from star_trainer.update import Updater, fused_adamw
+from star_trainer.update import Updater, inner_optimizer
 
 log = logging.getLogger("star_trainer")
 
@@ -310,7 +310,7 @@ class Trainer:
     def _live(self) -> checkpoint.Live:
         return checkpoint.Live(
             self.policy.transformer,
-            fused_adamw(self.optimizer),
+            inner_optimizer(self.optimizer),
             self.average,
             self.accelerator,
             self.config,

@@ -21,9 +21,8 @@ from star_trainer.rollout import Batch, Step
 from star_trainer.schedule import schedule_of
 
 
-def fused_adamw(optimizer: Any) -> Any:
-    """PyTorch's optimiser within accelerate's. A fused one skips a step by its attribute ``found_inf``, as under a
-    gradient scaler."""
+def inner_optimizer(optimizer: Any) -> Any:
+    """PyTorch's optimiser within accelerate's."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
@@ -61,7 +60,7 @@ class Updater:
         norm = self.accelerator.clip_grad_norm_(trained, self.config.train.max_grad_norm or math.inf)
         self.grad_norm = whole(torch.as_tensor(norm).detach())
         self.skipped = (~self.grad_norm.isfinite()).float()  # of all processes' gradients: alike in all
-        fused_adamw(self.optimizer).found_inf = self.skipped
+        inner_optimizer(self.optimizer).found_inf = self.skipped  # a fused optimiser then skips the step on the device
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.step(self.skipped)

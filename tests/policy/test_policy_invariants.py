@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -89,25 +90,30 @@ def test_samples_are_drawn_one_by_one(layout: str, policy_backend: tuple[str, st
         assert all(torch.equal(one[0], whole[b]) for one, whole in zip(alone, together, strict=True))
 
 
+def assert_as_contiguous(view: Callable[[Tensor], Tensor], problem: Problem, policy_backend: tuple[str, str]) -> None:
+    """Views of the latents give what their copies give."""
+    options = {"channel_dim": problem.channel_dim, "backend": policy_backend[0]}
+    found = []
+    for made in (view, lambda t: view(t).contiguous()):
+        latents = [made(t) for t in (problem.model_output, problem.sample)]
+        drawn = sample_transition(*latents, problem.transition, noise=problem.prev_sample, **options)
+        moved = replace(problem, model_output=latents[0], sample=latents[1])
+        found.append([*drawn, *policy(moved, policy_backend), *nft(moved, policy_backend)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("dims", [(0,), (1,), (2,), (3,), (1, 3), (2, 3), (0, 2), (0, 1, 2, 3)], ids=str)
 @pytest.mark.parametrize("layout", ["image_odd", "channels_innermost", "channels_between"])
 def test_expanded_latents_are_what_they_stand_for(
     layout: str, dims: tuple[int, ...], policy_backend: tuple[str, str]
 ) -> None:
     problem = make(policy_backend, layout)
-    options = {"channel_dim": problem.channel_dim, "backend": policy_backend[0]}
 
     def expanded(t: Tensor) -> Tensor:
         return t[tuple(slice(0, 1) if d in dims else slice(None) for d in range(t.ndim))].expand(t.shape)
 
-    found = []
-    for view in (expanded, lambda t: expanded(t).contiguous()):
-        latents = [view(t) for t in (problem.model_output, problem.sample)]
-        drawn = sample_transition(*latents, problem.transition, noise=problem.prev_sample, **options)
-        moved = replace(problem, model_output=latents[0], sample=latents[1])
-        found.append([*drawn, *policy(moved, policy_backend), *nft(moved, policy_backend)])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert_as_contiguous(expanded, problem, policy_backend)
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -116,7 +122,6 @@ def test_latents_that_overlap_in_memory_are_what_they_stand_for(
     layout: str, step: int, policy_backend: tuple[str, str]
 ) -> None:
     problem = make(policy_backend, layout)
-    options = {"channel_dim": problem.channel_dim, "backend": policy_backend[0]}
 
     def overlapping(t: Tensor) -> Tensor:
         """Channels that are windows of one signal, each ``step`` elements after the last."""
@@ -124,14 +129,7 @@ def test_latents_that_overlap_in_memory_are_what_they_stand_for(
         strides = list(first[:, 0].contiguous().stride())
         return t.flatten().as_strided(first.shape, [strides[0], step, *strides[1:]]).movedim(1, problem.channel_dim)
 
-    found = []
-    for view in (overlapping, lambda t: overlapping(t).contiguous()):
-        latents = [view(t) for t in (problem.model_output, problem.sample)]
-        drawn = sample_transition(*latents, problem.transition, noise=problem.prev_sample, **options)
-        moved = replace(problem, model_output=latents[0], sample=latents[1])
-        found.append([*drawn, *policy(moved, policy_backend), *nft(moved, policy_backend)])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert_as_contiguous(overlapping, problem, policy_backend)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
