@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from star_kernels import TokenSelection, allocate, map_change
+from star_kernels import TokenSelection, allocate, total_variation
 from star_kernels.capture import attach_maps
 from star_kernels.prompts import regions_of, select_tokens
 from star_trainer.config import Config
@@ -144,7 +144,7 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
     mean, preset = core.mean(dim=2), core[:, :, preset_blocks].mean(dim=2)
     weights = allocate(mean, layout="bsp")
     ones = torch.ones_like(weights)
-    change = map_change(preset, rollout.following[:, :, preset_blocks].mean(dim=2), layout="bsp")
+    change = total_variation(preset, rollout.following[:, :, preset_blocks].mean(dim=2), layout="bsp")
     moved = shuffled(weights, generator)
     other = torch.arange(len(mean)).view(-1, rollout.group_size).roll(1, dims=1).flatten()
     maps = rollout.phrases.mean(dim=2)  # [N, Steps, G, P]
@@ -302,8 +302,8 @@ def _selection(policy: Policy, prompts: Sequence[Prompt]) -> TokenSelection:
         image_tokens=side * side,
     )
     keys = side * side + policy.encode([prompts[0].text]).tokens.shape[1]
-    mask = torch.zeros(found.batch, found.groups + 1, keys)
-    index = found.index.clamp(min=0).long()[:, None].expand(-1, found.groups, -1)
+    mask = torch.zeros(found.batch, found.phrases + 1, keys)
+    index = found.index.clamp(min=0).long()[:, None].expand(-1, found.phrases, -1)
     mask[:, :-1].scatter_add_(2, index, found.weight)
     mask[:, -1, side * side :] = 1
     return TokenSelection.from_mask(mask)

@@ -1,6 +1,6 @@
 """Fused attention maps and spatially weighted policy losses for RL post-training of text-to-image flow models."""
 
-from star_kernels.allocation import allocate, map_change
+from star_kernels.allocation import allocate, total_variation
 from star_kernels.attention import AttentionOutput, attention, attention_maps
 from star_kernels.policy import (
     PolicyLoss,
@@ -27,8 +27,8 @@ __all__ = [
     "flow_cps",
     "flow_matching",
     "flow_sde",
-    "map_change",
     "sample_transition",
+    "total_variation",
     "weighted_nft_loss",
     "weighted_policy_loss",
 ]

@@ -45,8 +45,8 @@ def allocate(
         cap: largest weight, above 1; what it takes away is given to the positions below it, in proportion
             (in equal parts where they all have zero).
         step_signal: with over="trajectory", a step's share instead of its own mass: ``[B, Steps]`` or, of each group,
-            ``[B, Steps, G]``, floating-point, not negative, such as :func:`map_change`. A degenerate signal, as of a
-            map, gives all steps the same share.
+            ``[B, Steps, G]``, floating-point, not negative, such as :func:`total_variation`. A degenerate signal, as of
+            a map, gives all steps the same share.
 
     Returns:
         Weights of the shape of maps, float32 (float64 for float64 maps), detached (in forward mode, too). A degenerate
@@ -78,7 +78,7 @@ def allocate(
     return (weights.transpose(1, 2) if grouped else weights).reshape(maps.shape)
 
 
-def map_change(maps: Tensor, following: Tensor, *, layout: str | None = None) -> Tensor:
+def total_variation(maps: Tensor, following: Tensor, *, layout: str | None = None) -> Tensor:
     """How much of each map is elsewhere in the step after: half the sum of ``|M / sum(M) - M' / sum(M')|``, in 0..1.
 
     A signal for the steps of :func:`allocate` (ours; what it is worth: docs/experiment.md).

@@ -62,8 +62,8 @@ class TokenSelection:
         return self.index.shape[1]
 
     @property
-    def groups(self) -> int:
-        """Groups per sequence, G."""
+    def phrases(self) -> int:
+        """Phrases per sequence, G."""
         return self.weight.shape[1]
 
     @property

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from star_kernels import allocate, map_change
+from star_kernels import allocate, total_variation
 from star_kernels.allocation import LAYOUTS as LAYOUTS_OF_ALLOCATE
 
 MANY = settings(max_examples=80, deadline=None)
@@ -258,13 +258,13 @@ def test_tiny_and_huge_signals_are_in_proportion(scale: float) -> None:
 def test_change_is_the_share_of_a_map_that_moves() -> None:
     maps = torch.tensor([[[4.0, 0, 0, 0], [1, 1, 1, 1], [0, 2, 2, 0], [0, 0, 0, 0]]])
     following = torch.tensor([[[0.0, 0, 1, 0], [3, 3, 3, 3], [0, 0, 8, 8], [1, 0, 0, 0]]])
-    torch.testing.assert_close(map_change(maps, following, layout="bsp"), torch.tensor([[1.0, 0.0, 0.5, 0.0]]))
-    grouped = map_change(*(m.unsqueeze(2).expand(1, 4, 3, 4) for m in (maps, following)), layout="bsgp")
+    torch.testing.assert_close(total_variation(maps, following, layout="bsp"), torch.tensor([[1.0, 0.0, 0.5, 0.0]]))
+    grouped = total_variation(*(m.unsqueeze(2).expand(1, 4, 3, 4) for m in (maps, following)), layout="bsgp")
     torch.testing.assert_close(grouped, torch.tensor([1.0, 0.0, 0.5, 0.0])[None, :, None].expand(1, 4, 3))
-    assert map_change(maps.half(), following.double(), layout="bsp").dtype == torch.float64
+    assert total_variation(maps.half(), following.double(), layout="bsp").dtype == torch.float64
     following[0, 2, 3] = torch.nan
-    assert map_change(maps, following, layout="bsp")[0].tolist() == [1.0, 0.0, 0.0, 0.0]
-    assert not map_change(maps.requires_grad_(), following, layout="bsp").requires_grad
+    assert total_variation(maps, following, layout="bsp")[0].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert not total_variation(maps.requires_grad_(), following, layout="bsp").requires_grad
 
 
 @pytest.mark.parametrize(
@@ -287,17 +287,17 @@ def test_a_bad_signal_is_named(options: dict, error: type, message: str) -> None
 
 def test_maps_of_which_the_change_has_no_meaning_are_named() -> None:
     with pytest.raises(ValueError, match=r"following must have the shape of maps, \[2, 3, 5\], got \[2, 4, 5\]"):
-        map_change(torch.ones(2, 3, 5), torch.ones(2, 4, 5), layout="bsp")
+        total_variation(torch.ones(2, 3, 5), torch.ones(2, 4, 5), layout="bsp")
     with pytest.raises(ValueError, match=r"layout must be given where maps have shape \[2, 3, 5\]: one of 'bsp'$"):
-        map_change(torch.ones(2, 3, 5), torch.ones(2, 3, 5))
+        total_variation(torch.ones(2, 3, 5), torch.ones(2, 3, 5))
     with pytest.raises(ValueError, match="layout must be given where maps have shape"):
-        map_change(torch.ones(2, 5), torch.ones(2, 5))
+        total_variation(torch.ones(2, 5), torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"layout must be one of 'bsp', 'bsgp', .* got 'bhw'"):
-        map_change(torch.ones(2, 3, 5), torch.ones(2, 3, 5), layout="bhw")
+        total_variation(torch.ones(2, 3, 5), torch.ones(2, 3, 5), layout="bhw")
     with pytest.raises(TypeError, match=r"following must be a floating-point tensor, got torch\.int64"):
-        map_change(torch.ones(2, 3, 5), torch.ones(2, 3, 5, dtype=torch.int64), layout="bsp")
+        total_variation(torch.ones(2, 3, 5), torch.ones(2, 3, 5, dtype=torch.int64), layout="bsp")
     with pytest.raises(ValueError, match="following must be on the device of maps, cpu, got meta"):
-        map_change(torch.ones(2, 3, 5), torch.ones(2, 3, 5, device="meta"), layout="bsp")
+        total_variation(torch.ones(2, 3, 5), torch.ones(2, 3, 5, device="meta"), layout="bsp")
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
@@ -311,8 +311,8 @@ def test_a_layout_is_the_maps_with_their_positions_flat(layout: str, cap: float 
     assert torch.equal(found.reshape(rows.shape), allocate(rows, cap=cap))
     if "s" in layout:
         flat = maps.flatten(len(layout.rstrip("pfhw")))
-        change = map_change(maps, maps.flip(1), layout=layout)
-        assert torch.equal(change, map_change(flat, flat.flip(1), layout=LAYOUTS[flat.ndim]))
+        change = total_variation(maps, maps.flip(1), layout=layout)
+        assert torch.equal(change, total_variation(flat, flat.flip(1), layout=LAYOUTS[flat.ndim]))
         for signal in (None, change):
             options: dict[str, Any] = {"over": "trajectory", "cap": cap, "step_signal": signal}
             assert torch.equal(allocate(maps, layout=layout, **options), weigh(flat, **options).view_as(maps))

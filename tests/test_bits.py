@@ -17,9 +17,9 @@ from star_kernels import (
     allocate,
     attention_maps,
     flow_sde,
-    map_change,
     native,
     sample_transition,
+    total_variation,
     weighted_nft_loss,
     weighted_policy_loss,
 )
@@ -126,7 +126,7 @@ def test_allocations(shape: tuple[int, ...], cap: float | None, assert_equal_bit
     maps = torch.rand(shape) ** 3
 
     def results() -> list[Tensor]:
-        change = map_change(maps, maps.flip(2), layout="bshw")
+        change = total_variation(maps, maps.flip(2), layout="bshw")
         signals = [allocate(maps, layout="bshw", over="trajectory", cap=cap, step_signal=s) for s in (None, change)]
         return [allocate(maps, layout="bshw", cap=cap), change, *signals]
 

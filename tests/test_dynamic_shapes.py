@@ -21,8 +21,8 @@ from star_kernels import (
     flow_cps,
     flow_matching,
     flow_sde,
-    map_change,
     sample_transition,
+    total_variation,
     weighted_nft_loss,
     weighted_policy_loss,
 )
@@ -77,7 +77,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "weighted_nft_loss, naive": (lambda x: nft(x, "naive"), (t["model_output"],)),
     "sample_transition": (lambda x, e, c: sample_transition(x, e, c, noise=e), (t["sample"], t["noise"], TRANSITION)),
     "allocate": (lambda m: allocate(m, layout="bshw", over="trajectory", cap=1.5), (MAPS,)),
-    "map_change": (lambda m: map_change(m, m.flip(1), layout="bshw"), (MAPS,)),
+    "total_variation": (lambda m: total_variation(m, m.flip(1), layout="bshw"), (MAPS,)),
     "flow_sde": (lambda sigma: flow_sde(sigma, sigma / 2, sigma_max=0.95).coefficients, (SIGMA,)),
     "flow_sde of floats": (lambda x, a, b: flow_sde(a, b, sigma_max=a).coefficients * x, (ONE, 0.9, 0.5)),
     "flow_cps": (lambda sigma: flow_cps(sigma, sigma / 2).coefficients, (SIGMA,)),

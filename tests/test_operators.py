@@ -17,9 +17,9 @@ from star_kernels import (
     attention,
     attention_maps,
     flow_sde,
-    map_change,
     operators,
     sample_transition,
+    total_variation,
     weighted_nft_loss,
     weighted_policy_loss,
 )
@@ -145,7 +145,7 @@ def test_allocations_are_detached_in_every_mode() -> None:
     for function in (
         lambda m: allocate(m, layout="bsp", cap=1.5),
         lambda m: allocate(maps, layout="bsp", over="trajectory", step_signal=m.sum(dim=2)),
-        lambda m: map_change(m, m.flip(1), layout="bsp"),
+        lambda m: total_variation(m, m.flip(1), layout="bsp"),
     ):
         assert not function(maps.clone().requires_grad_()).requires_grad
         assert tangent(function, maps, maps) is None

@@ -18,7 +18,7 @@ MANY = settings(max_examples=60, deadline=None)
 
 def per_key(selection: TokenSelection, length: int) -> torch.Tensor:
     """The weight of each position of a sequence, [B, G, S]: what a selection means."""
-    dense = torch.zeros(selection.batch, selection.groups, length)
+    dense = torch.zeros(selection.batch, selection.phrases, length)
     for b in range(selection.batch):
         for t in range(selection.tokens):
             if selection.index[b, t] >= 0:
@@ -28,7 +28,7 @@ def per_key(selection: TokenSelection, length: int) -> torch.Tensor:
 
 def test_positions_of_one_group() -> None:
     selection = TokenSelection.from_positions([[1029, 1030], [1101]])
-    assert (selection.batch, selection.groups, selection.tokens) == (2, 1, 2)
+    assert (selection.batch, selection.phrases, selection.tokens) == (2, 1, 2)
     assert selection.index.tolist() == [[1029, 1030], [1101, -1]]
     assert selection.weight.tolist() == [[[1.0, 1.0]], [[1.0, 0.0]]]
     assert selection.index.dtype == torch.int32
@@ -84,7 +84,7 @@ def test_the_default_dtype_and_device_do_not_matter(dtype: torch.dtype) -> None:
 
 def test_positions_of_several_groups_share_the_slots() -> None:
     selection = TokenSelection.from_positions([[[1029], [1030]], [[1101], []]])
-    assert (selection.batch, selection.groups) == (2, 2)
+    assert (selection.batch, selection.phrases) == (2, 2)
     dense = per_key(selection, 1200)
     assert dense.nonzero().tolist() == [[0, 0, 1029], [0, 1, 1030], [1, 0, 1101]]
 

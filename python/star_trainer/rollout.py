@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_kernels import TokenSelection, allocate, map_change, sample_transition
+from star_kernels import TokenSelection, allocate, sample_transition, total_variation
 from star_kernels.capture import attach_maps
 from star_kernels.prompts import regions_of, select_tokens
 from star_trainer.config import Allocation, Config
@@ -170,7 +170,7 @@ def weighted(steps: list[Step], maps: Tensor, allocation: Allocation, following:
     layout = "bshw" if found.ndim == 4 else "bsghw"
     signal = None
     if following is not None:
-        signal = map_change(found, following.sum(dim=2) if splits else following, layout=layout)
+        signal = total_variation(found, following.sum(dim=2) if splits else following, layout=layout)
     weights = allocate(
         found,
         layout=layout,

@@ -41,7 +41,7 @@ def test_clip_and_t5_positions_of_each_word_are_selected_after_the_image() -> No
     assert words_at(positions(selection, 0), prompts[0]) == ["red bench"] * 2
     assert words_at(positions(selection, 1), prompts[1]) == ["bright evening"] * 2
     assert names == [("red bench",), ("bright evening",)]
-    assert selection.groups == 1
+    assert selection.phrases == 1
     assert set(selection.weight.unique().tolist()) <= {0.0, 1.0}
 
 
