@@ -1,1 +1,1 @@
-"""What star-kernels costs: overhead.py is the command, the packages are its parts."""
+"""Benchmarks of star-kernels. ``overhead.py`` is the command; the subpackages implement it."""

@@ -1,12 +1,16 @@
-"""What attention maps and spatial weights cost on this machine: python benchmarks/overhead.py
+"""Measures what attention maps and spatial weights cost on this machine: python benchmarks/overhead.py
 
-On a GPU if there is one and else on the CPU: attention with maps against attention without and against other ways to
-get maps; the weighted policy loss against the one without weights and against Flow-GRPO's arithmetic in PyTorch; a
-whole rollout-and-update step with and without STAR; and an epoch of the driver, with its rewards. On a GPU, and with
---thorough, also a transformer's forward pass with and without capture; on a GPU attention's backward pass.
+The benchmark runs on a GPU if there is one, otherwise on the CPU. It has these parts:
 
-Prints a table for each part as soon as it is measured, and a summary at the end; writes JSON and a plot to
-runs/overhead. Takes less than four minutes on two cores, and ten with --thorough. Ctrl-C ends it with what there is.
+  attention   attention with maps, against attention without maps and other ways to compute the maps
+  backward    the backward pass of attention (GPU only)
+  policy      the policy loss with and without weights, against Flow-GRPO's loss in PyTorch
+  capture     a transformer's forward pass with and without captured maps (GPU, or CPU with --thorough)
+  end-to-end  a rollout-and-update step of STAR, against the same step of plain Flow-GRPO
+  epoch       an epoch of star-train with and without STAR, rewards included
+
+It prints a table for each part and a summary at the end, and writes JSON and a plot to runs/overhead. A run takes
+less than four minutes on two cores, or ten minutes with --thorough. Ctrl-C stops the run and keeps its results so far.
 """
 
 from __future__ import annotations
@@ -23,30 +27,32 @@ from typing import Any
 if not __package__:  # run as a script: import the packages of the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory is chatty
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler that measures memory
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
 from benchmarks.parts import attention, backward, policy
+from benchmarks.parts.request import Request
 from benchmarks.reporting import environment, plot, summary, tables
 from benchmarks.reporting.thresholds import FAILED, HELD, UNDECIDED, Outcome, evaluate
 from benchmarks.timing import progress
 from benchmarks.timing.harness import Budget, Extent
 
 PARTS = ("attention", "backward", "policy", "capture", "end-to-end", "epoch")
-THOROUGH_ON_CPU = ("attention", "policy", "capture", "end-to-end", "epoch")  # attention's backward pass is PyTorch's
-ON_CPU = ("attention", "policy", "end-to-end", "epoch")  # the step has a capture in it
-# Of each part by default, preparation included.
+# On a CPU the backward pass of attention is PyTorch's own.
+THOROUGH_ON_CPU = ("attention", "policy", "capture", "end-to-end", "epoch")
+ON_CPU = ("attention", "policy", "end-to-end", "epoch")  # end-to-end includes a capture
+# Default run: seconds of each part, including its preparation.
 BUDGET = {"attention": 45.0, "backward": 15.0, "policy": 25.0, "capture": 40.0, "end-to-end": 75.0, "epoch": 40.0}
-# Of each comparison of a thorough run, after its checks; and of a whole part, for its announcement.
+# Thorough run: seconds of each comparison, excluding its checks, and the expected seconds of each part.
 SECONDS = {"attention": 36.0, "backward": 12.0, "policy": 12.0, "capture": 40.0, "end-to-end": 75.0, "epoch": 90.0}
 EXPECTED = {"attention": 170.0, "backward": 50.0, "policy": 50.0, "capture": 90.0, "end-to-end": 120.0, "epoch": 110.0}
 RECORDED = ("only", "device", "dtype", "repetitions", "seconds", "batch", "quick", "thorough")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUT = Path(__file__).resolve().parents[1] / "runs" / "overhead"
-INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+INTERRUPTED = 130  # exit status of a program stopped by Ctrl-C
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,11 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
         "thresholds": [],
     }
     path = options.out / f"overhead-{environment.slug(described)}.json"
-    takes = progress.duration(plan.left)
-    print(f"{len(chosen)} parts{takes and ', ' + takes}; Ctrl-C ends the run with what it has measured", flush=True)
-    print(tables.beginning(described, options.thorough), flush=True)
+    estimate = progress.duration(plan.left)
+    print(f"{len(chosen)} parts{estimate and ', ' + estimate}; Ctrl-C stops the run and keeps its results", flush=True)
+    print(tables.introduction(described, options.thorough), flush=True)
     started = time.perf_counter()
-    progress.follow(plan)
+    progress.set_plan(plan)
     try:
         for part in chosen:
             plan.begin(part)
@@ -88,34 +94,35 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted in part {plan.current!r}", file=sys.stderr)
     finally:
-        progress.follow(None)
+        progress.set_plan(None)
     return finish(result, path, options)
 
 
 def finish(result: dict[str, Any], path: Path, options: argparse.Namespace) -> int:
-    """Summary, plot and verdict of what was measured."""
+    """Writes the results and the plot, prints the summary, and returns the exit status."""
     status = 0 if result["complete"] else INTERRUPTED
     if not result["parts"]:
-        print("nothing was measured: no file was written")
+        print("no part was measured; no file was written")
         return status
     tables.write_json(path, result)
     plot.draw(path.with_suffix(".png"), result)
     print(f"\n{summary.text(result)}")
     if options.check:
         status = check(evaluate(result["parts"], result["environment"]["device"])) or status
-    told = "" if result["complete"] else "the parts before the interruption: "
-    print(f"{result['seconds']:.0f} s; wrote {told}{os.path.relpath(path)} and .png")
+    partial = "" if result["complete"] else "the parts measured before the interruption to "
+    print(f"{result['seconds']:.0f} s; wrote {partial}{os.path.relpath(path)} and .png")
     return status
 
 
 def check(outcomes: list[Outcome]) -> int:
-    """Prints every threshold; 1 if the whole interval of a figure lies beyond one."""
+    """Prints the outcome of every threshold. Returns 1 if a threshold failed, otherwise 0."""
     if not outcomes:
-        print("--check: no threshold is about what was run", file=sys.stderr)
+        print("--check: no threshold applies to the parts that were run", file=sys.stderr)
         return 0
     verdicts = [outcome.verdict for outcome in outcomes]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in (HELD, FAILED, UNDECIDED))
-    print(f"\nLIMITS: {counts} (the limit is inside the interval, or there is no interval)", *outcomes, "", sep="\n")
+    reason = "undecided: the limit lies inside the interval, or there is no interval"
+    print(f"\nLIMITS: {counts} ({reason})", *outcomes, "", sep="\n")
     return int(FAILED in verdicts)
 
 
@@ -123,36 +130,40 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="overhead.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=PARTS, action="append", help="run this part alone (may be repeated)")
+    parser.add_argument("--only", choices=PARTS, action="append", help="run only this part (may be repeated)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated; each part has its default")
-    parser.add_argument("--repetitions", type=_positive, help="rounds of each comparison, instead of a time limit")
-    parser.add_argument("--seconds", type=_positive, help="time of each comparison, instead of each part's own")
-    parser.add_argument("--thorough", action="store_true", help="all parts, at more sizes and for longer: ten minutes")
-    parser.add_argument("--batch", type=_positive, help="batch size, instead of each part's own")
-    parser.add_argument("--prompts", type=Path, help='prompts, one a line, or JSON lines with a "prompt" each')
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="dtype of the inputs (may be repeated)")
+    parser.add_argument(
+        "--repetitions", type=_positive, help="number of rounds per comparison; replaces the time limit"
+    )
+    parser.add_argument("--seconds", type=_positive, help="time limit per comparison, in seconds")
+    parser.add_argument("--thorough", action="store_true", help="run more parts at more sizes, for about ten minutes")
+    parser.add_argument("--batch", type=_positive, help="batch size (default: set by each part)")
+    parser.add_argument("--prompts", type=Path, help='file of prompts: one per line, or JSON lines with a "prompt" key')
     parser.add_argument("--tokenizer", type=Path, help="folder of a fast tokenizer (default: trained on the prompts)")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for JSON and plot (default: runs/overhead)")
+    parser.add_argument("--out", type=Path, default=OUT, help="output folder (default: runs/overhead)")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="also compare the figures with the limits of benchmarks/reporting/thresholds.py: status 1 if one fails",
+        help="compare the results with benchmarks/reporting/thresholds.py; exit with status 1 if a limit fails",
     )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: shows that everything runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="use tiny shapes and few rounds, to check that all parts run"
+    )
     options = parser.parse_args(arguments)
     if options.quick and options.thorough:
-        parser.error("--quick and --thorough exclude each other")
+        parser.error("--quick and --thorough are mutually exclusive")
     try:
         device = torch.device(options.device)
     except RuntimeError:
         parser.error(f"--device must be cpu, cuda or cuda:N, got {options.device!r}")
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        parser.error(f"--device: this torch cannot use {options.device!r} here")
+        parser.error(f"--device: torch {torch.__version__} cannot use {options.device!r} on this machine")
     if device.type == "cpu" and "backward" in (options.only or ()):
-        parser.error("--only backward needs a GPU: on a CPU the backward pass of attention is PyTorch's own")
+        parser.error("--only backward requires a GPU: on a CPU the backward pass of attention is PyTorch's own")
     from benchmarks.variants.prompt_tokens import PromptError, load_tokenizer, read_prompts
 
-    try:  # before anything is timed
+    try:  # read the files before the timing starts
         options.texts = read_prompts(options.prompts)
         options.loaded_tokenizer = load_tokenizer(options.tokenizer, options.texts)
     except PromptError as error:
@@ -163,27 +174,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def measure(
     part: str, options: argparse.Namespace, device: torch.device, dtypes: list[torch.dtype] | None
 ) -> Iterator[dict[str, Any]]:
-    """The cases of a part, each as soon as it is measured."""
+    """Yields the results of a part case by case, as they are measured."""
     extent: Extent = "quick" if options.quick else "thorough" if options.thorough else "default"
-    common = device, dtypes, options.batch, budget_of(options, part), extent
+    request = Request(device, dtypes, options.batch, budget_of(options, part), extent)
     if part == "attention":
-        return attention.measure(*common)
+        return attention.measure(request)
     if part == "backward":
-        return backward.measure(*common)
+        return backward.measure(request)
     if part == "policy":
-        return policy.measure(*common)
-    # These import diffusers, which takes seconds.
+        return policy.measure(request)
+    # The other parts import diffusers, which takes seconds.
     if part == "capture":
         from benchmarks.parts import capture
 
-        return capture.measure(*common)
+        return capture.measure(request)
     if part == "end-to-end":
         from benchmarks.parts import end_to_end
 
-        return end_to_end.measure(*common, prompts=options.texts, tokenizer=options.loaded_tokenizer)
+        return end_to_end.measure(request, prompts=options.texts, tokenizer=options.loaded_tokenizer)
     from benchmarks.parts import epoch
 
-    return epoch.measure(*common)
+    return epoch.measure(request)
 
 
 def budget_of(options: argparse.Namespace, part: str) -> Budget:
@@ -197,7 +208,7 @@ def budget_of(options: argparse.Namespace, part: str) -> Budget:
 
 
 def expected(options: argparse.Namespace, part: str) -> float:
-    """Seconds that a part will take on two cores, infinite where nobody knows."""
+    """Expected duration of a part on two cores, in seconds; infinite if it is not known."""
     if options.repetitions or options.seconds:
         return math.inf
     if options.quick:
@@ -208,7 +219,7 @@ def expected(options: argparse.Namespace, part: str) -> float:
 def _positive(text: str) -> int:
     number = int(text) if text.isdigit() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return number
 
 

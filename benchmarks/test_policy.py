@@ -1,4 +1,4 @@
-"""pytest benchmarks/test_policy.py: the policy losses with their gradients, ours and in eager PyTorch."""
+"""Speed of the policy losses and their gradients, ours and in eager PyTorch: pytest benchmarks/test_policy.py"""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.parts.policy import SHAPE, check_equal, settle_allocator
+from benchmarks.parts.policy import SHAPE, check_equal
+from benchmarks.timing.memory import settle_allocator
 from benchmarks.variants.objectives import pairs
 from benchmarks.variants.policy import make_inputs, variants
 
@@ -44,5 +45,5 @@ def test_objective_speed(benchmark: BenchmarkFixture, dtype: torch.dtype, object
     ours, eager = pairs(make_inputs(SHAPE, dtype, DEVICE))[objective]
     for got, expected in zip(ours(), eager(), strict=True):
         error = float((got.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-2))
-        assert error <= (1e-4 if dtype == torch.float32 else 1e-2), f"ours and the eager arithmetic differ by {error}"
+        assert error <= (1e-4 if dtype == torch.float32 else 1e-2), f"our results and the eager ones differ by {error}"
     time(benchmark, f"{objective}, batch {SHAPE[0]}, {dtype}", ours if side == "ours" else eager)

@@ -1,1 +1,1 @@
-"""The parts of the overhead benchmark, one for each ``--only``."""
+"""The parts of the overhead benchmark, one module for each value of ``--only``."""

@@ -1,4 +1,4 @@
-"""The backward pass of attention on a GPU: ours, without and with a gradient of the maps, and PyTorch's kernels."""
+"""The backward pass of attention on a GPU: ours with and without a gradient of the maps, and PyTorch's kernels."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.parts.request import Request
 from benchmarks.timing.clocks import kernel_clock
-from benchmarks.timing.harness import Budget, Extent, Variant, interleave
+from benchmarks.timing.harness import Budget, Variant, interleave
 from benchmarks.variants.attention import FLUX_1024, SD35_512, SD35_1024, VENDORS, Inputs, Shape, make_inputs
 from star_kernels import attention
 
 SHAPES = ((SD35_512, 16), (SD35_1024, 4), (FLUX_1024, 2))
-# Relative RMS between two backward passes in 16 bits, each rounded on its way.
+# Relative RMS difference allowed between two backward passes in a 16-bit dtype.
 TOLERANCE = 3e-2
 
 
-def measure(
-    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, extent: Extent
-) -> Iterator[dict[str, Any]]:
-    if device.type != "cuda":  # PyTorch's own backward pass there
+def measure(request: Request) -> Iterator[dict[str, Any]]:
+    """Yields one case for each shape and dtype; none on a CPU, where the backward pass is PyTorch's own."""
+    device, dtypes, batch, budget, extent = request
+    if device.type != "cuda":
         return
     shapes = [replace(shape, batch=batch or b) for shape, b in SHAPES]
     if extent == "quick":
         shapes = [replace(SD35_512, name="smoke test", heads=2)]
     cases = [(shape, dtype) for shape in shapes for dtype in dtypes or [torch.bfloat16]]
     for done, (shape, dtype) in enumerate(cases):
-        yield measure_case(shape, dtype, device, budget.for_one(len(cases) - done))
+        yield measure_case(shape, dtype, device, budget.for_next(len(cases) - done))
 
 
 def measure_case(shape: Shape, dtype: torch.dtype, device: torch.device, budget: Budget) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def measure_case(shape: Shape, dtype: torch.dtype, device: torch.device, budget:
 
 
 def variants(x: Inputs) -> list[Variant]:
-    """Each a backward pass through a graph that its forward pass has left."""
+    """The backward passes to compare. Each runs through a graph that is built once and retained."""
     leaves = [t.detach().requires_grad_() for t in (x.query, x.key, x.value)]
     upstream = torch.randn_like(x.query)
     ours = attention(*leaves, x.selection, rows=x.shape.rows, backend="triton")

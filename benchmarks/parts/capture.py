@@ -1,4 +1,4 @@
-"""What the capture of maps costs a transformer's forward pass: time, and peak memory."""
+"""The cost of capturing maps in a transformer's forward pass: time and peak memory."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.parts.policy import peak_memory
+from benchmarks.parts.request import Request
 from benchmarks.timing.clocks import kernel_clock
-from benchmarks.timing.harness import Budget, Extent, Variant, interleave
+from benchmarks.timing.harness import Budget, Variant, interleave
+from benchmarks.timing.memory import peak_memory
 from benchmarks.timing.progress import Progress
 from benchmarks.variants.sd3_model import CHANNELS, POOLED_WIDTH, TEXT_WIDTH, Size, build
 from star_kernels import TokenSelection
 from star_kernels.capture import capture_maps
 
 SELECTED = 8
-SAMPLES = 1  # and their unconditional halves
+SAMPLES = 1  # the batch also holds the unconditional half
 SIZES = {
     "cpu": Size(blocks=2, latent=128, text=333, groups=1, group=1, steps=1),
     "cuda": Size(blocks=24, latent=128, text=333, groups=1, group=1, steps=1),
 }
-SHORT = Size(blocks=1, latent=64, text=333, groups=1, group=1, steps=1)  # on a CPU, unless the run is thorough
+SHORT = Size(blocks=1, latent=64, text=333, groups=1, group=1, steps=1)  # default run on a CPU
 QUICK = Size(blocks=1, latent=16, text=32, groups=1, group=1, steps=1)
-# Relative RMS between a forward pass with capture and one without: other sums, through the model's dtype.
+# Relative RMS difference allowed between the outputs with and without capture, which sum in another order.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
-def measure(
-    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, extent: Extent
-) -> Iterator[dict[str, Any]]:
+def measure(request: Request) -> Iterator[dict[str, Any]]:
+    """Yields one case, in the first dtype requested. Default: bfloat16 on a GPU, float32 on a CPU."""
+    device, dtypes, batch, budget, extent = request
     size = SHORT if extent == "default" and device.type == "cpu" else SIZES[device.type]
     if extent == "quick":
         size = QUICK
@@ -57,7 +58,7 @@ def measure_case(size: Size, dtype: torch.dtype, device: torch.device, budget: B
     with Progress(f"{title} · memory", 0):
         memory = peak_memory(forward.captured, device) / peak_memory(forward.plain, device)
     times = interleave(variants, clock, budget, title, warm_up=0)
-    label = "capture / no capture"
+    label = "with capture / without"
     return {
         "name": "smoke test" if quick else f"SD3.5-M {8 * size.latent}² forward",
         "title": f"SD3.5-M, {size.blocks} of 24 blocks, {8 * size.latent}², {size.text} text tokens, {name}, "
@@ -69,7 +70,7 @@ def measure_case(size: Size, dtype: torch.dtype, device: torch.device, budget: B
         **times.columns(variants, "plain"),
         "ratios": {
             "capture_over_plain": {"label": f"OVERHEAD {label}", **times.ratio("captured", "plain").as_dict()},
-            "capture_memory": {"label": f"peak memory beyond weights and inputs: {label}", "median": memory},
+            "capture_memory": {"label": f"peak extra memory: {label}", "median": memory},
         },
         "output_difference": difference,
         "notes": [*filter(None, (times.note,))],
@@ -77,7 +78,7 @@ def measure_case(size: Size, dtype: torch.dtype, device: torch.device, budget: B
 
 
 class Forward:
-    """A transformer and the inputs of one step, with classifier-free guidance."""
+    """A transformer and its inputs for one denoising step with classifier-free guidance."""
 
     def __init__(self, size: Size, dtype: torch.dtype, device: torch.device) -> None:
         self.transformer = build(size, dtype, device)
@@ -104,5 +105,5 @@ class Forward:
     def captured(self) -> Tensor:
         with capture_maps(self.transformer, self.selection, cfg="last") as maps:
             output = self.plain()
-        maps.value.sum()  # a user reads them
+        maps.value.sum()  # reading the maps is part of the cost
         return output

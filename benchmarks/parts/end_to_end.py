@@ -1,4 +1,4 @@
-"""Part (c): one rollout-and-update step of Flow-GRPO on a diffusers transformer, and the same step with STAR."""
+"""One rollout-and-update step of plain Flow-GRPO on a diffusers transformer, and the same step with STAR."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.parts.request import Request
 from benchmarks.timing.clocks import CpuClock
-from benchmarks.timing.harness import Budget, Extent, Variant, interleave
+from benchmarks.timing.harness import Variant, interleave
 from benchmarks.timing.progress import Progress
 from benchmarks.variants.policy import ADVANTAGE_CLIP, CLIP_RANGE, NOISE_LEVEL, flow_grpo_loss, flow_grpo_step
 from benchmarks.variants.prompt_tokens import encode
@@ -23,12 +24,12 @@ from star_kernels.prompts import TextRegion, core_content, select_tokens
 
 GUIDANCE = 4.5
 SHIFT = 3.0
-LEARNING_RATE = 1e-5  # small: every arm trains the same weights, in turn
+LEARNING_RATE = 1e-5  # small, because all arms update the same weights in turn
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What differs between the steps compared."""
+    """The settings in which the compared steps differ."""
 
     name: str
     label: str
@@ -44,7 +45,7 @@ EAGER = Arm("eager", "plain Flow-GRPO, eager arithmetic", eager=True)
 
 @dataclass(frozen=True)
 class Transition:
-    """What a rollout keeps of one step."""
+    """One denoising step of a rollout, as the update needs it."""
 
     step: int
     sample: Tensor
@@ -54,7 +55,10 @@ class Transition:
 
 
 class Trainer:
-    """Everything a step needs. ``step(arm, number)`` is deterministic in the weights, the prompts and the number."""
+    """The model, the optimiser and the schedule of the compared steps.
+
+    The result of ``step(arm, number)`` depends only on the weights, the prompts and the number.
+    """
 
     def __init__(
         self,
@@ -79,10 +83,10 @@ class Trainer:
             flow_sde(a, b, noise_level=NOISE_LEVEL, sigma_max=self.sigmas[1]).to(device) for a, b in pairs
         ]
         columns = [torch.tensor([[s] * size.batch for s in pair], device=device) for pair in pairs]
-        self.schedule = [(first, then, self.sigmas[1]) for first, then in columns]  # as the eager arithmetic takes it
+        self.schedule = [(first, then, self.sigmas[1]) for first, then in columns]  # arguments of flow_grpo_step
 
     def step(self, arm: Arm, number: int, optimise: bool = True) -> Tensor:
-        """Rollout, rewards, advantages, update. Returns the loss, summed over the trained steps."""
+        """Runs rollout, rewards, advantages and update. Returns the loss, summed over the trained steps."""
         generator = torch.Generator().manual_seed(number)
         chosen = [self.prompts[(number * self.size.groups + g) % len(self.prompts)] for g in range(self.size.groups)]
         prompts = [p for p in chosen for _ in range(self.size.group)]
@@ -92,8 +96,8 @@ class Trainer:
             selection = select_tokens(prompts, self.regions, image_tokens=self.size.image).selection.to(self.device)
         trajectory = self.rollout(arm, text, selection, generator)
         rewards = torch.rand(self.size.groups, self.size.group, generator=generator)
-        spread = rewards.std(dim=1, keepdim=True) + 1e-4
-        advantages = ((rewards - rewards.mean(dim=1, keepdim=True)) / spread).flatten().to(self.device)
+        std = rewards.std(dim=1, keepdim=True) + 1e-4
+        advantages = ((rewards - rewards.mean(dim=1, keepdim=True)) / std).flatten().to(self.device)
         return self.update(arm, text, trajectory[:-1], advantages, optimise)  # the last step is not trained
 
     @torch.no_grad()
@@ -156,7 +160,7 @@ class Trainer:
         return total
 
     def velocity(self, latents: Tensor, step: int, text: tuple[Tensor, Tensor]) -> Tensor:
-        """With classifier-free guidance: one forward pass of a doubled batch, the conditional half last."""
+        """Velocity with classifier-free guidance: one forward pass of a doubled batch, conditional half last."""
         batch = 2 * self.size.batch
         output = self.transformer(
             hidden_states=torch.cat([latents, latents]).to(self.dtype),
@@ -170,7 +174,7 @@ class Trainer:
         return guided
 
     def gradient(self, arm: Arm) -> tuple[Tensor, Tensor]:
-        """Loss and gradient of a step that changes nothing."""
+        """Loss and gradient of step 0, without updating the weights."""
         loss = self.step(arm, 0, optimise=False)
         gradient = torch.cat([p.grad.flatten().float() for p in self.trained if p.grad is not None])
         self.optimizer.zero_grad(set_to_none=True)
@@ -182,30 +186,22 @@ class Trainer:
         return tokens, pooled
 
 
-def measure(
-    device: torch.device,
-    dtypes: list[torch.dtype] | None,
-    batch: int | None,
-    budget: Budget,
-    extent: Extent,
-    *,
-    prompts: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-) -> Iterator[dict[str, Any]]:
-    """One case, in the first dtype asked for: by default bfloat16 on a GPU and float32 on a CPU.
+def measure(request: Request, *, prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
+    """Yields one case, in the first dtype requested. Default: bfloat16 on a GPU, float32 on a CPU.
 
-    The eager arithmetic, whose cost the policy loss shows by itself, is left to a thorough run.
+    Only a thorough run includes the step with Flow-GRPO's arithmetic in eager PyTorch.
     """
+    device, dtypes, batch, budget, extent = request
     dtype = (dtypes or [torch.bfloat16 if device.type == "cuda" else torch.float32])[0]
     size = size_for(device, batch, extent)
     title = "end to end"
     with Progress(f"{title} · checking", 0) as progress:
-        # In float32 and two blocks: through a whole model in 16 bits the same step, rounded otherwise, differs by 6 %.
+        # In float32 with two blocks: in 16 bits, rounding alone changes the step of a whole model by 6 %.
         progress.show("two blocks in float32")
         checked = replace(size, blocks=min(size.blocks, 2))
         trainer = Trainer(checked, torch.float32, device, prompts, tokenizer)
         differences = check_arms(trainer, progress)
-        warm = (size, dtype) == (checked, torch.float32)  # the same model, whose arms have run
+        warm = (size, dtype) == (checked, torch.float32)  # the checked model is the measured one
         if not warm:
             progress.show("building the model")
             trainer = Trainer(size, dtype, device, prompts, tokenizer)
@@ -213,9 +209,9 @@ def measure(
     variants = [Variant(arm.name, arm.label, _Counted(trainer, arm)) for arm in arms]
     clock = CpuClock(device)
     times = interleave(variants, clock, budget, title, warm_up=0 if warm else 1)
-    ratios = {"star_over_plain": ("STAR / plain", "star", "plain")}
+    ratios = {"star_over_plain": ("OVERHEAD STAR / plain Flow-GRPO", "star", "plain")}
     if EAGER in arms:
-        ratios["star_over_eager"] = ("STAR / plain with eager arithmetic", "star", "eager")
+        ratios["star_over_eager"] = ("STAR / plain Flow-GRPO, eager arithmetic", "star", "eager")
     name = str(dtype).removeprefix("torch.")
     case: dict[str, Any] = {
         "name": "smoke test" if extent == "quick" else "SD3.5-M step",
@@ -232,21 +228,25 @@ def measure(
         "core_words": [{"prompt": prompt, "core": " ".join(core_content(prompt).words)} for prompt in prompts[:3]],
     }
     case["notes"] = [
-        f"a step: {size.steps} rollout steps, of which all but the last are trained, and one AdamW step",
+        f"each step: {size.steps} denoising steps, all but the last of which are trained, and one AdamW update",
         *filter(None, (times.note,)),
         *(f"core words of {prompt[:40]!r}...: {' '.join(core_content(prompt).words)}" for prompt in prompts[:3]),
     ]
     yield case
 
 
-TOLERANCE = 1e-4  # relative RMS: the same gradient by other sums
+TOLERANCE = 1e-4  # relative RMS difference of gradients that sum in another order
 
 
 def check_arms(trainer: Trainer, progress: Progress) -> dict[str, float]:
-    """Flow-GRPO's eager arithmetic and STAR with uniform weights take the same step as the plain arm."""
+    """Checks that Flow-GRPO's eager arithmetic and STAR with uniform weights take the same step as plain Flow-GRPO.
+
+    Raises:
+        RuntimeError: if the gradients or the losses differ.
+    """
     uniform = Arm("star_uniform", "STAR with uniform weights", star=True, strength=0.0)
     progress.show(PLAIN.label)
-    trainer.step(PLAIN, 0)  # the optimiser makes its state
+    trainer.step(PLAIN, 0)  # allocates the state of the optimiser
     loss, expected = trainer.gradient(PLAIN)
     differences = {}
     for arm in (EAGER, uniform):
@@ -255,12 +255,15 @@ def check_arms(trainer: Trainer, progress: Progress) -> dict[str, float]:
         differences[arm.name] = float((gradient - expected).norm() / expected.norm())
         same = differences[arm.name] <= TOLERANCE and abs(float(other_loss - loss)) <= 1e-3
         if not same:
-            raise RuntimeError(f"{arm.label} is not the step of {PLAIN.label}: gradients differ by {differences}")
+            raise RuntimeError(
+                f"the step of '{arm.label}' differs from that of '{PLAIN.label}': loss {float(other_loss):.6g} and "
+                f"{float(loss):.6g}, relative RMS differences of the gradients {differences}"
+            )
     return differences
 
 
 class _Counted:
-    """Calls an arm with the number of the call, so that all arms see the same prompts and noise in a round."""
+    """Runs a step with the number of the call, so that all arms of a round have the same prompts and noise."""
 
     def __init__(self, trainer: Trainer, arm: Arm) -> None:
         self.trainer, self.arm, self.number = trainer, arm, 0

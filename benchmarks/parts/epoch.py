@@ -1,7 +1,7 @@
-"""What STAR costs an epoch of the driver: rollout, rewards and update of the small model that ships.
+"""The cost of STAR in an epoch of star-train: rollout, rewards and update of the small model in the package.
 
-Two ways: whole epochs with and without, whose ratio is as noisy as seconds-long calls are on a shared machine; and by
-parts, all that STAR adds to an epoch timed by itself, many times, over the time of a plain epoch.
+It is measured in two ways: as the ratio of whole epochs with and without STAR, which is noisy on a shared machine, and
+as the sum of the parts that STAR adds to an epoch, each timed many times, relative to an epoch without STAR.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.parts.policy import peak_memory
+from benchmarks.parts.request import Request
 from benchmarks.timing.clocks import CpuClock
-from benchmarks.timing.harness import Budget, Extent, Figure, Variant, interleave
+from benchmarks.timing.harness import Budget, Figure, Variant, interleave
+from benchmarks.timing.memory import peak_memory
 from benchmarks.timing.progress import Progress
 from star_kernels import weighted_policy_loss
 from star_trainer.command import PRESETS
@@ -29,17 +30,16 @@ from star_trainer.rollout import capture, select, weighted
 from star_trainer.schedule import schedule_of
 from star_trainer.trainer import Trainer
 
-GROUPS = {"default": 4, "thorough": 8}  # of the preset's size: what an epoch does scales with them
+GROUPS = {"default": 4, "thorough": 8}  # the work of an epoch is proportional to the number of groups
 QUICK = {"groups": 1, "group_size": 2, "batch": 2}
 
 
-def measure(
-    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, extent: Extent
-) -> Iterator[dict[str, Any]]:
-    """Always float32: the small model trains in nothing else."""
-    transformers_logging.disable_progress_bar()  # of loading the model
+def measure(request: Request) -> Iterator[dict[str, Any]]:
+    """Yields one case, always in float32, which is the only dtype that the small model is trained in."""
+    transformers_logging.disable_progress_bar()  # when the model is loaded
     preset = _preset("small")
-    changes = QUICK if extent == "quick" else {"groups": GROUPS[extent], "batch": batch or preset.rollout.batch}
+    quick = request.extent == "quick"
+    changes = QUICK if quick else {"groups": GROUPS[request.extent], "batch": request.batch or preset.rollout.batch}
     config = replace(
         preset,
         rollout=replace(preset.rollout, **changes),
@@ -47,19 +47,19 @@ def measure(
         output=replace(preset.output, pictures_every=0, tensorboard=False),
     )
     with tempfile.TemporaryDirectory() as folder:
-        yield measure_case(config, device, budget, folder, extent == "quick")
+        yield measure_case(config, request.device, request.budget, folder, quick)
 
 
 def measure_case(config: Config, device: torch.device, budget: Budget, folder: str, quick: bool) -> dict[str, Any]:
-    title = f"epoch of the driver · small model · {config.rollout.groups} groups of {config.rollout.group_size}"
+    title = f"epoch of star-train · small model · {config.rollout.groups} groups of {config.rollout.group_size}"
     with Progress(f"{title} · building", 0):
         trainers = {method: _trainer(config, method, device, folder) for method in ("plain", "star")}
     variants = [
-        Variant("plain", "epoch of plain Flow-GRPO", trainers["plain"].train_epoch),
-        Variant("star", "epoch of STAR", trainers["star"].train_epoch),
+        Variant("plain", "epoch with plain Flow-GRPO", trainers["plain"].train_epoch),
+        Variant("star", "epoch with STAR", trainers["star"].train_epoch),
     ]
     clock = CpuClock(device)
-    with Progress(f"{title} · memory", 0):  # and the first epochs of each
+    with Progress(f"{title} · memory", 0):  # also warms up both trainers
         peaks = {method: peak_memory(trainer.train_epoch, device) for method, trainer in trainers.items()}
     times = interleave(variants, clock, budget.share(0.7), title, warm_up=0)
     parts = added(trainers["star"], clock, replace(budget, seconds=0.3 * budget.seconds))
@@ -68,7 +68,7 @@ def measure_case(config: Config, device: torch.device, budget: Budget, folder: s
     bounds = ("median", "low", "high") if known else ("median",)
     return {
         "name": "smoke test" if quick else "epoch of the driver",
-        "title": f"driver, preset small, float32: {config.rollout.groups} groups of {config.rollout.group_size}, "
+        "title": f"star-train, preset small, float32: {config.rollout.groups} groups of {config.rollout.group_size}, "
         f"{config.rollout.steps} steps, {config.rollout.window or config.rollout.steps - 1} of them trained",
         "dtype": "float32",
         "clock": clock.name,
@@ -79,15 +79,18 @@ def measure_case(config: Config, device: torch.device, budget: Budget, folder: s
                 **times.ratio("star", "plain").as_dict(),
             },
             "star_by_parts": {
-                "label": "OVERHEAD all that STAR adds, over an epoch without",
+                "label": "OVERHEAD (epoch + the parts that STAR adds) / epoch",
                 **{
                     bound: 1 + sum(count * getattr(figure, bound) for count, figure in parts.values()) / plain
-                    for bound in bounds  # as if all parts were at their bounds together
+                    for bound in bounds  # conservative: all parts at their bounds at once
                 },
                 "count": min(figure.count for _, figure in parts.values()),
                 "calm": all(figure.calm for _, figure in parts.values()),
             },
-            "star_memory": {"label": "peak memory: with STAR / without", "median": peaks["star"] / peaks["plain"]},
+            "star_memory": {
+                "label": "peak extra memory: with STAR / without",
+                "median": peaks["star"] / peaks["plain"],
+            },
         },
         "added": {name: {"times": count, **figure.as_dict()} for name, (count, figure) in parts.items()},
         "notes": [*filter(None, (times.note,))],
@@ -95,10 +98,10 @@ def measure_case(config: Config, device: torch.device, budget: Budget, folder: s
 
 
 def added(trainer: Trainer, clock: CpuClock, budget: Budget) -> dict[str, tuple[int, Figure]]:
-    """Of each part that STAR adds: how often an epoch has it, and its seconds.
+    """The parts that STAR adds to an epoch. Maps a name to the number of calls per epoch and the seconds per call.
 
-    They are: the tokens of the prompts, the maps of a forward pass, the weights from the maps, and what weights add to
-    the loss forward and backward.
+    The parts are the selection of the prompts' tokens, the maps of a forward pass, the weights computed from the maps,
+    and the additional time of a loss with weights, forward and backward.
     """
     config, policy = trainer.config, trainer.policy
     size = config.rollout.group_size
@@ -132,12 +135,12 @@ def added(trainer: Trainer, clock: CpuClock, budget: Budget) -> dict[str, tuple[
         variants = [
             Variant("forward", "forward pass", lambda: forward(handle, False)),
             Variant("maps", "forward pass with maps", lambda: forward(handle, True)),
-            Variant("selection", "tokens of the prompts", lambda: select(policy, prompts, config.allocation, shape)),
+            Variant("selection", "token selection", lambda: select(policy, prompts, config.allocation, shape)),
             Variant("weights", "weights from maps", lambda: weighted(batch.steps, maps, config.allocation)),
             Variant("plain loss", "loss", torch.enable_grad()(lambda: loss(None))),
             Variant("loss", "loss with weights", torch.enable_grad()(lambda: loss(step.weights))),
         ]
-        times = interleave(variants, clock, budget, "epoch of the driver · parts", warm_up=2)
+        times = interleave(variants, clock, budget, "epoch of star-train · parts", warm_up=2)
     batches = -(-config.samples // count)
     passes = batches * len(batch.steps)
     return {

@@ -1,4 +1,4 @@
-"""Part (b): the policy loss, forward and backward, and the memory it takes."""
+"""The time and the peak memory of the policy loss, forward and backward."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.parts.request import Request
 from benchmarks.timing.clocks import kernel_clock
-from benchmarks.timing.harness import Budget, Extent, Variant, interleave
+from benchmarks.timing.harness import Budget, Variant, interleave
+from benchmarks.timing.memory import peak_memory, settle_allocator
 from benchmarks.timing.progress import Progress
 from benchmarks.variants.policy import Inputs, flow_grpo, make_inputs, ours, variants
 
 SHAPE = (8, 16, 64, 64)
-LARGE_SHAPE = (64, 16, 128, 128)  # bound by memory, on a GPU
+LARGE_SHAPE = (64, 16, 128, 128)  # bandwidth-bound on a GPU
 QUICK_SHAPE = (2, 16, 16, 16)
-# float32: the same sums in another order. 16 bits: the gradient is rounded once, so a last bit may differ.
+# float32: the sums are in another order. 16 bits: the gradient is rounded once, so the last bit may differ.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 MEMORY = {
@@ -27,10 +29,9 @@ MEMORY = {
 }
 
 
-def measure(
-    device: torch.device, dtypes: list[torch.dtype] | None, batch: int | None, budget: Budget, extent: Extent
-) -> Iterator[dict[str, Any]]:
-    """A case for each dtype; by default float32 alone on a CPU, where compiling the other arithmetic takes longest."""
+def measure(request: Request) -> Iterator[dict[str, Any]]:
+    """Yields one case for each dtype. On a CPU a default run measures only float32, because compilation is slow."""
+    device, dtypes, batch, budget, extent = request
     shape = QUICK_SHAPE if extent == "quick" else SHAPE
     if batch:
         shape = (batch, *shape[1:])
@@ -41,10 +42,10 @@ def measure(
     large = (dtypes or [torch.float32]) if device.type == "cuda" and extent != "quick" else []
     left = len(usual) + len(large)
     for dtype in usual:
-        yield measure_case(name, shape, dtype, device, budget.for_one(left))
+        yield measure_case(name, shape, dtype, device, budget.for_next(left))
         left -= 1
     for dtype in large:
-        yield measure_bandwidth(LARGE_SHAPE, dtype, device, budget.for_one(left))
+        yield measure_bandwidth(LARGE_SHAPE, dtype, device, budget.for_next(left))
         left -= 1
 
 
@@ -60,7 +61,7 @@ def measure_case(
         progress.show("compiling")
         try:
             found[-1].run()
-        except Exception as error:  # no compiler on this machine: reported, and a threshold that cannot be met
+        except Exception as error:  # no compiler on this machine; the thresholds on its ratio stay undecided
             found, problem = found[:-1], type(error).__name__
     clock = kernel_clock(device)
     times = interleave(found, clock, budget, title, warm_up=10)
@@ -70,7 +71,7 @@ def measure_case(
         f"{v.name}_over_ours_weighted": (f"{v.label} / ours, weights", v.name, "ours_weighted") for v in found[2:]
     }
     memory = {v.name: peak_memory(v.run, device) / gradient_bytes for v in found[:3]}
-    problem = f"torch.compile did not run: {problem}" if problem else ""
+    problem = f"torch.compile failed with {problem}" if problem else ""
     calls = device_calls(found[0].run) if device.type == "cuda" else {}
     return {
         "name": case,
@@ -93,7 +94,7 @@ def measure_case(
 def measure_bandwidth(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, budget: Budget
 ) -> dict[str, Any]:
-    """Ours against a plain copy that moves as many bytes: three latents read twice, and a gradient written."""
+    """Compares our loss with a copy of the same number of bytes: three latents read twice and one gradient written."""
     name = str(dtype).removeprefix("torch.")
     inputs = make_inputs(shape, dtype, device)
     latents = (inputs.model_output, inputs.sample, inputs.prev_sample)
@@ -102,11 +103,11 @@ def measure_bandwidth(
     target = torch.empty_like(source)
     found = [
         Variant("ours", "ours, no weights", lambda: ours(inputs, None)),
-        Variant("copy", "a copy of as many bytes", lambda: target.copy_(source)),
+        Variant("copy", "copy of the same number of bytes", lambda: target.copy_(source)),
     ]
     clock = kernel_clock(device)
     times = interleave(found, clock, budget, f"policy loss, bandwidth · {name}", warm_up=3)
-    label = "time of the copy / ours: the share of its bandwidth"
+    label = "copy / ours (share of the copy's bandwidth)"
     return {
         "name": "policy loss, large",
         "title": f"batch {shape[0]} of {'x'.join(map(str, shape[1:]))}, {name} model output, forward and backward",
@@ -121,70 +122,42 @@ def measure_bandwidth(
 
 
 def device_calls(run: Any) -> dict[str, dict[str, Any]]:
-    """Kernel launches and waits for the device of one forward and backward pass, as the profiler sees them."""
+    """Kernel launches and device synchronisations of one forward and backward pass, counted by the profiler."""
     run()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         run()
     names = [event.name() for event in profiler.profiler.kineto_results.events()]
     launches = sum("LaunchKernel" in name for name in names)
-    waits = sum("Synchronize" in name for name in names) - 1  # the profiler's own, at its end
+    waits = sum("Synchronize" in name for name in names) - 1  # without the profiler's own at its end
     return {
         "launches": {"label": "kernel launches, forward and backward", "median": launches},
-        "synchronisations": {"label": "waits for the device, forward and backward", "median": max(0, waits)},
+        "synchronisations": {"label": "device synchronisations, forward and backward", "median": max(0, waits)},
     }
 
 
-def settle_allocator(device: torch.device) -> None:
-    """Puts the C allocator in the state that it has in any training process.
-
-    Before the first large tensor is freed, glibc gives every tensor of a few MB back to the system, and the page faults
-    of the next one make eager PyTorch look several times slower than it is in a trainer.
-    """
-    if device.type == "cpu":
-        torch.zeros(30 << 20, dtype=torch.uint8)
-
-
 def check_equal(x: Inputs) -> dict[str, float]:
-    """Ours without weights, ours with uniform weights and the eager arithmetic agree in loss and gradient."""
+    """Checks our loss and gradient, without weights and with uniform weights, against the eager arithmetic.
+
+    Raises:
+        RuntimeError: if they differ, or if a sample is clipped.
+    """
     expected_loss, expected, metrics = flow_grpo(x, x.old_log_prob_mean)
     if float(metrics["clip_fraction"]) > 0:
-        raise RuntimeError("a sample is clipped, so its gradient would cost nothing")
+        raise RuntimeError("a sample is clipped, so its gradient would not be computed")
     tolerance = TOLERANCES[x.model_output.dtype]
     differences = {}
     for name, weights in (("ours", None), ("ours_weighted", torch.ones_like(x.weights))):
         loss, gradient, _ = ours(x, weights)
-        scale = x.advantages.abs().mean()  # of the terms that cancel in the loss
+        scale = x.advantages.abs().mean()  # size of the terms that cancel in the loss
         differences[f"{name}_loss"] = float((loss - expected_loss).detach().abs() / scale)
         differences[f"{name}_gradient"] = _relative_rms(gradient, expected)
         worst = max(differences[f"{name}_loss"] / 1e-5, differences[f"{name}_gradient"] / tolerance)
         if not worst <= 1:
-            raise RuntimeError(f"ours and the eager arithmetic differ: {differences}, tolerance {tolerance:.0e}")
+            raise RuntimeError(
+                f"our loss and the eager arithmetic differ: {differences}, tolerance {tolerance:.0e} for the gradient"
+            )
     return differences
-
-
-def peak_memory(run: Any, device: torch.device) -> int:
-    """Bytes that PyTorch's allocator held at most during a call, beyond what it held before.
-
-    The result counts, as the gradient does. What compiled code takes outside PyTorch's allocator is not seen.
-    """
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = run()  # kept: a result freed inside the profile would count the same, its free is just not needed
-    del kept
-    held = peak = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def _relative_rms(value: Tensor, expected: Tensor) -> float:

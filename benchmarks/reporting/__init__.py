@@ -1,1 +1,1 @@
-"""Tables, summary, plot, limits and the description of the machine."""
+"""Tables, summary, plot, limits and the description of the environment."""

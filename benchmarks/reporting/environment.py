@@ -1,4 +1,4 @@
-"""Where the figures come from: device, versions, compiled libraries, commit."""
+"""Description of the machine and the software: device, versions, compiled libraries, commit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def device_name(device: torch.device) -> str:
 
 
 def slug(environment: dict[str, Any]) -> str:
-    """A file name for the kind of device."""
+    """A file name derived from the device."""
     words = environment["device_name"]
     if environment["device"] == "cpu":
         words += f" {environment['threads']} threads {environment['pytorch_cpu_capability']}"
@@ -68,7 +68,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit, with ``-dirty`` where tracked files differ from it."""
+    """The commit, with the suffix ``-dirty`` if tracked files differ from it."""
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

@@ -1,4 +1,4 @@
-"""The figures as one picture: a panel for each comparison, bars relative to what the panel compares with."""
+"""Plot of the results: one panel for each comparison, with times relative to the panel's baseline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 
 from benchmarks.reporting.summary import BUSY, duration
 
-# Okabe and Ito's palette, which the colour-blind can tell apart.
+# Okabe and Ito's palette, which is distinguishable with colour blindness.
 OURS, PYTORCH, OTHER = "#0072B2", "#7F7F7F", "#E69F00"
 COLOURS = {
     "ours": OURS,
@@ -30,9 +30,13 @@ COLOURS = {
     "plain": PYTORCH,
     "captured": OURS,
 }
-LEGEND = {"star-kernels": OURS, "the baseline: PyTorch without maps, or plain Flow-GRPO": PYTORCH, "other ways": OTHER}
+LEGEND = {
+    "star-kernels": OURS,
+    "baseline: PyTorch without maps, or plain Flow-GRPO": PYTORCH,
+    "other implementations": OTHER,
+}
 COLUMNS = 2
-HIDDEN = ("map_kernel",)  # not a way to get attention
+HIDDEN = ("map_kernel",)  # does not compute attention
 
 
 def draw(path: Path, result: dict[str, Any]) -> None:
@@ -50,7 +54,7 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         f"{environment['threads']} threads, torch {environment['versions']['torch']}\n"
         "shorter is better; medians with the 20th and 80th percentile"
         + busy
-        * "; other programs took the processor meanwhile",
+        * "; other programs used the processor during the run",
         fontsize=13,
     )
     handles = [Patch(color=colour, label=label) for label, colour in LEGEND.items()]
@@ -64,10 +68,10 @@ def _panel(axis: Axes, part: str, case: dict[str, Any]) -> None:
     names = [name for name in case["times"] if name not in HIDDEN][::-1]
     relative = [case["relative"][name] for name in names]
     values = [row["median"] for row in relative]
-    spread = [[r["median"] - r["p20"] for r in relative], [r["p80"] - r["median"] for r in relative]]
+    error_bars = [[r["median"] - r["p20"] for r in relative], [r["p80"] - r["median"] for r in relative]]
     colours = [COLOURS.get(name, PYTORCH if name.startswith("sdpa") else OTHER) for name in names]
     axis.barh(range(len(names)), values, color=colours, height=0.66)
-    axis.errorbar(values, range(len(names)), xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=3)
+    axis.errorbar(values, range(len(names)), xerr=error_bars, fmt="none", ecolor="black", elinewidth=1, capsize=3)
     axis.set_yticks(range(len(names)), [textwrap.fill(case["times"][name]["label"], 36) for name in names], fontsize=10)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     top = max(row["p80"] for row in relative)
@@ -81,8 +85,8 @@ def _panel(axis: Axes, part: str, case: dict[str, Any]) -> None:
             va="center",
             fontsize=10.5,
         )
-    reference = case["times"][case["reference"]]["label"]
-    axis.set_xlabel(textwrap.fill(f"time relative to '{reference}' (1 = dotted line)", 62), fontsize=10)
+    baseline = case["times"][case["reference"]]["label"]
+    axis.set_xlabel(textwrap.fill(f"time relative to '{baseline}' (dotted line)", 62), fontsize=10)
     title = textwrap.fill(f"{part}: {case['title']}", 74)
     axis.set_title(title, fontsize=10.5, fontweight="bold", loc="left", x=-0.55)
     axis.spines[["top", "right"]].set_visible(False)

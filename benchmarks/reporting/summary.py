@@ -1,4 +1,4 @@
-"""The last screen of a run: what maps, weights and a whole step cost on this machine, in plain words."""
+"""The summary at the end of a run: the cost of maps, of weights and of a whole training step on this machine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from benchmarks.timing.harness import interval_rank
 
 WIDTH, HEIGHT = 98, 23
-BUSY = 0.05  # the share of disturbed calls from which a machine is called busy
-MAPS = "Maps: attention that also returns how much each image token attends to 8 text tokens"
-WEIGHTS = "Weights: the policy loss, forward and backward, with a weight for each latent position"
-BOTH = "Both: a whole training step, STAR against plain Flow-GRPO"
+BUSY = 0.05  # share of disturbed calls above which a machine is called busy
+MAPS = "Maps: attention with maps of 8 text tokens, compared with attention without maps"
+WEIGHTS = "Weights: policy loss with a weight for each latent position, forward and backward"
+BOTH = "Maps and weights: training with STAR, compared with plain Flow-GRPO"
 HEADINGS = {
     "attention": MAPS,
     "backward": MAPS,
@@ -26,7 +26,7 @@ HEADINGS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One cost: a call without and the call with, in seconds, and the ratio of the two with its interval."""
+    """One cost: the time without and with maps or weights, in seconds, and their ratio with its interval."""
 
     part: str
     label: str
@@ -45,19 +45,19 @@ class Row:
 
 
 def text(result: dict[str, Any]) -> str:
-    """At most HEIGHT lines of at most WIDTH columns."""
+    """The summary, in at most HEIGHT lines of at most WIDTH columns."""
     found = [row for part, cases in result["parts"].items() for case in cases for row in rows(part, case)]
     environment = result["environment"]
     where = f"{environment['device_name']}, {environment['threads']} threads, torch {environment['versions']['torch']}"
     lines = [
-        f"WHAT MAPS AND WEIGHTS COST HERE  ({where})",
-        f"  {'':<46}{'without':>10}{'with':>10}{'more time':>10}   95 % interval",
+        f"COST OF MAPS AND WEIGHTS  ({where})",
+        f"  {'':<46}{'without':>10}{'with':>10}{'overhead':>10}   95 % interval",
     ]
     for heading in dict.fromkeys(HEADINGS.values()):
         own = [str(row) for row in found if HEADINGS[row.part] == heading]
         lines += [heading, *own] if own else []
     last = wrapped(machine(result["parts"], found))
-    for note in (*reading(found), *others(result["parts"])):
+    for note in (*notes_on_intervals(found), *alternatives(result["parts"])):
         more = wrapped(note)
         if len(lines) + len(more) + len(last) <= HEIGHT:
             lines += more
@@ -68,13 +68,13 @@ def wrapped(note: str) -> list[str]:
     return textwrap.wrap(note, WIDTH)
 
 
-def reading(found: list[Row]) -> Iterator[str]:
-    """What to know of the intervals."""
+def notes_on_intervals(found: list[Row]) -> Iterator[str]:
+    """Sentences that explain the intervals."""
     known = [row.ratio for row in found if has_interval(row.ratio)]
     if any(ratio["low"] <= 1 <= ratio["high"] for ratio in known):
-        yield "An interval that spans 0: the cost, if there is one, is too small to show in this time."
+        yield "If an interval contains 0, the overhead is too small to be measured in this time."
     if len(known) < len(found):
-        yield "Fewer than 6 rounds give no 95 % interval: a longer run (--thorough) does."
+        yield "A 95 % interval requires at least 6 rounds; use --thorough for a longer run."
 
 
 def rows(part: str, case: dict[str, Any]) -> Iterator[Row]:
@@ -95,51 +95,51 @@ def rows(part: str, case: dict[str, Any]) -> Iterator[Row]:
     elif part == "policy" and "ours_weighted" in times:
         yield row(f"{case['title'].split(',')[0]}, {dtype}", "ours", "ours_weighted", "ours_weighted_over_ours")
     elif part == "capture":
-        label = f"whole forward pass, {blocks} of SD3.5-M's 24 blocks"
+        label = f"forward pass, {blocks} of 24 SD3.5-M blocks"
         yield row(label, "plain", "captured", "capture_over_plain")
     elif part == "end-to-end":
-        label = f"rollout and update, {blocks} of SD3.5-M's 24 blocks"
+        label = f"rollout and update, {blocks} of 24 SD3.5-M blocks"
         yield row(label, "plain", "star", "star_over_plain")
     elif part == "epoch":
         yield row("epoch of star-train, small model", "plain", "star", "star_over_plain")
         plain, by_parts = times["plain"]["median"], ratios["star_by_parts"]
-        label = "the same, only what STAR adds, timed by itself"
+        label = "the same epoch, from the parts that STAR adds"
         yield Row(part, label, plain, plain * by_parts["median"], by_parts)
 
 
-def others(parts: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """What it costs without this project."""
+def alternatives(parts: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """Sentences that compare other implementations with ours."""
     for case in parts.get("attention", [])[:1]:
         slower = {
             name: case["ratios"][f"{key}_over_ours"]["median"]
-            for key, name in (("augmented_value", "columns in V"), ("lse_difference", "attention twice"),
-                              ("materialised", "the whole softmax"))
+            for key, name in (("augmented_value", "more columns in V"), ("lse_difference", "two attention passes"),
+                              ("materialised", "materialised softmax"))
         }  # fmt: skip
-        told = ", ".join(f"{ratio:.1f} ({name})" for name, ratio in slower.items())
-        yield f"Other ways to such maps take this many times as long as ours: {told}."
+        factors = ", ".join(f"{ratio:.1f} ({name})" for name, ratio in slower.items())
+        yield f"Other ways to compute the maps, time relative to ours: {factors}."
     for case in parts.get("policy", [])[:1]:
         ratios = case["ratios"]
         compiled = ratios.get("compiled_over_ours")
-        told = f", under torch.compile {compiled['median']:.1f} times" if compiled else ""
+        with_compiler = f" ({compiled['median']:.1f} with torch.compile)" if compiled else ""
         memory = ratios["memory_over_gradient_eager"]["median"] / ratios["memory_over_gradient"]["median"]
         yield (
-            f"The loss without weights in plain PyTorch takes {ratios['eager_over_ours']['median']:.1f} times as long "
-            f"as ours{told}, and {memory:.0f} times the memory."
+            f"The loss without weights in plain PyTorch takes {ratios['eager_over_ours']['median']:.1f} times the time "
+            f"of ours{with_compiler} and {memory:.0f} times the memory."
         )
 
 
 def machine(parts: dict[str, list[dict[str, Any]]], found: list[Row]) -> str:
-    """Whether the figures are the machine's own."""
+    """A sentence about other programs that used the processor during the run."""
     shares = [case["disturbed_calls"] for cases in parts.values() for case in cases]
     share = sum(shares) / max(1, len(shares))
     if share < BUSY and all(row.calm for row in found):
-        return f"The machine was calm: other programs took the processor in {share:.0%} of the calls."
-    told = f"THE MACHINE WAS BUSY: other programs took the processor in {share:.0%} of the calls, which do not count"
+        return f"The machine was idle: other programs used the processor in {share:.0%} of the calls."
+    busy = f"THE MACHINE WAS BUSY: other programs used the processor in {share:.0%} of the calls. These are excluded"
     if all(row.calm for row in found):
-        return f"{told}. A calm machine gives narrower intervals."
+        return f"{busy}. An idle machine gives narrower intervals."
     return (
-        f"{told}, except in rows with a *: too few were left there, and those figures may be the other programs'. "
-        "Repeat on a calm machine."
+        f"{busy}, except in rows marked with *, which have too few other calls and may show the other programs' time. "
+        "Repeat the run on an idle machine."
     )
 
 

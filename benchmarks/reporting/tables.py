@@ -1,4 +1,4 @@
-"""The figures as aligned text and as JSON."""
+"""The results as text tables, Markdown tables and JSON."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 WIDTH = 100
 
 
-def beginning(environment: dict[str, Any], thorough: bool) -> str:
-    """What is measured on, and how to read the tables that follow."""
+def introduction(environment: dict[str, Any], thorough: bool) -> str:
+    """The machine, and an explanation of the tables."""
     isa = environment["libraries"]["cpu"] or "not built"
     versions = f"torch {environment['versions']['torch']} · C++ library: {isa}"
     lines = [
@@ -21,21 +21,21 @@ def beginning(environment: dict[str, Any], thorough: bool) -> str:
     ]
     if thorough:
         lines += [
-            "Ratios are medians of ratios within a round, with the 20th and 80th percentile and, in brackets, the 95 %",
-            "interval of the median.",
+            "Ratios are computed within each round. Each line shows their median, their 20th and 80th percentile, and",
+            "the 95 % interval of the median in brackets.",
         ]
     return "\n".join(lines)
 
 
 def case_text(part: str, case: dict[str, Any], thorough: bool) -> str:
-    """The table of a case; a thorough run's with all ratios and notes."""
+    """The table of a case; in a thorough run followed by all ratios and notes."""
     more = [*_ratios(case), *_notes(case)] if thorough else []
     return "\n".join(["", f"{part.upper()}  {case['title']}"[:WIDTH], *_times(case), *more])
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")  # an interruption leaves the old file or the new one, not half of one
+    new = path.with_suffix(".new")  # an interruption leaves either the old or the new file, both complete
     new.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     new.replace(path)
 
@@ -49,7 +49,7 @@ def markdown_table(title: str, heads: Sequence[str], rows: dict[str, list[str]])
 
 def _times(case: dict[str, Any]) -> list[str]:
     with_error = any(row.get("map_error") for row in case["times"].values())
-    reference = case["times"][case["reference"]]["label"].split(",")[0]
+    baseline = case["times"][case["reference"]]["label"].split(",")[0]
     error = "map error" if with_error else ""
     lines = [f"  {'':<41}{'median ms':>10}{'20th':>10}{'80th':>10}{'relative':>10}{error:>11}{'n':>5}"]
     for name, row in case["times"].items():
@@ -57,16 +57,16 @@ def _times(case: dict[str, Any]) -> list[str]:
         error = f"{row['map_error']:.0e}" if row.get("map_error") else ""
         relative = f"{case['relative'][name]['median']:.3f}"
         lines.append(f"  {row['label']:<41}{milliseconds}{relative:>10}{error:>11}{row['count']:>5}")
-    about = "; map error: relative RMS against the definition in float32" if with_error else ""
-    return [*lines, f"  (relative: to '{reference}'{about})"]
+    about = "; map error: relative RMS against the reference in float32" if with_error else ""
+    return [*lines, f"  (relative: time relative to '{baseline}'{about}; n: number of calls)"]
 
 
 def _ratios(case: dict[str, Any]) -> list[str]:
     lines = []
     for row in case["ratios"].values():
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]" if "low" in row else ""
-        spread = f"{row['p20']:.3f} - {row['p80']:.3f}" if "p20" in row else ""
-        lines.append(f"  {row['label']:<55} {row['median']:>7.3f}{spread:>17}  {interval}".rstrip())
+        percentiles = f"{row['p20']:.3f} - {row['p80']:.3f}" if "p20" in row else ""
+        lines.append(f"  {row['label']:<55} {row['median']:>7.3f}{percentiles:>17}  {interval}".rstrip())
     return lines
 
 

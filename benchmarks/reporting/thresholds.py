@@ -1,7 +1,7 @@
-"""What ``--check`` holds the figures to: the one table of limits.
+"""The limits that ``--check`` compares the results with.
 
-The limits of a CPU are claims for every CPU: attention itself is faster where a processor has instructions for matrices
-(AMX), so that the same maps cost 1.7 % of it there and 0.6 % elsewhere. Those of a GPU are goals.
+The limits for CPUs apply to every CPU. Attention is faster on a processor with matrix instructions (AMX), so the same
+maps have an overhead of 1.7 % there and 0.6 % on others. The limits for GPUs are goals.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 ANY = ""
-# Names of cases; --quick has others.
+# Names of the cases. Cases of --quick have other names, to which no threshold applies.
 ATTENTION, LARGE, FLUX = "SD3.5-M 512²", "SD3.5-M 1024²", "FLUX 1024²"
 LOSS, BANDWIDTH = "policy loss", "policy loss, large"
 FORWARD, STEP, EPOCH = ("SD3.5-M 512² forward", "SD3.5-M 1024² forward"), "SD3.5-M step", "epoch of the driver"
@@ -22,7 +22,7 @@ HELD, FAILED, UNDECIDED = "held", "FAILED", "undecided"
 
 @dataclass(frozen=True)
 class Threshold:
-    """A limit on a ratio of a part's cases; ``device``, ``case`` and ``dtype`` narrow it down."""
+    """A limit on a ratio in the cases of a part; ``device``, ``case`` and ``dtype`` select the cases."""
 
     part: str
     ratio: str
@@ -59,7 +59,7 @@ THRESHOLDS = (
     Threshold("end-to-end", "star_over_plain", "<=", 1.03, device="cpu", case=STEP),
     Threshold("epoch", "star_over_plain", "<=", 1.03, device="cpu", case=EPOCH),
     Threshold("epoch", "star_by_parts", "<=", 1.02, device="cpu", case=EPOCH),
-    # A gradient and the few numbers that come with it: loss, metrics, one slope a sample.
+    # One gradient plus a few numbers: the loss, the metrics and one derivative per sample.
     Threshold("policy", "memory_over_gradient", "<=", 1.001, case=LOSS),
     Threshold("policy", "memory_over_gradient_weighted", "<=", 1.001, case=LOSS),
     *(Threshold("capture", "capture_memory", "<=", 1.01, case=case) for case in FORWARD),
@@ -76,8 +76,8 @@ class Outcome:
     measured: float | None
     low: float | None  # the 95 % interval of the measured median
     high: float | None
-    verdict: str  # HELD or FAILED where the whole interval says so
-    calm: bool  # false: other programs took the processor meanwhile, so the verdict may be theirs
+    verdict: str  # HELD or FAILED if the whole interval is on one side of the limit
+    calm: bool  # False: other programs used the processor, and the verdict may be due to them
 
     @property
     def passed(self) -> bool:
@@ -98,7 +98,7 @@ class Outcome:
 
 
 def evaluate(parts: dict[str, list[dict[str, Any]]], device: str) -> list[Outcome]:
-    """Every threshold against every case that it is about; a ratio that could not be measured decides nothing."""
+    """Compares every threshold with every case that it selects. A ratio that is missing makes it UNDECIDED."""
     outcomes = []
     for threshold in THRESHOLDS:
         if threshold.device not in (ANY, device):
@@ -127,7 +127,7 @@ def _judge(threshold: Threshold, case: dict[str, Any]) -> Outcome:
 
 
 def _verdict(threshold: Threshold, figure: dict[str, Any]) -> str:
-    """By the whole interval; what is counted rather than timed, such as bytes and launches, by its value."""
+    """Decides by the whole interval; for numbers that are counted, such as bytes and launches, by the value."""
     if "median" not in figure or ("count" in figure and "low" not in figure):
         return UNDECIDED
     holds = [_HOLDS[threshold.sense](figure.get(end, figure["median"]), threshold.limit) for end in ("low", "high")]

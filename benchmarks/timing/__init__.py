@@ -1,1 +1,1 @@
-"""Clocks, interleaved rounds and the progress line."""
+"""Clocks, peak memory, interleaved rounds and progress bars."""

@@ -1,4 +1,4 @@
-"""How a call is timed: on a CPU, on a GPU, and on the wall."""
+"""Clocks that time calls: wall-clock time, and device time on a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ TASKS = Path("/proc/self/task")
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed call: its seconds, and for how many of them our threads waited while others had the processor."""
+    """One timed call.
+
+    Attributes:
+        seconds: duration of the call.
+        waited: seconds for which threads of this process were ready to run while other processes used the processor.
+    """
 
     seconds: float
     waited: float = 0.0
@@ -29,11 +34,11 @@ class Clock(Protocol):
     name: str
 
     def time(self, runs: Sequence[Callable[[], Any]]) -> list[Sample]:
-        """A sample for each call, in the order given."""
+        """Times each call and returns the samples in the same order."""
 
 
 class CpuClock:
-    """``time.perf_counter``, with the device idle at both ends if there is one: what a user waits, Python included."""
+    """Wall-clock time by ``time.perf_counter``, Python included. A GPU is synchronised before and after each call."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -57,14 +62,14 @@ class CpuClock:
 
 
 class CudaClock:
-    """CUDA events around each launch, with a cold L2 and a stream that never waits for Python.
+    """Device time by CUDA events around each call, with a cold L2 cache.
 
-    The device sleeps before each launch while Python enqueues it, so a figure is the device's time. The scratch buffer
-    overwrites the L2 between sleep and launch.
+    The device sleeps while Python enqueues the call, so that the time does not include Python. A scratch buffer
+    overwrites the L2 cache between the sleep and the call.
     """
 
     name = "CUDA events, L2 flushed before each launch, stream kept full"
-    SLEEP_CYCLES = 4_000_000  # about 2 ms: more than Python takes to enqueue any variant
+    SLEEP_CYCLES = 4_000_000  # about 2 ms, more than Python needs to enqueue a variant
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -86,18 +91,18 @@ class CudaClock:
 
 
 def kernel_clock(device: torch.device) -> Clock:
-    """The clock for a kernel: the device's own time on a GPU."""
+    """The clock for kernels: device time on a GPU, wall-clock time on a CPU."""
     return CudaClock(device) if device.type == "cuda" else CpuClock(device)
 
 
 def _waiting() -> float:
-    """Seconds that this process's threads have been ready to run without a processor (Linux; 0 elsewhere)."""
+    """Total seconds for which threads of this process were ready to run but had no processor. 0 except on Linux."""
     total = 0
     try:
         for task in TASKS.iterdir():
             try:
                 total += int((task / "schedstat").read_text().split()[1])
-            except (OSError, IndexError):  # the thread has just ended, or the kernel keeps no such statistics
+            except (OSError, IndexError):  # the thread has ended, or the kernel has no such statistics
                 continue
     except OSError:
         return 0.0

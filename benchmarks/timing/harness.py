@@ -1,4 +1,4 @@
-"""Timing and statistics: variants interleaved launch by launch, figures as medians, ratios paired by round."""
+"""Timing and statistics: interleaved calls, medians with intervals, and ratios within a round."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, Literal
 from benchmarks.timing.clocks import Clock, CudaClock, Sample
 from benchmarks.timing.progress import Progress
 
-Extent = Literal["quick", "default", "thorough"]  # tiny shapes for tests; minutes; what results are published from
+Extent = Literal["quick", "default", "thorough"]  # tiny shapes for tests; a few minutes; the published results
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do the work of a comparison; ``share`` below 1 lets a slow one sit out most rounds."""
+    """One implementation in a comparison. A slow one runs only in a ``share`` of the rounds."""
 
     name: str
     label: str
@@ -27,11 +27,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a comparison may go on: at least two rounds, at most ``rounds``.
+    """The time limit of a comparison. At least two rounds are run.
 
     Args:
-        seconds: of rounds, after which none begins; preparation does not count.
-        until: a time of ``time.perf_counter`` past which no round may be expected to last; preparation counts.
+        rounds: maximum number of rounds.
+        seconds: no round starts later than this after the first one. Preparation is excluded.
+        until: no round starts if it is expected to end after this time of ``time.perf_counter``. Preparation is
+            therefore included.
     """
 
     rounds: int
@@ -39,20 +41,20 @@ class Budget:
     until: float = math.inf
 
     def share(self, part: float) -> Budget:
-        """A part of what is left."""
+        """The given fraction of this budget's remaining time."""
         now = time.perf_counter()
         return replace(self, seconds=part * self.seconds, until=now + part * (self.until - now))
 
-    def for_one(self, left: int) -> Budget:
-        """For the next of ``left`` cases: ``seconds`` are those of each case, ``until`` is that of all together."""
+    def for_next(self, left: int) -> Budget:
+        """The budget of the next of ``left`` cases. ``seconds`` applies to each case, ``until`` to all of them."""
         return replace(self, until=self.share(1 / left).until)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A median with the 20th and 80th percentile, and an interval that has the true median with at least 95 %.
+    """A median with its 20th and 80th percentile and its 95 % confidence interval.
 
-    Fewer than six samples have no such interval: that between their least and largest misses it more often.
+    With fewer than six samples there is no such interval: even the range of the samples has a lower confidence.
     """
 
     median: float
@@ -61,21 +63,21 @@ class Figure:
     low: float | None
     high: float | None
     count: int
-    calm: bool = True  # no other program took the processor meanwhile
+    calm: bool = True  # no other program used the processor during the calls
 
     def as_dict(self) -> dict[str, float]:
-        """Without the ends of an interval that there is not."""
+        """The fields as a dictionary, without ``low`` and ``high`` if there is no interval."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class Times:
-    """The samples of every round; a variant may have sat some out.
+    """The samples of every round. Not every variant runs in every round.
 
-    Calls from which another program took the processor are left out, provided that enough are left without them: what
-    they tell is how the operating system shares a machine. Ratios are formed within a round, so that drift cancels.
+    Calls during which another program used the processor are excluded if at least ``ENOUGH`` other calls remain. Ratios
+    are computed within a round, so that drift cancels.
     """
 
-    ENOUGH = 6  # for an interval
+    ENOUGH = 6  # the fewest samples with an interval
 
     def __init__(self, names: Sequence[str], rounds: list[dict[str, Sample]]) -> None:
         self.names = list(names)
@@ -85,11 +87,11 @@ class Times:
         return self._summarise([(r[name],) for r in self.rounds if name in r], lambda s: s[0].seconds)
 
     def ratio(self, numerator: str, denominator: str) -> Figure:
-        """Of the two times of each round in which both ran."""
+        """Ratio of the times of two variants, over the rounds in which both ran."""
         return self._summarise(self._pairs(numerator, denominator), lambda s: s[0].seconds / s[1].seconds)
 
     def difference(self, more: str, less: str) -> Figure:
-        """Of the two times of each round in which both ran, in seconds."""
+        """Difference of the times of two variants in seconds, over the rounds in which both ran."""
         return self._summarise(self._pairs(more, less), lambda s: s[0].seconds - s[1].seconds)
 
     def fastest(self, names: Sequence[str]) -> str:
@@ -97,22 +99,22 @@ class Times:
 
     @property
     def disturbed(self) -> float:
-        """The share of calls from which another program took the processor."""
+        """The share of calls during which another program used the processor."""
         samples = [sample for r in self.rounds for sample in r.values()]
         return sum(sample.disturbed for sample in samples) / len(samples)
 
     @property
     def note(self) -> str:
-        """What to know of the figures: empty on a machine of one's own."""
+        """A note about other programs; empty if they used the processor in less than 5 % of the calls."""
         if self.disturbed < 0.05:
             return ""
         return (
-            f"other programs took the processor in {self.disturbed:.0%} of the calls; such calls are left out where "
-            f"{self.ENOUGH} remain"
+            f"other programs used the processor in {self.disturbed:.0%} of the calls; these calls are excluded if at "
+            f"least {self.ENOUGH} others remain"
         )
 
     def columns(self, variants: Sequence[Variant], reference: str) -> dict[str, Any]:
-        """What the report of a case takes from its times."""
+        """The entries of a case's report that are computed from its times."""
         return {
             "disturbed_calls": self.disturbed,
             "reference": reference,
@@ -132,7 +134,7 @@ class Times:
 def interleave(
     variants: Sequence[Variant], clock: Clock, budget: Budget, title: str, *, warm_up: int = 1, seed: int = 0
 ) -> Times:
-    """Times all variants in rounds, in a random order each, after ``warm_up`` calls of each."""
+    """Times all variants in rounds, each in a random order, after ``warm_up`` calls of each variant."""
     shuffle = random.Random(seed).shuffle
     rounds: list[dict[str, Sample]] = []
     with Progress(title, min(budget.seconds, budget.until - time.perf_counter())) as progress:
@@ -141,7 +143,7 @@ def interleave(
                 progress.show(f"warm-up: {variant.label}")
                 clock.time([variant.run])
         progress.restart(min(budget.seconds, budget.until - time.perf_counter()))
-        last = 0.0  # seconds of the last round
+        last = 0.0  # duration of the last round
         for number in range(budget.rounds):
             began = time.perf_counter()
             if number >= 2 and (progress.elapsed() > budget.seconds or began + last > budget.until):
@@ -149,7 +151,7 @@ def interleave(
             runs = [v for v in variants if int(number * v.share) != int((number - 1) * v.share) or number == 0]
             shuffle(runs)
             progress.show(f"{len(runs)} variants, round {number + 1}")
-            if isinstance(clock, CudaClock):  # enqueued together
+            if isinstance(clock, CudaClock):  # all calls of a round are enqueued together
                 samples = clock.time([v.run for v in runs])
             else:
                 samples = []
@@ -162,9 +164,9 @@ def interleave(
 
 
 def summarise(values: Sequence[float]) -> Figure:
-    """Median, percentiles and interval; the interval is that of order statistics, which assumes no distribution."""
+    """Median, percentiles and the distribution-free 95 % interval of the median, from order statistics."""
     if not values:
-        raise ValueError("nothing was measured: the variants never ran in the same round")
+        raise ValueError("values is empty: the variants did not run in the same round")
     ordered = sorted(values)
     median, p20, p80 = (_quantile(ordered, q) for q in (0.5, 0.2, 0.8))
     outside = interval_rank(len(ordered))
@@ -173,14 +175,15 @@ def summarise(values: Sequence[float]) -> Figure:
 
 
 def interval_rank(count: int) -> int | None:
-    """How many of the least and of the largest values the 95 % interval of the median leaves out; None: it has none.
+    """Number of values to drop at each end of the sorted values to get the 95 % interval of their median.
 
-    The number of samples below the median is binomial with p = 1/2.
+    The number of samples below the median is binomial with p = 1/2. Returns None if there are too few values for an
+    interval.
     """
     below = 0
     for rank in range(count):
         below += math.comb(count, rank)
-        if 40 * below > 2**count:  # the interval misses the median if this many or fewer lie on one side of it
+        if 40 * below > 2**count:  # P(at most ``rank`` samples below the median) > 2.5 %
             return rank - 1 if rank else None
     return None
 

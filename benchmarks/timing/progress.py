@@ -1,4 +1,4 @@
-"""What runs and how long it all still takes: a bar on a terminal, a line for each comparison elsewhere."""
+"""Progress of a run: a progress bar on a terminal, otherwise a line for each comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 class Plan:
-    """The parts of a run in order, with the seconds that each is expected to take."""
+    """The parts of a run in order, with the expected duration of each in seconds."""
 
     def __init__(self, parts: Mapping[str, float]) -> None:
         self.parts = dict(parts)
@@ -23,29 +23,29 @@ class Plan:
 
     @property
     def place(self) -> str:
-        """Such as ``[2/4]``."""
+        """The number of the current part, such as ``[2/4]``."""
         return f"[{list(self.parts).index(self.current) + 1}/{len(self.parts)}]" if self.current else ""
 
     @property
     def left(self) -> float:
-        """Seconds, of this part and of those after it."""
+        """Expected seconds until the end of the run."""
         names = list(self.parts)
         after = names[names.index(self.current) + 1 :] if self.current else names
         now = self.parts[self.current] - (time.perf_counter() - self.began) if self.current else 0.0
         return max(0.0, now) + sum(self.parts[name] for name in after)
 
 
-_plan: Plan | None = None  # of the run in this process
+_plan: Plan | None = None  # the plan of the run in this process
 
 
-def follow(plan: Plan | None) -> None:
-    """Has every progress bar from now on tell its place in the plan."""
+def set_plan(plan: Plan | None) -> None:
+    """Sets the plan whose current part and remaining time every progress bar shows."""
     global _plan
     _plan = plan
 
 
 def duration(seconds: float) -> str:
-    """Such as ``about 2 min``; empty where it is not known."""
+    """A rounded duration, such as ``about 2 min``; empty if it is not finite."""
     if not math.isfinite(seconds):
         return ""
     return (
@@ -54,21 +54,21 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Of one comparison: a bar in seconds of its budget."""
+    """The progress bar of one comparison, in seconds of its budget."""
 
     def __init__(self, title: str, seconds: float) -> None:
         self.title = title
         self.bar = tqdm(
             total=_total(seconds),
-            desc=self._told(""),
+            desc=self._description(""),
             leave=False,
             disable=None,
             ncols=100,
-            nrows=20,  # terminals that do not know their height would show nothing
+            nrows=20,  # without it, terminals that do not report their height show no bar
             bar_format="{desc} |{bar}|",
         )
         if self.bar.disable:
-            place, left = _whereabouts()
+            place, left = _place_and_time_left()
             print(f"{place}{title} ...{left and ' ' + left}", file=sys.stderr, flush=True)
         self.start = time.perf_counter()
 
@@ -82,10 +82,10 @@ class Progress:
     def show(self, what: str) -> None:
         if not self.bar.disable:
             self.bar.n = min(round(self.elapsed()), self.bar.total or sys.maxsize)
-            self.bar.set_description_str(self._told(what))
+            self.bar.set_description_str(self._description(what))
 
-    def _told(self, what: str) -> str:
-        place, left = _whereabouts()
+    def _description(self, what: str) -> str:
+        place, left = _place_and_time_left()
         return f"{place}{left and left + ' · '}{self.title}{what and ': ' + what}"[:80]
 
     def __enter__(self) -> Progress:
@@ -95,8 +95,8 @@ class Progress:
         self.bar.close()
 
 
-def _whereabouts() -> tuple[str, str]:
-    """The place in the plan and the time left, both empty without a plan."""
+def _place_and_time_left() -> tuple[str, str]:
+    """The place in the plan and the time left, both empty if there is no plan."""
     if _plan is None:
         return "", ""
     left = duration(_plan.left)

@@ -1,1 +1,1 @@
-"""The implementations that the benchmark compares, and the models and prompts that it runs them on."""
+"""The implementations that the benchmarks compare, and the models and prompts that they use."""

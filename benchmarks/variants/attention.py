@@ -1,7 +1,7 @@
-"""Ways to get attention and the mass on a few selected tokens: ours, and what people would do otherwise.
+"""Ways to compute attention together with maps of a few selected tokens: ours, and the alternatives in PyTorch.
 
-Every variant computes the attention output too. In a joint sequence the rows of the map are the image tokens and the
-selected tokens are text.
+Every variant also computes the attention output. The sequence holds image and text tokens; the rows of a map are the
+image tokens, and the selected tokens are text tokens.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ FLUX_1024 = Shape("FLUX 1024²", 1, 24, 128, 4096, 512, image_first=False)
 
 
 def shapes_for(device: torch.device, batch: int | None, extent: Extent) -> list[Shape]:
-    """The models' shapes: larger batches on a GPU, a third of the heads at 1024² on a CPU (heads are independent)."""
+    """The shapes of the models. On a CPU, the shapes at 1024² have a third of the heads, which are independent."""
     if extent == "quick":
         return [Shape("smoke test", batch or 1, 2, 64, 256, 77)]
     if device.type == "cuda":
         batches = ((SD35_512, 2), (SD35_512, 16), (SD35_1024, 2), (SD35_1024, 16), (FLUX_1024, 2))
         chosen = [replace(s, batch=batch or b) for s, b in batches]
         return list(dict.fromkeys(chosen))
-    note = "8 of the model's 24 heads, to fit the time on a CPU: heads are independent of one another"
+    note = "8 of the model's 24 heads, to limit the time on a CPU; heads are independent of each other"
     shapes = [
         replace(SD35_512, batch=batch or SD35_512.batch),
         replace(SD35_1024, batch=batch or 1, heads=8, note=note),
@@ -89,20 +89,20 @@ class Inputs:
 
     @property
     def positions(self) -> Tensor:
-        """int64 [B, T]."""
+        """int64 [B, T]: positions of the selected keys."""
         return self.selection.index.long()
 
     @property
     def others(self) -> Tensor:
-        """int64 [B, S - T]: the keys that are not selected."""
+        """int64 [B, S - T]: positions of the keys that are not selected."""
         batch, slots = self.selection.index.shape
-        kept = torch.ones(batch, self.shape.sequence, dtype=torch.bool, device=self.query.device)
-        kept.scatter_(1, self.positions, False)
-        return kept.nonzero()[:, 1].view(batch, self.shape.sequence - slots)
+        unselected = torch.ones(batch, self.shape.sequence, dtype=torch.bool, device=self.query.device)
+        unselected.scatter_(1, self.positions, False)
+        return unselected.nonzero()[:, 1].view(batch, self.shape.sequence - slots)
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
-    """Normalised queries and keys as qk-norm leaves them, eight text tokens selected, others in each sample."""
+    """Normally distributed query, key and value, and SELECTED random text tokens in each sample."""
     generator = torch.Generator().manual_seed(seed)
     size = (shape.batch, shape.heads, shape.sequence, shape.head_dim)
     query, key, value = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(3))
@@ -112,7 +112,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: in
 
 
 def backend_of(inputs: Inputs) -> str:
-    """The backend of "auto": on a GPU the kernel that its plan names for the forward pass."""
+    """The backend that ``backend="auto"`` uses; on a GPU the forward kernel that the tuned plan selects."""
     backend = choose_backend(inputs.query.device.type, inputs.query.dtype, inputs.shape.head_dim)
     if backend != "auto":
         return backend
@@ -126,7 +126,7 @@ def ours(x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def ours_without_maps(x: Inputs) -> Tensor:
-    """Our own kernel asked for no maps; only the Triton backend has one that is not PyTorch's attention."""
+    """Our Triton kernel without maps. Other backends without maps are PyTorch's own attention."""
     from star_kernels.attention import triton_forward
 
     out: Tensor = triton_forward.attention(
@@ -136,25 +136,28 @@ def ours_without_maps(x: Inputs) -> Tensor:
 
 
 def ours_from_lse(x: Inputs) -> tuple[Tensor, Tensor]:
-    """PyTorch's fused attention with its log-sum-exp, then our map kernel."""
+    """PyTorch's fused attention with log-sum-exp, followed by our map kernel."""
     out, lse = with_lse(x.query, x.key, x.value, x.scale)
     return out, attention_maps(x.query, x.key, lse, x.selection, rows=x.shape.rows)
 
 
 def lse_difference(x: Inputs, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Fused attention again without the selected keys: mass = 1 - exp(lse_without - lse_all), image rows only."""
+    """A second fused attention, of the image rows without the selected keys: mass = 1 - exp(lse_without - lse_all)."""
     out, lse = with_lse(x.query, x.key, x.value, x.scale)
     start, length = x.shape.rows
-    slots = others[:, None, :, None].expand(-1, x.shape.heads, -1, x.shape.head_dim)
+    where = others[:, None, :, None].expand(-1, x.shape.heads, -1, x.shape.head_dim)
     query = x.query[:, :, start : start + length]
-    _, lse_without = with_lse(query, x.key.gather(2, slots), x.value.gather(2, slots), x.scale)
+    _, lse_without = with_lse(query, x.key.gather(2, where), x.value.gather(2, where), x.scale)
     mass = -torch.expm1(lse_without - lse[:, :, start : start + length])  # [B, H, R]
     return out, mass.mean(dim=1, keepdim=True)
 
 
 def augmented_value(x: Inputs) -> tuple[Tensor, Tensor]:
-    """One fused attention with a column of V that marks the selected keys; flash needs Q and K as wide as V."""
-    extra = 8  # one column carries the mark, the others keep rows aligned
+    """Fused attention with an additional column in V that is one for selected keys.
+
+    Flash attention requires Q and K as wide as V, so they are padded too.
+    """
+    extra = 8  # one column has the indicator, the others keep rows aligned
     value = F.pad(x.value, (0, extra))
     width = x.shape.head_dim
     value[..., width].scatter_(2, x.positions[:, None].expand(-1, x.shape.heads, -1), 1.0)
@@ -166,16 +169,16 @@ def augmented_value(x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def materialised(x: Inputs) -> tuple[Tensor, Tensor]:
-    """The whole probability matrix in the model's dtype, as attention-map tools do."""
+    """Attention that materialises the probability matrix in the model's dtype, as attention-map tools do."""
     probability = torch.softmax(torch.matmul(x.query, x.key.transpose(-1, -2)) * x.scale, dim=-1)
     start, length = x.shape.rows
-    slots = x.positions[:, None, None].expand(-1, x.shape.heads, length, -1)
-    mass = probability[:, :, start : start + length].gather(3, slots).float().sum(dim=-1)  # [B, H, R]
+    where = x.positions[:, None, None].expand(-1, x.shape.heads, length, -1)
+    mass = probability[:, :, start : start + length].gather(3, where).float().sum(dim=-1)  # [B, H, R]
     return torch.matmul(probability, x.value), mass.mean(dim=1, keepdim=True)
 
 
 def with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """PyTorch's fused attention and its natural log-sum-exp [B, H, Sq]."""
+    """The output of PyTorch's fused attention and its natural log-sum-exp [B, H, Sq]."""
     results: Any
     if query.device.type == "cpu":
         results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
@@ -187,21 +190,21 @@ def with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[T
 
 
 def map_variants(x: Inputs) -> list[Variant]:
-    """The variants that return maps, ours first. The materialised one sits out most rounds: it is far slower."""
+    """The variants that return maps, ours first. The slower ones run in a share of the rounds."""
     variants = [Variant("ours", "ours, with maps", lambda: ours(x))]
-    if backend_of(x) == "triton":  # elsewhere it is the same path
+    if backend_of(x) == "triton":  # other backends compute the maps from the log-sum-exp anyway
         variants.append(Variant("ours_from_lse", "ours, maps from a vendor's LSE", lambda: ours_from_lse(x)))
     others = x.others
     return [
         *variants,
-        Variant("lse_difference", "LSE difference (attention twice)", lambda: lse_difference(x, others), 0.25),
+        Variant("lse_difference", "LSE difference (two attention passes)", lambda: lse_difference(x, others), 0.25),
         Variant("augmented_value", "augmented V (indicator column)", lambda: augmented_value(x), 0.25),
         Variant("materialised", "materialised softmax", lambda: materialised(x), 1 / 16),
     ]
 
 
 def bare_variants(x: Inputs) -> list[Variant]:
-    """Attention without maps: PyTorch's choice, each vendor kernel of a GPU, and our kernel where it is our own."""
+    """Attention without maps: PyTorch's default kernel, each vendor kernel on a GPU, and our Triton kernel."""
 
     def sdpa() -> Tensor:
         return F.scaled_dot_product_attention(x.query, x.key, x.value)
@@ -224,14 +227,14 @@ def bare_variants(x: Inputs) -> list[Variant]:
 
 
 def map_kernel(x: Inputs) -> Variant:
-    """Our map kernel by itself: an independent measure of what the maps add behind a vendor's attention."""
+    """Only our map kernel: an independent measurement of what the maps add to a vendor's attention."""
     lse = with_lse(x.query, x.key, x.value, x.scale)[1].contiguous()
     run = lambda: attention_maps(x.query, x.key, lse, x.selection, rows=x.shape.rows)  # noqa: E731
-    return Variant("map_kernel", "our map kernel alone, LSE given", run)
+    return Variant("map_kernel", "only our map kernel, from a given LSE", run)
 
 
-def definition(x: Inputs) -> Tensor:
-    """The maps by the library's definition in float32, one head at a time to bound the memory."""
+def reference(x: Inputs) -> Tensor:
+    """The maps of the library's reference implementation in float32, one head at a time to limit the memory."""
     heads = []
     for h in range(x.shape.heads):
         query, key, value = (t[:, h : h + 1].float() for t in (x.query, x.key, x.value))
@@ -242,8 +245,8 @@ def definition(x: Inputs) -> Tensor:
     return torch.stack(heads).mean(dim=0)
 
 
-# Relative RMS error allowed against the definition. float32: 1 - exp(difference) loses about three digits of a mass of
-# half a percent. 16 bits: scores or masses rounded to a dtype with 8 bits of mantissa, averaged over heads.
+# Relative RMS error allowed against the reference implementation. float32: 1 - exp(difference) loses about three digits
+# of a mass of half a percent. 16 bits: scores or masses are rounded to 8 bits of mantissa and averaged over heads.
 TOLERANCES = {torch.float32: 2e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 

@@ -1,4 +1,4 @@
-"""The objectives beside Flow-GRPO's loss, each as ours and as trainers write it in eager PyTorch."""
+"""The sampler and the other objectives: our implementations, and those of trainers in eager PyTorch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Gradient = tuple[Tensor, Tensor]  # loss and gradient
 
 
 def pairs(x: Inputs) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Name -> (ours, eager); what both return agrees."""
-    old, noise, reference = (torch.randn_like(x.sample) for _ in range(3))
+    """Maps a name to our implementation and the eager one, which return the same results."""
+    old, noise, ref_output = (torch.randn_like(x.sample) for _ in range(3))
     old = x.model_output.detach().float() + 1e-3 * old
     target = noise - x.sample
     return {
         "sampling": (lambda: ours_sampling(x, noise), lambda: eager_sampling(x, noise)),
         "location": (lambda: ours_location(x), lambda: eager_location(x)),
-        "kl": (lambda: ours_kl(x, reference), lambda: eager_kl(x, reference)),
+        "kl": (lambda: ours_kl(x, ref_output), lambda: eager_kl(x, ref_output)),
         "guard": (lambda: ours_guard(x, old), lambda: eager_guard(x, old)),
         "nft": (lambda: ours_nft(x, old, target), lambda: eager_nft(x, old, target, noise)),
         "matching": (lambda: ours_matching(x, target), lambda: eager_matching(x, target)),
@@ -62,7 +62,7 @@ def eager_sampling(x: Inputs, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_log_prob(x: Inputs) -> tuple[Tensor, Tensor]:
-    """The log-probability of each location, and the mean of the transition."""
+    """The log-probability at each location, and the mean of the transition."""
     c = x.transition
     a, b, scale, offset = (column(t, x.sample) for t in (c.mean_sample, c.mean_output, c.scale, c.offset))
     mean = a * x.sample + b * x.model_output.float()
@@ -80,16 +80,16 @@ def eager_location(x: Inputs) -> Gradient:
     return gradient(x, (weights * losses).mean())
 
 
-def ours_kl(x: Inputs, reference: Tensor) -> Gradient:
-    return ours_policy(x, ref_model_output=reference, kl_coef=0.04)
+def ours_kl(x: Inputs, ref_output: Tensor) -> Gradient:
+    return ours_policy(x, ref_model_output=ref_output, kl_coef=0.04)
 
 
-def eager_kl(x: Inputs, reference: Tensor) -> Gradient:
+def eager_kl(x: Inputs, ref_output: Tensor) -> Gradient:
     log_prob, mean = dense_log_prob(x)
     loss = clipped(log_prob.flatten(1).mean(dim=1) - x.old_log_prob_mean, x.advantages).mean()
     c = x.transition
-    reference_mean = column(c.mean_sample, mean) * x.sample + column(c.mean_output, mean) * reference
-    kl = column(c.kl_scale, mean) * (mean - reference_mean) ** 2
+    ref_mean = column(c.mean_sample, mean) * x.sample + column(c.mean_output, mean) * ref_output
+    kl = column(c.kl_scale, mean) * (mean - ref_mean) ** 2
     return gradient(x, loss + 0.04 * kl.mean())
 
 

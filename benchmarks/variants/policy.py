@@ -1,4 +1,4 @@
-"""The policy loss with its gradient: ours, and Flow-GRPO's arithmetic in eager PyTorch and under torch.compile."""
+"""The policy loss and its gradient: ours, and Flow-GRPO's arithmetic in eager PyTorch and with torch.compile."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from star_kernels import Transition, flow_sde, sample_transition, weighted_polic
 CLIP_RANGE = 1e-4
 ADVANTAGE_CLIP = 5.0
 NOISE_LEVEL = 0.7
-GRID = 2  # latent positions a patch, along each axis
+GRID = 2  # latent positions per patch along each axis
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One training step of a batch. The model output requires grad; nothing else does."""
+    """The inputs of one training step. Only the model output requires grad."""
 
     model_output: Tensor  # [B, C, H, W], float32 or bfloat16
-    sample: Tensor  # float32, like the rest
-    prev_sample: Tensor
+    sample: Tensor  # [B, C, H, W], float32 like all other tensors
+    prev_sample: Tensor  # [B, C, H, W]
     old_log_prob: Tensor  # [B, H, W]
     advantages: Tensor  # [B]
     weights: Tensor  # [B, H / 2, W / 2], mean one
@@ -35,12 +35,12 @@ class Inputs:
 
     @property
     def old_log_prob_mean(self) -> Tensor:
-        """[B]: what Flow-GRPO stores."""
+        """[B]: the mean over locations, which Flow-GRPO stores."""
         return self.old_log_prob.flatten(1).mean(dim=1)
 
 
 def make_inputs(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
-    """A rollout at ratios of nearly one, so that no sample is clipped and every gradient has to be computed."""
+    """Inputs with ratios close to one, so that no sample is clipped and every gradient has to be computed."""
     generator = torch.Generator().manual_seed(seed)
     batch, _, height, width = shape
 
@@ -94,9 +94,9 @@ def flow_grpo_step(
     prev_sample: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Flow-GRPO's SDE step and log-probability (arXiv 2505.05470), written out as trainers do in eager PyTorch.
+    """Flow-GRPO's SDE step and log-probability (arXiv 2505.05470) in eager PyTorch, as in its trainer.
 
-    Returns the next latent (drawn with ``noise`` if not given) and the log-probability [B].
+    Returns ``prev_sample``, which is drawn with ``noise`` if it is None, and its log-probability [B].
     """
     v, x = model_output.float(), sample.float()
     sigma, sigma_next = (s.view(-1, *[1] * (sample.ndim - 1)) for s in (sigma, sigma_next))
@@ -114,7 +114,7 @@ def flow_grpo_step(
 
 
 def flow_grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Flow-GRPO's clipped loss and the metrics its trainer logs."""
+    """Flow-GRPO's clipped loss and the metrics that its trainer logs."""
     advantages = torch.clamp(advantages, -ADVANTAGE_CLIP, ADVANTAGE_CLIP)
     ratio = torch.exp(log_prob - old_log_prob)
     unclipped = -advantages * ratio
@@ -151,7 +151,7 @@ def flow_grpo(x: Inputs, old_log_prob: Tensor, objective: Any = _objective) -> t
 
 
 def variants(x: Inputs, compiled: bool = True) -> list[Variant]:
-    """Ours without and with weights, the eager arithmetic, and the same compiled."""
+    """Our loss without and with weights, and Flow-GRPO's arithmetic, eager and compiled."""
     old = x.old_log_prob_mean
     found = [
         Variant("ours", "ours, no weights", lambda: ours(x, None)),

@@ -1,4 +1,4 @@
-"""Prompts from a file, and a real tokenizer for them."""
+"""Prompts from a file, and a tokenizer for them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DEFAULT_PROMPTS = (
 
 
 class PromptError(ValueError):
-    """A prompt file or tokenizer that cannot be used; the message names it."""
+    """A prompt file or a tokenizer that cannot be used. The message names it."""
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """A prompt a line, or GenEval's JSON lines with a "prompt" key; the built-in ones without a file."""
+    """Reads one prompt per line, or JSON lines with a "prompt" key as in GenEval. None selects the built-in prompts."""
     if path is None:
         return list(DEFAULT_PROMPTS)
     try:
@@ -35,7 +35,7 @@ def read_prompts(path: Path | None) -> list[str]:
     as_json = path.suffix.lower() in (".jsonl", ".json") or (bool(lines) and lines[0][1].startswith("{"))
     prompts = [_json_prompt(line, path, number) if as_json else line for number, line in lines]
     if not prompts:
-        raise PromptError(f"--prompts: {path} holds no prompts; one a line is expected")
+        raise PromptError(f"--prompts: {path} has no prompts; expected one prompt per line")
     return prompts
 
 
@@ -44,7 +44,7 @@ def load_tokenizer(path: Path | None, prompts: list[str]) -> PreTrainedTokenizer
     if path is None:
         return _train(prompts)
     if not path.is_dir():
-        raise PromptError(f"--tokenizer: {path} is not a folder; one with a tokenizer.json is expected")
+        raise PromptError(f"--tokenizer: {path} is not a folder; expected a folder with a tokenizer.json")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # transformers raises many kinds
@@ -52,11 +52,11 @@ def load_tokenizer(path: Path | None, prompts: list[str]) -> PreTrainedTokenizer
             f"--tokenizer: no tokenizer could be loaded from {path}: {str(error).splitlines()[0]}"
         ) from error
     if not tokenizer.is_fast:
-        raise PromptError(f"--tokenizer: {path} has no fast tokenizer, which the character offsets need")
+        raise PromptError(f"--tokenizer: {path} has no fast tokenizer, which is required for character offsets")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
-        raise PromptError(f"--tokenizer: {path} has no token to pad with")
+        raise PromptError(f"--tokenizer: the tokenizer in {path} has no pad, end-of-sequence or unknown token")
     return tokenizer
 
 
@@ -70,9 +70,9 @@ def _json_prompt(line: str, path: Path, number: int) -> str:
     try:
         prompt = json.loads(line)["prompt"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise PromptError(f'--prompts: {path}, line {number}: a JSON object with a "prompt" is expected') from error
+        raise PromptError(f'--prompts: {path}, line {number}: expected a JSON object with a "prompt" key') from error
     if not isinstance(prompt, str) or not prompt.strip():
-        raise PromptError(f'--prompts: {path}, line {number}: "prompt" must be text, got {prompt!r}')
+        raise PromptError(f'--prompts: {path}, line {number}: "prompt" must be a non-empty string, got {prompt!r}')
     return prompt
 
 

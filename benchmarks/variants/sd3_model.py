@@ -1,4 +1,4 @@
-"""SD3.5-Medium's transformer with random weights, and text embeddings in place of its encoders."""
+"""The transformer of SD3.5-Medium with random weights, and random text embeddings in place of its text encoders."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ TEXT_WIDTH = 4096
 POOLED_WIDTH = 2048
 PATCH = 2
 CHANNELS = 16
-DUAL_ATTENTION_BLOCKS = 13  # the first ones of SD3.5-M also attend within the image alone
+DUAL_ATTENTION_BLOCKS = 13  # first blocks of SD3.5-M, which also have an attention of the image tokens only
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of the model and of the image there is."""
+    """Size of the model, of the images and of the batch."""
 
     blocks: int
-    latent: int  # latent rows and columns
+    latent: int  # rows and columns of the latent
     text: int  # text tokens
-    groups: int  # prompts a step
-    group: int  # samples a prompt
+    groups: int  # prompts per step
+    group: int  # samples per prompt
     steps: int
 
     @property
     def grid(self) -> int:
-        """Patch rows and columns."""
+        """Number of rows and of columns of patches."""
         return self.latent // PATCH
 
     @property
     def image(self) -> int:
-        """Image tokens."""
+        """Number of image tokens."""
         return self.grid**2
 
     @property
@@ -47,10 +47,7 @@ class Size:
 
 
 def size_for(device: torch.device, batch: int | None, extent: Extent) -> Size:
-    """All 24 blocks at 512² on a GPU; one block, or two in a thorough run, at 256² on a CPU.
-
-    Samples come in groups of two a prompt.
-    """
+    """All 24 blocks at 512² on a GPU; one block, or two in a thorough run, at 256² on a CPU. Two samples per group."""
     groups = max(1, (batch or (4 if device.type == "cuda" else 2)) // 2)
     if extent == "quick":
         return Size(blocks=1, latent=8, text=32, groups=1, group=2, steps=2)
@@ -60,8 +57,8 @@ def size_for(device: torch.device, batch: int | None, extent: Extent) -> Size:
 
 
 def build(size: Size, dtype: torch.dtype, device: torch.device) -> Any:
-    """The transformer; only its attention projections require grad."""
-    diffusers.utils.logging.set_verbosity_error()  # it warns of every cast of a model that was not loaded from a file
+    """Builds the transformer. Only its attention projections require grad."""
+    diffusers.utils.logging.set_verbosity_error()  # no warning about casting a model that was not loaded from a file
     torch.manual_seed(0)
     with torch.device(device):
         transformer: Any = SD3Transformer2DModel(
@@ -75,7 +72,7 @@ def build(size: Size, dtype: torch.dtype, device: torch.device) -> Any:
             joint_attention_dim=TEXT_WIDTH,
             caption_projection_dim=1536,
             pooled_projection_dim=POOLED_WIDTH,
-            pos_embed_max_size=size.grid,  # SD3.5-M has 384, of which it takes the middle; that takes seconds to make
+            pos_embed_max_size=size.grid,  # 384 in SD3.5-M, which takes seconds to compute
             qk_norm="rms_norm",
             dual_attention_layers=tuple(range(min(size.blocks, DUAL_ATTENTION_BLOCKS))),
         )
@@ -86,14 +83,14 @@ def build(size: Size, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 class TextEmbeddings:
-    """A fixed random embedding for each token id, so that equal words look equal to the model."""
+    """Fixed random embeddings, one for each token id."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self.known: dict[int, Tensor] = {}
 
     def __call__(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """``[B, L, 4096]`` for the tokens and ``[B, 2048]`` for the prompt as a whole."""
+        """Returns embeddings of the tokens ``[B, L, 4096]`` and of the prompts ``[B, 2048]``."""
         tokens = torch.stack([torch.stack([self._embed(i) for i in row]) for row in ids])
         return tokens, tokens[..., :POOLED_WIDTH].float().mean(dim=1).to(self.dtype)
 

@@ -1,4 +1,4 @@
-"""The benchmark of an epoch runs with the preset as it is."""
+"""The benchmark of an epoch, with the preset of the small model."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from benchmarks.parts import epoch
+from benchmarks.parts.request import Request
 from benchmarks.timing.harness import Budget
 
 
 @pytest.mark.exhaustive
-def test_both_arms_are_timed_and_weighed() -> None:
-    (case,) = epoch.measure(torch.device("cpu"), None, None, Budget(2, 1.0), extent="quick")
+def test_an_epoch_reports_time_and_memory_with_and_without_star() -> None:
+    (case,) = epoch.measure(Request(torch.device("cpu"), None, None, Budget(2, 1.0), "quick"))
     assert set(case["times"]) == {"plain", "star"}
     assert case["ratios"]["star_memory"]["median"] > 0.5
     assert case["ratios"]["star_over_plain"]["count"] == 2

@@ -1,4 +1,4 @@
-"""The benchmark of the overhead: its intervals, its limits, its progress, and what its last screen says."""
+"""benchmarks/overhead.py: intervals, budgets, limits, progress, summary and interruption."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = sorted((Path(overhead.__file__).parent / "results").glob("overhead-*.j
 
 
 class SteadyClock:
-    """Whose calls take a second each and no time."""
+    """A clock by which every call takes one second."""
 
     name = "steady"
 
@@ -33,7 +33,7 @@ def variants() -> list[harness.Variant]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 8, 9, 30, 101, 1500])
-def test_the_interval_has_the_median_with_95_percent(count: int) -> None:
+def test_the_interval_contains_the_median_with_a_probability_of_95_percent(count: int) -> None:
     rank = harness.interval_rank(count)
     missed = [
         2 * sum(math.comb(count, k) for k in range(r + 1)) / 2**count
@@ -43,7 +43,7 @@ def test_the_interval_has_the_median_with_95_percent(count: int) -> None:
         assert count < 6
         assert missed[1] > 0.05
     else:
-        assert missed[0] <= 0.05 < missed[1]  # and no narrower one does
+        assert missed[0] <= 0.05 < missed[1]  # no narrower interval does
         figure = harness.summarise(list(range(count)))
         assert (figure.low, figure.high) == (rank, count - 1 - rank)
 
@@ -52,21 +52,21 @@ def test_fewer_than_six_rounds_have_no_interval() -> None:
     assert "low" not in harness.summarise([1.0, 2.0, 3.0]).as_dict()
 
 
-def test_a_comparison_ends_with_its_budget_preparation_included() -> None:
+def test_a_comparison_ends_when_its_budget_is_spent() -> None:
     late = harness.Budget(100, until=time.perf_counter() - 1)
     assert harness.interleave(variants(), SteadyClock(), late, "late").figure("a").count == 2
     assert harness.interleave(variants(), SteadyClock(), harness.Budget(7), "by rounds").figure("a").count == 7
 
 
-def test_a_budget_for_all_is_shared_and_one_for_each_is_not() -> None:
+def test_until_is_divided_among_cases_and_seconds_apply_to_each() -> None:
     now = time.perf_counter()
-    assert harness.Budget(9, seconds=8.0, until=now + 60).for_one(3).until == pytest.approx(now + 20, abs=1)
-    assert harness.Budget(9, seconds=8.0, until=now + 60).for_one(3).seconds == 8.0
-    assert harness.Budget(9, seconds=8.0).for_one(3).until == math.inf
+    assert harness.Budget(9, seconds=8.0, until=now + 60).for_next(3).until == pytest.approx(now + 20, abs=1)
+    assert harness.Budget(9, seconds=8.0, until=now + 60).for_next(3).seconds == 8.0
+    assert harness.Budget(9, seconds=8.0).for_next(3).until == math.inf
     assert harness.Budget(9, seconds=8.0).share(0.25).seconds == 2.0
 
 
-def test_a_plan_tells_its_place_and_what_is_left() -> None:
+def test_a_plan_has_the_number_of_the_part_and_the_time_left() -> None:
     plan = progress.Plan({"attention": 60.0, "policy": 120.0})
     assert (plan.place, plan.left) == ("", 180.0)
     plan.begin("policy")
@@ -92,31 +92,31 @@ def test_a_plan_tells_its_place_and_what_is_left() -> None:
         ({}, thresholds.UNDECIDED),  # not measured
     ],
 )
-def test_a_limit_fails_only_where_the_whole_interval_lies_beyond_it(figure: dict[str, Any], verdict: str) -> None:
+def test_a_limit_fails_only_if_the_whole_interval_lies_beyond_it(figure: dict[str, Any], verdict: str) -> None:
     case = {"name": thresholds.STEP, "dtype": "float32", "ratios": {"star_over_plain": figure}}
     (outcome,) = thresholds.evaluate({"end-to-end": [case]}, "cpu")
     assert outcome.verdict == verdict
     assert outcome.passed == (verdict == thresholds.HELD)
 
 
-def test_no_limit_of_a_cpu_is_beyond_what_amx_gives() -> None:
+def test_the_limits_of_cpus_hold_on_a_cpu_with_amx() -> None:
     ratios = {"overhead": {"median": 1.017}, "materialised_over_ours": {"median": 2.7}}
     case = {"name": thresholds.ATTENTION, "dtype": "bfloat16", "ratios": ratios}
     assert [o.verdict for o in thresholds.evaluate({"attention": [case]}, "cpu")] == [thresholds.HELD] * 2
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_the_last_screen_is_a_screenful(path: Path) -> None:
+def test_the_summary_fits_on_a_screen(path: Path) -> None:
     found = json.loads(path.read_text())
     text = summary.text(found)
     lines = text.splitlines()
-    assert len(lines) <= 23  # and one for the files
+    assert len(lines) <= 23  # the names of the written files take one more
     assert max(map(len, lines)) <= 100
     assert "[" not in text
     assert "BUSY" in text
 
 
-def test_the_last_screen_of_a_calm_machine_says_so() -> None:
+def test_the_summary_of_an_idle_machine_says_so() -> None:
     found = json.loads(RESULTS[0].read_text())
     for cases in found["parts"].values():
         for case in cases:
@@ -124,7 +124,7 @@ def test_the_last_screen_of_a_calm_machine_says_so() -> None:
             for figure in case["ratios"].values():
                 figure |= {"calm": True, "count": 9}
     text = summary.text(found)
-    assert "The machine was calm: other programs took the processor in 1% of the calls." in text
+    assert "The machine was idle: other programs used the processor in 1% of the calls." in text
     assert "*" not in text
     assert "+0.6 %   +0.4 to +1.1 %" in text
     assert "none" not in text
@@ -132,7 +132,7 @@ def test_the_last_screen_of_a_calm_machine_says_so() -> None:
 
 @pytest.fixture
 def stubs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Parts that take no time, one that the list names being interrupted; and no plot."""
+    """Replaces measurements by committed results and the plot by a file. Parts in the returned list are interrupted."""
     committed = json.loads(next(path for path in RESULTS if "amd" in path.name).read_text())["parts"]
     interrupted: list[str] = []
 
@@ -155,14 +155,13 @@ def test_results_come_part_by_part_and_the_summary_last(
     stubs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path) == 0
-    told = capsys.readouterr().out
-    places = [
-        told.index(text) for text in ("3 parts, about 2 min", "ATTENTION", "POLICY", "END-TO-END", "WHAT MAPS", "wrote")
-    ]
+    printed = capsys.readouterr().out
+    order = ("3 parts, about 2 min", "ATTENTION", "POLICY", "END-TO-END", "COST OF MAPS", "wrote")
+    places = [printed.index(text) for text in order]
     assert places == sorted(places)
-    assert len(told[told.index("WHAT MAPS") :].splitlines()) <= 24
-    assert "FAILED" not in told
-    assert "undecided" not in told
+    assert len(printed[printed.index("COST OF MAPS") :].splitlines()) <= 24
+    assert "FAILED" not in printed
+    assert "undecided" not in printed
     (written,) = tmp_path.glob("*.json")
     found = json.loads(written.read_text())
     assert found["complete"]
@@ -171,14 +170,14 @@ def test_results_come_part_by_part_and_the_summary_last(
     assert written.with_suffix(".png").exists()
 
 
-def test_an_interrupted_run_keeps_its_complete_parts(
+def test_an_interrupted_run_writes_its_complete_parts(
     stubs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stubs.append("end-to-end")
     assert run(tmp_path) == 130
-    told = capsys.readouterr()
-    assert "interrupted in part 'end-to-end'" in told.err
-    assert "WHAT MAPS" in told.out
+    printed = capsys.readouterr()
+    assert "interrupted in part 'end-to-end'" in printed.err
+    assert "COST OF MAPS" in printed.out
     (written,) = tmp_path.glob("*.json")
     found = json.loads(written.read_text())
     assert not found["complete"]
@@ -190,11 +189,11 @@ def test_an_interruption_before_any_part_writes_nothing(
 ) -> None:
     stubs.append("attention")
     assert run(tmp_path / "out") == 130
-    assert "nothing was measured" in capsys.readouterr().out
+    assert "no part was measured" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
-def test_check_alone_judges(
+def test_only_check_compares_with_the_limits(
     stubs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(tmp_path, "--check") == 0
@@ -205,14 +204,14 @@ def test_check_alone_judges(
     assert run(tmp_path, "--check") == 1
 
 
-def test_what_a_cpu_has_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, told in (
-        (["--only", "backward"], "--only backward needs a GPU"),
-        (["--quick", "--thorough"], "exclude"),
+def test_invalid_options_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--only", "backward"], "--only backward requires a GPU"),
+        (["--quick", "--thorough"], "--quick and --thorough are mutually exclusive"),
     ):
         with pytest.raises(SystemExit):
             overhead.parse(["--device", "cpu", *arguments])
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_a_run_does_not_write_over_the_committed_results() -> None:
@@ -221,8 +220,8 @@ def test_a_run_does_not_write_over_the_committed_results() -> None:
 
 def test_a_part_measures_and_reports_its_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "--quick", "--only", "attention") == 0
-    told = capsys.readouterr()
-    assert "[1/1] attention · smoke test · float32 ... about 10 s left" in told.err
-    assert "smoke test, 2 of 24 heads, float32" in told.out
-    (picture,) = tmp_path.glob("*.png")
-    assert picture.stat().st_size > 10_000
+    printed = capsys.readouterr()
+    assert "[1/1] attention · smoke test · float32 ... about 10 s left" in printed.err
+    assert "smoke test, 2 of 24 heads, float32" in printed.out
+    (image,) = tmp_path.glob("*.png")
+    assert image.stat().st_size > 10_000
