@@ -1,1 +1,1 @@
-"""Whether an allocation of the advantage helps: agreement of gradients and learning curves."""
+"""Studies of whether an allocation of the advantage helps: agreement of gradients, and learning curves."""

@@ -1,17 +1,23 @@
-"""Which allocation makes the gradient of the policy less noisy: python -m studies.agreement
+"""Measures which allocation reduces the noise of the policy gradient: python -m studies.agreement
 
-Draws independent batches of samples at a fixed policy, computes the gradient of each batch under every allocation from
-the same samples and rewards, and reports the mean cosine between the gradients of different batches. While the noise is
-much larger than the signal the cosine grows in proportion to the batch, so the ratio of two allocations' cosines says
-how many times the samples one is worth, relative to the other ("effective-sample multiple"). Intervals are jackknife
-over batches. Four cosines are reported: of the gradients; of the gradients with each entry divided by the root mean
-square that it has under scalar advantages, as Adam steps by them ("scaled"); and of scaled gradients with those of
-scalar advantages in other batches ("along scalar"), which a field that only sharpens another objective does not raise;
-and of what Adam would step, each entry over its own root mean square, with those as they are ("step").
+The study draws independent batches of samples from a fixed policy, computes the gradient of each batch under every
+allocation from the same samples and rewards, and reports the mean cosine between the gradients of different batches. As
+long as the noise is much larger than the signal, the cosine is proportional to the batch size, so the ratio of the
+cosines of two allocations is the factor by which one of them saves samples (the "effective-sample multiple"). The
+intervals are jackknife intervals over the batches.
 
-One run measures one model; give checkpoints of star-train to measure along training. Results are appended to a JSON
-file; allocations that it has already, of the same model and batches, are not measured again, and others join them.
---report prints and draws what is there.
+Four cosines are reported:
+  (unnamed)     the cosine of the gradients
+  scaled        the cosine of the gradients after each entry is divided by its root mean square under scalar advantages,
+                as Adam scales it
+  along scalar  the cosine of scaled gradients with the scaled gradients of scalar advantages in other batches; an
+                allocation that only sharpens another objective does not increase it
+  step          the cosine of the gradients, each entry divided by its own root mean square as in a step of Adam, with
+                the unscaled gradients of scalar advantages in other batches
+
+A run measures one model; use --checkpoint to measure a model during training. Results are added to a JSON file.
+Allocations that the file already has for the same model and batches are not measured again. --report prints and plots
+the results in the file.
 """
 
 from __future__ import annotations
@@ -45,7 +51,7 @@ from star_trainer.schedule import schedule_of
 from studies import allocations
 
 RESULTS = Path(__file__).parent / "results"
-STEPWISE = ("scalar", "core")  # whose gradients are kept for each denoising step, too
+STEPWISE = ("scalar", "core")  # allocations whose gradients are also compared for each denoising step
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,13 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
         policy = Policy(config, torch.device("cpu"))
         known = list(allocations.names(len(policy.model.transformer_blocks)))
         allocations.check_arms(options.arms or known, known)
-        there = _unit(found, key)
-        arms = [name for name in options.arms or known if there is None or name not in there["agreement"]]
+        existing = _unit(found, key)
+        arms = [name for name in options.arms or known if existing is None or name not in existing["agreement"]]
         if arms:
             measured = measure(policy, config, options, arms)
-            key["batches"] = measured.pop("batches")  # fewer where the time was up
-            about = {"key": key, "label": options.label or key["model"]}
-            add(found, {**about, **measured, "environment": environment.describe(torch.device("cpu"))})
+            key["batches"] = measured.pop("batches")  # fewer than requested if the time ran out
+            header = {"key": key, "label": options.label or key["model"]}
+            add(found, {**header, **measured, "environment": environment.describe(torch.device("cpu"))})
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(found) + "\n")
     for unit in found["units"]:
@@ -76,29 +82,33 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="small", help='"small", or the folder of a pipeline')
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint of star-train whose averaged weights are taken")
-    parser.add_argument("--label", help="name of the model in tables and pictures")
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint of star-train; its averaged weights are used")
+    parser.add_argument("--label", help="name of the model in tables and plots")
     parser.add_argument("--task", choices=("composition", "text"), default="composition")
-    parser.add_argument("--size", choices=("small", "large"), help="only prompts that ask for things of this size")
-    parser.add_argument("--batches", type=int, default=32, help="independent batches")
-    parser.add_argument("--groups", type=int, default=12, help="prompts of a batch")
-    parser.add_argument("--group-size", type=int, default=8, help="samples of a prompt")
-    parser.add_argument("--window-end", type=int, help="rollout.window_end, where it is not the preset's")
-    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--size", choices=("small", "large"), help="use only prompts for objects of this size")
+    parser.add_argument("--batches", type=int, default=32, help="number of independent batches (default: 32)")
+    parser.add_argument("--groups", type=int, default=12, help="prompts per batch (default: 12)")
+    parser.add_argument("--group-size", type=int, default=8, help="samples per prompt (default: 8)")
+    parser.add_argument("--window-end", type=int, help="rollout.window_end (default: that of the preset)")
+    parser.add_argument("--seed", type=int, default=1000, help="seed of the samples (default: 1000)")
     parser.add_argument(
-        "--arms", type=allocations.listed, help="only these allocations, separated by semicolons; scalar always"
+        "--arms",
+        type=allocations.split_names,
+        help="measure only these allocations, separated by semicolons, and scalar advantages",
     )
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no batch begins after so many")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gradient-agreement.json")
-    parser.add_argument("--report", action="store_true", help="measure nothing: print and draw what is there")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time after which no batch is started")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "gradient-agreement.json", help="JSON file of the results"
+    )
+    parser.add_argument("--report", action="store_true", help="only print and plot the results in the JSON file")
     options = parser.parse_args(arguments)
     if options.batches < 4:
-        parser.error(f"--batches must be at least 4 for an interval, got {options.batches}")
+        parser.error(f"--batches must be at least 4, which an interval requires, got {options.batches}")
     return options
 
 
 def settings(options: argparse.Namespace) -> Config:
-    """The preset of the small model, with the sizes of the measurement."""
+    """The preset of the small model, with the batch size and the seed of the options."""
     window = [] if options.window_end is None else ["--rollout.window_end", str(options.window_end)]
     made = parse_settings(["--preset", "small", "--model.path", options.model, *window])
     return replace(
@@ -110,7 +120,7 @@ def settings(options: argparse.Namespace) -> Config:
 
 
 def unit_key(options: argparse.Namespace, config: Config) -> dict[str, Any]:
-    """What a unit depends on."""
+    """The settings that identify a unit of the results."""
     rollout = config.rollout
     return {
         "model": Path(options.model).name,
@@ -130,17 +140,17 @@ def unit_key(options: argparse.Namespace, config: Config) -> dict[str, Any]:
 
 
 def add(found: dict[str, Any], unit: dict[str, Any]) -> None:
-    """Takes up a unit; further allocations of one that is there, which has the same batches, join it."""
-    there = _unit(found, unit["key"])
-    if there is None:
+    """Adds a unit to the results. If there is one with the same key, its missing allocations are added to it."""
+    existing = _unit(found, unit["key"])
+    if existing is None:
         found["units"].append(unit)
         return
-    there["agreement"] |= {name: arm for name, arm in unit["agreement"].items() if name not in there["agreement"]}
-    there["seconds"] = round(there["seconds"] + unit["seconds"], 1)
+    existing["agreement"] |= {n: arm for n, arm in unit["agreement"].items() if n not in existing["agreement"]}
+    existing["seconds"] = round(existing["seconds"] + unit["seconds"], 1)
 
 
 def measure(policy: Policy, config: Config, options: argparse.Namespace, arms: Sequence[str]) -> dict[str, Any]:
-    """Rewards, and of scalar advantages and these allocations the figures of :func:`agreement`."""
+    """Measures the mean reward, and :func:`agreement` for scalar advantages and the given allocations."""
     if options.checkpoint:
         policy.model.load_state_dict(load_file(options.checkpoint / "average.safetensors"), strict=False)
     prompts = [p for p in load_prompts(config.data.prompts, seed="gradient agreement") if _asks_for(p, options.size)]
@@ -149,7 +159,7 @@ def measure(policy: Policy, config: Config, options: argparse.Namespace, arms: S
     if not isinstance(preset_blocks, list):
         preset_blocks = list(range(blocks))
     if max(preset_blocks) >= blocks:
-        raise SystemExit(f"--model must have the blocks {preset_blocks} of the preset 'small', got {blocks} blocks")
+        raise SystemExit(f"--model must have blocks {preset_blocks} of the preset 'small', got {blocks} blocks")
     wanted = {"scalar", *arms, *(("core",) if any(name.startswith("strength") for name in arms) else ())}
     autocast = Accelerator(cpu=True).autocast
     stored: dict[str, dict[int, Tensor]] = {}
@@ -165,7 +175,7 @@ def measure(policy: Policy, config: Config, options: argparse.Namespace, arms: S
         fields = {name: terms for name, terms in fields.items() if name in wanted}
         found = gradients(policy, rolled.batch, fields, parameters, config)
         for name, gradient in {**found, **{name: own for name, own in _mixed(found).items() if name in wanted}}.items():
-            stored.setdefault(name, {})[number] = gradient.bfloat16()  # its rounding is far below the noise measured
+            stored.setdefault(name, {})[number] = gradient.bfloat16()  # the rounding error is far below the noise
     return {
         "reward": sum(rewards) / len(rewards),
         "batches": len(rewards),
@@ -176,8 +186,12 @@ def measure(policy: Policy, config: Config, options: argparse.Namespace, arms: S
 
 
 def credit(graded: Tensor, phrases: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages of samples ``[N]``, by the reward of each phrase alone of phrases ``[N, G]``, and phrases' parts of
-    the samples' ``[N, G]``; NaN becomes 0."""
+    """Computes the advantages of samples and phrases. NaN becomes 0.
+
+    Returns:
+        The advantages of the samples ``[N]``, the advantages of the phrases by their own rewards ``[N, G]``, and the
+        contributions of the phrases to the samples' advantages ``[N, G]``.
+    """
     size = config.rollout.group_size
     split = split_advantages(graded, phrases, size).values
     own = phrase_advantages(phrases, size).values
@@ -189,7 +203,7 @@ def credit(graded: Tensor, phrases: Tensor, config: Config) -> tuple[Tensor, Ten
 def gradients(
     policy: Policy, batch: Batch, fields: allocations.Fields, parameters: Sequence[Tensor], config: Config
 ) -> dict[str, Tensor]:
-    """The flattened gradient of the batch under each allocation, one forward pass a step for all of them."""
+    """The flattened gradient of the batch under each allocation, with one forward pass per step for all of them."""
     schedule = schedule_of(policy.pipeline, config.rollout.steps)
     total: dict[str, Tensor] = {}
     for at, step in enumerate(batch.steps):
@@ -209,7 +223,7 @@ def gradients(
 
 
 def _slope(velocity: Tensor, step: Step, transition: Any, advantages: Tensor, weights: Tensor) -> Tensor:
-    """The gradient of the policy loss with respect to the velocity; the policy is the one that drew the samples."""
+    """The gradient of the policy loss with respect to the velocity, on policy."""
     leaf = velocity.detach().requires_grad_()
     side = step.sample.shape[-1] // 2
     loss, _ = weighted_policy_loss(
@@ -227,12 +241,12 @@ def _slope(velocity: Tensor, step: Step, transition: Any, advantages: Tensor, we
 
 
 def compared(stored: dict[str, dict[int, Tensor]]) -> dict[str, dict[str, Any]]:
-    """Of each allocation, from its gradients by batch, the cosines, see above."""
+    """The cosines of each allocation (see the module's docstring), from its gradients by batch."""
     scalar = stored["scalar"]
     scale = adam_scale(scalar.values())
     found = {}
     for name, vectors in stored.items():
-        if len(vectors) < 4:  # a step that few batches trained
+        if len(vectors) < 4:  # a step that is trained in few batches
             continue
         stacked = torch.stack(list(vectors.values()))
         found[name] = agreement(stacked)
@@ -244,7 +258,7 @@ def compared(stored: dict[str, dict[int, Tensor]]) -> dict[str, dict[str, Any]]:
 
 
 def adam_scale(vectors: Iterable[Tensor]) -> Tensor:
-    """One over the root mean square of each entry over vectors ``[D]``."""
+    """The reciprocal of the root mean square of each entry over vectors ``[D]``."""
     squares, count = torch.zeros(()), 0
     for vector in vectors:
         squares, count = squares + vector.float().square(), count + 1
@@ -252,7 +266,7 @@ def adam_scale(vectors: Iterable[Tensor]) -> Tensor:
 
 
 def cosines(arm: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Those that a unit has of an allocation, by kind; "" is that of the gradients as they are."""
+    """The cosines of an allocation by kind. The kind of the unscaled gradients is ""."""
     return {"": arm, **{kind: arm[kind] for kind in ("scaled", "along scalar", "step") if kind in arm}}
 
 
@@ -263,13 +277,16 @@ def agreement(
     *,
     scale_others: bool = True,
 ) -> dict[str, Any]:
-    """Mean cosine between vectors and others of another row, its jackknife error, and the means without each row.
+    """Mean cosine between rows of ``vectors`` and other rows of ``others``, with its jackknife standard error.
 
     Args:
         vectors: ``[N, D]``.
-        others: ``[N, D]``; None: the vectors.
-        scale: ``[D]``, a factor of every entry.
-        scale_others: whether of others, too.
+        others: ``[N, D]``. Default: ``vectors``.
+        scale: ``[D]``, a factor for every entry.
+        scale_others: whether ``scale`` also applies to ``others``.
+
+    Returns:
+        ``cosine``, its ``error``, and ``without``, the mean cosines with each row left out.
     """
     n, size = vectors.shape
     inner, squares = torch.zeros(n, n), torch.zeros(2, n)
@@ -289,14 +306,14 @@ def agreement(
 
 
 def jackknife(without: Sequence[float]) -> float:
-    """Standard error from the estimates that leave one of n observations out."""
+    """Jackknife standard error from the n estimates that each leave out one of n observations."""
     n, mean = len(without), sum(without) / len(without)
     return math.sqrt((n - 1) / n * sum((w - mean) ** 2 for w in without))
 
 
 @dataclass(frozen=True)
 class Multiple:
-    """How many times the samples of scalar advantages an allocation is worth, with a 95 % interval."""
+    """The effective-sample multiple of an allocation relative to scalar advantages, with a 95 % interval."""
 
     value: float
     low: float
@@ -310,21 +327,22 @@ class Multiple:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def multiple(arm: dict[str, Any], reference: dict[str, Any]) -> Multiple:
-    """Ratio of ``c / (1 - c)``, which is proportional to the samples; unknown where a cosine is not positive."""
+def multiple(arm: dict[str, Any], baseline: dict[str, Any]) -> Multiple:
+    """Ratio of ``c / (1 - c)``, which is proportional to the number of samples. NaN if a cosine is not positive."""
 
     def odds(c: float) -> float:
         return c / (1 - c)
 
-    if arm["cosine"] <= 0 or reference["cosine"] <= 0:
+    if arm["cosine"] <= 0 or baseline["cosine"] <= 0:
         return Multiple(math.nan, math.nan, math.nan)
-    value = odds(arm["cosine"]) / odds(reference["cosine"])
-    error = jackknife([odds(a) / odds(r) for a, r in zip(arm["without"], reference["without"], strict=True)])
+    value = odds(arm["cosine"]) / odds(baseline["cosine"])
+    error = jackknife([odds(a) / odds(b) for a, b in zip(arm["without"], baseline["without"], strict=True)])
     return Multiple(value, value - 1.96 * error, value + 1.96 * error)
 
 
 def text(unit: dict[str, Any]) -> str:
-    key, reference = unit["key"], unit["agreement"]["scalar"]
+    """The table of a unit."""
+    key, baseline = unit["key"], unit["agreement"]["scalar"]
     lines = [
         "",
         f"{unit['label']} · {key['task']}{' · ' + key['size'] if key['size'] else ''} · {key['batches']} batches of "
@@ -338,7 +356,7 @@ def text(unit: dict[str, Any]) -> str:
             )
             if ", step" in name:
                 continue
-            other = cosines(reference)[kind]
+            other = cosines(baseline)[kind]
             error = jackknife([a - r for a, r in zip(own["without"], other["without"], strict=True)])
             times = multiple(own, other)
             lines[-1] += f"{own['cosine'] - other['cosine']:>12.4f}{1.96 * error:>13.4f}"
@@ -347,13 +365,13 @@ def text(unit: dict[str, Any]) -> str:
 
 
 def shown(unit: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The allocations of tables and pictures, controls last."""
+    """The allocations in tables and plots, controls last."""
     names = [name for name in unit["agreement"] if ", step" not in name]
     return {name: unit["agreement"][name] for name in sorted(names, key=lambda name: name in allocations.CONTROLS)}
 
 
 def draw(units: Sequence[dict[str, Any]]) -> Any:
-    """A panel for each unit: the cosine of each allocation, and of scalar and core by step."""
+    """Plots the cosine of each allocation, one panel for each unit."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4 * min(2, len(units)), 5.6 * -(-len(units) // 2)), layout="constrained")
@@ -376,7 +394,7 @@ def draw(units: Sequence[dict[str, Any]]) -> Any:
 
 
 def _mixed(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a strength below one are a mixture of ones and the map, and so is their gradient."""
+    """Gradients for strengths below one, by interpolation: the gradient is linear in the weights."""
     if "core" not in found:
         return {}
     return {f"strength {s:g}": torch.lerp(found["scalar"], found["core"], s) for s in allocations.STRENGTHS}

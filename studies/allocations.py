@@ -1,4 +1,4 @@
-"""The allocations that the studies compare: STAR's, its options and its controls, all from one rollout's maps."""
+"""The allocations that the studies compare: STAR, its options and its controls, from the maps of one rollout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from star_trainer.scenes.describe import COLORS
 from star_trainer.scenes.detect import color_masks
 from star_trainer.schedule import schedule_of
 
-# Of each allocation the terms of its loss: advantages [N] and the weights [N, Steps, P] that they act by.
+# For each allocation the terms of its loss: advantages [N] and their weights [N, Steps, P].
 Fields = dict[str, list[tuple[Tensor, Tensor]]]
 CONTROLS = (
     "shuffled",
@@ -61,13 +61,13 @@ ORACLES = ("object mask (oracle)", "parts on own objects (oracle)", "parts off o
 
 @dataclass(frozen=True)
 class Rollout:
-    """A batch, and the attention maps of its trained steps, each the mean over heads.
+    """A batch, and the attention maps of its trained steps, averaged over heads.
 
     Attributes:
-        phrases: ``[N, Steps, Blocks, G, P]`` of each phrase; zero where a prompt has fewer.
-        everything: ``[N, Steps, Blocks, P]`` of all text tokens.
-        following: ``[N, Steps, Blocks, P]`` of all phrases, in the step after each (the last one's own in it).
-        noise: ``[Steps]``, standard deviation of the transition.
+        phrases: ``[N, Steps, Blocks, G, P]``, the maps of each phrase; zero for phrases that a prompt does not have.
+        everything: ``[N, Steps, Blocks, P]``, the maps of all text tokens.
+        following: ``[N, Steps, Blocks, P]``, the maps of all phrases in the next step (in the last step, its own maps).
+        noise: ``[Steps]``, the standard deviation of each transition.
     """
 
     batch: Batch
@@ -79,7 +79,7 @@ class Rollout:
 
 
 def names(blocks: int) -> Iterator[str]:
-    """In the order of tables."""
+    """The names of all allocations, in the order of the tables."""
     yield "scalar"
     yield "core"
     yield from (f"strength {strength:g}" for strength in STRENGTHS)
@@ -89,18 +89,20 @@ def names(blocks: int) -> Iterator[str]:
     yield from CONTROLS
 
 
-def listed(text: str) -> list[str]:
-    """Names on a command line, some of which have commas in them."""
+def split_names(text: str) -> list[str]:
+    """Splits the names of a command line at semicolons; some names contain commas."""
     return [name.strip() for name in text.split(";")]
 
 
 def check_arms(arms: Sequence[str], known: Sequence[str]) -> None:
+    """Exits with an error if an arm is not known."""
     for name in arms:
         if name not in known:
-            raise SystemExit(f"--arms must name some of {'; '.join(known)}, got {name!r}")
+            raise SystemExit(f"--arms must be names from {'; '.join(known)}, got {name!r}")
 
 
 def color(name: str) -> str:
+    """The color of an allocation in plots."""
     if name == "scalar":
         return "#7F7F7F"
     if name in CONTROLS:
@@ -109,7 +111,7 @@ def color(name: str) -> str:
 
 
 def roll_out(policy: Policy, prompts: Sequence[Prompt], config: Config, epoch: int, autocast: Any) -> Rollout:
-    """A rollout of all samples of an epoch in one batch, with every block's maps of every phrase."""
+    """Rolls out all samples of an epoch in one batch, with the maps of every block and phrase."""
     size = config.rollout.group_size
     each = [prompt for prompt in prompts for _ in range(size)]
     blocks = range(len(policy.model.transformer_blocks))
@@ -131,12 +133,13 @@ def roll_out(policy: Policy, prompts: Sequence[Prompt], config: Config, epoch: i
 
 
 def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, preset_blocks: Sequence[int]) -> Fields:
-    """Of every allocation the terms of its loss; the mean over all blocks' maps where its name says nothing.
+    """The terms of the loss of every allocation. Unless the name says otherwise, maps are averaged over all blocks.
 
     Args:
-        credit: advantages of samples ``[N]``, of phrases ``[N, G]``, and each phrase's part of the sample's ``[N, G]``.
-        seed: of the controls' random choices.
-        preset_blocks: those that the driver takes with its preset.
+        credit: the advantages of samples ``[N]`` and of phrases ``[N, G]``, and the contributions of the phrases to the
+            advantages of the samples ``[N, G]``.
+        seed: the seed of the controls' random choices.
+        preset_blocks: the blocks that star-train uses with its preset.
     """
     advantages, by_phrase, parts = credit
     generator = torch.Generator().manual_seed(seed)
@@ -197,15 +200,15 @@ def fields(rollout: Rollout, credit: tuple[Tensor, Tensor, Tensor], seed: int, p
 
 
 def shuffled(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Weights ``[N, Steps, P]`` at random positions, the same ones in all steps of a sample."""
+    """Weights ``[N, Steps, P]`` moved to random positions, with the same permutation in all steps of a sample."""
     order = torch.rand(weights.shape[0], weights.shape[2], generator=generator).argsort(dim=1).to(weights.device)
     return weights.gather(2, order[:, None].expand_as(weights))
 
 
 def object_mask(batch: Batch) -> Tensor:
-    """``[N, P]``: how much of each patch the colours asked for cover in the finished picture; zero where nothing does.
+    """The fraction of each patch of the finished image that has a color named in the prompt, ``[N, P]``.
 
-    Printed words, which may be judged in any colour, count in every colour.
+    Printed words may have any color, so for them every color counts.
     """
     covered = _covered(batch)
     wanted = torch.zeros(covered.shape[:2])
@@ -218,7 +221,7 @@ def object_mask(batch: Batch) -> Tensor:
 
 
 def phrase_masks(batch: Batch) -> Tensor:
-    """``[N, G, P]``: the same for each phrase that the reward scores; zero where a prompt has fewer."""
+    """The mask of each phrase that the reward scores, ``[N, G, P]``; zero for phrases that a prompt does not have."""
     covered = _covered(batch)
     found = [
         covered[n].sum(dim=0, keepdim=True)
@@ -230,15 +233,18 @@ def phrase_masks(batch: Batch) -> Tensor:
 
 
 def _covered(batch: Batch) -> Tensor:
-    """``[N, colours, P]``: how much of each patch of the finished picture each colour covers."""
+    """The fraction of each patch of the finished image that each color covers, ``[N, Colors, P]``."""
     side = batch.steps[0].sample.shape[-1] // 2
     return F.adaptive_avg_pool2d(color_masks(batch.images), side).flatten(2)
 
 
 def _phrases(maps: Tensor, by_phrase: Tensor, *, mean: bool = True) -> list[tuple[Tensor, Tensor]]:
-    """Each phrase's advantage ``[N, G]`` acts by its own map of ``[N, Steps, G, P]``; the phrases' mean, or sum."""
-    there = maps.sum(dim=(1, 3)) > 0  # [N, G]
-    share = there / there.sum(dim=1, keepdim=True).clamp(min=1) if mean else there.float()
+    """Terms with the advantage of each phrase ``[N, G]``, weighted by its own map of ``[N, Steps, G, P]``.
+
+    The terms add up to the mean over the phrases of a prompt, or to their sum if ``mean`` is False.
+    """
+    present = maps.sum(dim=(1, 3)) > 0  # [N, G]
+    share = present / present.sum(dim=1, keepdim=True).clamp(min=1) if mean else present.float()
     count = min(maps.shape[2], by_phrase.shape[1])
     return [
         ((by_phrase * share[:, : by_phrase.shape[1]])[:, g], allocate(maps[:, :, g], layout="bsp"))
@@ -247,51 +253,53 @@ def _phrases(maps: Tensor, by_phrase: Tensor, *, mean: bool = True) -> list[tupl
 
 
 def _by_shares(maps: Tensor, weights: Tensor, advantages: Tensor, parts: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """As the driver splits: by the weights of all phrases, and within them by each one's share of the attention."""
+    """The "split" credit of star-train: the weights of all phrases, divided by each phrase's share of the attention."""
     total = maps.sum(dim=2, keepdim=True)
     shares = torch.where(total > 0, maps / total, 1.0)
     return _by_parts(weights, weights[:, :, None] * shares, maps.sum(dim=(1, 3)) > 0, advantages, parts)
 
 
 def _by_parts(
-    weights: Tensor, of_parts: Tensor, there: Tensor, advantages: Tensor, parts: Tensor
+    weights: Tensor, of_parts: Tensor, present: Tensor, advantages: Tensor, parts: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Each phrase's part acts by its own of ``of_parts``, and by ``weights`` what is left.
+    """Terms with the contribution of each phrase to the advantage, and one with the remainder of the advantage.
 
     Args:
-        weights: ``[N, Steps, P]``.
-        of_parts: ``[N, Steps, G, P]``.
-        there: ``[N, G]``; the part of a phrase that is not there is left, too.
+        weights: ``[N, Steps, P]``, the weights of the remainder.
+        of_parts: ``[N, Steps, G, P]``, the weights of each phrase.
+        present: ``[N, G]``, false for phrases whose contribution is added to the remainder.
+        advantages: ``[N]``.
+        parts: ``[N, G]``, the contributions of the phrases to the advantages.
     """
     count = min(of_parts.shape[2], parts.shape[1])
-    acting = parts[:, :count] * there[:, :count]
+    acting = parts[:, :count] * present[:, :count]
     return [(advantages - acting.sum(dim=1), weights), *((acting[:, g], of_parts[:, :, g]) for g in range(count))]
 
 
 def _over_steps(signal: Tensor, ones: Tensor) -> Tensor:
-    """Weights ``[N, Steps, P]`` of steps alone, in proportion to a signal ``[N, Steps]``, mean one."""
+    """Weights ``[N, Steps, P]`` with mean one that are proportional to a signal ``[N, Steps]`` of each step."""
     return allocate(ones, layout="bsp", over="trajectory", step_signal=signal)
 
 
 def _contrast(maps: Tensor) -> Tensor:
-    """``[N, Steps]``: the divergence of a map from an even one."""
+    """The KL divergence of each map from the uniform map, ``[N, Steps]``."""
     share = maps / maps.sum(dim=2, keepdim=True).clamp(min=1e-12)
     return (math.log(maps.shape[2]) - torch.special.entr(share).sum(dim=2)).clamp(min=0)
 
 
 def _inverted(maps: Tensor) -> Tensor:
-    """Weights of what the maps leave out."""
+    """Weights that are high where the maps are low."""
     return allocate(maps.amax(dim=2, keepdim=True) - maps, layout="bsp")
 
 
 def _permuted(advantages: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Dealt anew within each group."""
+    """Advantages permuted within each group."""
     grouped = advantages.view(-1, size)
     return grouped.gather(1, torch.rand(grouped.shape, generator=generator).argsort(dim=1)).flatten()
 
 
 def _selection(policy: Policy, prompts: Sequence[Prompt]) -> TokenSelection:
-    """A group for each phrase, and one for all text tokens."""
+    """A selection with each phrase of the prompts, and all text tokens as the last phrase."""
     side = policy.model.config.sample_size // policy.model.config.patch_size
     regions = regions_of(policy.pipeline, max_sequence_length=policy.text_length)
     found, _ = select_tokens(
@@ -310,5 +318,5 @@ def _selection(policy: Policy, prompts: Sequence[Prompt]) -> TokenSelection:
 
 
 def _taken(handles: Sequence[Any]) -> Tensor:
-    """The maps of a forward pass, ``[N, Blocks, G, P]``."""
+    """Takes the maps of a forward pass, ``[N, Blocks, G, P]``."""
     return torch.stack([handle.take().flatten(2).cpu() for handle in handles], dim=1)

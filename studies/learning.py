@@ -1,12 +1,13 @@
-"""Does allocating the advantage help? python -m studies.learning
+"""Measures learning curves with and without an allocation of the advantage: python -m studies.learning
 
-Trains the small model from the same start under plain Flow-GRPO, under STAR and under its controls, over several seeds,
-as the committed design says (studies/designs/main.yaml: tasks, arms, seeds, settings, analysis). Every run is one of
-star-train, with equal samples; what differs is the weights of the loss.
+The study trains the small model with plain Flow-GRPO, with STAR and with its controls, over several seeds, from the
+same initial weights. The design is a committed file with tasks, arms, seeds, settings and analysis, such as
+studies/designs/main.yaml. Every run is a run of star-train with the same number of samples; the arms differ in the
+weights of the loss.
 
-Runs are resumed where they stopped, so that the study can be made in pieces (--minutes) and by several processes
-(--worker 0/2, --worker 1/2). Afterwards, or with --report alone, all finished runs are collected into a JSON file with
-a table and a picture.
+An interrupted run is resumed, so that the study can be run in pieces (--minutes) and by several processes
+(--worker 0/2, --worker 1/2). At the end, or with --report, all finished runs are collected into a JSON file with a
+table and a plot.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from studies import allocations
 
 DESIGNS = Path(__file__).parent / "designs"
 RESULTS = Path(__file__).parent / "results"
-CONTROLS = ("shuffled", "object mask", "means of one")  # weights that the driver has no setting for
-EARLY = 0.7  # the goal: plain Flow-GRPO's final reward with this share of its samples
+CONTROLS = ("shuffled", "object mask", "means of one")  # weights that are no setting of star-train
+EARLY = 0.7  # the goal is the final reward of plain Flow-GRPO with this share of its samples
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,11 @@ class Unit:
 
 
 class StudyTrainer(Trainer):
-    """star-train's loop with a control's weights, up to a point in time.
+    """The trainer of star-train with the weights of a control and a deadline.
 
     Args:
-        control: of CONTROLS, or None for the weights of the settings.
-        deadline: of time.monotonic, after which no epoch begins.
+        control: a name in CONTROLS, or None for the weights of the settings.
+        deadline: time of ``time.monotonic`` after which no epoch is started.
     """
 
     def __init__(self, config: Config, control: str | None, deadline: float) -> None:
@@ -76,16 +77,16 @@ class StudyTrainer(Trainer):
         if self.control is None:
             return batch
         steps = batch.steps
-        if self.control == "means of one":  # of a split advantage's parts; what is no phrase's on all pixels alike
+        if self.control == "means of one":  # of each part of a split advantage; the remainder has uniform weights
             for step in steps:
                 step.weights[:, 0] = 1.0
                 step.weights[:, 1:] /= step.weights[:, 1:].mean(dim=(-2, -1), keepdim=True)
             return batch
         side = steps[0].sample.shape[-1] // 2
         if self.control == "shuffled":
-            found = torch.stack([step.weights.flatten(-2) for step in steps], dim=1)  # [N, Steps, (G,) P]
-            moved = allocations.shuffled(found.flatten(1, -2), torch.Generator().manual_seed(self.epoch))
-            weights = moved.view_as(found)
+            original = torch.stack([step.weights.flatten(-2) for step in steps], dim=1)  # [N, Steps, (G,) P]
+            moved = allocations.shuffled(original.flatten(1, -2), torch.Generator().manual_seed(self.epoch))
+            weights = moved.view_as(original)
         else:
             mask = allocate(allocations.object_mask(batch)).to(steps[0].sample.device)
             weights = mask[:, None].expand(-1, len(steps), -1)
@@ -113,24 +114,26 @@ def main(arguments: list[str] | None = None) -> int:
         draw(result).savefig(options.out.with_suffix(".png"), dpi=110)
         print(f"wrote {options.out} and .png")
     left = sum(1 for _ in units(design)) - len(result["runs"])
-    print(f"{left} runs are left" if left else "all runs are done")
+    print(f"{left} runs are not finished" if left else "all runs are finished")
     return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--design", type=Path, default=DESIGNS / "main.yaml")
-    parser.add_argument("--arms", type=allocations.listed, help="only these, separated by semicolons")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no epoch begins after so many")
-    parser.add_argument("--worker", type=_share, default=(0, 1), help="0/2 and 1/2: two processes share the runs")
+    parser.add_argument("--design", type=Path, default=DESIGNS / "main.yaml", help="YAML file of the design")
+    parser.add_argument("--arms", type=allocations.split_names, help="run only these arms, separated by semicolons")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time after which no epoch is started")
+    parser.add_argument(
+        "--worker", type=_share, default=(0, 1), help="divide the runs among processes, such as 0/2, 1/2"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=RESULTS / "learning.json")
-    parser.add_argument("--report", action="store_true", help="train nothing: collect, print and draw what is there")
+    parser.add_argument("--out", type=Path, default=RESULTS / "learning.json", help="JSON file of the results")
+    parser.add_argument("--report", action="store_true", help="only collect, print and plot the finished runs")
     return parser.parse_args(arguments)
 
 
 def units(design: dict[str, Any]) -> Iterator[Unit]:
-    """Seed by seed, so that a study that is cut short has whole seeds."""
+    """All runs, seed by seed, so that a study that stops early has complete seeds."""
     for task in design["tasks"]:
         for seed in design["seeds"]:
             for arm in design["arms"]:
@@ -138,7 +141,7 @@ def units(design: dict[str, Any]) -> Iterator[Unit]:
 
 
 def train(unit: Unit, design: dict[str, Any], runs: Path, deadline: float) -> None:
-    """Goes on with a run until it is done or the time is up."""
+    """Starts or resumes a run until it is finished or the deadline has passed."""
     folder, arm = unit.folder(runs), design["arms"][unit.arm]
     epochs = design["settings"]["train.epochs"]
     if finished(*curves(folder), epochs):
@@ -156,12 +159,12 @@ def train(unit: Unit, design: dict[str, Any], runs: Path, deadline: float) -> No
         "output.keep": 1,
     }
     config = parse_settings([f"--{name}={value}" for name, value in values.items()])
-    print(f"{unit.task}, {unit.arm}, seed {unit.seed}", flush=True)
+    print(f"task {unit.task}, arm {unit.arm}, seed {unit.seed}", flush=True)
     StudyTrainer(config, arm.get("control"), deadline).run()
 
 
 def curves(folder: Path) -> tuple[list[float], list[list[float]]]:
-    """The rewards of a run's rollouts by epoch, and ``[epoch, reward]`` of its evaluations."""
+    """The rewards of a run's rollouts by epoch, and ``[epoch, reward]`` of each evaluation."""
     lines = read_metrics(folder)
     rollouts = [line["reward"] for line in lines if line["event"] == "epoch"]
     return rollouts, [[line["epoch"], line["reward"]] for line in lines if line["event"] == "evaluation"]
@@ -172,7 +175,7 @@ def finished(rollouts: list[float], evaluations: list[list[float]], epochs: int)
 
 
 def collect(design: dict[str, Any], runs: Path) -> dict[str, Any]:
-    """The rewards of every finished run: of rollouts by epoch, and of evaluations."""
+    """Collects the rewards of every finished run: those of the rollouts by epoch, and those of the evaluations."""
     found = []
     for unit in units(design):
         folder = unit.folder(runs)
@@ -191,7 +194,7 @@ def collect(design: dict[str, Any], runs: Path) -> dict[str, Any]:
 
 
 def text(result: dict[str, Any]) -> str:
-    """Final rewards, differences from plain Flow-GRPO paired by seed, and bounds of samples to plain's final reward."""
+    """The table of a study: final rewards, and their differences from plain Flow-GRPO paired by seed."""
     lines = []
     for task in result["design"]["tasks"]:
         arms = by_arm(result, task)
@@ -203,32 +206,33 @@ def text(result: dict[str, Any]) -> str:
         for arm, runs in arms.items():
             pairs = differences(arms["plain"], runs)
             start = statistics.mean(run["evaluations"][0][1] for run in runs.values())
-            mean, reach, _ = paired([run["evaluations"][-1][1] for run in runs.values()])
-            line = f"  {arm:<22}{len(runs):>9}{start:>9.4f}{mean:>9.4f}{reach:>9.4f}"
+            mean, half_width, _ = paired([run["evaluations"][-1][1] for run in runs.values()])
+            line = f"  {arm:<22}{len(runs):>9}{start:>9.4f}{mean:>9.4f}{half_width:>9.4f}"
             if arm != "plain" and pairs:
-                difference, reach, p = paired(pairs)
-                line += f"{difference:>9.4f}{reach:>9.4f}{p:>9.3f}"
-                if len(next(iter(runs.values()))["evaluations"]) > 2:  # a curve, not its two ends
+                difference, half_width, p = paired(pairs)
+                line += f"{difference:>9.4f}{half_width:>9.4f}{p:>9.3f}"
+                if len(next(iter(runs.values()))["evaluations"]) > 2:  # more than the two ends of the curve
                     line += f"{_bounds(*samples_to(arms['plain'], runs)):>10}"
-                    difference, reach, p = paired(early(arms["plain"], runs))
-                    line += f"{difference:>9.4f}{reach:>9.4f}{p:>9.3f}"
+                    difference, half_width, p = paired(early(arms["plain"], runs))
+                    line += f"{difference:>9.4f}{half_width:>9.4f}{p:>9.3f}"
             lines.append(line)
     lines += [
         "",
-        "- plain: difference from plain Flow-GRPO with the same seed. Where there is a curve: samples, the shares of",
-        "plain's samples (two evaluations, one after the other) between which the mean reaches plain's last one;",
-        f"early, the last reward within {EARLY:g} x plain's samples minus plain's final one.",
+        '"- plain" is the difference from plain Flow-GRPO with the same seed. If a run has more than two evaluations,',
+        '"samples" is the interval between two successive evaluations in which the mean reward reaches the final',
+        'reward of plain Flow-GRPO, as a fraction of its samples, and "early" is the last reward within',
+        f"{EARLY:g} of these samples minus that final reward.",
     ]
     return "\n".join(lines)
 
 
 def differences(plain: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]) -> list[float]:
-    """The last rewards, less plain's with the same seed."""
+    """The final rewards minus those of plain Flow-GRPO with the same seed."""
     return [runs[s]["evaluations"][-1][1] - plain[s]["evaluations"][-1][1] for s in runs if s in plain]
 
 
 def paired(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, half of its 95 % interval, and the p-value of mean zero (Student's t); unknown for a single value."""
+    """Mean, half-width of its 95 % interval, and p-value of a zero mean (Student's t). NaN for a single value."""
     from scipy.stats import t
 
     mean = statistics.mean(values)
@@ -241,19 +245,18 @@ def paired(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def mean_curve(runs: dict[int, dict[str, Any]]) -> list[tuple[float, float]]:
-    """Epoch and mean reward of the evaluations."""
+    """Epoch and mean reward over runs of each evaluation."""
     curves = [run["evaluations"] for run in runs.values()]
     return [(points[0][0], statistics.mean(p[1] for p in points)) for points in zip(*curves, strict=True)]
 
 
 def samples_to(plain: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]) -> tuple[float, float]:
-    """Between which shares of plain's samples the mean curve reaches plain's last value: those of two evaluations.
+    """The interval in which the mean curve reaches the final reward of plain Flow-GRPO, in shares of its samples.
 
-    The curve in between is not known. A curve that never gets there has infinity for the second.
+    The ends of the interval are two successive evaluations. The second is infinity if the curve does not reach it.
     """
     common = sorted(set(plain) & set(runs))
-    reference = mean_curve({s: plain[s] for s in common})
-    (last, goal), before = reference[-1], 0.0
+    (last, goal), before = mean_curve({s: plain[s] for s in common})[-1], 0.0
     for epoch, reward in mean_curve({s: runs[s] for s in common}):
         if reward >= goal:
             return before / last, epoch / last
@@ -268,7 +271,7 @@ def _bounds(low: float, high: float) -> str:
 
 
 def early(plain: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]) -> list[float]:
-    """By seed, the last reward within EARLY of plain's samples, less plain's final reward."""
+    """By seed, the last reward within EARLY of plain's samples minus the final reward of plain Flow-GRPO."""
     found = []
     for seed in sorted(set(plain) & set(runs)):
         last, goal = plain[seed]["evaluations"][-1]
@@ -287,10 +290,10 @@ def draw(result: dict[str, Any]) -> Any:
         for (arm, runs), color in zip(by_arm(result, task).items(), colors, strict=False):
             epochs = [point[0] for point in next(iter(runs.values()))["evaluations"]]
             columns = list(zip(*([p[1] for p in run["evaluations"]] for run in runs.values()), strict=True))
-            means, reaches = zip(*((m, r) for m, r, _ in map(paired, columns)), strict=True)
+            means, half_widths = zip(*((m, r) for m, r, _ in map(paired, columns)), strict=True)
             axis.plot(epochs, means, color=color, label=f"{arm} ({len(runs)})", linewidth=1.6)
-            if len(runs) > 2:  # of two, the interval says nothing
-                low, high = ([m + sign * r for m, r in zip(means, reaches, strict=True)] for sign in (-1, 1))
+            if len(runs) > 2:  # the interval of two runs is too wide to be useful
+                low, high = ([m + sign * r for m, r in zip(means, half_widths, strict=True)] for sign in (-1, 1))
                 axis.fill_between(epochs, low, high, color=color, alpha=0.12, linewidth=0)
         axis.set(xlabel="epoch", ylabel="reward of held-out prompts", title=task)
         axis.spines[["top", "right"]].set_visible(False)
@@ -311,9 +314,9 @@ def _share(text: str) -> tuple[int, int]:
     try:
         index, count = map(int, text.split("/"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must look like 0/2, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be INDEX/COUNT, such as 0/2, got {text!r}") from None
     if not 0 <= index < count:
-        raise argparse.ArgumentTypeError(f"must count from 0 to below the processes, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be INDEX/COUNT with 0 <= INDEX < COUNT, got {text!r}")
     return index, count
 
 

@@ -1,8 +1,8 @@
-"""What the runs of learning.py have learnt: python -m studies.learning_parts
+"""Measures which parts of the reward the runs of studies.learning have learned: python -m studies.learning_parts
 
-Of each run's last checkpoint, pictures of held-out prompts, judged part by part: what the phrases contribute to the
-reward, what the rest does (that nothing else is there), and how many objects are surplus or missing. The model as it
-ships comes first, as arm "start".
+For the last checkpoint of each run, it samples images of held-out prompts and measures the contribution of the phrases
+to the reward, the contribution of the rest (no other objects in the image), and the numbers of surplus and missing
+objects. The first row, with the arm "start", is the untrained small model.
 """
 
 from __future__ import annotations
@@ -46,22 +46,24 @@ def main(arguments: list[str] | None = None) -> int:
             policy.model.load_state_dict(load_file(found[-1] / "average.safetensors"), strict=False)
             rows.append({"arm": unit.arm, "seed": unit.seed, **judge(policy, prompts, config)})
             print(json.dumps(rows[-1]), flush=True)
-    about = {"prompts": len(prompts), "environment": environment.describe(torch.device("cpu"))}
-    options.out.write_text(json.dumps({**about, "runs": rows}, indent=1) + "\n")
+    header = {"prompts": len(prompts), "environment": environment.describe(torch.device("cpu"))}
+    options.out.write_text(json.dumps({**header, "runs": rows}, indent=1) + "\n")
     return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--design", type=Path, default=learning.DESIGNS / "main.yaml")
+    parser.add_argument("--design", type=Path, default=learning.DESIGNS / "main.yaml", help="YAML file of the design")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of the runs")
-    parser.add_argument("--prompts", type=int, default=512)
-    parser.add_argument("--out", type=Path, default=learning.RESULTS / "learning-parts.json")
+    parser.add_argument("--prompts", type=int, default=512, help="number of held-out prompts (default: 512)")
+    parser.add_argument(
+        "--out", type=Path, default=learning.RESULTS / "learning-parts.json", help="JSON file of the results"
+    )
     return parser.parse_args(arguments)
 
 
 def judge(policy: Policy, prompts: list[Prompt], config: Config) -> dict[str, Any]:
-    """Means over pictures without noise, the same starts each time."""
+    """Mean rewards and counts over images that are sampled without noise, from the same initial latents each time."""
     autocast = Accelerator(cpu=True).autocast
     images = torch.cat(
         [

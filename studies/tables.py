@@ -1,4 +1,4 @@
-"""The tables of the studies, made from the JSON files in studies/results. tools/evidence.py writes them into pages."""
+"""The tables of the studies, made from the JSON files in studies/results. tools.evidence writes them into pages."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ DEMO = RESULTS / "demo.jsonl"
 PARTS = RESULTS / "learning-parts.json"
 TUNING = RESULTS / "learning-tuning.json"
 KINDS = ("scaled", "along scalar")
-LARGE = 5_000  # samples of a unit of agreement whose intervals are narrow enough to compare allocations
+LARGE = 5_000  # samples from which the intervals of a unit are narrow enough to compare allocations
 
 
 def demo() -> str:
-    """The run of ``make demo`` whose pictures are in docs/pictures."""
+    """The run of ``make demo`` whose images are in docs/images."""
     lines = [json.loads(line) for line in DEMO.read_text().splitlines()]
     evaluations = [line for line in lines if line["event"] == "evaluation"]
     epochs = [line for line in lines if line["event"] == "epoch"]
@@ -42,7 +42,7 @@ def demo() -> str:
 
 
 def small_models() -> str:
-    """Metrics of the three models that ``star-train-small`` made, the last of which ships."""
+    """Metrics of three models trained by ``star-train-small``. The last one is in the package."""
     heads = [
         "composition",
         "all fulfilled",
@@ -83,7 +83,7 @@ def agreement_multiples() -> str:
     units = {
         f"{unit['label']}, {unit['key']['task']}": unit["agreement"]
         for unit in _large_units()
-        if _says_something(unit) and not unit["key"]["size"]
+        if _is_above_noise(unit) and not unit["key"]["size"]
     }
     names = {
         "core": "core, the paper's map, all blocks",
@@ -106,16 +106,16 @@ def agreement_multiples() -> str:
         columns = {title: arms for title, arms in units.items() if kind in cosines(arms["scalar"])}
         rows = {}
         for name, title in names.items():
-            there = [name in arms and kind in cosines(arms[name]) for arms in columns.values()]
-            if any(there):
-                values = zip(columns.values(), there, strict=True)
+            measured = [name in arms and kind in cosines(arms[name]) for arms in columns.values()]
+            if any(measured):
+                values = zip(columns.values(), measured, strict=True)
                 rows[title] = [str(_times(arms, name, kind)) if known else "" for arms, known in values]
-        tables.append(markdown_table(f"{kind}: times the samples", list(columns), rows))
+        tables.append(markdown_table(f"{kind}: effective-sample multiple", list(columns), rows))
     return "\n\n".join(tables)
 
 
 def agreement_sizes() -> str:
-    """What allocations are worth where one thing is asked for, by its size."""
+    """Effective-sample multiples for prompts with one object, by the size of the object."""
     units = {size: _unit(f"model C, {size} objects")["agreement"] for size in ("small", "large")}
     rows = {
         name: [str(_times(arms, name, kind)) for kind in KINDS for arms in units.values()]
@@ -124,11 +124,11 @@ def agreement_sizes() -> str:
     }
     heads = [f"{kind}, {size}" for kind in KINDS for size in units]
     scalar = [_cosine(cosines(arms["scalar"])[kind]) for kind in KINDS for arms in units.values()]
-    return markdown_table("times the samples", heads, {"scalar, its cosine": scalar, **rows})
+    return markdown_table("effective-sample multiple", heads, {"scalar, its cosine": scalar, **rows})
 
 
 def agreement_steps() -> str:
-    """Agreement of single denoising steps, and what weights over steps are worth."""
+    """Agreement of the gradients of single denoising steps, and effective-sample multiples of weights over steps."""
     arms = _unit("model A, other samples")["agreement"]
     steps = sorted(name for name in arms if name.startswith("scalar, step"))
     rows = {
@@ -138,8 +138,8 @@ def agreement_steps() -> str:
     signals = ("contrast", "change", "noise")
     table = markdown_table("scalar advantages, one step alone: cosine", ["batches", *KINDS], rows)
     worth = markdown_table(
-        "weights of steps: times the samples",
-        ["gradients as they are", *KINDS],
+        "weights over steps: effective-sample multiple",
+        ["unscaled", *KINDS],
         {name: [str(_times(arms, f"steps by {name}", kind)) for kind in ("", *KINDS)] for name in signals},
     )
     return f"{table}\n\n{worth}"
@@ -164,8 +164,8 @@ def agreement_phrases() -> str:
     }
     learned = [_learned(arm, LEARNING_FIRST) for arm in ("split, means of one", "phrases", "phrases without maps")]
     return markdown_table(
-        "times the samples",
-        ["gradients as they are", "scaled", "along scalar", "reward after training, beside plain Flow-GRPO"],
+        "effective-sample multiple",
+        ["unscaled", "scaled", "along scalar", "final reward minus that of plain Flow-GRPO"],
         {
             title: [*(str(_times(arms, name, kind)) for kind in ("", *KINDS)), end]
             for (title, name), end in zip(rows.items(), learned, strict=True)
@@ -174,7 +174,7 @@ def agreement_phrases() -> str:
 
 
 def learning_tuning() -> str:
-    """Plain Flow-GRPO under the settings that the second study was chosen from."""
+    """Plain Flow-GRPO with the settings among which those of the second study were chosen."""
     found = json.loads(TUNING.read_text())
     rows = {}
     for arm, runs in by_arm(found, "composition").items():
@@ -193,7 +193,7 @@ def learning_table(path: Path) -> str:
 
 
 def learning_result(path: Path = LEARNING, baseline: str = "plain", share: bool = False) -> str:
-    """The comparisons of a study with its baseline, a sentence each; with ``share`` also at EARLY of the samples."""
+    """A line for each comparison of a study with its baseline; if ``share``, also at EARLY of the samples."""
     arms = by_arm(json.loads(path.read_text()), _task(path))
     gain = statistics.mean(run["evaluations"][-1][1] - run["evaluations"][0][1] for run in arms[baseline].values())
     lines = [f"The reward of {baseline} rises by {gain:.4f}. Difference of the final reward from {baseline}:", ""]
@@ -202,14 +202,14 @@ def learning_result(path: Path = LEARNING, baseline: str = "plain", share: bool 
             continue
         line = f"- {arm}: {_learned(arm, path)}"
         if share:
-            difference, reach, p = paired(early(arms[baseline], arms[arm]))
-            line += f"; after {EARLY:g} of the samples {difference:+.4f} ± {reach:.4f} (p = {p:.2g})"
+            difference, half_width, p = paired(early(arms[baseline], arms[arm]))
+            line += f"; after {EARLY:g} of the samples {difference:+.4f} ± {half_width:.4f} (p = {p:.2g})"
         lines.append(line)
     return "\n".join(lines)
 
 
 def learning_parts() -> str:
-    """What the arms of the second study have learnt, part by part."""
+    """The parts of the reward that the arms of the second study have learned."""
     runs = json.loads(PARTS.read_text())["runs"]
     rows = {}
     for arm in dict.fromkeys(run["arm"] for run in runs):
@@ -223,11 +223,11 @@ def learning_parts() -> str:
 
 
 def _learned(arm: str, path: Path) -> str:
-    """An arm's final reward minus plain's, with its interval and p-value."""
+    """The final reward of an arm minus that of plain Flow-GRPO, with its interval and p-value."""
     arms = by_arm(json.loads(path.read_text()), _task(path))
     pairs = differences(arms["plain"], arms[arm])
-    difference, reach, p = paired(pairs)
-    return f"{difference:+.4f} ± {reach:.4f}, p = {p:.2g}, {len(pairs)} seeds"
+    difference, half_width, p = paired(pairs)
+    return f"{difference:+.4f} ± {half_width:.4f}, p = {p:.2g}, {len(pairs)} seeds"
 
 
 def _task(path: Path) -> str:
@@ -235,13 +235,13 @@ def _task(path: Path) -> str:
 
 
 def _large_units() -> list[dict[str, Any]]:
-    """The units of agreement that can tell allocations apart."""
+    """The units that are large enough to compare allocations."""
     units = json.loads(AGREEMENT.read_text())["units"]
     return [unit for unit in units if unit["key"]["batches"] * unit["key"]["samples"] >= LARGE]
 
 
-def _says_something(unit: dict[str, Any]) -> bool:
-    """Whether plain Flow-GRPO's own cosine, which multiples are of, is above the noise."""
+def _is_above_noise(unit: dict[str, Any]) -> bool:
+    """Whether the cosine of plain Flow-GRPO, the denominator of all multiples, is above the noise."""
     scaled = unit["agreement"]["scalar"]["scaled"]
     return bool(scaled["cosine"] > 1.96 * scaled["error"])
 

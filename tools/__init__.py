@@ -1,1 +1,1 @@
-"""Commands for developers: python -m tools.NAME."""
+"""Commands for developers, run as modules: python -m tools.NAME"""

@@ -1,13 +1,14 @@
-"""What the Triton attention kernels compile to, without a GPU: python -m tools.compile_report [--widths 64 128]
+"""Resource usage of the compiled Triton attention kernels, without a GPU: python -m tools.compile_report
 
-One line for each architecture, kernel, head dim and dtype, in the configuration that is shipped for the installed
-version of triton: registers of a thread without and with maps, stack (spills), shared memory, and the blocks that fit
-on a multiprocessor; for Hopper also how often some instructions are in the code with maps: warp-group products and the
-fences around them, bulk (TMA) and asynchronous copies, exponentials, barriers. Last come the tiles with descriptors.
+The report has one line for each architecture, kernel, head dimension and dtype, with the tile configuration in the
+package for the installed version of triton. A line has the registers per thread without and with maps, the stack
+(spills), the shared memory, and the number of blocks that fit on a multiprocessor. For Hopper it also has the number of
+some instructions in the code with maps: warp-group matrix products and their fences, bulk (TMA) and asynchronous
+copies, exponentials, and barriers. For the forward kernel on Hopper, lines for tiles with tensor descriptors follow.
 
-Registers and stack are read from the code object by the cuobjdump that comes with triton. What a multiprocessor can
-hold is from NVIDIA's tables of compute capabilities: 64 Ki registers, given out to a warp in units of 256; 64 warps;
-164 or 228 KiB of shared memory, of which each block takes 1 KiB more than it asks for.
+Registers and stack are read from the compiled code by triton's cuobjdump. The limits of a multiprocessor are from
+NVIDIA's tables of compute capabilities: 64 Ki registers, allocated to a warp in units of 256; 64 warps; 164 or 228 KiB
+of shared memory, of which each block uses 1 KiB in addition to its allocation.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ TARGETS = {
     "gfx9": GPUTarget("hip", "gfx942", 64),
 }
 NVIDIA = ("sm_80", "sm_90", "sm_100")
-SHARED_MEMORY = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}  # of a multiprocessor, bytes
+SHARED_MEMORY = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}  # bytes per multiprocessor
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (32, 64, 128)
 KERNELS = ("forward", "query", "key_value")
@@ -58,13 +59,14 @@ POINTERS = {
         "*fp32",
     ),
 }
-HOPPER = ("HGMMA", "WARPGROUP", "UTMALDG", "LDGSTS", "MUFU", "BAR")  # products, their fences, copies, exponentials
+# Matrix products, their fences, bulk and asynchronous copies, exponentials, barriers.
+HOPPER = ("HGMMA", "WARPGROUP", "UTMALDG", "LDGSTS", "MUFU", "BAR")
 SCALARS = {"scale": "fp32", "scale_log2": "fp32", "share": "fp32"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way in which the launchers call a kernel; ``tile`` None is the one that is shipped."""
+    """A specialisation of a kernel, as its launcher compiles it. ``tile`` None selects the tile in the package."""
 
     kernel: str  # one of KERNELS, or "maps"
     architecture: str
@@ -73,7 +75,7 @@ class Variant:
     maps: bool = True
     masked: bool = False
     groups: int = 1
-    even: bool = False  # no partial tile of keys
+    even: bool = False  # the number of keys is a multiple of the tile's
     reduce_heads: bool = True
     grad_lse: bool = False
     text_to_image: bool = False
@@ -95,12 +97,12 @@ class Usage(NamedTuple):
     registers: int
     stack: int
     shared: int
-    blocks: int  # resident on a multiprocessor
+    blocks: int  # per multiprocessor
 
 
 @cache
 def build(variant: Variant) -> Any:
-    """The kernel compiled as the launcher asks for it."""
+    """Compiles the kernel with the arguments of its launcher."""
     tile = variant.tile or variant.shipped_tile()
     module = {"forward": triton_forward, "maps": triton_maps}.get(variant.kernel, triton_backward)
     function = getattr(module, f"{variant.kernel}_kernel")
@@ -149,17 +151,18 @@ def build(variant: Variant) -> Any:
 
 
 def measure(variant: Variant) -> Usage:
+    """The resource usage of a kernel."""
     compiled = build(variant)
     registers, stack = resources(compiled)
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    of_a_warp = -(-registers * 32 // 256) * 256
-    by_registers = 4 * (65536 // 4 // of_a_warp) // warps  # each quarter serves its own warps
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = 4 * (65536 // 4 // per_warp) // warps  # each quarter of the registers has warps of its own
     by_shared = SHARED_MEMORY[variant.architecture] // (shared + 1024)
     return Usage(registers, stack, shared, min(by_registers, by_shared, 64 // warps))
 
 
 def resources(compiled: Any) -> tuple[int, int]:
-    """Registers of a thread and bytes of stack."""
+    """Registers per thread and stack in bytes."""
     dump = cuobjdump(compiled, "--dump-resource-usage")
     registers, stack = (int(re.findall(rf"{name}:(\d+)", dump)[-1]) for name in ("REG", "STACK"))
     return registers, stack
@@ -173,12 +176,12 @@ def cuobjdump(compiled: Any, option: str) -> str:
 
 
 def instructions(compiled: Any) -> Counter[str]:
-    """How often each machine instruction is in the code, without its suffixes."""
+    """The number of each machine instruction in the code, without instruction suffixes."""
     return Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", cuobjdump(compiled, "-sass")))
 
 
 def summary(compiled: Any) -> str:
-    """Registers, stack, shared memory and the instructions of a kernel for sm_90 that docs/hopper.md discusses."""
+    """Registers, stack, shared memory and instruction counts of a kernel for sm_90, as shown in docs/hopper.md."""
     found = instructions(compiled)
     counts = " ".join(f"{name} {found[name]}" for name in HOPPER)
     registers, stack = resources(compiled)
@@ -205,10 +208,12 @@ def line(variant: Variant) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="compile_report.py", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--architectures", nargs="+", choices=NVIDIA, default=NVIDIA)
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
-    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="head dims")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument(
+        "--architectures", nargs="+", choices=NVIDIA, default=NVIDIA, help="architectures (default: all)"
+    )
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="kernels (default: all)")
+    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="head dimensions (default: 32 64 128)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="dtypes (default: bf16)")
     options = parser.parse_args(arguments)
     print(f"triton {triton.__version__}")
     print(f"target kernel     dim type tile           registers  stack  shared  blocks {' '.join(HOPPER)}")

@@ -1,8 +1,8 @@
-"""Writes the measured figures into README, docs and studies/results/README.md: python -m tools.evidence [--check]
+"""Writes measured figures into README, docs and studies/results/README.md: python -m tools.evidence [--check]
 
-A block between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is made from the JSON files in benchmarks/results and
-studies/results by the function of that name, so that no figure is copied by hand. ``--check`` changes nothing and exits
-with status 1 if a page and the JSON files differ; a test does the same.
+Each block between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is generated from the JSON files in
+benchmarks/results and studies/results by the function that BLOCKS has for NAME. ``--check`` does not write; it exits
+with status 1 if a page differs from the JSON files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DO
 
 
 def attention() -> str:
-    """Attention with maps beside other ways to get them."""
+    """Attention with maps, compared with other ways to compute the maps."""
     columns = {"ours": "ours", **OTHER_WAYS}
     rows = {}
     for case in _cases("attention"):
@@ -49,12 +49,12 @@ def attention() -> str:
 
 
 def policy() -> str:
-    """Times of the policy loss."""
+    """The time of the policy loss."""
     columns = {
         "ours": "ours",
         "ours_weighted": "ours, with weights",
         "eager": "eager Flow-GRPO",
-        "compiled": "the same under torch.compile",
+        "compiled": "Flow-GRPO with torch.compile",
     }
     rows = {
         case["dtype"]: [f"{1e3 * case['times'][name]['median']:.2f} ms" for name in columns]
@@ -64,28 +64,28 @@ def policy() -> str:
 
 
 def steps() -> str:
-    """Memory of the loss; capture, a training step and an epoch with STAR relative to without."""
+    """Memory of the loss, and the overhead of STAR in a forward pass, a training step and an epoch."""
     memory = [case["ratios"]["memory_over_gradient_eager"]["median"] for case in _cases("policy")]
     (capture,), (step,), (epoch,) = _cases("capture"), _cases("end-to-end"), _cases("epoch", EPOCH)
     return "\n".join(
         [
-            f"The loss's extra memory is one gradient; eager arithmetic takes {memory[0]:.0f} (float32) to "
-            f"{memory[1]:.0f} (bfloat16) of them.",
+            f"The loss allocates the memory of one gradient; eager Flow-GRPO allocates that of {memory[0]:.0f} "
+            f"(float32) to {memory[1]:.0f} (bfloat16) gradients.",
             "",
-            "| with STAR, relative to without | time | peak memory |",
+            "| with STAR, relative to the same without | time | peak memory |",
             "|---|---|---|",
-            f"| forward pass of {capture['size']['blocks']} blocks of SD3.5-M at 1024², maps captured | "
+            f"| forward pass of {capture['size']['blocks']} blocks of SD3.5-M at 1024², with captured maps | "
             f"{_ratio(capture, 'capture_over_plain')} | {_ratio(capture, 'capture_memory')} |",
             f"| rollout and update of 2 blocks of SD3.5-M at 256² | {_ratio(step, 'star_over_plain')} | |",
-            f"| epoch of the driver with the small model, rewards included | {_ratio(epoch, 'star_over_plain')} | "
+            f"| epoch of star-train with the small model, rewards included | {_ratio(epoch, 'star_over_plain')} | "
             f"{_ratio(epoch, 'star_memory')} |",
-            f"| the same epoch, all that STAR adds timed by itself | {_ratio(epoch, 'star_by_parts')} | |",
+            f"| the same epoch, from the separately timed parts that STAR adds | {_ratio(epoch, 'star_by_parts')} | |",
         ]
     )
 
 
 def gpu_attention() -> str:
-    """Attention with maps on a GPU, with what maps add to the same kernel."""
+    """Attention with maps on a GPU, and the overhead of the maps in our kernel."""
     columns = {"sdpa_flash": "flash without maps", "ours": "ours, with maps", **OTHER_WAYS}
     rows = {}
     for case in _cases("attention", GPU):
@@ -93,19 +93,19 @@ def gpu_attention() -> str:
         rows[f"{case['name']}, batch {case['batch']}, {case['dtype']}"] = [
             f"{1e3 * case['times']['sdpa']['median']:.2f} ms", *cells, _three(case["ratios"]["overhead"]["median"])
         ]  # fmt: skip
-    heads = ["PyTorch's SDPA", *columns.values(), "maps over the same kernel without"]
-    return markdown_table("relative to PyTorch's SDPA without maps (cuDNN's in bfloat16)", heads, rows)
+    heads = ["PyTorch's SDPA", *columns.values(), "ours with maps / without"]
+    return markdown_table("relative to PyTorch's SDPA without maps (cuDNN in bfloat16)", heads, rows)
 
 
 def gpu_steps() -> str:
-    """The policy loss, a forward pass and a step on a GPU."""
+    """The policy loss, a forward pass and a training step on a GPU."""
     (capture,), (step,) = _cases("capture", GPU), _cases("end-to-end", GPU)
     losses = [case for case in _cases("policy", GPU) if case["name"] == "policy loss"]
     (large,) = [case for case in _cases("policy", GPU) if case["name"] == "policy loss, large"]
     lines = [
         f"| policy loss, batch 8 of 16x64x64, {case['dtype']}, forward and backward | "
-        f"{1e6 * case['times']['ours']['median']:.0f} µs; eager Flow-GRPO {_ratio(case, 'eager_over_ours')} times "
-        f"that, the same under torch.compile {_ratio(case, 'compiled_over_ours')} |"
+        f"{1e6 * case['times']['ours']['median']:.0f} µs; eager Flow-GRPO takes {_ratio(case, 'eager_over_ours')} "
+        f"times as long, with torch.compile {_ratio(case, 'compiled_over_ours')} times |"
         for case in losses
     ]
     return "\n".join(
@@ -115,16 +115,16 @@ def gpu_steps() -> str:
             *lines,
             f"| policy loss, batch 64 of 16x128x128, float32 | {_ratio(large, 'copy_over_ours')} of the bandwidth of "
             "a copy |",
-            f"| forward pass of SD3.5-M at 1024², batch 2, maps captured, over without | "
+            f"| forward pass of SD3.5-M at 1024², batch 2, with captured maps / without | "
             f"{_ratio(capture, 'capture_over_plain')} |",
-            f"| rollout and update of SD3.5-M at 512², 4 samples, STAR over plain | "
+            f"| rollout and update of SD3.5-M at 512², 4 samples, STAR / plain Flow-GRPO | "
             f"{_ratio(step, 'star_over_plain')} |",
         ]
     )
 
 
 def gpu_epilogues() -> str:
-    """What maps add to the Triton kernel, by the order of its epilogue."""
+    """The overhead of maps in the Triton kernel, for several orders of its epilogue."""
     found = json.loads(EPILOGUES.read_text())
     rows = {
         made["epilogue"]: [f"{case['overhead']:.3f}" for case in made["cases"].values()]
@@ -135,7 +135,7 @@ def gpu_epilogues() -> str:
         for name, values in found["without_mean_over_heads"].items()
     }
     heads = list(found["epilogues"]["before"]["cases"])
-    return markdown_table("Triton's kernel with maps over without, H200, bfloat16", heads, rows)
+    return markdown_table("Triton kernel with maps / without, H200, bfloat16", heads, rows)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -166,23 +166,26 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def pages() -> Iterator[Path]:
+    """The pages that may have generated blocks."""
     yield ROOT / "README.md"
     yield from sorted((ROOT / "docs").glob("*.md"))
     yield tables.RESULTS / "README.md"
 
 
 def render(text: str) -> str:
-    """A page with its blocks made anew.
+    """Returns the text of a page with its blocks generated from the JSON files.
 
     Raises:
-        KeyError: a block of an unknown name.
+        KeyError: if the name of a block is unknown.
     """
     return _BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]]()}\n{found[4]}", text)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a page is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="do not write; exit with status 1 if a page is out of date"
+    )
     options = parser.parse_args(arguments)
     stale = [page for page in pages() if render(page.read_text()) != page.read_text()]
     for page in stale:
@@ -202,7 +205,10 @@ def _relative(case: dict[str, Any], name: str) -> str:
 
 
 def _ratio(case: dict[str, Any], name: str) -> str:
-    """With its 95 % interval, or the number of rounds where they are too few for one; what is counted has neither."""
+    """A ratio with its 95 % interval, or with the number of rounds if it is too small for an interval.
+
+    A number that is counted rather than timed has neither.
+    """
     figure = case["ratios"][name]
     if "count" not in figure:
         return f"{figure['median']:.3f}"
@@ -212,7 +218,7 @@ def _ratio(case: dict[str, Any], name: str) -> str:
 
 
 def _three(value: float) -> str:
-    """Three decimals near one, else three digits at most."""
+    """Three decimals if the value is near one, otherwise at most three digits."""
     if value < 1.1:
         return f"{value:.3f}"
     return f"{value:.2f}" if value < 2.5 else f"{value:.1f}" if value < 10 else f"{value:.0f}"

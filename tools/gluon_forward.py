@@ -1,12 +1,15 @@
-"""An experiment: FlashAttention-3's forward loop in Gluon, head dim 128, Hopper: python -m tools.gluon_forward
+"""An experiment: the forward loop of FlashAttention-3 in Gluon, for Hopper: python -m tools.gluon_forward
 
-One producer warp issues bulk copies; two warp groups of 64 query rows each multiply and exponentiate. With ``OVERLAP``
-a group starts the scores of the next tile before it waits for the softmax of this one (Shah et al., arXiv 2407.08608,
-section 3.2). Without a GPU the script compiles the kernel and prints what docs/hopper.md quotes; on a Hopper GPU it
-also compares the output with PyTorch's and times both. No maps, no tails: lengths are multiples of 128.
+A producer warp issues bulk copies; two consumer warp groups of 64 query rows each compute products and exponentials.
+With ``OVERLAP``, a consumer starts the scores of the next tile before it computes the softmax of the current one (Shah
+et al., arXiv 2407.08608, section 3.2). Without a GPU the script compiles the kernel and prints the resource usage in
+docs/hopper.md; on a Hopper GPU it also compares the output with PyTorch's and times both. The head dimension is 128,
+lengths are multiples of 128, and there are no maps.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 import triton
@@ -25,7 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tools.compile_report import TARGETS, summary
 
 HEAD_DIM = 128
-ROWS = 64  # of a consumer
+ROWS = 64  # query rows of a consumer
 LAYOUT = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], gl.bfloat16)
 copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # renamed in triton 3.9
 
@@ -137,7 +140,7 @@ def forward_kernel(
     for i in gl.static_range(2):
         _fetch(d_q, row + i * BM, ready_q.index(i), s_q.index(i))
     tiles = keys // BN
-    gl.warp_specialize(  # the tuples must stand here: a variable would turn constants into values
+    gl.warp_specialize(  # the tuples must be literals: constants in a variable would become run-time values
         [
             (_consume, (
                 s_q.index(0), ready_q.index(0), s_k, s_v, ready_k, ready_v, free_k, free_v,
@@ -165,7 +168,7 @@ def compile_for_hopper(**constants: int) -> object:
 
 
 def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **constants: int) -> torch.Tensor:
-    """Attention of contiguous bfloat16 [B, H, S, 128]."""
+    """Attention of contiguous bfloat16 tensors [B, H, S, 128]."""
     batch, heads, queries, _ = query.shape
     keys, out = key.shape[2], torch.empty_like(query)
     lse = torch.empty(query.shape[:3], device=query.device)
@@ -180,6 +183,9 @@ def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **constants
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        prog="gluon_forward.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print(f"triton {triton.__version__}")
     for bn, stages, overlap in ((128, 2, 0), (128, 2, 1), (64, 3, 1)):
         constants = {"BM": ROWS, "BN": bn, "D": HEAD_DIM, "STAGES": stages, "OVERLAP": overlap}
@@ -192,7 +198,7 @@ def main() -> None:
                 triton.testing.do_bench(call, return_mode="median")
                 for call in (lambda: run(q, k, v, **constants), lambda: sdpa(q, k, v))  # noqa: B023
             )
-            print(f"  agrees with PyTorch; {ours:.3f} ms, PyTorch {theirs:.3f} ms")
+            print(f"  output agrees with PyTorch; {ours:.3f} ms, PyTorch {theirs:.3f} ms")
 
 
 if __name__ == "__main__":

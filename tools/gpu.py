@@ -1,9 +1,9 @@
-"""Everything that needs a GPU, in one run: python -m tools.gpu --out DIR
+"""Runs everything that requires a GPU: python -m tools.gpu --out DIR
 
-The tests of every kernel and, beside them, the same kernels at small sizes under compute-sanitizer; then, one after the
-other, the tuning and the benchmarks. Each step has a time limit, and all of them together stay under nine minutes.
-Logs, JSON and plots go to DIR; a short table comes last. The exit status is 1 if a test fails, a sanitizer finds
-something or a step does not run; targets that are not reached are in the table and leave it at 0.
+The steps are the tests of all kernels and, in parallel, the kernels at small sizes under compute-sanitizer; then, one
+after the other, the tuning and the benchmarks. Each step has a time limit, and the whole run takes less than nine
+minutes. Logs, JSON and plots are written to DIR, and a table is printed at the end. The exit status is 1 if a test
+fails, a sanitizer reports an error or a step does not finish. Benchmark targets that are missed do not change it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ CUDA_BIN = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
 
 @dataclass(frozen=True)
 class Step:
-    """A command, how long it may take, and what to say of its output."""
+    """A command, its time limit in seconds, and a function that summarises its output."""
 
     name: str
     command: list[str]
     seconds: float
     summary: Callable[[str], str]
-    timed: bool = True  # has the machine to itself
+    timed: bool = True  # runs alone on the machine
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -54,7 +54,7 @@ class Result:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for logs and results")
-    parser.add_argument("--only", action="append", choices=NAMES, help="run this step alone (may be repeated)")
+    parser.add_argument("--only", action="append", choices=NAMES, help="run only this step (may be repeated)")
     options = parser.parse_args(arguments)
     problem = cuda_problem()
     if problem:
@@ -74,12 +74,13 @@ def main(arguments: list[str] | None = None) -> int:
         results = list(pool.map(result_of, [step for step in chosen if not step.timed]))
     results += [result_of(step) for step in chosen if step.timed]
     if sanitizer() is None and not options.only:
-        results.append(Result("sanitizers", "FAILED", 0.0, "compute-sanitizer is neither on PATH nor in CUDA_HOME/bin"))
+        results.append(Result("sanitizers", "FAILED", 0.0, "compute-sanitizer is not on PATH or in CUDA_HOME/bin"))
     print(table(results, targets(out), time.monotonic() - started))
     return 0 if all(result.good for result in results) else 1
 
 
 def cuda_problem() -> str:
+    """Why torch cannot use a GPU; empty if it can."""
     import torch
 
     if torch.cuda.is_available():
@@ -91,20 +92,20 @@ NAMES = ("tests", "memcheck", "racecheck", "tuning", "overhead", "suite")
 
 
 def steps(out: Path) -> list[Step]:
-    """What runs, in order: what is wrong comes before what is slow."""
+    """The steps in order: tests and sanitizers first, then tuning and benchmarks."""
     python = sys.executable
     parallel = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *parallel, "tests"]
-    # Inductor compiles in the tests' own processes: its pool of others kept pytest waiting for their end.
+    # With one compile thread, Inductor starts no pool of processes, for whose end pytest would wait.
     found = [Step("tests", tests, 220.0, last_line, timed=False, environment={"TORCHINDUCTOR_COMPILE_THREADS": "1"})]
     tool = sanitizer()
     if tool is not None:
-        # An allocation for each tensor, so that reading past one is seen.
+        # Each tensor has its own allocation, so that the sanitizer sees accesses past its end.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         for name in ("memcheck", "racecheck"):
-            # Nothing but this program: Triton's compiler would run in it some times slower.
+            # The sanitizer is not applied to child processes, such as Triton's compiler, which it would slow down.
             options = ["--tool", name, "--error-exitcode", "9", "--target-processes", "application-only"]
-            options += ["--launch-timeout", "120"]  # while the tests take all processors
+            options += ["--launch-timeout", "120"]  # seconds; the tests use all processors at the same time
             command = [tool, *options, python, "tests/small_calls.py"]
             found.append(Step(name, command, 220.0, findings, timed=False, environment=alone))
     tune = [python, "-m", "tools.tune_attention", "--out", str(out), "--seconds", "90"]
@@ -124,11 +125,11 @@ def sanitizer() -> str | None:
 
 
 def run(step: Step, out: Path, seconds: float) -> Result:
-    """Runs a step; its output goes to a log of its name."""
+    """Runs a step and writes its output to a log named after the step."""
     started = time.monotonic()
     log = out / f"{step.name}.log"
     if seconds <= 0:
-        return Result(step.name, "too slow", 0.0, "no time was left for it")
+        return Result(step.name, "too slow", 0.0, "not started: the total time is used up")
     with log.open("w") as output:
         process = subprocess.Popen(
             step.command,
@@ -136,7 +137,7 @@ def run(step: Step, out: Path, seconds: float) -> Result:
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **step.environment},
-            start_new_session=True,  # so that its children end with it
+            start_new_session=True,  # so that its child processes can be stopped with it
         )
         try:
             status = process.wait(timeout=seconds)
@@ -157,13 +158,13 @@ def last_line(text: str) -> str:
 
 
 def findings(text: str) -> str:
-    """What a sanitizer says last of itself, and the program under it."""
+    """The last summary line of a sanitizer; without one, the last line of the output."""
     summaries = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", text, re.MULTILINE)
     return summaries[-1] if summaries else last_line(text)
 
 
 def targets(out: Path) -> list[str]:
-    """The thresholds of the newest benchmark result in the folder, a line each."""
+    """A line for each threshold in the newest benchmark result of the folder."""
     files = sorted(out.glob("overhead-*.json"), key=lambda path: path.stat().st_mtime)
     if not files:
         return ["no benchmark result"]
@@ -179,7 +180,7 @@ def targets(out: Path) -> list[str]:
 
 def table(results: list[Result], lines: list[str], seconds: float) -> str:
     rows = [f"{r.step:<10} {r.outcome:<9} {r.seconds:>6.0f} s  {r.detail[:90]}" for r in results]
-    return "\n".join(["", *lines, "", *rows, f"{seconds:.0f} s in all"])
+    return "\n".join(["", *lines, "", *rows, f"{seconds:.0f} s in total"])
 
 
 if __name__ == "__main__":

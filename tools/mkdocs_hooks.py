@@ -1,7 +1,7 @@
-"""mkdocs: README is the first page, and what pages link to outside docs/ becomes part of the site.
+"""Hooks for mkdocs: README is the first page, and files outside docs/ that pages link to are added to the site.
 
-Pages are written for the repository, where a link to ``../benchmarks/results/x.json`` leads to that file. In the site
-the file lies below ``repository/``, and the link says so.
+In the repository, a page links to a file such as ``../benchmarks/results/x.json``. In the site, that file is in the
+folder ``repository/``, and the hooks change the link accordingly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-# Pages that are written outside docs/, and their names in the site.
+# Pages outside docs/, and their names in the site.
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 OUTSIDE = "repository/"
 
@@ -23,7 +23,7 @@ LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages and files that stand outside docs/."""
+    """Adds the pages outside docs/, and the files that pages link to."""
     known = {file.src_uri for file in files}
     waiting = [*PAGES, *(source_of(file.src_uri) for file in files.documentation_pages())]
     while waiting:
@@ -38,7 +38,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links of the repository as links of the site."""
+    """Changes links within the repository to links within the site."""
     source = source_of(page.file.src_uri)
     here = posixpath.dirname(site_uri(source)) or "."
 
@@ -50,12 +50,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Docstrings' roles (``:func:`` and the like) without their names."""
+    """Removes the names of roles in docstrings, such as ``:func:``."""
     return re.sub(r":(?:func|class|meth|mod|attr):(?=<code>)", "", html)
 
 
 def targets(markdown: str, source: str) -> list[str]:
-    """Files that a page of the repository links to, by their paths in it."""
+    """The files that a page links to, as paths in the repository."""
     return [resolve(target, source) for part in FENCE.split(markdown)[::2] for target in LINK.findall(part)]
 
 
@@ -64,11 +64,11 @@ def resolve(target: str, source: str) -> str:
 
 
 def site_uri(path: str) -> str:
-    """Where a file of the repository lies in the site."""
+    """The path in the site of a file of the repository."""
     return PAGES.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else OUTSIDE + path)
 
 
 def source_of(uri: str) -> str:
-    """The file of the repository that a page of the site is written in."""
+    """The file of the repository for a page of the site."""
     written = {place: page for page, place in PAGES.items()}
     return written.get(uri) or (uri.removeprefix(OUTSIDE) if uri.startswith(OUTSIDE) else f"docs/{uri}")

@@ -1,8 +1,8 @@
-"""Fills the table by which attention chooses its kernels on a GPU: python -m tools.tune_attention
+"""Tunes the kernels that attention uses on this GPU: python -m tools.tune_attention
 
-For the shapes of SD3.5-M and FLUX it times attention with maps by Triton's kernels, in several tiles, and by PyTorch's
-kernels with the map kernel behind them, and their backward passes. What is fastest goes into a JSON file for the kind
-of device, in the folder that the package reads (or --out; STAR_KERNELS_TUNED=DIR makes the package read that one).
+For the shapes of SD3.5-M and FLUX, it times attention with maps, forward and backward, by the Triton kernels with
+several tiles, and by PyTorch's kernels followed by the map kernel. The fastest kernels are written to a JSON file for
+the device, in the folder that the package reads. Use --out for another folder, and STAR_KERNELS_TUNED=DIR to read it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ SHAPES = (
     (replace(FLUX_1024, name="FLUX 512²", batch=4, image=1024), torch.bfloat16),
     (replace(SD35_512, batch=2), torch.float32),
 )
-# Relative RMS against the definition in float32, of results that are rounded on their way.
+# Relative RMS error allowed against the reference implementation in float32.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 Run = Callable[[], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel, and its tile or tiles where it is Triton's."""
+    """A kernel to time, and the tile or tiles of a Triton kernel."""
 
     kernel: str
     run: Run
@@ -56,7 +56,7 @@ class Candidate:
 
 
 def forward_tiles(default: Tile) -> list[Tile]:
-    """The shipped tile, and its neighbours: half as tall, twice as wide, one stage more or less, registers free."""
+    """The default tile, and variations: half the rows, twice the keys, one stage more or less, no register limit."""
     near = [
         default,
         replace(default, block_m=default.block_m // 2, num_warps=max(4, default.num_warps // 2)),
@@ -69,6 +69,7 @@ def forward_tiles(default: Tile) -> list[Tile]:
 
 
 def backward_tiles(default: BackwardConfig) -> list[BackwardConfig]:
+    """The default tiles of the backward pass, and variations."""
     query, key_value = default.query, default.key_value
     near = [
         default,
@@ -84,7 +85,7 @@ def backward_tiles(default: BackwardConfig) -> list[BackwardConfig]:
 
 
 def forward_candidates(x: Inputs) -> list[Candidate]:
-    """Attention with its maps by every kernel that takes the inputs, as a call of it gets them."""
+    """Attention with maps by every kernel that supports the inputs."""
     from star_kernels.attention import triton_forward
 
     rows, selection, scale = x.shape.rows, x.selection, x.scale
@@ -95,7 +96,7 @@ def forward_candidates(x: Inputs) -> list[Candidate]:
         )
 
     dtype, width = x.query.dtype, x.shape.head_dim
-    found = [Candidate(kernel, lambda kernel=kernel: forward(x, kernel)) for kernel in able(dtype, width)]
+    found = [Candidate(kernel, lambda kernel=kernel: forward(x, kernel)) for kernel in supported_kernels(dtype, width)]
     if tuning.obstacle("triton", dtype, width) is None:
         default = forward_config(architecture(x.query.device), width, dtype)
         tiles = [Candidate("triton", ours(tile), tile) for tile in forward_tiles(default)]
@@ -104,7 +105,7 @@ def forward_candidates(x: Inputs) -> list[Candidate]:
 
 
 def backward_candidates(x: Inputs) -> list[Candidate]:
-    """The gradient of the output by every kernel that takes the inputs, as a call of it gets them."""
+    """The backward pass, for a gradient of the output only, by every kernel that supports the inputs."""
     from star_kernels.attention import triton_backward
 
     out, _, lse = forward(x, "auto")
@@ -121,7 +122,7 @@ def backward_candidates(x: Inputs) -> list[Candidate]:
         return lambda: ops.attention_backward(upstream, None, None, x.query, x.key, x.value, out, lse, *arguments)
 
     dtype, width = x.query.dtype, x.shape.head_dim
-    found = [Candidate(kernel, theirs(kernel)) for kernel in able(dtype, width)]
+    found = [Candidate(kernel, theirs(kernel)) for kernel in supported_kernels(dtype, width)]
     if tuning.obstacle("triton", dtype, width) is None:
         default = backward_config(architecture(x.query.device), width, dtype)
         tiles = [Candidate("triton", ours(tiles), tiles) for tiles in backward_tiles(default)]
@@ -129,7 +130,8 @@ def backward_candidates(x: Inputs) -> list[Candidate]:
     return found
 
 
-def able(dtype: torch.dtype, head_dim: int) -> list[str]:
+def supported_kernels(dtype: torch.dtype, head_dim: int) -> list[str]:
+    """PyTorch's kernels that support the dtype and the head dimension."""
     return [kernel for kernel in vendor.KERNELS if vendor.limits(kernel, dtype, head_dim) is None]
 
 
@@ -139,19 +141,19 @@ def forward(x: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def upstream_of(x: Inputs) -> Tensor:
-    """A gradient of the output, in its layout."""
+    """A gradient of the output, with the memory layout of the output."""
     noise = torch.randn(x.query.shape, generator=torch.Generator().manual_seed(1))
     return torch.empty_like(x.query).copy_(noise)
 
 
 def as_models_lay_out(x: Inputs) -> Inputs:
-    """The same inputs in the memory of the models' projections: [B, S, H, D]."""
+    """The inputs with the memory layout of the models' projections, [B, S, H, D]."""
     moved = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x.query, x.key, x.value))
     return Inputs(x.shape, *moved, x.selection)
 
 
-def defined_forward(x: Inputs) -> tuple[Tensor, ...]:
-    """Output, maps and log-sum-exp of the last sample by the definition, in float32 and one head at a time."""
+def reference_forward(x: Inputs) -> tuple[Tensor, ...]:
+    """Output, maps and log-sum-exp of the last sample by the reference implementation, in float32, head by head."""
     index, weight = x.selection.index[-1:], x.selection.weight[-1:]
     heads = []
     for h in range(x.shape.heads):
@@ -161,8 +163,8 @@ def defined_forward(x: Inputs) -> tuple[Tensor, ...]:
     return torch.cat(outs, dim=1), torch.stack(maps).mean(dim=0), torch.cat(lses, dim=1)
 
 
-def defined_backward(x: Inputs) -> tuple[Tensor, ...]:
-    """Gradients of the last sample's first head by the definition, in float32."""
+def reference_backward(x: Inputs) -> tuple[Tensor, ...]:
+    """Gradients of the first head of the last sample by the reference implementation, in float32."""
     leaves = [t[-1:, :1].float().requires_grad_() for t in (x.query, x.key, x.value)]
     index, weight = x.selection.index[-1:], x.selection.weight[-1:]
     with torch.enable_grad():
@@ -173,31 +175,34 @@ def defined_backward(x: Inputs) -> tuple[Tensor, ...]:
 def runnable(
     candidates: Sequence[Candidate], expected: Sequence[Tensor], tolerance: float, left: Callable[[], float]
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Those that run and give the expected results, as far as these go; and why the others do not.
+    """Runs each candidate once and compares its results with the expected ones, which may cover only some heads.
 
-    The first call of a tile compiles it. Once no time is ``left``, no further tile is tried.
+    The first call compiles a tile, so no further tile is tried once ``left`` returns no time.
+
+    Returns:
+        The candidates that run and agree, and the reason for each of the others.
     """
     kept: list[Candidate] = []
     refused: dict[str, str] = {}
     for candidate in candidates:
         if candidate.tile is not None and kept and left() <= 0:
-            refused[candidate.name] = "no time was left for it"
+            refused[candidate.name] = "not tried: the time is used up"
             continue
         try:
             results = candidate.run()
             error = max(_difference(got, want) for got, want in zip(results, expected, strict=True))
-        except Exception as problem:  # a tile that does not fit this device, a kernel that this build does not have
+        except Exception as problem:  # the tile does not fit this device, or torch is built without the kernel
             refused[candidate.name] = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:160]}"
             continue
         if error <= tolerance:
             kept.append(candidate)
         else:
-            refused[candidate.name] = f"differs from the definition by {error:.1e} (relative RMS)"
+            refused[candidate.name] = f"differs from the reference by {error:.1e} (relative RMS)"
     return kept, refused
 
 
 def _difference(got: Tensor, want: Tensor) -> float:
-    """Relative RMS on what is known of the result: its last sample, and that one's first heads."""
+    """Relative RMS difference on the last sample and the heads that the expected result has."""
     got = got[-1:, : want.shape[1]].float()
     return float((got - want).norm() / want.norm())
 
@@ -212,7 +217,7 @@ def entry(
     shape: Shape, dtype: torch.dtype, forward: dict[str, Figure], backward: dict[str, Figure],
     candidates: dict[str, Candidate], refused: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
-    """A row of the table: the fastest of each pass, the tiles of those that are Triton's, and what was measured."""
+    """A row of the table: the fastest kernel of each pass, the fastest Triton tiles, and all times."""
     fastest = {
         "forward": candidates[min(forward, key=lambda name: forward[name].median)],
         "backward": candidates[min(backward, key=lambda name: backward[name].median)],
@@ -240,7 +245,7 @@ def entry(
 
 
 def _best_tile(figures: dict[str, Figure], candidates: dict[str, Candidate]) -> Tile | BackwardConfig | None:
-    """Of Triton's kernel, whether or not it is the fastest: calls with a mask or a gradient of the maps take it."""
+    """The fastest tile of the Triton kernel, which calls with a mask or a gradient of the maps always use."""
     ours = [name for name in figures if candidates[name].tile is not None]
     return candidates[min(ours, key=lambda name: figures[name].median)].tile if ours else None
 
@@ -257,25 +262,25 @@ def tune(
     *,
     now: Callable[[], float] = time.monotonic,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each shape, as long as the time lasts; what it did not last for is said."""
+    """Yields a row for each shape until the time is used up. The shapes that are skipped are printed."""
     end = now() + seconds
     for number, (shape, dtype) in enumerate(shapes):
-        part = (end - now()) / (len(shapes) - number) / 2  # of the forward or the backward pass
+        part = (end - now()) / (len(shapes) - number) / 2  # seconds for the forward or the backward pass
         if part <= 0:
-            print(f"no time was left for {shape}, {dtype}", file=sys.stderr)
+            print(f"skipped {shape}, {dtype}: the time is used up", file=sys.stderr)
             continue
         inputs = as_models_lay_out(make_inputs(shape, dtype, device))
         parts: list[dict[str, Figure]] = []
         candidates: dict[str, Candidate] = {}
         refused: dict[str, str] = {}
         passes = (
-            ("forward", forward_candidates, defined_forward),
-            ("backward", backward_candidates, defined_backward),
+            ("forward", forward_candidates, reference_forward),
+            ("backward", backward_candidates, reference_backward),
         )
-        for name, make, definition in passes:
+        for name, make, reference in passes:
             compiled = now() + 0.6 * part
             found = make(inputs)
-            kept, problems = runnable(found, definition(inputs), TOLERANCES[dtype], lambda at=compiled: at - now())
+            kept, problems = runnable(found, reference(inputs), TOLERANCES[dtype], lambda at=compiled: at - now())
             refused |= {f"{name} {candidate}": why for candidate, why in problems.items()}
             if not kept:
                 break
@@ -283,12 +288,13 @@ def tune(
             budget = Budget(1000, 0.3 * part)
             parts.append(time_candidates(kept, clock, budget, f"{shape.name} {name}"))
         if len(parts) < 2:
-            print(f"no kernel for {shape}, {dtype}: {refused}", file=sys.stderr)
+            print(f"skipped {shape}, {dtype}: no kernel runs: {refused}", file=sys.stderr)
             continue
         yield entry(shape, dtype, parts[0], parts[1], candidates, refused)
 
 
 def text(entries: Sequence[dict[str, Any]]) -> str:
+    """The fastest candidates of each shape."""
     lines = []
     for row in entries:
         lines.append(f"{row['shape']}, {row['dtype']}")
@@ -302,9 +308,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="tune_attention.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=tuning.FOLDER, help="folder for the table (default: the package's)")
-    parser.add_argument("--seconds", type=float, default=120.0, help="time for everything, compiling included")
-    parser.add_argument("--quick", action="store_true", help="the first shape alone")
+    parser.add_argument(
+        "--out", type=Path, default=tuning.FOLDER, help="folder for the table (default: in the package)"
+    )
+    parser.add_argument("--seconds", type=float, default=120.0, help="total time, including compilation (default: 120)")
+    parser.add_argument("--quick", action="store_true", help="tune only the first shape")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error(f"no GPU that torch {torch.__version__} can use (its CUDA version: {torch.version.cuda})")
@@ -318,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
     with torch.no_grad():
         for row in tune(shapes, device, kernel_clock(device), options.seconds):
             entries.append(row)
-            tuning.write_table(options.out, name, described, entries)  # at once: the time may end here
+            tuning.write_table(options.out, name, described, entries)  # after each row, in case the run is stopped
             print(text([row]), flush=True)
     if not entries:
         print("no shape was measured", file=sys.stderr)

@@ -17,7 +17,7 @@ def introduction(environment: dict[str, Any], thorough: bool) -> str:
     versions = f"torch {environment['versions']['torch']} · C++ library: {isa}"
     lines = [
         f"{environment['device_name']} · {environment['threads']} threads · {versions}",
-        "Times are medians with the 20th and 80th percentile.",
+        "Times are medians with the 20th and 80th percentile; n is the number of calls.",
     ]
     if thorough:
         lines += [
@@ -58,7 +58,7 @@ def _times(case: dict[str, Any]) -> list[str]:
         relative = f"{case['relative'][name]['median']:.3f}"
         lines.append(f"  {row['label']:<41}{milliseconds}{relative:>10}{error:>11}{row['count']:>5}")
     about = "; map error: relative RMS against the reference in float32" if with_error else ""
-    return [*lines, f"  (relative: time relative to '{baseline}'{about}; n: number of calls)"]
+    return [*lines, f"  (relative: time relative to '{baseline}'{about})"]
 
 
 def _ratios(case: dict[str, Any]) -> list[str]:

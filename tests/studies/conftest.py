@@ -1,4 +1,4 @@
-"""A rollout of a tiny pipeline, as the studies make it."""
+"""The settings and a rollout of a tiny pipeline for the tests of the studies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The agreement of gradients and its statistics."""
+"""studies.agreement: gradients, cosines and their statistics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from studies import agreement, allocations
 
 
 @pytest.mark.exhaustive
-def test_gradients_are_those_of_the_driver(rollout: allocations.Rollout, config: Config) -> None:
+def test_gradients_equal_those_of_the_trainer(rollout: allocations.Rollout, config: Config) -> None:
     from star_trainer.trainer import Trainer
 
     plain = replace(config, allocation=replace(config.allocation, method="plain"), data=config.data)
@@ -34,7 +34,7 @@ def test_gradients_are_those_of_the_driver(rollout: allocations.Rollout, config:
 
 
 @pytest.mark.exhaustive
-def test_allocations_join_the_unit_of_the_same_batches(
+def test_further_allocations_are_added_to_the_unit_with_the_same_batches(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reused = replace(
@@ -50,14 +50,14 @@ def test_allocations_join_the_unit_of_the_same_batches(
     names = {name for name in unit["agreement"] if ", step" not in name}
     assert names == {"scalar", "core", "strength 0.5", "split, shuffled"}
     assert {name: unit["agreement"][name] for name in first["agreement"]} == first["agreement"]
-    monkeypatch.setattr(agreement, "measure", lambda *_: pytest.fail("all of it is there"))
+    monkeypatch.setattr(agreement, "measure", lambda *_: pytest.fail("measured again"))
     agreement.main([*command, "--arms", "core; scalar"])
-    with pytest.raises(SystemExit, match=r"--arms must name some of scalar; core;.* got 'cores'"):
+    with pytest.raises(SystemExit, match=r"--arms must be names from scalar; core;.* got 'cores'"):
         agreement.main([*command, "--arms", "cores"])
     assert "split, shuffled, scaled" in capsys.readouterr().out
 
 
-def test_agreement_is_the_mean_cosine_of_different_vectors() -> None:
+def test_agreement_is_the_mean_cosine_between_different_vectors() -> None:
     vectors = torch.randn(6, 500) + 0.5
     pairs = [torch.cosine_similarity(a, b, dim=0) for i, a in enumerate(vectors) for b in vectors[:i]]
     found = agreement.agreement(vectors)
@@ -67,26 +67,26 @@ def test_agreement_is_the_mean_cosine_of_different_vectors() -> None:
 
 
 def test_scaled_cosines_and_those_along_scalar() -> None:
-    """An entry of huge gradients drowns all others, but not once each is divided by its root mean square."""
+    """An entry with large gradients dominates the cosine, unless each entry is divided by its root mean square."""
     noise, loud = torch.randn(2, 6, 400), torch.cat([torch.full((1,), 1e3), torch.ones(399)])
     scalar, other = (noise + 0.5) * loud
     found = agreement.compared(
         {
             "scalar": dict(enumerate(scalar)),
             "other": dict(enumerate(other)),
-            "other, step 1": {n: other[n] for n in (5, 0, 2, 3)},  # of the batches that trained it
+            "other, step 1": {n: other[n] for n in (5, 0, 2, 3)},  # the batches that trained this step
         }
     )
     rms = scalar.square().mean(dim=0).sqrt()
-    ways = [torch.cosine_similarity(a / rms, b / rms, dim=0) for i, a in enumerate(other) for b in other[:i]]
-    assert found["other"]["scaled"]["cosine"] == pytest.approx(float(torch.stack(ways).mean()), abs=1e-5)
+    cosines = [torch.cosine_similarity(a / rms, b / rms, dim=0) for i, a in enumerate(other) for b in other[:i]]
+    assert found["other"]["scaled"]["cosine"] == pytest.approx(float(torch.stack(cosines).mean()), abs=1e-5)
     pairs = [(a, b) for i, a in enumerate(other) for j, b in enumerate(scalar) if i != j]
-    ways = [torch.cosine_similarity(a / rms, b / rms, dim=0) for a, b in pairs]
-    assert found["other"]["along scalar"]["cosine"] == pytest.approx(float(torch.stack(ways).mean()), abs=1e-5)
+    cosines = [torch.cosine_similarity(a / rms, b / rms, dim=0) for a, b in pairs]
+    assert found["other"]["along scalar"]["cosine"] == pytest.approx(float(torch.stack(cosines).mean()), abs=1e-5)
     assert found["scalar"]["along scalar"] == found["scalar"]["scaled"]
-    own = other.square().mean(dim=0).sqrt()  # as Adam steps by these gradients alone
-    ways = [torch.cosine_similarity(a / own, b, dim=0) for a, b in pairs]
-    assert found["other"]["step"]["cosine"] == pytest.approx(float(torch.stack(ways).mean()), abs=1e-5)
+    own = other.square().mean(dim=0).sqrt()  # scale of a step of Adam with these gradients
+    cosines = [torch.cosine_similarity(a / own, b, dim=0) for a, b in pairs]
+    assert found["other"]["step"]["cosine"] == pytest.approx(float(torch.stack(cosines).mean()), abs=1e-5)
     some = [5, 0, 2, 3]
     expected = agreement.agreement(other[some], scalar[some], 1 / rms)
     assert found["other, step 1"]["along scalar"]["cosine"] == pytest.approx(expected["cosine"], abs=1e-6)
@@ -94,15 +94,14 @@ def test_scaled_cosines_and_those_along_scalar() -> None:
     assert found["other"]["along scalar"]["without"][0] == pytest.approx(without, abs=1e-5)
 
 
-def test_the_jackknife_error_is_about_the_spread_of_repetitions() -> None:
+def test_the_jackknife_error_is_about_the_standard_deviation_over_repetitions() -> None:
     found = [agreement.agreement(torch.randn(12, 200) + 0.4) for _ in range(60)]
-    spread = float(torch.tensor([f["cosine"] for f in found]).std())
+    deviation = float(torch.tensor([f["cosine"] for f in found]).std())
     errors = float(torch.tensor([f["error"] for f in found]).mean())
-    assert errors == pytest.approx(spread, rel=0.4)
+    assert errors == pytest.approx(deviation, rel=0.4)
 
 
-def test_the_multiple_counts_samples() -> None:
-    """Means of twice as many samples agree as much as an allocation that is worth two."""
+def test_gradients_from_twice_the_samples_have_a_multiple_of_two() -> None:
     signal = 0.05
     single = agreement.agreement(torch.randn(40, 4000) + signal)
     double = agreement.agreement(torch.randn(40, 2, 4000).mean(dim=1) + signal)

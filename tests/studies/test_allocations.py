@@ -1,4 +1,4 @@
-"""The weights of the studies are what their names say, and the ones that the driver uses."""
+"""studies.allocations: the weights of every allocation, and their agreement with star-train."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_allocation_has_weights_of_mean_one(rollout: allocations.Rollout, 
     assert {*found} == {name for name in allocations.names(2) if not name.startswith("strength")}
 
 
-def test_controls_are_what_their_names_say(rollout: allocations.Rollout, config: Config) -> None:
+def test_each_control_changes_the_core_weights_as_its_name_says(rollout: allocations.Rollout, config: Config) -> None:
     found = {name: terms[0] for name, terms in fields(rollout, config).items()}
     core, advantages = found["core"][1], found["core"][0]
     torch.testing.assert_close(found["shuffled"][1].sort(dim=2).values, core.sort(dim=2).values)
@@ -54,10 +54,10 @@ def test_controls_are_what_their_names_say(rollout: allocations.Rollout, config:
     assert not torch.equal(found["core, preset blocks"][1], core)
 
 
-def test_weights_of_steps_follow_their_signals(rollout: allocations.Rollout, config: Config) -> None:
+def test_weights_over_steps_are_proportional_to_their_signals(rollout: allocations.Rollout, config: Config) -> None:
     n, _, blocks, _, p = rollout.phrases.shape
     even, point = torch.ones(p), torch.zeros(p).index_fill(0, torch.tensor(3), 1.0)
-    maps = torch.stack([even, point, even + 20 * point])  # of the three steps
+    maps = torch.stack([even, point, even + 20 * point])  # one for each step
     then = torch.stack([point, point, even])
     phrases = maps[None, :, None, None].expand(n, -1, blocks, 1, -1)
     made = replace(rollout, phrases=phrases, following=then[None, :, None].expand(n, -1, blocks, -1))
@@ -65,7 +65,7 @@ def test_weights_of_steps_follow_their_signals(rollout: allocations.Rollout, con
     assert all((w == w[:, :, :1]).all() for w in found.values())
     contrast, change, noise = (found[f"steps by {name}"][0, :, 0] for name in ("contrast", "change", "noise"))
     assert contrast[0] < 1e-4 < contrast[2] < contrast[1]
-    moved = torch.tensor([63 / 64, 0, 21 / 84 - 1 / 64])  # the share of the map that is elsewhere
+    moved = torch.tensor([63 / 64, 0, 21 / 84 - 1 / 64])  # share of the map that moves to other positions
     torch.testing.assert_close(change, moved / moved.mean())
     torch.testing.assert_close(noise, rollout.noise / rollout.noise.mean())
     schedule = schedule_of(Policy(config, torch.device("cpu")).pipeline, config.rollout.steps)
@@ -74,7 +74,7 @@ def test_weights_of_steps_follow_their_signals(rollout: allocations.Rollout, con
 
 
 @pytest.mark.parametrize("names", [BY_SHARES, MEANS_OF_ONE], ids=lambda names: names[0])
-def test_split_keeps_each_advantage_and_its_controls_only_move_it(
+def test_split_keeps_the_sum_of_the_advantages_and_its_controls_only_move_weights(
     names: tuple[str, ...], rollout: allocations.Rollout, config: Config
 ) -> None:
     found = fields(rollout, config)
@@ -87,32 +87,34 @@ def test_split_keeps_each_advantage_and_its_controls_only_move_it(
         if names is MEANS_OF_ONE:
             assert torch.equal(found[name][0][1], torch.ones(6, 3, 64))
     assert any(part.abs().max() > 0.1 for part, _ in split[1:])
-    whole = slice(0, 1) if names is BY_SHARES else slice(1, None)  # what is inverted
+    whole = slice(0, 1) if names is BY_SHARES else slice(1, None)  # the terms with inverted weights
     for (_, own), (_, left) in zip(split[whole], inverted[whole], strict=True):
-        there = own.std(dim=(1, 2)) > 0  # the phrases of a prompt
-        assert torch.corrcoef(torch.stack([left[there].flatten(), own[there].flatten()]))[0, 1] < -0.5
+        present = own.std(dim=(1, 2)) > 0  # the prompt has the phrase
+        assert torch.corrcoef(torch.stack([left[present].flatten(), own[present].flatten()]))[0, 1] < -0.5
     for (_, own), (_, moved) in zip(split[1:], moved_terms[1:], strict=True):
         torch.testing.assert_close(moved.sort(dim=2).values, own.sort(dim=2).values)
-        there = own.std(dim=(1, 2)) > 0
-        assert not torch.equal(moved[there], own[there])
+        present = own.std(dim=(1, 2)) > 0
+        assert not torch.equal(moved[present], own[present])
 
 
-def test_parts_by_shares_add_up_to_the_whole_map(rollout: allocations.Rollout, config: Config) -> None:
+def test_the_weights_of_the_phrases_of_split_add_up_to_the_core_weights(
+    rollout: allocations.Rollout, config: Config
+) -> None:
     found = fields(rollout, config)
     (_, whole), *parts = found["split"]
     torch.testing.assert_close(whole, found["core, preset blocks"][0][1])
     torch.testing.assert_close(torch.stack([weights for _, weights in parts]).sum(dim=0), whole)
     where = torch.stack([weights for _, weights in found["split, shuffled"][1:]]).sum(dim=0)
-    torch.testing.assert_close(where, found["split, shuffled"][0][1])  # all parts move alike
+    torch.testing.assert_close(where, found["split, shuffled"][0][1])  # all terms have the same permutation
 
 
 @pytest.mark.exhaustive
-def test_maps_are_those_of_the_driver(rollout: allocations.Rollout, config: Config) -> None:
-    from star_trainer import rollout as driver
+def test_core_weights_equal_those_of_star_train(rollout: allocations.Rollout, config: Config) -> None:
+    from star_trainer import rollout as trainer
 
     policy = Policy(config, torch.device("cpu"))
     prompts = [prompt for prompt in load_prompts("scenes:composition")[:3] for _ in range(2)]
-    batch = driver.roll_out(policy, prompts, range(6), config, 0, Accelerator(cpu=True).autocast)
+    batch = trainer.roll_out(policy, prompts, range(6), config, 0, Accelerator(cpu=True).autocast)
     core = allocations.allocate(rollout.phrases.sum(dim=3).mean(dim=2), layout="bsp")
     for at, step in enumerate(batch.steps):
         assert step.weights is not None
@@ -121,14 +123,14 @@ def test_maps_are_those_of_the_driver(rollout: allocations.Rollout, config: Conf
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("trained", [None, 2], ids=["all steps", "two of three"])
-def test_weights_by_change_are_those_of_the_driver(config: Config, trained: int | None) -> None:
-    from star_trainer import rollout as driver
+def test_weights_by_change_equal_those_of_star_train(config: Config, trained: int | None) -> None:
+    from star_trainer import rollout as trainer
 
     config = replace(config, allocation=replace(config.allocation, over="change"))
     config = replace(config, train=replace(config.train, steps=trained))
     policy, autocast = Policy(config, torch.device("cpu")), Accelerator(cpu=True).autocast
     prompts = load_prompts("scenes:composition")[:3]
-    batch = driver.roll_out(policy, [p for p in prompts for _ in range(2)], range(6), config, 0, autocast)
+    batch = trainer.roll_out(policy, [p for p in prompts for _ in range(2)], range(6), config, 0, autocast)
     rollout = allocations.roll_out(policy, prompts, config, 0, autocast)
     zeros = torch.zeros(6), torch.zeros(6, 3), torch.zeros(6, 3)
     ((_, expected),) = allocations.fields(rollout, zeros, 0, [0, 1])["core, by change"]
@@ -139,15 +141,15 @@ def test_weights_by_change_are_those_of_the_driver(config: Config, trained: int 
 
 
 @pytest.mark.exhaustive
-def test_split_is_that_of_the_driver(config: Config) -> None:
-    from star_trainer import rollout as driver
+def test_split_equals_that_of_star_train(config: Config) -> None:
+    from star_trainer import rollout as trainer
     from star_trainer.credit import acting, advantages_of
     from star_trainer.rewards.base import Scores
 
     config = replace(config, allocation=replace(config.allocation, credit="split", blocks=[1]))
     policy, autocast = Policy(config, torch.device("cpu")), Accelerator(cpu=True).autocast
     prompts = load_prompts("scenes:composition")[:3]
-    batch = driver.roll_out(policy, [p for p in prompts for _ in range(2)], range(6), config, 0, autocast)
+    batch = trainer.roll_out(policy, [p for p in prompts for _ in range(2)], range(6), config, 0, autocast)
     rollout = allocations.roll_out(policy, prompts, config, 0, autocast)
     graded = torch.tensor([0.1, 0.5, 0.3, 0.4, 0.9, 0.2])
     generator = torch.Generator().manual_seed(0)
@@ -163,7 +165,7 @@ def test_split_is_that_of_the_driver(config: Config) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_object_mask_lies_on_the_object(rollout: allocations.Rollout) -> None:
+def test_the_object_mask_covers_the_object(rollout: allocations.Rollout) -> None:
     scene = Scene("", {}, (Item("square", "red", 7, 7, 3), Item("square", "blue", 24, 24, 7)), None, 0.95)
     red = {"include": [{"class": "square", "count": 1, "color": "red"}]}
     batch = replace(rollout.batch, images=draw(scene)[None], prompts=[Prompt("a red square", red)])
@@ -172,8 +174,8 @@ def test_the_object_mask_lies_on_the_object(rollout: allocations.Rollout) -> Non
     assert mask[5:, 5:].max() < 0.1
 
 
-def test_parts_by_masks_of_the_finished_picture(rollout: allocations.Rollout) -> None:
-    """Each on its own object, or wherever no other one is; a part without an object acts everywhere."""
+def test_parts_by_masks_of_the_finished_image(rollout: allocations.Rollout) -> None:
+    """A part acts on its own object, or off all other objects; a part without an object acts everywhere."""
     scene = Scene("", {}, (Item("square", "red", 7, 7, 7), Item("square", "blue", 24, 24, 7)), None, 0.95)
     asked = [{"class": "square", "count": 1, "color": color} for color in ("red", "blue", "green")]
     images, prompts = draw(scene)[None].expand(6, -1, -1, -1), [Prompt("", {"include": asked})] * 6

@@ -1,4 +1,4 @@
-"""The study of learning curves: its designs, controls and statistics."""
+"""studies.learning and studies.learning_parts: designs, controls, statistics and commands."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from star_trainer.prompts import load_prompts
 from studies import learning, learning_parts
 
 
-def test_paired_is_students_t() -> None:
+def test_paired_equals_students_t_test() -> None:
     from scipy.stats import ttest_1samp
 
     values = [0.02, 0.01, 0.03, -0.01, 0.02]
-    mean, reach, p = learning.paired(values)
+    mean, half_width, p = learning.paired(values)
     expected = ttest_1samp(values, 0.0)
     assert p == pytest.approx(expected.pvalue)
     low, high = expected.confidence_interval(0.95)
-    assert (mean - reach, mean + reach) == pytest.approx((low, high))
+    assert (mean - half_width, mean + half_width) == pytest.approx((low, high))
     assert math.isnan(learning.paired([1.0])[2])
 
 
-def test_samples_to_is_between_the_evaluations_where_the_mean_curve_crosses() -> None:
+def test_samples_to_is_the_interval_of_evaluations_in_which_the_mean_curve_reaches_the_goal() -> None:
     plain = {0: {"evaluations": [[0, 0.0], [10, 0.5], [20, 1.0]]}}
     fast = {0: {"evaluations": [[0, 0.0], [10, 0.8], [20, 1.2]]}}
     slow = {0: {"evaluations": [[0, 0.0], [10, 0.1], [20, 0.2]]}}
@@ -50,13 +50,14 @@ def test_samples_to_is_between_the_evaluations_where_the_mean_curve_crosses() ->
         for arm, found in (("plain", plain), ("fast", fast), ("early", early), ("slow", slow))
         for seed in (0, 1)
     ]
-    told = {line.split()[0]: line for line in learning.text({"design": design, "runs": runs}).splitlines() if line}
-    assert " 0.5 to 1 " in told["fast"]
-    assert " <= 0.5 " in told["early"]
-    assert " > 1 " in told["slow"]
+    lines = learning.text({"design": design, "runs": runs}).splitlines()
+    by_arm = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    assert " 0.5 to 1 " in by_arm["fast"]
+    assert " <= 0.5 " in by_arm["early"]
+    assert " > 1 " in by_arm["slow"]
 
 
-def test_early_is_the_last_reward_within_the_share_of_samples_less_plains_final_one() -> None:
+def test_early_is_the_last_reward_within_the_share_of_samples_minus_the_final_reward_of_plain() -> None:
     plain = {seed: {"evaluations": [[0, 0.0], [30, 1.0 + seed]]} for seed in (0, 1, 2)}
     runs = {seed: {"evaluations": [[0, 0.0], [10, 0.5], [21, 1.25], [22, 2.0], [30, 3.0]]} for seed in (2, 1)}
     assert learning.early(plain, runs) == [1.25 - 2.0, 1.25 - 3.0]
@@ -65,7 +66,7 @@ def test_early_is_the_last_reward_within_the_share_of_samples_less_plains_final_
 @pytest.mark.parametrize(
     "design", sorted(p for p in learning.DESIGNS.glob("*.yaml") if p.stem != "tuning"), ids=lambda p: p.stem
 )
-def test_the_driver_takes_every_arm_of_a_committed_design(design: Path) -> None:
+def test_star_train_accepts_every_arm_of_a_committed_design(design: Path) -> None:
     found = yaml.safe_load(design.read_text())
     for arm in found["arms"].values():
         config = parse_settings([f"--{k}={v}" for k, v in {**found["settings"], **arm}.items() if k != "control"])
@@ -77,7 +78,7 @@ def test_the_driver_takes_every_arm_of_a_committed_design(design: Path) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("credit", ["image", "split"])
-def test_shuffled_moves_each_map_to_random_positions_the_same_ones_in_all_steps(
+def test_shuffled_has_the_same_permutation_in_all_steps_of_a_sample(
     credit: Literal["image", "split"], config: Config, tmp_path: Path
 ) -> None:
     config = replace(
@@ -114,11 +115,11 @@ def test_a_study_runs_resumes_and_reports(
     design.write_text(yaml.safe_dump({"tasks": ["text"], "seeds": [0, 1], "arms": arms, "settings": settings}))
     command = ["--design", str(design), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out.json")]
     assert learning.main([*command, "--minutes", "0"]) == 0
-    assert "6 runs are left" in capsys.readouterr().out
-    for _ in range(7):  # each piece is too short for more than an epoch
+    assert "6 runs are not finished" in capsys.readouterr().out
+    for _ in range(7):  # the time limit allows one epoch for each call
         assert learning.main([*command, "--minutes", "0.0001", "--worker", "0/1"]) == 0
     learning.main(command)
-    assert "all runs are done" in capsys.readouterr().out
+    assert "all runs are finished" in capsys.readouterr().out
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found["runs"]) == 6
     assert all(len(run["rollouts"]) == 2 and len(run["evaluations"]) == 3 for run in found["runs"])
@@ -128,7 +129,7 @@ def test_a_study_runs_resumes_and_reports(
 
 
 @pytest.mark.exhaustive
-def test_the_parts_of_what_runs_have_learnt_sum_to_the_reward(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_the_parts_of_the_reward_sum_to_the_reward(pipeline_folder: Path, tmp_path: Path) -> None:
     settings = {
         "model.path": str(pipeline_folder), "allocation.blocks": "all", "train.epochs": 1, "rollout.steps": 3,
         "rollout.groups": 1, "rollout.group_size": 2, "rollout.batch": 2, "rollout.window": 1, "rollout.window_end": 2,

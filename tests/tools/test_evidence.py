@@ -1,4 +1,4 @@
-"""Every measured figure in README and docs is the one in benchmarks/results."""
+"""The generated blocks of README and docs agree with the JSON files of the results."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tools import evidence
 
 
 @pytest.mark.parametrize("page", list(evidence.pages()), ids=lambda page: page.name)
-def test_pages_say_what_was_measured(page: Path) -> None:
+def test_the_blocks_of_a_page_agree_with_the_results(page: Path) -> None:
     text = page.read_text()
-    assert evidence.render(text) == text, f"{page.name} is out of date: python -m tools.evidence writes it"
+    assert evidence.render(text) == text, f"{page.name} is out of date; update it with python -m tools.evidence"
 
 
-def test_a_changed_figure_is_noticed() -> None:
+def test_a_changed_figure_is_restored() -> None:
     text = evidence.ROOT.joinpath("README.md").read_text()
     block = evidence.attention()
     assert block in text
@@ -23,6 +23,6 @@ def test_a_changed_figure_is_noticed() -> None:
     assert evidence.render(altered) == text
 
 
-def test_every_block_is_used_and_known() -> None:
+def test_the_pages_use_every_block_and_no_unknown_one() -> None:
     used = {name for page in evidence.pages() for _, name, *_ in evidence._BLOCK.findall(page.read_text())}
     assert used == set(evidence.BLOCKS)

@@ -1,4 +1,4 @@
-"""The run of everything that needs a GPU: what it makes of its steps, which needs none."""
+"""tools.gpu without a GPU: the steps, their results and the table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.reporting import thresholds
 from tools import gpu
 
 
-def test_a_step_ends_as_its_command_does_and_leaves_a_log(tmp_path: Path) -> None:
+def test_a_step_has_the_status_of_its_command_and_writes_a_log(tmp_path: Path) -> None:
     for status, outcome in ((0, "ok"), (3, "FAILED")):
         command = [sys.executable, "-c", f"print('first'); print('=== 5 passed ==='); raise SystemExit({status})"]
         result = gpu.run(gpu.Step("tests", command, 60.0, gpu.last_line), tmp_path, 60.0)
@@ -22,23 +22,23 @@ def test_a_step_ends_as_its_command_does_and_leaves_a_log(tmp_path: Path) -> Non
         assert result.good == (status == 0)
 
 
-def test_a_step_without_time_is_not_a_good_one(tmp_path: Path) -> None:
+def test_a_step_that_is_not_started_counts_as_too_slow(tmp_path: Path) -> None:
     result = gpu.run(gpu.Step("tuning", ["false"], 60.0, gpu.last_line), tmp_path, 0.0)
     assert result.outcome == "too slow"
     assert not result.good
 
 
-def test_all_steps_together_stay_under_nine_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_steps_together_take_less_than_nine_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "sanitizer", lambda: "compute-sanitizer")
     found = gpu.steps(tmp_path)
     assert [step.name for step in found] == list(gpu.NAMES)
     assert gpu.TOTAL < 540
-    for step in found:  # the files that they run are there
+    for step in found:  # the files that they run exist
         assert [part for part in step.command if part.endswith(".py") and not (gpu.ROOT / part).exists()] == []
 
 
-def test_what_a_sanitizer_found_is_told() -> None:
-    log = "every kernel gave ...\n========= ERROR SUMMARY: 2 errors\n"
+def test_the_summary_of_a_sanitizer_is_found_in_its_output() -> None:
+    log = "all kernels agree with ...\n========= ERROR SUMMARY: 2 errors\n"
     assert gpu.findings(log) == "ERROR SUMMARY: 2 errors"
     assert gpu.findings("no kernels\n") == "no kernels"
 
@@ -55,17 +55,17 @@ def test_the_table_shows_every_target(tmp_path: Path) -> None:
     outcomes = thresholds.evaluate({"policy": [case]}, "cuda")
     (tmp_path / "overhead-x.json").write_text(json.dumps({"thresholds": [o.as_dict() for o in outcomes]}))
     lines = gpu.targets(tmp_path)
-    told = {line.split()[4]: line.split()[0] for line in lines}
-    assert told["eager_over_ours"] == "reached"
-    assert told["launches"] == "MISSED"
-    assert told["compiled_over_ours"] == "undecided"  # not measured is not reached
+    verdicts = {line.split()[4]: line.split()[0] for line in lines}
+    assert verdicts["eager_over_ours"] == "reached"
+    assert verdicts["launches"] == "MISSED"
+    assert verdicts["compiled_over_ours"] == "undecided"  # not measured
     text = gpu.table([gpu.Result("tests", "FAILED", 3.0, "1 failed")], lines, 3.0)
     assert "FAILED" in text
     assert all(line in text for line in lines)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_gpu_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main([])
     assert "no GPU that torch" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The tuning of attention's kernels: what it makes of candidates, times and a budget, which needs no GPU."""
+"""tools.tune_attention without a GPU: the choice among candidates, the times and the time limit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """A clock that runs nothing and says that the n-th call of a round took n milliseconds."""
+    """A clock that does not run the calls; a call takes the seconds that it has as an attribute, or a millisecond."""
 
     name = "none"
 
@@ -35,7 +35,7 @@ class Clock:
 
 
 class Run:
-    """Attention by its definition, an error added to its results, and the time that it is said to take."""
+    """The reference implementation of attention with a relative error in its results, and the time of a call."""
 
     def __init__(self, function: Callable[[], Sequence[Tensor]], seconds: float, error: float = 0.0) -> None:
         self.function, self.seconds, self.error = function, seconds, error
@@ -60,13 +60,11 @@ def whole_backward(x: Inputs) -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, leaves, tune.upstream_of(x))
 
 
-def test_the_checked_part_of_a_candidate_is_its_definition() -> None:
+def test_the_reference_results_are_those_of_the_whole_inputs() -> None:
     x = tune.as_models_lay_out(inputs())
     assert x.query.transpose(1, 2).is_contiguous()
-    for run, definition in ((whole_forward, tune.defined_forward), (whole_backward, tune.defined_backward)):
-        kept, refused = tune.runnable(
-            [tune.Candidate("good", lambda run=run: run(x))], definition(x), 1e-5, lambda: 1.0
-        )
+    for run, reference in ((whole_forward, tune.reference_forward), (whole_backward, tune.reference_backward)):
+        kept, refused = tune.runnable([tune.Candidate("good", lambda run=run: run(x))], reference(x), 1e-5, lambda: 1.0)
         assert (len(kept), refused) == (1, {})
 
 
@@ -82,26 +80,26 @@ def test_candidates_that_are_wrong_or_do_not_run_are_refused_with_the_reason() -
         tune.Candidate("nan", Run(lambda: whole_forward(x), 1e-3, error=float("nan"))),
         tune.Candidate("good", Run(lambda: whole_forward(x), 1e-3)),
     ]
-    kept, refused = tune.runnable(candidates, tune.defined_forward(x), 1e-4, lambda: 1.0)
+    kept, refused = tune.runnable(candidates, tune.reference_forward(x), 1e-4, lambda: 1.0)
     assert [c.name for c in kept] == ["good"]
-    assert refused["wrong"].startswith("differs from the definition by 1.0e-02")
+    assert refused["wrong"].startswith("differs from the reference by 1.0e-02")
     assert refused["broken"] == "RuntimeError: out of resource: shared memory"
     assert "nan" in refused
 
 
-def test_tiles_wait_for_kernels_and_are_left_out_when_the_time_is_over() -> None:
+def test_no_further_tile_is_tried_when_the_time_is_used_up() -> None:
     x = inputs()
     run = Run(lambda: whole_forward(x), 1e-3)
     plan = [("triton", TILES[0]), ("cudnn", None), ("triton", TILES[1])]
     candidates = [tune.Candidate(kernel, run, tile) for kernel, tile in plan]
-    kept, refused = tune.runnable(candidates, tune.defined_forward(x), 1e-4, lambda: 0.0)
+    kept, refused = tune.runnable(candidates, tune.reference_forward(x), 1e-4, lambda: 0.0)
     assert [(c.kernel, c.tile) for c in kept] == plan[:2]
-    assert list(refused.values()) == ["no time was left for it"]
+    assert list(refused.values()) == ["not tried: the time is used up"]
 
 
 @pytest.fixture
 def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN forward and Triton backward are fastest, the latter in other tiles than its default."""
+    """Candidates of which the fastest are cuDNN forward, and Triton with other tiles than the default backward."""
 
     def forward(x: Inputs) -> list[tune.Candidate]:
         run = lambda: whole_forward(x)  # noqa: E731
@@ -131,16 +129,16 @@ def test_the_fastest_kernels_become_an_entry_that_the_package_reads(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("candidates")
-def test_the_budget_ends_the_tuning_and_keeps_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_time_limit_ends_the_tuning_and_keeps_the_measured_rows(capsys: pytest.CaptureFixture[str]) -> None:
     ticks = iter(range(10**6))
     rows = list(tune.tune([(SHAPE, torch.float32)] * 50, CPU, Clock(), 1.0, now=lambda: next(ticks) / 50))
     assert 0 < len(rows) < 50
-    assert "no time was left" in capsys.readouterr().err
+    assert "the time is used up" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_shipped_tiles_are_among_the_candidates(architecture: str, head_dim: int) -> None:
+def test_the_default_tiles_are_the_first_candidates(architecture: str, head_dim: int) -> None:
     forward = triton_config.forward_config(architecture, head_dim, torch.bfloat16)
     backward = triton_config.backward_config(architecture, head_dim, torch.bfloat16)
     assert tune.forward_tiles(forward)[0] == forward
@@ -153,7 +151,7 @@ def test_the_shipped_tiles_are_among_the_candidates(architecture: str, head_dim:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tuning_without_a_gpu_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tune.main([])
     assert "no GPU that torch" in capsys.readouterr().err
