@@ -1,20 +1,19 @@
-# make test      makes the environment, then tests every operation and property, in JOBS=2 processes: minutes;
-#                ARGS='-k NAME' and the like reach pytest
-# make test-all  the same, and the exhaustive tests: whole grids, ahead-of-time compiles, kill points, notebooks
-# make numerics  the numeric contract with each instruction set and number of threads that this processor has
-# make demo      the same, then trains the small model: reward curve, pictures before and after, allocation strips
-# make overhead  the same, then what maps, weights and a step cost here; four minutes; ARGS=--thorough is behind README's numbers
-# make gpu       on a machine with a GPU: its tests, sanitizers, tuning and benchmarks; OUT=DIR takes the results
-# make gpu-study on a machine with a GPU: the learning study at its full size; goes on where it stopped, in runs/; OUT=DIR as above
-# make sanitize  the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; four minutes
-# make mutation  each constant and operator of the definitions changed in turn, and the tests run; ARGS='--only policy'
-# make coverage  the tests with the lines counted that they reach; fails under 95 %
-# make test-lower  the tests of what uses other packages, in .venv-lower with the oldest versions that pyproject.toml allows
-# make lint      formatting, lint, types
-# make docs      the documentation's site, in site/; a broken link is an error
+# make test        tests of every operation and property, in JOBS=2 processes; takes minutes. ARGS is passed to pytest
+# make test-all    all tests, including the exhaustive ones: whole grids, ahead-of-time compiles, kill points, notebooks
+# make test-lower  tests that use other packages, in .venv-lower with the oldest versions that pyproject.toml allows
+# make numerics    tests of the numeric contract with each instruction set and number of threads of this processor
+# make sanitize    the CPU kernels with AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; four minutes
+# make mutation    changes each constant and operator of the reference implementations in turn and runs the tests
+# make coverage    all tests with line coverage; fails below 95 %
+# make lint        checks formatting, style and types
+# make demo        trains the small model; writes reward curves, images before and after, and allocation strips
+# make overhead    benchmark of maps, weights and a training step; four minutes. ARGS=--thorough gives the figures in README
+# make gpu         on a machine with a GPU: its tests, sanitizers, tuning and benchmarks; OUT=DIR sets the output folder
+# make gpu-study   on a machine with a GPU: the study of learning curves at full size; resumes the runs in runs/
+# make docs        builds the documentation's site in site/; a broken link is an error
 #
-# They make .venv once, with the pinned set of constraints.txt. VENV=DIR uses an existing environment instead, with the
-# torch that it has: only this package is built into it.
+# Each command first creates .venv with the pinned versions in constraints.txt and builds the package into it. VENV=DIR
+# uses an existing environment instead, with its own torch; only this package is built into it.
 
 ifeq ($(origin VENV), undefined)
 VENV := .venv
@@ -43,7 +42,7 @@ test-exhaustive: $(STAMP)
 numerics: $(STAMP)
 	$(PYTHON) tests/numerics.py -n $(JOBS) --dist worksteal $(ARGS)
 
-# torch is the pinned one; where the index has the declared lower bound: make test-lower TORCH=2.11.0
+# With the oldest torch, if the package index has it: make test-lower TORCH=2.11.0
 TORCH ?= 2.13.0
 LOWER := .venv-lower
 LOWER_TESTS := tests/test_versions.py tests/test_figures.py tests/prompts tests/capture/test_families.py tests/trainer
@@ -61,10 +60,11 @@ demo: $(STAMP)
 overhead: $(STAMP)
 	$(PYTHON) benchmarks/overhead.py $(ARGS)
 
-OUT ?= benchmarks/results
+gpu: OUT ?= benchmarks/results
 gpu: $(STAMP)
 	$(PYTHON) -m tools.gpu --out $(OUT)
 
+gpu-study: OUT ?= studies/results
 gpu-study: $(STAMP)
 	$(PYTHON) -m studies.learning --design studies/designs/gpu.yaml --runs runs/learning-gpu \
 		--out $(OUT)/learning-gpu.json $(ARGS)

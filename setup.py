@@ -1,16 +1,17 @@
 """Compiles csrc/ into plain shared libraries that star_kernels.native loads.
 
-Everything else about the package stands in pyproject.toml. The libraries know neither torch nor Python: they are built
-with ninja against the headers of apache-tvm-ffi, in pip's isolated build environment, and serve every torch version.
+All other settings of the package are in pyproject.toml. The libraries depend neither on torch nor on Python: they are
+built with ninja and the headers of apache-tvm-ffi, in pip's isolated build environment, and work with every torch
+version.
 
 Environment:
     CXX                      the C++17 compiler (default c++)
-    STAR_KERNELS_CUDA        "0" leaves the CUDA library out even where nvcc is found
+    STAR_KERNELS_CUDA        "0" skips the CUDA library even if nvcc is found
     STAR_KERNELS_CUDA_ARCHS  CUDA architectures, such as "90a" or "80 90a 100a" (default: those of 80, 90a and 100a
-                             that nvcc knows)
-    STAR_KERNELS_REQUIRE     "1" makes a library that cannot be compiled an error; otherwise the install goes on with a
-                             warning, and the operations run on PyTorch alone
-    MAX_JOBS                 parallel compiler processes (default: ninja's)
+                             that nvcc supports)
+    STAR_KERNELS_REQUIRE     "1" makes it an error if a library cannot be compiled; otherwise the installation continues
+                             with a warning, and the operations fall back to PyTorch
+    MAX_JOBS                 number of parallel compiler processes (default: that of ninja)
 """
 
 import os
@@ -30,31 +31,31 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 WARNINGS = ["-Wall", "-Wextra"]
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", f"-I{SOURCES}"]
-# Sums run in the written order; only errno and traps, which nobody reads, are given up.
+# The order of sums is preserved; these options only drop errno and floating-point traps.
 KERNEL = [*COMMON, *WARNINGS, "-O3", "-fno-math-errno", "-fno-trapping-math"]
-INSTRUCTION_SETS = {  # name -> flags, float lanes of a vector register
+INSTRUCTION_SETS = {  # name -> compiler flags, number of floats in a vector register
     "baseline": ([], 4),
     "avx2": (["-mavx2", "-mfma", "-mf16c"], 8),
     "avx512": (["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"], 16),
 }
-# file -> -ffp-contract, see csrc/flow_policy.h
+# file -> value of -ffp-contract, see csrc/flow_policy.h
 CPU_KERNELS = {"attention_maps": "fast", "flow_policy": "off", "nft": "fast"}
 CUDA_KERNELS = ("policy_forward", "policy_backward", "nft", "sample_transition")
 CUDA_ARCHITECTURES = ("80", "90a", "100a")
 
 
 class Missing(Exception):
-    """A tool that a library needs is not there."""
+    """A tool that is required to build a library is missing."""
 
 
 class BuildNative(build_ext):
-    """Runs ninja for each library and puts it into star_kernels/lib."""
+    """Builds each library with ninja and copies it to star_kernels/lib."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
     def run(self) -> None:
-        if self.inplace:  # setuptools copies into folders that exist
+        if self.inplace:  # setuptools does not create the folder
             (ROOT / "star_kernels" / "lib").mkdir(exist_ok=True)
         super().run()
 
@@ -69,15 +70,15 @@ class BuildNative(build_ext):
             message = f"{target.name} is not built: {reason}\n{detail}"
             if os.environ.get("STAR_KERNELS_REQUIRE") == "1":
                 raise SystemExit(message) from reason
-            print(f"warning: {message}The install goes on; the operations run on PyTorch alone.", file=sys.stderr)
+            print(f"warning: {message}The installation continues; operations fall back to PyTorch.", file=sys.stderr)
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # a process that has the old one loaded keeps it
+        target.unlink(missing_ok=True)  # processes that have loaded the old library keep it
         shutil.copyfile(work / "library.so", target)
 
 
 class PlatformWheel(bdist_wheel):
-    """Tagged by the platform alone: the libraries know nothing of Python, so one wheel serves all its versions."""
+    """A wheel whose tag has only the platform: the libraries do not depend on the version of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
@@ -86,12 +87,12 @@ class PlatformWheel(bdist_wheel):
 def compiler() -> str:
     command = os.environ.get("CXX", "c++")
     if shutil.which(shlex.split(command)[0]) is None:
-        raise Missing(f"no C++17 compiler: {command!r} is not on PATH (set CXX)")
+        raise Missing(f"no C++17 compiler: {command!r} is not on PATH; set CXX to a compiler")
     return command
 
 
 def tvm_ffi_flags() -> tuple[list[str], list[str]]:
-    """Compiler and linker flags of apache-tvm-ffi."""
+    """The compiler flags and the linker flags for apache-tvm-ffi."""
     from tvm_ffi import libinfo
 
     library = Path(libinfo.find_libtvm_ffi()).parent
@@ -100,9 +101,10 @@ def tvm_ffi_flags() -> tuple[list[str], list[str]]:
 
 
 def cpu_rules() -> str:
-    """ninja rules: every kernel once for each instruction set, and the exports that choose among them.
+    """ninja rules for the CPU library: each kernel for each instruction set, and the exports that select one.
 
-    OpenMP's symbols stay undefined: torch has loaded its own runtime by then, and sharing it shares its threads.
+    The symbols of OpenMP stay undefined. They resolve to the runtime that torch has loaded, so that both use the same
+    threads.
     """
     cxx = compiler()
     x86 = platform.machine() in ("x86_64", "AMD64")
@@ -126,7 +128,7 @@ def cpu_rules() -> str:
 
 
 def cuda_rules() -> str:
-    """ninja rules for the CUDA kernels; the code of every architecture lies in one file."""
+    """ninja rules for the CUDA library, which has the code of every architecture."""
     nvcc = find_nvcc()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     wanted = os.environ.get("STAR_KERNELS_CUDA_ARCHS")
@@ -135,10 +137,10 @@ def cuda_rules() -> str:
     else:
         architectures = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch.rstrip('a')}" in known.split()]
     if not architectures:
-        raise Missing(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHITECTURES)}")
+        raise Missing(f"{nvcc} supports none of the architectures {', '.join(CUDA_ARCHITECTURES)}")
     include, link = tvm_ffi_flags()
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    # Portable code for devices newer than the list; an architecture such as 90a has none.
+    # PTX for devices newer than the list; architectures such as 90a have no portable PTX.
     codes += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in architectures if arch.isdigit()][:1]
     host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
     kernel = ["-std=c++17", "-O3", "--threads=0", host, f"-I{SOURCES}", *codes]
@@ -155,7 +157,7 @@ def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
     if nvcc is None or not Path(nvcc).exists():
-        raise Missing("nvcc is not on PATH (set CUDA_HOME)")
+        raise Missing("nvcc is not on PATH; set CUDA_HOME to the CUDA toolkit")
     return nvcc
 
 
@@ -202,10 +204,10 @@ def libraries() -> list[Extension]:
         try:
             find_nvcc()
             names.append("libstar_kernels_cuda")
-        except Missing as reason:  # a machine without the CUDA compiler has no use for the CUDA library
-            asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-            if asked and os.environ.get("STAR_KERNELS_REQUIRE") == "1":
-                raise SystemExit(f"libstar_kernels_cuda.so is not built: no nvcc in {asked}/bin") from reason
+        except Missing as reason:  # no CUDA compiler: the CUDA library is skipped unless a toolkit is named
+            home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+            if home and os.environ.get("STAR_KERNELS_REQUIRE") == "1":
+                raise SystemExit(f"libstar_kernels_cuda.so is not built: no nvcc in {home}/bin") from reason
     return [Extension(f"star_kernels.lib.{name}", sources=[], optional=True) for name in names]
 
 

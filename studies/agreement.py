@@ -80,7 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.agreement", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="small", help='"small", or the folder of a pipeline')
     parser.add_argument("--checkpoint", type=Path, help="checkpoint of star-train; its averaged weights are used")
     parser.add_argument("--label", help="name of the model in tables and plots")
@@ -96,7 +98,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=allocations.split_names,
         help="measure only these allocations, separated by semicolons, and scalar advantages",
     )
-    parser.add_argument("--minutes", type=float, default=math.inf, help="time after which no batch is started")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="minutes after which no batch is started")
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "gradient-agreement.json", help="JSON file of the results"
     )

@@ -119,10 +119,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.learning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--design", type=Path, default=DESIGNS / "main.yaml", help="YAML file of the design")
     parser.add_argument("--arms", type=allocations.split_names, help="run only these arms, separated by semicolons")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="time after which no epoch is started")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="minutes after which no epoch is started")
     parser.add_argument(
         "--worker", type=_share, default=(0, 1), help="divide the runs among processes, such as 0/2, 1/2"
     )

@@ -52,7 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.learning_parts",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--design", type=Path, default=learning.DESIGNS / "main.yaml", help="YAML file of the design")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of the runs")
     parser.add_argument("--prompts", type=int, default=512, help="number of held-out prompts (default: 512)")

@@ -207,7 +207,7 @@ def line(variant: Variant) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="compile_report.py", description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.compile_report", description=__doc__.partition("\n\n")[0])
     parser.add_argument(
         "--architectures", nargs="+", choices=NVIDIA, default=NVIDIA, help="architectures (default: all)"
     )

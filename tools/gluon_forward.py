@@ -184,7 +184,7 @@ def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **constants
 
 def main() -> None:
     argparse.ArgumentParser(
-        prog="gluon_forward.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.gluon_forward", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     print(f"triton {triton.__version__}")
     for bn, stages, overlap in ((128, 2, 0), (128, 2, 1), (64, 3, 1)):

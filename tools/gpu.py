@@ -52,8 +52,12 @@ class Result:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="gpu.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for logs and results")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="output folder (default: benchmarks/results)"
+    )
     parser.add_argument("--only", action="append", choices=NAMES, help="run only this step (may be repeated)")
     options = parser.parse_args(arguments)
     problem = cuda_problem()
