@@ -1,6 +1,6 @@
-"""Measured numbers against committed ones, which hold for one version of a compiler.
+"""Compares measured numbers with committed baselines, which apply to one version of a compiler.
 
-``STAR_KERNELS_BASELINES=write`` writes what a test measures into tests/baselines instead of comparing.
+With ``STAR_KERNELS_BASELINES=write`` the measured numbers are written to tests/baselines instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ FOLDER = Path(__file__).with_name("baselines")
 
 
 def compare(name: str, made_by: str, measured: dict[str, int], allowed: float) -> None:
-    """Fails where a number exceeds the committed one by more than the allowed share; skips for another compiler."""
+    """Fails if a number exceeds its baseline by more than the allowed fraction. Skips if the compiler has no baseline.
+
+    Args:
+        name: name of the file in tests/baselines.
+        made_by: the compiler and its version.
+        measured: the measured numbers.
+        allowed: the allowed increase, as a fraction of the baseline.
+    """
     file = FOLDER / f"{name}.json"
     known: dict[str, dict[str, int]] = json.loads(file.read_text()) if file.exists() else {}
     if os.environ.get("STAR_KERNELS_BASELINES") == "write":
@@ -23,8 +30,8 @@ def compare(name: str, made_by: str, measured: dict[str, int], allowed: float) -
         file.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
         return
     if made_by not in known:
-        pytest.skip(f"{file.name} has no numbers for {made_by}")
+        pytest.skip(f"{file.name} has no baseline for {made_by}")
     expected = known[made_by]
-    assert measured.keys() <= expected.keys(), "numbers that have no baseline yet: STAR_KERNELS_BASELINES=write"
+    assert measured.keys() <= expected.keys(), "some numbers have no baseline: set STAR_KERNELS_BASELINES=write"
     worse = {k: f"{expected[k]} -> {v}" for k, v in measured.items() if v > expected[k] * (1 + allowed)}
-    assert not worse, f"above {name} of {made_by}: {worse}"
+    assert not worse, f"numbers above the baseline {name} of {made_by}: {worse}"

@@ -1,4 +1,4 @@
-"""What the tests share: the backends, at one place, and the measures of error, memory and memory's initial content."""
+"""Fixtures of all tests: the backends, uninitialised memory, peak memory and the comparison with float64."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import star_kernels
 
-# Every backend and the device it is tested on. The contract suites run once for each line.
+# The backends and the devices that they are tested on. The tests of a contract run once for each pair.
 ATTENTION_BACKENDS = [("naive", "cpu"), ("vendor", "cpu")]
 MAPS_BACKENDS = [("naive", "cpu"), ("auto", "cpu")]  # of attention_maps
 POLICY_BACKENDS = [("naive", "cpu"), ("native", "cpu")]
 if torch.cuda.is_available():
-    ATTENTION_BACKENDS += [("triton", "cuda")]  # the vendors' kernels have a file of their own: they take less
+    ATTENTION_BACKENDS += [("triton", "cuda")]  # the vendors' kernels support less; see tests/attention/test_vendor.py
     MAPS_BACKENDS += [("auto", "cuda")]
     POLICY_BACKENDS += [("triton", "cuda")]
     if not star_kernels.native.problem("cuda"):
@@ -44,12 +44,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "native: needs the compiled CPU library")
     config.addinivalue_line("markers", "gpu: runs on a GPU")
-    config.addinivalue_line("markers", "exhaustive: left to make test-all (see tiers.py)")
+    config.addinivalue_line("markers", "exhaustive: runs only with make test-all (see tiers.py)")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
     if config.getoption("markexpr") == "not exhaustive":
-        return "exhaustive grids, ahead-of-time compiles, kill points and notebooks are left to make test-all"
+        return "exhaustive tests (whole grids, ahead-of-time compiles, kill points, notebooks) run with make test-all"
     return None
 
 
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     native = item.get_closest_marker("native") or ("native", "cpu") in _backends_of(item)
     if native and not _has_native():
-        pytest.skip("the compiled CPU library is not here")
+        pytest.skip("requires the compiled CPU library")
 
 
 def _backends_of(item: pytest.Item) -> list[tuple[str, str]]:
@@ -83,7 +83,7 @@ def seeded() -> None:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Fresh memory holds NaN (the largest value for integers), so that whatever is left unwritten shows."""
+    """Fills uninitialised memory with NaN, or the largest value of integers, so that unwritten results are detected."""
     strict, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -96,7 +96,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion 3 like the one that ships, still smaller, with random weights."""
+    """The folder of a pipeline like the small Stable Diffusion 3 in the package, but smaller, with random weights."""
     pytest.importorskip("diffusers")
     from star_trainer.small import SMALL
     from star_trainer.small.pipeline import build
@@ -108,7 +108,7 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of threads for the length of a test."""
+    """A function that sets the number of threads until the end of the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -116,18 +116,18 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def peak_memory() -> Callable[[Callable[[], Any]], int]:
-    """The most bytes that PyTorch's CPU allocator holds at once during a call, above what it held before."""
+    """A function that measures the peak of PyTorch's CPU memory during a call, in bytes above that before the call."""
 
     def measure(function: Callable[[], Any]) -> int:
-        function()  # what is allocated once and kept does not count
+        function()  # memory that is allocated once and kept is not counted
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
             result = function()
         del result
         events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
-        held = peak = 0
+        allocated = peak = 0
         for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
         return peak
 
     return measure
@@ -135,12 +135,12 @@ def peak_memory() -> Callable[[Callable[[], Any]], int]:
 
 @pytest.fixture
 def assert_as_exact() -> Callable[..., None]:
-    """Holds a result to at most twice the error of PyTorch's own arithmetic in the same dtype, both against float64.
+    """A function that checks that the error of a result is at most twice that of PyTorch in the same dtype.
 
-    Where PyTorch happens to be exact a result of equal merit may still round. Allowed on top: one unit in the last
-    place of the dtype, for the result's own rounding and that of an intermediate, and 16 of float32, for sums of some
-    hundred terms in another order. The latter counts from one upwards: a gradient is a difference of terms of about
-    that size, which may cancel altogether.
+    Both errors are relative to float64. PyTorch may happen to be exact, so a rounding error is added to the limit: one
+    unit in the last place of the dtype, for the rounding of the result and of an intermediate, and 16 units of float32,
+    for sums of some hundred terms in another order. The latter has a scale of at least one, because a gradient is a
+    difference of terms of about that size, which may cancel.
     """
 
     def check(name: str, got: Tensor, pytorch: Tensor, exact: Tensor, dtype: torch.dtype) -> None:

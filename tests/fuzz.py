@@ -1,13 +1,14 @@
-"""Random calls of the public operations: every result against its definition, every buffer watched.
+"""Random calls of the public operations. Results are compared with the reference, and memory is checked.
 
-    python tests/fuzz.py --cases 10000                               all operations, in proportion
-    python tests/fuzz.py --operation maps --cases 500 --seed 3       one of them
-    python tests/fuzz.py --operation maps --seed 3 --case 17         one case again
+    python tests/fuzz.py --cases 10000                               all operations, by their SHARES
+    python tests/fuzz.py --operation maps --cases 500 --seed 3       one operation
+    python tests/fuzz.py --operation maps --seed 3 --case 17         one case of an operation
 
-An input lies in memory of its own, with strides, an offset and gaps chosen at random, expanded at times; gaps and
-surroundings hold NaN, and nothing in them may change. What the compiled library writes goes between guards as well,
-into memory that holds a NaN which arithmetic does not make, so that whatever is left unwritten shows. Results may be as
-far from float64 as a few times what PyTorch's float32 is. One call in six gets a bad argument and must name it.
+Every input has its own memory, with random strides, offset and gaps, and some inputs are expanded. The gaps and the
+memory around the input are filled with NaN and must not change. Outputs of the compiled library also have guards around
+them, and are filled with a NaN that arithmetic does not produce, so that unwritten elements are detected. The error of
+a result against float64 is at most a few times that of PyTorch in float32. One call in six has an invalid argument,
+which the error must name.
 """
 
 from __future__ import annotations
@@ -56,12 +57,14 @@ def cases_of(operation: str, cases: int) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fuzz.py", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--cases", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--operation", choices=list(OPERATIONS))
-    parser.add_argument("--case", type=int, help="one case of an operation, by its number")
+    parser.add_argument("--cases", type=int, default=400, help="number of calls (default: 400)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the cases (default: 0)")
+    parser.add_argument("--operation", choices=list(OPERATIONS), help="run only this operation")
+    parser.add_argument("--case", type=int, help="run only the case with this number; requires --operation")
     options = parser.parse_args(arguments)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory holds NaN
+    if options.case is not None and options.operation is None:
+        parser.error("--case requires --operation")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # required by fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     failures = 0
     with guarded_library():

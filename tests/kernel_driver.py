@@ -1,4 +1,4 @@
-"""Builds tests/csrc/driver.cpp: the CPU kernels in a program without Python, compiled as setup.py compiles them."""
+"""Builds tests/csrc/driver.cpp: the CPU kernels in a program without Python, with the compiler flags of setup.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROGRAM = Path(__file__).with_name("csrc")
 
 @cache
 def setup() -> dict[str, Any]:
-    """What setup.py defines, without running it."""
+    """The definitions in setup.py, without running the setup."""
     with mock.patch("setuptools.setup"):
         return runpy.run_path(str(ROOT / "setup.py"))
 
@@ -29,13 +29,13 @@ def compiler() -> list[str]:
 
 
 def version() -> str:
-    """The compiler's name and version."""
+    """The name and the version of the compiler."""
     done = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=True)
     return done.stdout.splitlines()[0]
 
 
 def runs(*flags: str) -> bool:
-    """Whether a program made with these flags runs: a sanitizer's library may be missing, or refuse this kernel."""
+    """Whether a program with these flags builds and runs; a sanitizer may be missing or fail to start."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "program"
         command = [*compiler(), *flags, "-x", "c++", "-", "-o", str(program)]
@@ -44,7 +44,7 @@ def runs(*flags: str) -> bool:
 
 
 def build(folder: Path, flags: Sequence[str] = (), isa: str = "baseline") -> Path:
-    """The program for one instruction set; the flags come last, so that they win."""
+    """Builds the program for one instruction set. ``flags`` follow all other flags and override them."""
     made = setup()
     of_isa, lanes = made["INSTRUCTION_SETS"][isa]
     common = [*made["KERNEL"], *of_isa, "-fopenmp", f"-DSTAR_ISA={isa}", f"-DSTAR_LANES={lanes}", *flags]
@@ -60,7 +60,7 @@ def build(folder: Path, flags: Sequence[str] = (), isa: str = "baseline") -> Pat
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, sources))
     program = folder / "driver"
-    # No -fopenmp: openmp.cpp has what the kernels need of it.
+    # Linked without -fopenmp: openmp.cpp implements the functions of OpenMP that the kernels call.
     _run([*compiler(), *flags, "-pthread", *map(str, objects.values()), "-o", str(program)])
     return program
 

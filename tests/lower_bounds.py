@@ -1,6 +1,6 @@
-"""``lower_bounds.py [NAME==VERSION ...]``: the lower bound of every dependency in pyproject.toml, as pip's constraints.
+"""Prints the lower bounds of all dependencies in pyproject.toml as constraints for pip.
 
-Versions that are given replace the file's. ``make test-lower`` installs what this prints.
+Versions on the command line (NAME==VERSION) replace those in the file. ``make test-lower`` installs these versions.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\w.]+)")
 
 
 def lower_bounds(text: str) -> dict[str, str]:
-    """The version that each requirement of a pyproject.toml begins with, all extras included.
+    """The lower bound of each requirement in the text of a pyproject.toml, including all extras.
 
     Raises:
-        ValueError: one without a lower bound, or with two.
+        ValueError: if a requirement has no lower bound or two different ones.
     """
     project = tomllib.loads(text)["project"]
     found: dict[str, str] = {}

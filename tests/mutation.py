@@ -1,10 +1,10 @@
-"""Mutation testing of the definitions: each constant and each arithmetic operator changed in turn, and the tests run.
+"""Mutation tests: changes each constant and operator of the reference implementations in turn and runs the tests.
 
     python tests/mutation.py [--only policy allocation attention kernels] [--lines TEXT] [--list]
 
-Works on a copy of the tree in a temporary folder. A mutant that no test notices is printed; one that cannot matter is
-listed in EQUIVALENT with the reason. The exit status is 1 if any other survives, or if an entry of EQUIVALENT is about
-a line that is no longer there. Takes about ten minutes.
+The changes are made in a copy of the repository in a temporary folder. Mutants that no test detects are printed.
+EQUIVALENT lists mutants that cannot have an effect, with the reason. The exit status is 1 if another mutant survives,
+or if an entry of EQUIVALENT matches no line. A run takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT = 120  # seconds: a mutant may never end
-TARGETS = {  # name -> file, tests, expression that selects them
+TIMEOUT = 120  # seconds; a mutant may cause an infinite loop
+TARGETS = {  # name -> file, test files, expression that selects tests
     "policy": (
         "star_kernels/policy/naive.py",
         ["test_nft_loss", "test_sampling", "test_policy_options", "test_policy_extremes", "test_policy_loss"],
-        "naive or definition or rounding",
+        "naive or reference or definition or rounding",
     ),
     "allocation": ("star_kernels/allocation.py", ["test_allocation"], ""),
     "attention": (
@@ -45,19 +45,19 @@ TARGETS = {  # name -> file, tests, expression that selects them
     ),
 }
 FOLDERS = {"policy": "tests/policy", "allocation": "tests", "attention": "tests/attention", "kernels": "tests/policy"}
-# (file, line as it stands, change) -> why nothing can notice it. Where a file has the same change of the same line more
-# than once, the change ends in the number of the one that is meant: "* -> / #2".
+# (file, line, change) -> why no test can detect it. If a file has the same change of the same line more than once, the
+# change ends with the number of the occurrence: "* -> / #2".
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "star_kernels/allocation.py",
         "fits = (left * ordered <= cap * rest) & (left > 0) & (rest > 0)",
         "<= -> <",
-    ): "a weight that comes out at the cap is at the cap either way",
+    ): "a weight equal to the cap is at the cap in both cases",
     (
         "star_kernels/allocation.py",
         "fits = (left * ordered <= cap * rest) & (left > 0) & (rest > 0)",
         "> -> >=",
-    ): "where nothing is left for position k, the cap is left for the one before, which fits",
+    ): "if nothing remains for position k, the cap remains for the position before it, which fits",
     (
         "star_kernels/attention/naive.py",
         "scores = torch.matmul(_wide(query), _wide(key).transpose(-1, -2)) * scale",
@@ -77,27 +77,27 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "star_kernels/policy/naive.py",
         "log_ratio = log_ratio - (old_log_prob if mask is None else old_log_prob.masked_fill(~mask, 0.0))",
         "0.0 -> 1.0",
-    ): "what stands under the mask is dropped again; it only must not be NaN",
+    ): "values at masked locations are discarded; they only must not be NaN",
     (
         "star_kernels/policy/naive.py",
         "bounds = outside & (bounded > free)",
         "> -> >=",
-    ): "equal only where the advantage is zero, and the gradient with it",
+    ): "equal only if the advantage, and therefore the gradient, is zero",
     (
         "star_kernels/policy/naive.py",
         "surrogate = torch.where(bounds, bounded.detach(), -advantage * torch.exp(log_ratio.masked_fill(bounds, 0.0)))",
         "0.0 -> 1.0",
-    ): "any finite number will do where the other branch is taken",
+    ): "any finite number works, because the other branch is selected",
     (
         "star_kernels/policy/naive.py",
         "return latent if mask is None else latent.masked_fill(~mask.unsqueeze(channel_dim), 0.0)",
         "0.0 -> 1.0",
-    ): "what stands under the mask is dropped again; it only must not be NaN",
+    ): "values at masked locations are discarded; they only must not be NaN",
     (
         "csrc/flow_policy.h",
         "return {p[kMeanSample * columns], p[kMeanOutput * columns], p[kStd * columns],",
         "* -> /",
-    ): "of kMeanSample alone, which is row 0",
+    ): "the operand is kMeanSample, which is 0",
     (
         "csrc/flow_policy.h",
         "const float clipped = ratio < low ? low : (ratio > high ? high : ratio);",
@@ -112,12 +112,12 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "csrc/flow_policy.h",
         "const bool acts = inside || free_loss > clipped_loss;",
         "> -> >=",
-    ): "equal outside the range only where the advantage is zero, and the slope with it",
+    ): "equal outside the range only if the advantage, and therefore the slope, is zero",
     (
         "csrc/flow_policy.h",
         "const float loss = free_loss >= clipped_loss || free_loss != free_loss ? free_loss : clipped_loss;",
         ">= -> >",
-    ): "of two equal numbers either may be taken",
+    ): "both numbers are equal",
 }
 
 _SWAPS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Pow: "*"}
@@ -129,14 +129,14 @@ _COMPARISON_SIGNS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast
 @dataclass(frozen=True)
 class Mutant:
     file: str
-    start: int  # of the characters that change
+    start: int  # the characters from start to stop are replaced by text
     stop: int
     text: str
     source: str
 
     @property
     def line(self) -> str:
-        """Without its comment, which may change."""
+        """The changed line without its comment."""
         begin = self.source.rfind("\n", 0, self.start) + 1
         comment = "  #" if self.file.endswith(".py") else "  //"
         return self.source[begin : self.source.index("\n", self.start)].partition(comment)[0].strip()
@@ -155,12 +155,12 @@ class Mutant:
 
 
 def python_mutants(file: str, source: str) -> Iterator[Mutant]:
-    """Constants, arithmetic operators, comparisons and signs outside of docstrings and annotations."""
+    """Mutants of constants, arithmetic operators, comparisons and signs in Python code."""
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line.encode()))
     data = source.encode()
-    assert len(data) == len(source), "offsets are those of ASCII"
+    assert len(data) == len(source), "the file must be ASCII, so that offsets in bytes are offsets in characters"
 
     def at(line: int, column: int) -> int:
         return starts[line - 1] + column
@@ -190,7 +190,7 @@ def python_mutants(file: str, source: str) -> Iterator[Mutant]:
 
 
 def header_mutants(file: str, source: str) -> Iterator[Mutant]:
-    """Constants, operators and comparisons of C++ code that a CPU runs."""
+    """Mutants of constants, operators and comparisons in the C++ code that runs on a CPU."""
     body = re.sub(r"//.*|#if defined\(__CUDA_ARCH__\)\n.*\n#else", lambda m: " " * len(m[0]), source)
     body = re.sub(r"#.*", lambda m: " " * len(m[0]), body)
     swaps = {
@@ -221,7 +221,7 @@ def header_mutants(file: str, source: str) -> Iterator[Mutant]:
 
 
 def named(name: str, source: str) -> dict[tuple[str, str, str], Mutant]:
-    """The mutants of a target in the order of their places, under the names that EQUIVALENT has for them."""
+    """The mutants of a target in the order of the source, by their keys in EQUIVALENT."""
     file = TARGETS[name][0]
     made = header_mutants if name == "kernels" else python_mutants
     found: dict[tuple[str, str, str], Mutant] = {}
@@ -234,12 +234,13 @@ def named(name: str, source: str) -> dict[tuple[str, str, str], Mutant]:
 
 
 def stale() -> list[tuple[str, str, str]]:
-    """The entries of EQUIVALENT that name no mutant of the code as it stands."""
-    there = {key for name, (file, *_) in TARGETS.items() for key in named(name, (ROOT / file).read_text())}
-    return [key for key in EQUIVALENT if key not in there]
+    """The entries of EQUIVALENT that match no mutant of the current code."""
+    existing = {key for name, (file, *_) in TARGETS.items() for key in named(name, (ROOT / file).read_text())}
+    return [key for key in EQUIVALENT if key not in existing]
 
 
 def copy_tree(folder: Path) -> Path:
+    """Copies the files that the tests require."""
     tree = folder / "tree"
     ignored = shutil.ignore_patterns("__pycache__", "results", ".*", "*cuda.so")
     for name in ("star_kernels", "tests", "csrc", "benchmarks", "studies", "tools", "python"):
@@ -250,7 +251,7 @@ def copy_tree(folder: Path) -> Path:
 
 
 def preload() -> None:
-    """What every run needs and no mutant changes; the runs are forks of this process."""
+    """Imports the packages that every run requires. Runs are forks of this process."""
     for name in ("hypothesis", "pytest", "torch.profiler"):
         importlib.import_module(name)
     import torch
@@ -258,14 +259,14 @@ def preload() -> None:
     torch.set_num_threads(1)
 
 
-def noticed(tree: Path, name: str) -> bool:
-    """Whether a test fails, a file at a time: most mutants fail early."""
+def detected(tree: Path, name: str) -> bool:
+    """Whether a test detects the mutant. The test files run one after the other until one fails."""
     _, tests, expression = TARGETS[name]
     return any(fails(tree, f"{FOLDERS[name]}/{test}.py", expression) for test in tests)
 
 
 def fails(tree: Path, test: str, expression: str) -> bool:
-    """Whether a test of the file fails in a fork that works in the tree."""
+    """Whether a test of the file fails. The tests run in a fork of this process with ``tree`` as working directory."""
     child = os.fork()
     if child == 0:
         status = 2
@@ -298,7 +299,7 @@ def run_tests(tree: Path, test: str, expression: str) -> int:
 
 
 def build_kernels(tree: Path) -> bool:
-    """Builds the part of the CPU library that the header is in, for the plainest instruction set; false: it fails."""
+    """Builds the CPU library for the baseline instruction set. Returns whether the build succeeds."""
     work, library = tree / "build", tree / "star_kernels/lib/libstar_kernels_cpu.so"
     code = (
         "import platform, runpy; from pathlib import Path; from unittest import mock\n"
@@ -315,12 +316,14 @@ def build_kernels(tree: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="mutation.py", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--list", action="store_true", help="only says what would be changed")
-    parser.add_argument("--lines", default="", metavar="TEXT", help="only changes of lines that contain this")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="targets (default: all)"
+    )
+    parser.add_argument("--list", action="store_true", help="only list the mutants")
+    parser.add_argument("--lines", default="", metavar="TEXT", help="change only lines that contain this text")
     options = parser.parse_args()
     for file, line, change in stale():
-        print(f"EQUIVALENT names a change that is not there: {file}: {change}: {line}")
+        print(f"EQUIVALENT has an entry that matches no mutant: {file}: {change}: {line}")
     unexplained = len(stale())
     if not options.list:
         preload()
@@ -335,17 +338,17 @@ def main() -> int:
                 continue
             if name == "kernels":
                 assert build_kernels(tree), "the kernels do not build"
-            assert not noticed(tree, name), f"the tests of {name} fail without a mutant"
+            assert not detected(tree, name), f"the tests of {name} fail without a mutant"
             began, survivors = time.monotonic(), []
             for key, mutant in mutants.items():
                 (tree / file).write_text(mutant.mutated)
-                if (name == "kernels" and not build_kernels(tree)) or noticed(tree, name):
+                if (name == "kernels" and not build_kernels(tree)) or detected(tree, name):
                     continue
                 survivors.append(mutant)
                 reason = EQUIVALENT.get(key)
                 unexplained += reason is None
                 print(
-                    f"{file}:{mutant.number}: {key[2]}: {mutant.line}\n    {reason or 'NO TEST NOTICES'}",
+                    f"{file}:{mutant.number}: {key[2]}: {mutant.line}\n    {reason or 'NO TEST DETECTS IT'}",
                     flush=True,
                 )
             (tree / file).write_text(source)

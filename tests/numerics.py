@@ -1,9 +1,9 @@
-"""The numeric contract on the processors that users have, as far as this one can be any of them (`make numerics`).
+"""Tests the numeric contract with each instruction set and number of threads of this processor (`make numerics`).
 
     python tests/numerics.py [ARGUMENTS OF PYTEST]
 
-Runs the contract tests once for each instruction set, of PyTorch (ATEN_CPU_CAPABILITY) and of the compiled kernels
-(STAR_KERNELS_ISA) alike, and each number of threads. The exit status is 1 if any run fails.
+The tests run once for each instruction set and number of threads. The instruction set is that of PyTorch
+(ATEN_CPU_CAPABILITY) and of the compiled kernels (STAR_KERNELS_ISA). The exit status is 1 if any run fails.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ CONTRACT = [
     "tests/policy/test_transitions.py",
     "tests/test_allocation.py",
 ]
-# Compilers, operators' schemas, peaks of memory and processes of their own have no numbers that depend on these.
+# Tests of compilation, operator schemas, peak memory and child processes do not depend on instructions or threads.
 NUMBERS = "not compile and not opcheck and not gradcheck and not held and not instruction_set"
-CAPABILITIES = {"default": "baseline", "avx2": "avx2", "": ""}  # of PyTorch -> of the kernels; "": the best there is
+CAPABILITIES = {"default": "baseline", "avx2": "avx2", "": ""}  # PyTorch's name -> the kernels' name; "" is the default
 THREADS = (1, 2, 4)
 
 
 def runs(capability: str) -> bool:
-    """Whether this processor has it; the best one counts only where it is none of the others."""
+    """Whether the instruction set is to be tested: the processor has it, and the default is not one of the others."""
     if not capability:
         return torch.backends.cpu.get_cpu_capability().lower() not in CAPABILITIES
     library = native.cpu()
@@ -52,7 +52,7 @@ def run(capability: str, threads: int, arguments: list[str]) -> bool:
     if capability:
         environment |= {"ATEN_CPU_CAPABILITY": capability, "STAR_KERNELS_ISA": CAPABILITIES[capability]}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", NUMBERS, *arguments, *CONTRACT]
-    name = f"{capability or 'best'} instructions, {threads} thread{'s' if threads > 1 else ''}"
+    name = f"{capability or 'best available'} instructions, {threads} thread{'s' if threads > 1 else ''}"
     print(f"numerics: {name} ...", flush=True)
     began = time.perf_counter()
     done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
@@ -66,8 +66,8 @@ def run(capability: str, threads: int, arguments: list[str]) -> bool:
 def main(arguments: list[str]) -> int:
     skipped = [capability for capability in CAPABILITIES if not runs(capability)]
     for capability in skipped:
-        reason = f"this processor does not run {capability}" if capability else "the best instructions are among these"
-        print(f"numerics: {reason}")
+        missing = f"this processor does not have {capability} instructions"
+        print(f"numerics: {missing if capability else 'the best available instructions are among those tested'}")
     outcomes = [run(c, threads, arguments) for c in CAPABILITIES if c not in skipped for threads in THREADS]
     return 0 if all(outcomes) else 1
 

@@ -1,12 +1,12 @@
-"""The compiled CPU library under GCC's sanitizers (`make sanitize`).
+"""Tests the compiled CPU library with GCC's sanitizers (`make sanitize`).
 
     python tests/sanitize.py [--cases 1000] [--tests ...]
 
-Builds csrc with AddressSanitizer and UndefinedBehaviorSanitizer into build/sanitize, and runs with it the tests of the
-contract that the compiled kernels keep, then random calls (tests/fuzz.py). PyTorch's allocator goes through the
-sanitizer's, so a read or a write past a tensor shows. The kernels' threads are checked in a program without PyTorch
-(tests/csrc/driver.cpp): ThreadSanitizer does not see how libgomp synchronises, and would take PyTorch itself for one
-race. Stops at the first finding.
+The script builds csrc with AddressSanitizer and UndefinedBehaviorSanitizer in build/sanitize, and runs the contract
+tests of the compiled kernels and random calls (tests/fuzz.py) with it. PyTorch's memory is allocated by the sanitizer,
+which therefore detects reads and writes past the end of a tensor. ThreadSanitizer runs on a program without PyTorch
+(tests/csrc/driver.cpp), because it does not support the synchronisation of libgomp and would report races in PyTorch.
+The script stops at the first error.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ CONTRACT = [
     "tests/attention/test_attention_errors.py",
     "tests/attention/test_attention_extremes.py",
 ]
-# Compilers and the program's peak of memory are not what is tested here.
+# Tests of compilation and of peak memory are left out.
 NATIVE = "(native or auto or vendor or error or named) and not compile and not peak and not held"
 
 
 def build_library() -> Path:
-    """The library's folder."""
+    """Builds the library with sanitizers and returns its folder."""
     flags = [*ADDRESS, "-fno-omit-frame-pointer", "-g1"]
     environment = {
         **os.environ,
@@ -63,7 +63,7 @@ def build_library() -> Path:
 
 
 def environment_of(library: Path) -> dict[str, str]:
-    """What a process needs to load the library: the sanitizer comes first, and libstdc++ with it for exceptions."""
+    """The environment of a process that loads the library: the sanitizers and libstdc++ are loaded first."""
     first = [
         subprocess.run(
             [*kernel_driver.compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
@@ -73,7 +73,7 @@ def environment_of(library: Path) -> dict[str, str]:
     return {
         **os.environ,
         "LD_PRELOAD": " ".join(first),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's are many
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python has many leaks
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "STAR_KERNELS_LIB": str(library),
     }
@@ -83,17 +83,17 @@ def run(command: Sequence[str | Path], environment: dict[str, str] | None = None
     print("$", *command, flush=True)
     done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
     if done.returncode != 0:
-        raise SystemExit(f"a finding, or a test that failed: exit status {done.returncode}")
+        raise SystemExit(f"a sanitizer reported an error, or a test failed: exit status {done.returncode}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="sanitize.py", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--cases", type=int, default=1000, help="random calls")
-    parser.add_argument("--tests", nargs="*", default=CONTRACT, help="test files; none: no tests")
+    parser.add_argument("--cases", type=int, default=1000, help="number of random calls (default: 1000)")
+    parser.add_argument("--tests", nargs="*", default=CONTRACT, help="test files (default: the contract tests)")
     options = parser.parse_args()
     for flags in (ADDRESS, THREADS):
         if not kernel_driver.runs(*flags):
-            raise SystemExit(f"programs do not run here with {flags[0]}")
+            raise SystemExit(f"programs compiled with {flags[0]} do not run on this machine")
     for name, flags in (("address", ADDRESS), ("threads", THREADS)):
         program = kernel_driver.build(FOLDER / name, ["-O1", "-g1", *flags])
         run([program, str(options.cases)])

@@ -1,7 +1,7 @@
-"""Every GPU kernel once at small, odd sizes, checked against its definition: python tests/small_calls.py
+"""Runs every GPU kernel at small, odd sizes and compares it with the reference: python tests/small_calls.py
 
-Meant to run under compute-sanitizer, which makes a kernel some hundred times slower. PYTORCH_NO_CUDA_MEMORY_CACHING=1
-gives every tensor an allocation of its own, so that a step beyond its end is one.
+The script is run under compute-sanitizer, which makes kernels several hundred times slower. Set
+PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tensor has its own allocation and accesses past its end are detected.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from star_kernels import (
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Few of those that Triton compiles: that takes most of the time.
+# Few Triton cases, because their compilation takes most of the time.
 ATTENTION_CASES = [
     (torch.bfloat16, 64, False),
     (torch.bfloat16, 40, True),
@@ -64,7 +64,7 @@ def check_attention(dtype: torch.dtype, width: int, masked: bool) -> None:
 
 def check_policy(backend: str, dtype: torch.dtype, shape: tuple[int, ...], channel_dim: int) -> None:
     latents = [torch.randn(shape, device="cuda") for _ in range(5)]
-    output, sample, noise, old, reference = latents
+    output, sample, noise, old, ref_output = latents
     batch = shape[0]
     locations = [n for d, n in enumerate(shape) if d not in (0, channel_dim % len(shape))]
     transition = flow_sde(0.8, 0.7, sigma_max=0.9).to("cuda")
@@ -75,7 +75,7 @@ def check_policy(backend: str, dtype: torch.dtype, shape: tuple[int, ...], chann
     mask = torch.rand(batch, *locations, device="cuda") < 0.7
     mask.view(batch, -1)[:, 0] = True
     weights, numbers = torch.rand(batch, *locations, device="cuda"), torch.rand(batch, device="cuda") + 0.1
-    common = {"weights": weights, "mask": mask, "step_weights": numbers, "ref_model_output": reference,
+    common = {"weights": weights, "mask": mask, "step_weights": numbers, "ref_model_output": ref_output,
               "kl_coef": 0.1, "channel_dim": channel_dim}  # fmt: skip
     for ratio in ("sample", "location"):
         found = []
@@ -107,7 +107,7 @@ def main() -> None:
         if backend == "native" or (dtype, shape) in TRITON_POLICY_CASES:
             check_policy(backend, dtype, shape, channel_dim)
     torch.cuda.synchronize()
-    print(f"every kernel gave its definition's results: attention in Triton, policy in {' and '.join(backends)}")
+    print(f"all kernels agree with the reference: attention (triton), policy losses ({', '.join(backends)})")
 
 
 if __name__ == "__main__":

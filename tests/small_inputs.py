@@ -16,7 +16,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def inputs() -> dict[str, Tensor]:
-    """A small tensor for every argument that may be one."""
+    """A small tensor for every argument that accepts a tensor."""
     tensors = {name: numbers(2, 2, 5, 8, seed=i) for i, name in enumerate(("query", "key", "value"))}
     tensors["lse"] = attention(*tensors.values(), SELECTION, return_lse=True, backend="naive").lse
     latents = ("model_output", "old_model_output", "sample", "prev_sample", "noise")

@@ -1,6 +1,6 @@
-"""Bits that are this library's: equal inputs give equal ones with any number of threads.
+"""The results of our kernels are bitwise equal with any number of threads.
 
-Those of results that PyTorch computes (attention and its gradients, the plain definitions) are PyTorch's own.
+This does not include results that PyTorch computes: attention, its gradients, and the reference implementations.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ COUNTS = (1, 2, 3, 4, 7, 1)
 KERNELS = [("native", "cpu")]
 if torch.cuda.is_available():
     KERNELS += [("triton", "cuda")] + [("native", "cuda")] * (not native.problem("cuda"))
-LAYOUTS = {"image": ((4, 16, 64, 64), 1), "packed": ((2, 1100, 128), 2), "video": ((3, 7, 5, 60, 40), 1)}  # 7 threads
+# Large enough for 7 threads.
+LAYOUTS = {"image": ((4, 16, 64, 64), 1), "packed": ((2, 1100, 128), 2), "video": ((3, 7, 5, 60, 40), 1)}
 kernels = pytest.mark.parametrize(("backend", "device"), [pytest.param(*k, marks=pytest.mark.native) for k in KERNELS])
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @pytest.fixture
 def assert_equal_bits(threads: Callable[[int], None]) -> Callable[[Callable[[], list[Tensor]]], None]:
-    """That a function gives the same bits with any number of threads."""
+    """A function that checks that the results of a function are bitwise equal with any number of threads."""
 
     def check(function: Callable[[], list[Tensor]]) -> None:
         found = []
@@ -51,18 +52,18 @@ def assert_equal_bits(threads: Callable[[int], None]) -> Callable[[Callable[[], 
 
 def latents(layout: str, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     shape, channel_dim = LAYOUTS[layout]
-    places = [n for d, n in enumerate(shape) if d != channel_dim]
+    locations = [n for d, n in enumerate(shape) if d != channel_dim]
     names = ("output", "old", "sample", "other")
     found = {name: torch.randn(shape, device=device).to(dtype) for name in names}
-    found |= {"log_prob": torch.randn(places, device=device) - 5, "mask": torch.rand(places, device=device) < 0.8}
-    return found | {"weights": torch.rand(places, device=device), "numbers": torch.rand(shape[0], device=device)}
+    found |= {"log_prob": torch.randn(locations, device=device) - 5, "mask": torch.rand(locations, device=device) < 0.8}
+    return found | {"weights": torch.rand(locations, device=device), "numbers": torch.rand(shape[0], device=device)}
 
 
 @kernels
 @layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ratio", ["sample", "location"])
-def test_the_policy_loss(
+def test_policy_loss_bits_do_not_depend_on_the_number_of_threads(
     ratio: str, dtype: torch.dtype, layout: str, backend: str, device: str, assert_equal_bits: Callable
 ) -> None:
     t = latents(layout, dtype, device)
@@ -82,7 +83,9 @@ def test_the_policy_loss(
 
 @kernels
 @layouts
-def test_the_nft_loss(layout: str, backend: str, device: str, assert_equal_bits: Callable) -> None:
+def test_nft_loss_bits_do_not_depend_on_the_number_of_threads(
+    layout: str, backend: str, device: str, assert_equal_bits: Callable
+) -> None:
     t = latents(layout, torch.float32, device)
     options: dict[str, Any] = {"weights": t["weights"], "mask": t["mask"], "step_weights": t["numbers"]}
     options |= {"ref_model_output": t["other"], "kl_coef": 0.1, "channel_dim": LAYOUTS[layout][1], "backend": backend}
@@ -97,7 +100,9 @@ def test_the_nft_loss(layout: str, backend: str, device: str, assert_equal_bits:
 
 @kernels
 @layouts
-def test_the_sampling_step(layout: str, backend: str, device: str, assert_equal_bits: Callable) -> None:
+def test_sampling_bits_do_not_depend_on_the_number_of_threads(
+    layout: str, backend: str, device: str, assert_equal_bits: Callable
+) -> None:
     t = latents(layout, torch.float32, device)
     transition = flow_sde(0.9, 0.8, sigma_max=0.95).to(device)
     options: dict[str, Any] = {"noise": t["other"], "channel_dim": LAYOUTS[layout][1], "backend": backend}
@@ -108,10 +113,10 @@ def test_the_sampling_step(layout: str, backend: str, device: str, assert_equal_
 @pytest.mark.parametrize("reduce_heads", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
-def test_attention_maps_of_a_given_log_sum_exp(
+def test_attention_maps_bits_do_not_depend_on_the_number_of_threads(
     direction: str, dtype: torch.dtype, reduce_heads: bool, assert_equal_bits: Callable
 ) -> None:
-    query, key = torch.randn(2, 4, 300, 64).to(dtype), torch.randn(2, 4, 310, 64).to(dtype)  # work for 7 threads
+    query, key = torch.randn(2, 4, 300, 64).to(dtype), torch.randn(2, 4, 310, 64).to(dtype)  # enough for 7 threads
     lse = torch.logsumexp(query.float() @ key.float().mT / 8, dim=-1)
     selection = TokenSelection.from_positions([[list(range(30)), [40, 299]], [[], list(range(100, 132))]])
     mask = torch.rand(2, 310) < 0.8
@@ -121,8 +126,10 @@ def test_attention_maps_of_a_given_log_sum_exp(
 
 @pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("shape", [(1, 1, 300, 300), (1, 10, 96, 96), (2, 3, 160, 160)], ids=str)
-def test_allocations(shape: tuple[int, ...], cap: float | None, assert_equal_bits: Callable) -> None:
-    """Of one sample, too, the sum of whose map PyTorch would share out among the threads."""
+def test_allocation_bits_do_not_depend_on_the_number_of_threads(
+    shape: tuple[int, ...], cap: float | None, assert_equal_bits: Callable
+) -> None:
+    """Includes a single sample, whose sum PyTorch's own reduction would divide among the threads."""
     maps = torch.rand(shape) ** 3
 
     def results() -> list[Tensor]:

@@ -1,6 +1,6 @@
-"""What the source distribution and the wheel hold, and what the wheel is tagged for.
+"""The contents of the source distribution and of the wheel, and the tag of the wheel.
 
-A stand-in for the compiler makes empty libraries: what is tested is the way from sources to files, not their code.
+A stand-in for the compiler creates empty libraries, because only the packaging is tested.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = """#!/bin/sh
-# A compiler that takes any options and makes the file after -o.
+# A compiler that accepts any options and creates the file after -o.
 while [ $# -gt 1 ]; do
     if [ "$1" = -o ]; then : > "$2"; fi
     shift
@@ -29,9 +29,9 @@ done
 
 
 class Made(NamedTuple):
-    files: list[str]  # that git knows or would take
-    sdist: Path  # of those files
-    wheel: Path  # of the sdist alone
+    files: list[str]  # tracked by git, or untracked and not ignored
+    sdist: Path  # built from these files
+    wheel: Path  # built from the sdist
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     if listed.returncode != 0:
-        pytest.skip("needs a checkout")
+        pytest.skip("requires a git checkout")
     files = [name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
     folder = tmp_path_factory.mktemp("distribution")
     for name in files:
@@ -59,7 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def build(kind: str, source: Path, out: Path, environment: dict[str, str]) -> Path:
-    """What pip does in its build environment."""
+    """Calls the build backend as pip does."""
     command = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(out)!r}))"
     done = subprocess.run(
         [sys.executable, "-c", command],
@@ -74,7 +74,7 @@ def build(kind: str, source: Path, out: Path, environment: dict[str, str]) -> Pa
 
 
 @pytest.mark.exhaustive
-def test_one_wheel_serves_every_python_of_a_platform(made: Made) -> None:
+def test_the_wheel_is_tagged_for_every_python_of_a_platform(made: Made) -> None:
     with zipfile.ZipFile(made.wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
         tags = message_from_string(archive.read(name).decode()).get_all("Tag")
@@ -84,7 +84,7 @@ def test_one_wheel_serves_every_python_of_a_platform(made: Made) -> None:
 
 
 @pytest.mark.exhaustive
-def test_the_wheel_holds_the_library_the_tables_and_the_presets(made: Made) -> None:
+def test_the_wheel_contains_the_library_the_tables_and_the_presets(made: Made) -> None:
     with zipfile.ZipFile(made.wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     packages = [name.removeprefix("python/") for name in made.files if name.startswith(("star_kernels/", "python/"))]
@@ -92,7 +92,7 @@ def test_the_wheel_holds_the_library_the_tables_and_the_presets(made: Made) -> N
     assert {"star_kernels/py.typed", "star_trainer/py.typed", "star_trainer/presets/small.yaml"} <= names
 
 
-def test_the_sdist_holds_what_building_testing_and_measuring_need(made: Made) -> None:
+def test_the_sdist_contains_every_tracked_file(made: Made) -> None:
     with tarfile.open(made.sdist) as archive:
         names = {str(PurePosixPath(*PurePosixPath(m.name).parts[1:])) for m in archive.getmembers() if m.isfile()}
     left_out = {name for name in set(made.files) - names if not name.startswith(".")}

@@ -1,4 +1,4 @@
-"""A hundred random calls, and some more with the exhaustive tests. See fuzz.py."""
+"""A hundred random calls of the public operations; more in the exhaustive tests. See fuzz.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from star_kernels import TokenSelection, attention_maps, native
 @pytest.mark.native
 @pytest.mark.parametrize(("seed", "cases"), mostly_exhaustive([(0, 100), (1, 400)], [(0, 100)]))
 @pytest.mark.parametrize("operation", fuzz.OPERATIONS)
-def test_random_calls_keep_to_the_definition_and_to_their_memory(
+def test_random_calls_agree_with_the_reference_and_write_only_their_outputs(
     operation: str, seed: int, cases: int, poisoned: None
 ) -> None:
     with guarded_library():
@@ -27,7 +27,7 @@ def test_random_calls_keep_to_the_definition_and_to_their_memory(
 
 @pytest.mark.native
 @pytest.mark.parametrize(("harm", "message"), [("skip", "left unwritten"), ("overrun", "outside its elements")])
-def test_a_kernel_that_writes_too_little_or_too_much_is_caught(
+def test_a_kernel_that_writes_too_little_or_too_much_is_detected(
     harm: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library: Any = native.cpu()

@@ -1,4 +1,4 @@
-"""How many instructions each CPU kernel runs, counted by valgrind against tests/baselines/instructions.json."""
+"""The number of instructions of each CPU kernel, counted by valgrind and compared with tests/baselines."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 from star_kernels import native
 
 ISA = "avx2"
-ALLOWED = 0.02  # what addresses change, in the loops of the C library
-KERNELS = {  # as the driver calls them -> the function that is counted
+ALLOWED = 0.02  # variation of the loops in the C library with the addresses of buffers
+KERNELS = {  # name in the driver -> function whose instructions are counted
     "policy_forward": "policy_forward",
     "policy_backward": "policy_backward",
     "policy_location_forward": "policy_forward",
@@ -30,7 +30,7 @@ KERNELS = {  # as the driver calls them -> the function that is counted
 
 
 def count(program: Path, kernel: str) -> int:
-    """Instructions of one call, whatever it calls included."""
+    """The number of instructions of one call, including the functions that it calls."""
     function = f"--toggle-collect=star::{ISA}::{KERNELS[kernel]}(*"
     command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", function, str(program), "once", kernel]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -41,10 +41,10 @@ def count(program: Path, kernel: str) -> int:
 
 @pytest.mark.exhaustive
 @pytest.mark.native
-def test_no_kernel_runs_more_instructions_than_it_did(tmp_path: Path) -> None:
+def test_no_kernel_runs_more_instructions_than_its_baseline(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     if shutil.which("valgrind") is None:
-        pytest.skip("needs valgrind")
+        pytest.skip("requires valgrind")
     if ISA not in native.cpu().runnable_isas().split():
         pytest.skip(f"this processor does not run {ISA}")
     program = kernel_driver.build(tmp_path, isa=ISA)

@@ -1,9 +1,9 @@
-"""``python -m star_kernels`` says what is there."""
+"""The report of ``python -m star_kernels``."""
 
 from star_kernels.__main__ import report
 
 
-def test_the_report_names_versions_libraries_and_backends():
+def test_the_report_names_versions_libraries_and_backends() -> None:
     lines = dict(report())
     assert lines["torch"]
     assert lines["CPU library"].startswith(("yes, running ", "no: "))

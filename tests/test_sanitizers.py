@@ -1,4 +1,4 @@
-"""The CPU kernels under the compiler's sanitizers, in a program without Python. tests/sanitize.py does more."""
+"""The CPU kernels with the compiler's sanitizers, in a program without Python. tests/sanitize.py runs more tests."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SANITIZERS = {
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SANITIZERS)
-def test_the_kernels_run_without_a_finding(name: str, tmp_path: Path) -> None:
+def test_the_kernels_run_without_an_error_of_a_sanitizer(name: str, tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     if shutil.which(kernel_driver.compiler()[0]) is None or "clang" in kernel_driver.version():
-        pytest.skip("needs GCC, whose OpenMP calls tests/csrc/openmp.cpp stands in for")
+        pytest.skip("requires GCC, whose OpenMP functions tests/csrc/openmp.cpp implements")
     flags = SANITIZERS[name]
     if not kernel_driver.runs(*flags):
-        pytest.skip(f"programs do not run here with {flags[0]}")
+        pytest.skip(f"programs compiled with {flags[0]} do not run on this machine")
     program = kernel_driver.build(tmp_path, ["-O1", "-g1", *flags])
     done = subprocess.run([program, CASES[name]], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What is said about versions at several places is the same, and true of what the tests run with."""
+"""The versions in docs, pyproject.toml, constraints.txt and CI agree with each other."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_the_oldest_python_is_the_same_everywhere() -> None:
         assert set(re.findall(r"python-version: \"([\d.]+)\"", workflow.read_text(encoding="utf-8"))) <= {PINNED}
 
 
-def test_every_pinned_version_takes_that_python_from_its_first_release_on() -> None:
-    """Of those that are installed as they are pinned."""
+def test_every_pinned_version_supports_the_first_release_of_that_python() -> None:
+    """Checks the packages whose installed version is the pinned one."""
     installed = [d for d in metadata.distributions() if PINS.get(canonical(d.metadata["Name"])) == d.version]
     required = {d.metadata["Name"]: d.metadata.get("Requires-Python") or "" for d in installed}
     refused = {

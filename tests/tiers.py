@@ -1,4 +1,4 @@
-"""The two tiers of the tests: ``make test`` leaves out what is marked exhaustive, ``make test-all`` runs everything."""
+"""The two tiers of tests: ``make test`` skips tests that are marked exhaustive, ``make test-all`` runs all tests."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 
 
 def mostly_exhaustive(parameters: Iterable[Any], quick: Container[Any] | Callable[..., bool]) -> list[Any]:
-    """Values for ``pytest.mark.parametrize``: those that are not quick are exhaustive.
+    """Returns parameters for ``pytest.mark.parametrize``, of which those that are not quick are marked exhaustive.
 
     Args:
-        parameters: a value, or a tuple of values, for each test.
-        quick: the quick ones of the parameters, or a function that tells, from the values of a test.
+        parameters: a value or a tuple of values for each test.
+        quick: the quick parameters, or a function of the values of a test that returns whether they are quick.
     """
 
     def marked(parameter: Any) -> Any:

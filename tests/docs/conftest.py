@@ -1,4 +1,4 @@
-"""The pages of the repository, and a small pipeline to run their examples on."""
+"""A small pipeline for the examples of the pages."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "integrations"))  # sm
 
 @pytest.fixture(autouse=True)
 def one_thread(threads: Callable[[int], None]) -> None:
-    """The models are small: more threads only wait for each other."""
+    """Runs each test with one thread, which is fastest for small models."""
     threads(1)
 
 
 @pytest.fixture(scope="session")
 def small_model() -> Path:
-    """The folder of the small Stable Diffusion 3 that ships."""
+    """The folder of the small Stable Diffusion 3 in the package."""
     pytest.importorskip("diffusers")
     from star_trainer.policy import SHIPPED
 

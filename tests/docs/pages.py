@@ -1,4 +1,4 @@
-"""The pages of the repository, and what stands in them."""
+"""The pages of the repository: their text, code blocks, links and headings."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ def name(page: Path) -> str:
 
 
 def text(page: Path) -> str:
-    """Of a notebook, its Markdown cells."""
-    written = page.read_text(encoding="utf-8")
+    """The Markdown text of a page or of the cells of a notebook."""
+    content = page.read_text(encoding="utf-8")
     if page.suffix != ".ipynb":
-        return written
-    return "\n\n".join("".join(c["source"]) for c in json.loads(written)["cells"] if c["cell_type"] == "markdown")
+        return content
+    return "\n\n".join("".join(c["source"]) for c in json.loads(content)["cells"] if c["cell_type"] == "markdown")
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks in a language, each below as many empty lines as make its lines' numbers those of the page."""
-    written = text(page)
+    """The fenced blocks in a language, each after as many empty lines as preserve the line numbers of the page."""
+    markdown = text(page)
     return [
-        "\n" * (written.count("\n", 0, found.start()) + 1) + found[2]
-        for found in FENCE.finditer(written)
+        "\n" * (markdown.count("\n", 0, found.start()) + 1) + found[2]
+        for found in FENCE.finditer(markdown)
         if found[1] == language
     ]
 
 
 def links(page: Path) -> list[str]:
-    """Targets of the links and pictures of a page, but addresses of the web."""
+    """The targets of links and images of a page, except web addresses."""
     prose = re.sub(r"`[^`\n]*`", "", FENCE.sub("", text(page)))
     return [target for target in re.findall(r"\]\(([^)\s]+)\)", prose) if not re.match(r"[a-z]+:", target)]
 
 
 def anchors(page: Path) -> set[str]:
-    """Fragments that lead to headings of a page."""
+    """The anchors of the headings of a page."""
     found: list[str] = []
     for heading in re.findall(r"^#+ +(.+?) *$", FENCE.sub("", text(page)), re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", heading).lower()

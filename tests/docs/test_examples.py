@@ -1,4 +1,4 @@
-"""Every Python block of README and of docs runs as it stands there: a page's blocks in order, in one namespace."""
+"""The Python blocks of README and docs run. The blocks of a page run in order and share a namespace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from pages import PAGES, ROOT, blocks, name
 
-# Pages whose examples have tests of their own, which also hold them to what they compute.
+# Pages whose examples have other tests, which also check the results.
 ELSEWHERE = {
     "docs/adding-a-model.md": "tests/capture/test_guide.py",
     "docs/flow-grpo.md": "tests/integrations/test_flow_grpo_guide.py",
@@ -33,7 +33,7 @@ def test_the_examples_of_a_page_run(
 
 
 @pytest.mark.parametrize("page", ELSEWHERE)
-def test_the_other_pages_are_run_by_the_tests_named_here(page: str) -> None:
+def test_the_other_pages_have_a_test_that_runs_their_blocks(page: str) -> None:
     test = (ROOT / ELSEWHERE[page]).read_text()
     assert Path(page).name in test
     assert "exec(" in test
@@ -41,7 +41,7 @@ def test_the_other_pages_are_run_by_the_tests_named_here(page: str) -> None:
 
 
 def with_arguments(block: str) -> str:
-    """A call's ``...`` stands for arguments that README leaves out: all of them, or the rest."""
+    """Replaces ``...`` in a call of README by the arguments that it omits."""
     return re.sub(r"\(\.\.\.\)", "(**inputs)", re.sub(r", \.\.\.\)", ", **text)", block))
 
 
@@ -85,7 +85,7 @@ def _readme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _prompts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stand-ins for the parser and the language model that the page asks."""
+    """Stand-ins for the parser and the language model that the page calls."""
     pytest.importorskip("diffusers")
     from small_pipelines import PROMPTS, flux_pipeline
 

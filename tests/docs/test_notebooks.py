@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom on the small model, and are stored without outputs."""
+"""The notebooks run from top to bottom with the small model, and are stored without outputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_notebook_is_stored_without_outputs(notebook: Path) -> None:
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
 
 
-def test_at_most_ten_lines_turn_flow_grpo_into_star() -> None:
+def test_at_most_ten_lines_change_flow_grpo_to_star() -> None:
     (notebook,) = [path for path in NOTEBOOKS if path.stem == "flow-grpo-to-star"]
     cells = json.loads(notebook.read_text())["cells"]
     marked = [line for cell in cells if cell["cell_type"] == "code" for line in cell["source"] if "# STAR" in line]

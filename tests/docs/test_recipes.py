@@ -1,4 +1,4 @@
-"""The recipes' files and commands are accepted by the driver, and the example reward is one."""
+"""star-train accepts the files and commands of the recipes, and the example reward works."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 
 
 def commands() -> list[list[str]]:
-    """The arguments of every star-train command of the page, whichever way it is launched."""
+    """The arguments of every star-train command of the page, with any launcher."""
     lines = [line for block in blocks(PAGE, "sh") for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     found = []
     for line in lines:
@@ -36,17 +36,17 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture(autouse=True)
 def root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the page says to run its commands, which name files by relative paths."""
+    """Runs each test in the root of the repository, because the commands have relative paths."""
     monkeypatch.chdir(ROOT)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_taken_by_the_driver(recipe: Path) -> None:
+def test_star_train_accepts_a_recipe(recipe: Path) -> None:
     limits.check(command.parse(["--config", str(recipe)]), 1)
 
 
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)
-def test_a_command_of_the_page_is_taken_by_the_driver(arguments: list[str]) -> None:
+def test_star_train_accepts_a_command_of_the_page(arguments: list[str]) -> None:
     found = command.parse(arguments)
     limits.check(found, 1 if found.model.path == "small" else 8)
     if Path(found.data.prompts).parent.name == "recipes" or found.data.prompts.startswith("scenes:"):
@@ -67,7 +67,7 @@ def test_labels_quote_the_text_that_their_metadata_asks_for() -> None:
         assert target_text(prompt.text, {}) == prompt.metadata["text"]
 
 
-def test_the_example_reward_prefers_the_brands_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_reward_prefers_the_colors_of_the_palette(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "recipes"))
     settings = command.parse(["--config", "examples/recipes/house-style.yaml"]).reward
     reward = build({"house_style:HouseStyle": 1.0}, options=settings.options)
@@ -79,7 +79,7 @@ def test_the_example_reward_prefers_the_brands_colours(monkeypatch: pytest.Monke
     assert float(scores[0]) > float(scores[1]) > float(scores[2])
 
 
-def test_the_house_style_and_the_scenes_checker_score_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_reward_adds_to_the_reward_of_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "recipes"))
     settings = command.parse(["--config", "examples/recipes/house-style.yaml"]).reward
     scenes = [sample_scene(random.Random(seed), "composition") for seed in range(2)]
@@ -98,7 +98,7 @@ def test_the_house_style_and_the_scenes_checker_score_together(monkeypatch: pyte
         ({"palette": ["#ffffff"], "tolerance": 0}, "tolerance"),
     ],
 )
-def test_bad_options_of_the_example_reward_are_named(
+def test_errors_name_invalid_options_of_the_example_reward(
     options: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "recipes"))

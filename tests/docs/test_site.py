@@ -1,4 +1,4 @@
-"""Links lead somewhere, and the site builds without a warning."""
+"""Links have targets, and the site builds without a warning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pages import NOTEBOOKS, PAGES, ROOT, anchors, links, name
 
 
 @pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=name)
-def test_every_link_leads_to_a_file_and_every_anchor_to_a_heading(page: Path) -> None:
+def test_every_link_has_a_file_and_every_anchor_has_a_heading(page: Path) -> None:
     broken = []
     for link in links(page):
         path, _, anchor = link.partition("#")

@@ -1,4 +1,4 @@
-"""Random calls with one bad argument, which a TypeError or a ValueError must name."""
+"""Random calls with one invalid argument, which a TypeError or a ValueError must name."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "over": ["space", None, 3],
     "cap": [1.0, 0.0, -1, math.inf, math.nan, "large", [1.0]],
 }
-EVERY = {  # options that a case may not have drawn
+EVERY = {  # options that are tested even if the case has not drawn them
     "policy": ("backend", "weighted_kl", "kl_coef"),
     "nft": ("backend", "weighted_kl", "kl_coef"),
     "sampling": ("backend",),
@@ -77,7 +77,7 @@ SETS_THE_SHAPE = {"model_output", "query", "maps"}
 
 
 def spoilt(draw: Draw, operation: str, name: str, value: Any) -> Any:
-    """A value that the argument must not have."""
+    """An invalid value of the argument."""
     if name in BAD_VALUES:
         return draw.choice(BAD_VALUES[name])
     if name == "transition":
@@ -94,7 +94,7 @@ def spoilt(draw: Draw, operation: str, name: str, value: Any) -> Any:
         bad.append(None)
     if name in SETS_THE_SHAPE:
         bad += [value[..., :0], value[(None,) * 6], value.flatten()]
-    elif name == "key":  # of any length
+    elif name == "key":  # its length may differ from that of the query
         bad += [value.unsqueeze(-1), value[None]]
     elif name == "old_log_prob" and value.ndim == 1:
         bad += [torch.cat([value] * 2)]
@@ -110,12 +110,13 @@ def spoilt(draw: Draw, operation: str, name: str, value: Any) -> Any:
 
 
 def bad_argument(draw: Draw, operation: str) -> None:
+    """Calls an operation with one invalid argument and checks that the error names it."""
     function, arguments_of = CALLS[operation]
     arguments = arguments_of(draw)
     name = draw.choice(sorted({*arguments, *EVERY[operation]}))
     value = spoilt(draw, operation, name, arguments.get(name))
     if operation == "allocation" and name == "maps" and isinstance(value, Tensor) and value.is_meta:
-        return  # served: shapes without values
+        return  # meta tensors are accepted
     spoiled = {**arguments, name: value}
     if spoiled.get("rows", 0) is None:
         spoiled.pop("rows")

@@ -1,4 +1,4 @@
-"""The memory of a case: inputs placed at random among guards, outputs that show what was not written."""
+"""The memory of a case: inputs with random layouts between guards, and outputs that detect unwritten elements."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from star_kernels import native
 
-GUARD = 67  # elements on either side of a buffer
-UNWRITTEN = {4: (torch.int32, 0x7FA5A5A5), 2: (torch.int16, 0x7FA5)}  # by the size of an element
-OUTPUTS = {  # of the compiled library: the last arguments of a function
+GUARD = 67  # elements before and after a buffer
+UNWRITTEN = {4: (torch.int32, 0x7FA5A5A5), 2: (torch.int16, 0x7FA5)}  # size of an element -> its bits until written
+OUTPUTS = {  # number of outputs, the last arguments, of each function of the compiled library
     "policy_forward": 3,
     "policy_backward": 1,
     "nft_forward": 3,
@@ -27,7 +27,7 @@ OUTPUTS = {  # of the compiled library: the last arguments of a function
 
 
 class Draw(random.Random):
-    """The choices of one case."""
+    """The random choices of one case."""
 
     def __init__(self, seed: int, operation: str, number: int) -> None:
         super().__init__(f"{seed} {operation} {number}")
@@ -47,7 +47,7 @@ class Draw(random.Random):
         return self.choice([1, 2, 3, self.randint(1, most), self.randint(1, most)])
 
     def place(self, name: str, values: Tensor, *, expands: bool = True) -> Tensor:
-        """The values somewhere in guarded memory; the same value along whole dimensions where they are expanded."""
+        """A view of guarded memory with these values and a random layout. Some dimensions may be expanded."""
         if values.ndim == 0 or self.chance(0.25):
             order, steps, pads = list(range(values.ndim))[::-1], 1, [0] * values.ndim
         else:
@@ -69,11 +69,11 @@ class Draw(random.Random):
 
     def check_inputs(self) -> None:
         for name, storage, before in self.placed:
-            assert torch.equal(storage.view(torch.uint8), before.view(torch.uint8)), f"{name}'s memory has changed"
+            assert torch.equal(storage.view(torch.uint8), before.view(torch.uint8)), f"the memory of {name} has changed"
 
 
 def filled(dtype: torch.dtype, elements: int) -> Tensor:
-    """Memory of one dtype that holds NaN (of integers: a number that nothing else has)."""
+    """Memory filled with NaN, or for integers with a number that no result has."""
     if dtype == torch.bool:
         return torch.ones(elements, dtype=dtype)
     integer, pattern = UNWRITTEN.get(dtype.itemsize, (torch.int64, 0x7FF5A5A5A5A5A5A5))
@@ -81,7 +81,7 @@ def filled(dtype: torch.dtype, elements: int) -> Tensor:
 
 
 class Frame:
-    """A copy of an output between guards, unwritten."""
+    """Guarded memory for an output, with the strides of the output and filled with the unwritten pattern."""
 
     def __init__(self, name: str, output: Tensor) -> None:
         extent = 1 + sum((n - 1) * stride for n, stride in zip(output.shape, output.stride(), strict=True))
@@ -90,19 +90,19 @@ class Frame:
         self.tensor = self.storage.as_strided(output.shape, output.stride(), GUARD)
 
     def close(self) -> None:
-        """Checks what was written and hands it over."""
+        """Checks that exactly the elements of the output were written, and copies them to the output."""
         integer, pattern = UNWRITTEN[self.output.dtype.itemsize]
         untouched = self.storage.view(integer) == pattern
         inside = torch.zeros_like(untouched)
         inside.as_strided(self.tensor.shape, self.tensor.stride(), GUARD).fill_(True)
         assert bool(untouched[~inside].all()), f"{self.name} was written outside its elements"
-        assert not bool(untouched[inside].any()), f"{self.name} was left unwritten in places"
+        assert not bool(untouched[inside].any()), f"some elements of {self.name} were left unwritten"
         self.output.copy_(self.tensor)
 
 
 @contextmanager
 def guarded_library() -> Iterator[None]:
-    """The compiled functions write into frames."""
+    """Makes the functions of the compiled library write to frames, which check what was written."""
     library = native.cpu()
     if library is None:
         yield
