@@ -7,13 +7,13 @@ joint sequence (``regions_of`` reads them from a diffusers pipeline), ``token_po
 
 from star_kernels.prompts.content import core_content
 from star_kernels.prompts.core import Core, Phrase
-from star_kernels.prompts.geneval import geneval
-from star_kernels.prompts.phrases import phrases
-from star_kernels.prompts.quotes import quoted_text
 from star_kernels.prompts.regions import regions_of
 from star_kernels.prompts.select import PromptSelection, select_tokens
+from star_kernels.prompts.sources.geneval import geneval
+from star_kernels.prompts.sources.phrases import phrases
+from star_kernels.prompts.sources.quotes import quoted_text
+from star_kernels.prompts.sources.words import content_words
 from star_kernels.prompts.tokens import TextRegion, token_positions
-from star_kernels.prompts.words import content_words
 
 __all__ = [
     "Core",

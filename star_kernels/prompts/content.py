@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from star_kernels.prompts.core import Core, Span, check_prompt, check_span, core_of
-from star_kernels.prompts.geneval import geneval
-from star_kernels.prompts.phrases import phrases
-from star_kernels.prompts.quotes import quoted_text
-from star_kernels.prompts.words import content_words
+from star_kernels.prompts.sources.geneval import geneval
+from star_kernels.prompts.sources.phrases import phrases
+from star_kernels.prompts.sources.quotes import quoted_text
+from star_kernels.prompts.sources.words import content_words
 
 Hook = Callable[[str], Core | Iterable[str | Span]]
 Source = str | Sequence[str] | Hook

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from definition import map_of
+from reference_maps import map_of
 from torch import nn
 
 from star_kernels import TokenSelection

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from definition import expected_maps
+from reference_maps import expected_maps
 from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, TEXT, flux_inputs
 
 from star_kernels.capture import capture_maps

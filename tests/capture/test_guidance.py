@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("diffusers")
 
-from definition import expected_maps
+from reference_maps import expected_maps
 from tiny_models import CASES
 
 from star_kernels import TokenSelection

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from definition import expected_maps
+from reference_maps import expected_maps
 from tiny_models import IMAGE, Case, hunyuan_image, hunyuan_image_inputs
 
 from star_kernels.capture import capture_maps, family

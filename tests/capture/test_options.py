@@ -7,7 +7,7 @@ from torch import nn
 
 pytest.importorskip("diffusers")
 
-from definition import expected_maps
+from reference_maps import expected_maps
 from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, aura_flow, hunyuan_image
 
 from star_kernels import TokenSelection

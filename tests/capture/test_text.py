@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from definition import expected_maps
+from reference_maps import expected_maps
 from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, TEXT
 
 from star_kernels import TokenSelection

@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("diffusers")
 
-from definition import expected_maps
+from reference_maps import expected_maps
 from tiny_models import CASES
 
 from star_kernels.capture import capture_maps

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("diffusers")
 
-from definition import expected_maps
+from reference_maps import expected_maps
 from tiny_models import CASES
 
 from star_kernels import TokenSelection

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from star_kernels.prompts import content_words
-from star_kernels.prompts.words import BEFORE_OF, FUNCTION_WORDS, word_spans
+from star_kernels.prompts.sources.words import BEFORE_OF, FUNCTION_WORDS, word_spans
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 from star_kernels.prompts.core import Core, Phrase, Span, check_prompt
-from star_kernels.prompts.phrases import occurrences
+from star_kernels.prompts.sources.phrases import occurrences
 from star_kernels.prompts.spelling import plain
 
 _NUMBER_WORDS = """

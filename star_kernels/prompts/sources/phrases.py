@@ -8,8 +8,8 @@ from functools import lru_cache
 from itertools import pairwise
 
 from star_kernels.prompts.core import Core, Span, check_prompt, core_of
+from star_kernels.prompts.sources.words import is_boundary
 from star_kernels.prompts.spelling import located, plain
-from star_kernels.prompts.words import is_boundary
 
 
 def phrases(prompt: str, wanted: Sequence[str]) -> Core:

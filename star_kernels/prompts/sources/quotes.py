@@ -16,7 +16,7 @@ import re
 from typing import NamedTuple
 
 from star_kernels.prompts.core import Core, Span, check_prompt, core_of
-from star_kernels.prompts.words import is_letter
+from star_kernels.prompts.sources.words import is_letter
 
 _CLOSING = {
     '"': '"',
