@@ -342,7 +342,7 @@ def test_weights_are_detached() -> None:
     [
         ([[1.0]], {}, TypeError, "maps must be a floating-point tensor, got list"),
         (torch.ones(2, 3, dtype=torch.int64), {}, TypeError, "maps must be a floating-point tensor, got torch.int64"),
-        (torch.ones(3), {}, ValueError, r"layout must be given where maps have shape \[3\]"),
+        (torch.ones(3), {}, ValueError, r"layout must be given for maps of shape \[3\]"),
         (torch.ones(2, 0), {}, ValueError, r"maps must have shape \[B, P\] .*none of them 0, got \[2, 0\]"),
         (torch.ones(2, 3), {"layout": "bhw"}, ValueError, r"maps must have shape \[B, h, w\] .*got \[2, 3\]"),
         (torch.ones(2, 3), {"layout": "hw"}, ValueError, "layout must be one of 'bp', .* got 'hw'"),

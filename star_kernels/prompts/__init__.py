@@ -1,8 +1,9 @@
-"""From a prompt to the tokens of the words that matter: core content, token positions, TokenSelection.
+"""From a prompt to the tokens of its core content.
 
-``select_tokens`` is the whole way in one call. Its parts: a source gives the :class:`Core` of a prompt as character
-spans (``core_content`` chooses among them), a :class:`TextRegion` says which tokens of which encoder stand where in the
-joint sequence (``regions_of`` reads them from a diffusers pipeline), ``token_positions`` maps one to the other.
+``select_tokens`` does everything in one call: it returns a TokenSelection for a batch of prompts. Its parts are the
+sources, functions that return the :class:`Core` of a prompt as character spans (``core_content`` chooses among them);
+:class:`TextRegion`, which describes the positions of an encoder's tokens in the joint sequence (``regions_of`` reads
+them from a diffusers pipeline); and ``token_positions``, which maps character spans to token positions.
 """
 
 from star_kernels.prompts.content import core_content

@@ -268,7 +268,7 @@ def test_a_prompt_that_loses_all_phrases_to_truncation_is_left_out(
     trainer = trainer_of(config)
     long = Prompt("and " * 100 + PAIR.text, PAIR.metadata)
     shape = trainer.policy.latent_shape(None)
-    with pytest.warns(UserWarning, match="no token within the limits"):
+    with pytest.warns(UserWarning, match="truncated in every region"):
         selection = rollout.select(trainer.policy, [long, PAIR], Allocation(credit="phrase"), shape)
     shares = phrase_shares(selection, config.allocation)
     assert shares[0].tolist() == [0.0] * 3
