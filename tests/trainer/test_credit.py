@@ -285,7 +285,7 @@ def test_columns_of_the_reward_and_groups_of_tokens_are_the_same_phrases(
     both = rollout.select(trainer.policy, [PAIR], config.allocation, shape)
     names = core_content(PAIR.text, metadata=PAIR.metadata).names
     assert names == ("blue square", "red circle", "left of")
-    assert check(torch.zeros(1, 3, 32, 32), [PAIR.metadata]).phrases.shape == (1, both.groups)
+    assert check(torch.zeros(1, 3, 32, 32), [PAIR.metadata]).phrases.shape == (1, both.phrases)
     for place, name in enumerate(names):
         only = Prompt(PAIR.text, {"include": [{"class": name}]})
         alone = rollout.select(trainer.policy, [only], config.allocation, shape)

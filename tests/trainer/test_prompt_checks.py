@@ -72,7 +72,7 @@ def test_metadata_that_the_prompt_does_not_hold_is_found_in_the_last_line(
 ) -> None:
     path = geneval_file(BENCH, BENCH, REWRITTEN)
     config = configure(data={"prompts": path}, allocation={"source": source})
-    with pytest.raises(ValueError, match=rf"allocation\.source '{source}': {path}, line 3: metadata must match the prompt, got 'bench'"):
+    with pytest.raises(ValueError, match=rf"allocation\.source '{source}': {path}, line 3: .* got 'bench'"):
         check(config)
     check(configure(data={"prompts": path}, allocation={"source": "words"}))
     check(configure(data={"prompts": path}, allocation={"method": "plain"}))
