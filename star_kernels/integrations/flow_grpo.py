@@ -101,9 +101,8 @@ def sde_step_with_logprob(
     return (*results, column(step.sqrt_dt, sample)) if return_sqrt_dt else results
 
 
-dense_sde_step_with_logprob = partial(
-    sde_step_with_logprob, dense_log_prob=True
-)  # for scripts that import it as sde_step_with_logprob
+# For scripts, which import it under the name sde_step_with_logprob.
+dense_sde_step_with_logprob = partial(sde_step_with_logprob, dense_log_prob=True)
 
 
 def policy_loss(
