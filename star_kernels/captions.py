@@ -29,10 +29,7 @@ def caption(text: str, width: int, lines: int = 4) -> str:
             drawn += " "
         elif character.isascii() or any(font.get_char_index(ord(character)) for font in fonts):
             drawn += character
-        elif unicodedata.category(character) not in (
-            "Cf",
-            "Mn",
-        ):  # invisible, or a combining mark
+        elif unicodedata.category(character) not in ("Cf", "Mn"):  # invisible, or a combining mark
             drawn += _NO_GLYPH
             missing.append(character)
     if missing and not _warned:

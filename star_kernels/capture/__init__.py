@@ -147,7 +147,8 @@ def _choose(blocks: str | Sequence[int], count: int) -> list[int]:
 
 
 def _named(model: nn.Module, wanted: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    """The wanted modules by their names in the model, in the given order, without a walk over the whole model."""
+    """The wanted modules by their names in the model, in the given order. Cheaper than ``named_modules``: the search
+    stops when all are found, and does not look inside them."""
     names: dict[int, str] = {}
     ids = {id(module) for module in wanted}
     left, stack = len(ids), [("", model)]
