@@ -1,4 +1,4 @@
-"""``python -m star_kernels``: what is installed, compiled and chosen on this machine."""
+"""``python -m star_kernels``: prints versions, compiled libraries and the backends that "auto" selects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = ("star-kernels", "torch", "triton", "apache-tvm-ffi", "diffusers", "
 
 
 def report() -> list[tuple[str, str]]:
-    """Lines of name and value."""
+    """(name, value) for each line of the report."""
     lines = [("python", f"{platform.python_version()} on {platform.machine()}")]
     lines += [(name, _version(name)) for name in _PACKAGES]
     lines += [
@@ -34,7 +34,7 @@ def report() -> list[tuple[str, str]]:
 
 
 def _attention(device: str, dtype: torch.dtype) -> list[tuple[str, str]]:
-    """What "auto" means; on a GPU for each head dimension in use, at the lengths of a 1024² image with its text."""
+    """The backends that "auto" selects; on a GPU for common head dimensions, and the length of a 1024² image."""
     if device == "cpu":
         return [("", choose_backend(device, dtype, head_dim=64))]
     lines = []
@@ -46,7 +46,7 @@ def _attention(device: str, dtype: torch.dtype) -> list[tuple[str, str]]:
             value = f"{plan.forward} forward, {plan.backward} backward ({source})"
             if "flash" in (plan.forward, plan.backward):
                 value += f", flash is {vendor.flash_implementation()}"
-        lines.append((f", heads of {head_dim}", value))
+        lines.append((f", head dimension {head_dim}", value))
     return lines
 
 
@@ -63,12 +63,12 @@ def _library(name: str) -> str:
         return f"no: {problem}"
     if "cuda" in name:
         return f"yes, for {library.architectures()}"
-    return f"yes, running {library.isa()} (this processor can run: {library.runnable_isas()})"
+    return f"yes, using {library.isa()} (this processor supports: {library.runnable_isas()})"
 
 
 def _gpu() -> str:
     if not torch.cuda.is_available():
-        return "none that this torch can use"
+        return "none available to torch"
     properties = torch.cuda.get_device_properties(0)
     return f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
 

@@ -1,4 +1,4 @@
-"""Attention maps to weights of mean one: where, and when, the advantage of a rollout acts."""
+"""Attention maps to weights of mean one, which distribute the advantage of a sample over positions and steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SIZES = {"b": "B", "s": "Steps", "g": "G", "p": "P", "f": "f", "h": "h", "w": "
 
 
 LAYOUTS = tuple(
-    f"b{steps}{groups}{positions}" for positions in ("p", "hw", "fhw") for steps in ("", "s") for groups in ("", "g")
+    f"b{steps}{phrases}{positions}" for positions in ("p", "hw", "fhw") for steps in ("", "s") for phrases in ("", "g")
 )
 
 
@@ -27,31 +27,32 @@ def allocate(
     cap: float | None = None,
     step_signal: Tensor | None = None,
 ) -> Tensor:
-    """Weights ``W = (1 - strength) + strength * maps / mean(maps)``, not negative and of mean one.
+    """Computes weights ``W = (1 - strength) + strength * maps / mean(maps)``, which are non-negative with mean one.
 
-    The mean of one keeps the size of the update that of uniform weights, and ``strength=0`` gives exactly those.
-    STAR's allocation as reconstructed in docs/method.md (arXiv 2606.17979 publishes no formula).
+    With a mean of one the total weight of the update equals that of uniform weights; ``strength=0`` gives uniform
+    weights exactly. This is STAR's allocation as reconstructed in docs/method.md (arXiv 2606.17979 publishes no
+    formula).
 
     Args:
-        maps: floating-point, not negative: attention mass at positions. Each group of tokens has a mean of one by
-            itself.
-        layout: what the dimensions of maps are, a letter each: ``b`` the batch; then, where there are any, ``s`` steps
-            and ``g`` groups of tokens; then the positions, flat as ``p`` or on a grid as ``hw`` (``fhw`` for the frames
-            of a video). So "bshw" is ``[B, Steps, h, w]`` and "bgp" is ``[B, G, P]``. Required unless maps are
-            ``[B, P]``.
-        strength: from 0 (uniform) to 1 (in proportion to the map).
-        over: "step": mean one over the positions of each step (space only); "trajectory": over positions and steps
-            (of each group) together, so that a step's share is its own mass (space and time).
-        cap: largest weight, above 1; what it takes away is given to the positions below it, in proportion
-            (in equal parts where they all have zero).
-        step_signal: with over="trajectory", a step's share instead of its own mass: ``[B, Steps]`` or, of each group,
-            ``[B, Steps, G]``, floating-point, not negative, such as :func:`total_variation`. A degenerate signal, as of
-            a map, gives all steps the same share.
+        maps: attention mass at each position, floating-point, non-negative.
+        layout: the dimensions of ``maps``, one letter each: ``b`` for the batch, optionally ``s`` for steps, optionally
+            ``g`` for phrases, and then the positions, either flat (``p``) or as a grid (``hw``, or ``fhw`` with the
+            frames of a video). For example "bshw" means ``[B, Steps, h, w]`` and "bgp" means ``[B, G, P]``. Required
+            unless maps are ``[B, P]``.
+        strength: between 0 (uniform weights) and 1 (weights proportional to the map).
+        over: the dimensions over which the weights of a sample (and phrase) have mean one. "step": the positions of
+            each step, which allocates in space. "trajectory": positions and steps together, which allocates in space
+            and time; the share of a step is then its attention mass.
+        cap: largest weight, above 1. The excess is redistributed to positions below the cap in proportion to their
+            weights, or evenly if all of them are zero.
+        step_signal: replaces the attention mass as the share of a step with over="trajectory", such as
+            :func:`total_variation`. ``[B, Steps]`` or, for each phrase, ``[B, Steps, G]``, floating-point,
+            non-negative. A degenerate signal (see below) gives all steps the same share.
 
     Returns:
-        Weights of the shape of maps, float32 (float64 for float64 maps), detached (in forward mode, too). A degenerate
-        map, with a sum of zero or anything that is not finite or negative in it, gives ones; it never reaches another
-        sample.
+        Weights with the shape of ``maps``, float32 (float64 for float64 maps), detached, in forward mode too. A
+        degenerate map, which sums to zero or has a negative or non-finite value, gives ones; other samples are not
+        affected by it.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or option; the message names the argument.
@@ -62,35 +63,36 @@ def allocate(
     dims = _MEANS[over]
     flat = _flat(maps.detach(), layout)
     flat = flat if flat.dtype == torch.float64 else flat.float()
-    grouped = flat.ndim == 4
-    if grouped:
+    has_phrases = flat.ndim == 4
+    if has_phrases:
         flat = flat.transpose(1, 2)  # [B, G, Steps, P]
     if step_signal is None:
         shares = _shares(flat, dims)
     else:
         signal = step_signal.detach().to(flat.dtype)
-        if grouped:
+        if has_phrases:
             signal = signal[:, None] if signal.ndim == 2 else signal.transpose(1, 2)
         shares = _shares(flat, (-1,)) * _shares(signal, (-1,))[..., None]
     weights = torch.lerp(torch.ones_like(shares), shares, strength)
     if cap is not None:
         weights = _cap(weights.flatten(-len(dims)), cap).view_as(weights)
-    return (weights.transpose(1, 2) if grouped else weights).reshape(maps.shape)
+    return (weights.transpose(1, 2) if has_phrases else weights).reshape(maps.shape)
 
 
 def total_variation(maps: Tensor, following: Tensor, *, layout: str | None = None) -> Tensor:
-    """How much of each map is elsewhere in the step after: half the sum of ``|M / sum(M) - M' / sum(M')|``, in 0..1.
+    """Total variation distance between each map and the map of the next step, both normalised to a sum of one.
 
-    A signal for the steps of :func:`allocate` (ours; what it is worth: docs/experiment.md).
+    It is ``0.5 * sum(|M / sum(M) - M' / sum(M')|)``, between 0 and 1: the share of the attention that moves. A
+    ``step_signal`` for :func:`allocate` that is not in the STAR paper; docs/experiment.md has measurements.
 
     Args:
-        maps: floating-point, not negative.
-        following: the maps of the step after each, of the same shape.
-        layout: what the dimensions of both are, as for :func:`allocate`, with steps: "bsp", "bsgp", "bshw", "bsghw".
+        maps: floating-point, non-negative.
+        following: the maps of the respective next step, with the same shape.
+        layout: the dimensions of both as in :func:`allocate`, with steps, such as "bsp", "bsgp", "bshw" or "bsghw".
 
     Returns:
-        ``[B, Steps]`` or ``[B, Steps, G]``, float32 (float64 for float64 maps), detached; 0 where one of the two maps
-        is degenerate.
+        ``[B, Steps]`` or ``[B, Steps, G]``, float32 (float64 for float64 maps), detached. 0 if one of the two maps is
+        degenerate.
 
     Raises:
         TypeError, ValueError: wrong dtype or shape; the message names the argument.
@@ -108,12 +110,12 @@ def total_variation(maps: Tensor, following: Tensor, *, layout: str | None = Non
 
 
 def _flat(maps: Tensor, layout: str) -> Tensor:
-    """The maps with their positions in one dimension, the last."""
+    """The maps with all positions in the last dimension."""
     return maps.flatten(len(layout.rstrip("pfhw")))
 
 
 def _shares(values: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Values over their mean, scaled by the largest first: neither tiny nor huge ones leave the range of the dtype."""
+    """Values divided by their mean; first divided by their maximum, so that nothing over- or underflows."""
     relative = values / values.amax(dim=dims, keepdim=True)
     return torch.where(_good(values, dims), relative / _mean(relative, dims), 1.0)
 
@@ -121,7 +123,7 @@ def _shares(values: Tensor, dims: tuple[int, ...]) -> Tensor:
 def _mean(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The mean over the last dimensions, with bits that do not depend on the number of threads.
 
-    PyTorch shares the sum of a single result out among the threads of a CPU, but one of two results goes to one thread.
+    PyTorch splits the sum of a single result between the threads of a CPU, but computes each of two results in one.
     """
     if values.device.type == "cpu" and all(size == 1 for size in values.shape[: -len(dims)]):
         return values.expand(2, *values.shape).mean(dim=dims, keepdim=True)[0]
@@ -129,7 +131,7 @@ def _mean(values: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _good(values: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Whether all are finite, none negative, and one above zero."""
+    """Whether all values are finite and non-negative, and at least one is positive."""
     peak = values.amax(dim=dims, keepdim=True)
     return (peak > 0) & peak.isfinite() & (values.amin(dim=dims, keepdim=True) >= 0)
 
@@ -137,18 +139,18 @@ def _good(values: Tensor, dims: tuple[int, ...]) -> Tensor:
 def _cap(weights: Tensor, cap: float) -> Tensor:
     """min(cap, c * weights) along the last dimension, with c such that the mean is one.
 
-    With the weights in descending order and the k largest at the cap, c = (n - k cap) / (sum of the rest); the right k
-    is the first whose next weight stays within the cap. c itself, which has no bounds, is never computed. No loop, no
-    wait for the device.
+    If the k largest of n weights are at the cap, c = (n - k cap) / (sum of the other weights). The solution is the
+    smallest k for which the next weight, times c, does not exceed the cap. c itself may overflow and is never computed.
+    There is no loop and no host sync.
     """
     n = weights.shape[-1]
     ordered = weights.sort(dim=-1, descending=True).values
-    rest = ordered.flip(-1).cumsum(dim=-1).flip(-1)  # of the weights from position k on
-    left = n - cap * torch.arange(n, device=weights.device, dtype=weights.dtype)  # for them
-    fits = (left * ordered <= cap * rest) & (left > 0) & (rest > 0)  # capping the k largest leaves the next within it
+    rest = ordered.flip(-1).cumsum(dim=-1).flip(-1)  # [.., n]: sum of the weights from position k on
+    left = n - cap * torch.arange(n, device=weights.device, dtype=weights.dtype)  # [n]: what those weights must sum to
+    fits = (left * ordered <= cap * rest) & (left > 0) & (rest > 0)  # whether k is a solution
     first = fits.to(torch.uint8).argmax(dim=-1, keepdim=True)
     capped = (weights / rest.gather(-1, first) * left[first]).clamp(max=cap)
-    # Where all mass lies on positions at the cap, zeros share what is left in equal parts.
+    # If all positive weights are at the cap, the rest is spread evenly over the zeros.
     positive = weights > 0
     count = positive.sum(dim=-1, keepdim=True, dtype=weights.dtype)
     shared = (n - cap * count) / (n - count).clamp(min=1)
@@ -157,13 +159,13 @@ def _cap(weights: Tensor, cap: float) -> Tensor:
 
 
 def _check_layout(maps: Tensor, layout: str | None, accepted: Sequence[str]) -> str:
-    """The layout of maps, which fits their shape."""
+    """The layout of maps, checked against their shape."""
     fitting = [known for known in accepted if len(known) == maps.ndim]
     choice = f"one of {', '.join(map(repr, fitting))}" if fitting else "a letter for each dimension, such as 'bshw'"
     if layout is None and maps.ndim == 2 and "bp" in accepted:
         layout = "bp"
     if layout is None:
-        raise ValueError(f"layout must be given where maps have shape {list(maps.shape)}: {choice}")
+        raise ValueError(f"layout must be given for maps of shape {list(maps.shape)}: {choice}")
     if layout not in accepted:
         raise ValueError(f"layout must be one of {', '.join(map(repr, accepted))}, got {layout!r}")
     if len(layout) != maps.ndim or 0 in maps.shape:
@@ -184,7 +186,7 @@ def _check_floating(name: str, given: Tensor) -> None:
 def _check_signal(step_signal: Tensor, maps: Tensor, layout: str, over: str) -> None:
     _check_floating("step_signal", step_signal)
     if over != "trajectory":
-        raise ValueError(f"step_signal must be None unless over='trajectory', got it with over={over!r}")
+        raise ValueError(f"step_signal must be None unless over='trajectory', got a signal with over={over!r}")
     accepted = [list(maps.shape[:2]), list(maps.shape[:3])][: 1 + ("g" in layout)]
     if list(step_signal.shape) not in accepted:
         shapes = " or ".join(map(str, accepted))
@@ -206,13 +208,14 @@ def _check(maps: Tensor, layout: str | None, strength: float, over: str, cap: fl
     layout = _check_layout(maps, layout, LAYOUTS)
     if over == "trajectory" and "s" not in layout:
         raise ValueError(
-            f"layout must have steps, as 'bsp' and 'bshw', for over='trajectory', got {layout!r} for {list(maps.shape)}"
+            f"layout must include steps, as in 'bsp' or 'bshw', for over='trajectory', got {layout!r} for maps of "
+            f"shape {list(maps.shape)}"
         )
     check_number("strength", strength)
     if cap is not None:
         check_number("cap", cap)
     if not 0 <= strength <= 1:
-        raise ValueError(f"strength must lie between 0 and 1, got {strength}")
+        raise ValueError(f"strength must be between 0 and 1, got {strength}")
     if cap is not None and not 1 < cap < float("inf"):
         raise ValueError(f"cap must be finite and above 1, got {cap}")
     return layout

@@ -1,9 +1,9 @@
-"""Pictures of attention maps and of weights: over an image, over denoising steps, for each phrase, between two runs.
+"""Figures of attention maps and weights: over an image, over denoising steps, for each phrase, between two runs.
 
-Needs the extra ``figures`` (matplotlib). Every function returns a ``matplotlib.figure.Figure``, which a notebook shows
-and ``figure.savefig("maps.png")`` writes. Maps may be tensors on any device or arrays; images are PIL images, uint8
-arrays ``[H, W, 3]``, or tensors ``[3, H, W]`` between 0 and 1. Colours: cividis for amounts and PuOr for differences,
-both of which the colour-blind can read.
+Requires the extra ``figures`` (matplotlib). Every function returns a ``matplotlib.figure.Figure``, which a notebook
+displays and ``figure.savefig("maps.png")`` writes to a file. Maps are arrays or tensors on any device; images are PIL
+images, uint8 arrays ``[H, W, 3]``, or tensors ``[3, H, W]`` with values between 0 and 1. The colour maps are cividis
+for amounts and PuOr for differences, which are readable with colour vision deficiency.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from star_kernels.captions import LITERAL, caption
 __all__ = ["difference", "overlay", "phrases", "strip", "weights"]
 
 AMOUNT, CHANGE = "cividis", "PuOr"
-PANEL = 2.2  # inches of a panel's side
-VEIL = 0.85  # opacity of the map where it is largest
+PANEL = 2.2  # side of a panel in inches
+OPACITY = 0.85  # of a map at its maximum, over an image
 
 Array = NDArray[np.float64]
 
 
 def overlay(image: Any, values: Tensor | ArrayLike, *, title: str = "", top: float | None = None) -> Figure:
-    """A map over the image that it belongs to: the more attention, the more of the map's colour.
+    """A map over its image, with an opacity that grows with the attention.
 
     Args:
-        image: the picture, of any size.
-        values: ``[h, w]``, not negative.
-        title: what the map shows.
-        top: the value of the brightest colour; the map's largest by default.
+        image: an image of any size.
+        values: ``[h, w]``, non-negative.
+        title: title of the panel.
+        top: the value of the brightest colour; the maximum of the map by default.
     """
     grid = _map("values", values, 2)
     figure, axes, bar = _panels(1, 1)
     norm = Normalize(0.0, _top(grid, top))
-    _draw_over(axes[0, 0], picture(image), grid, norm)
+    _draw_over(axes[0, 0], to_rgb(image), grid, norm)
     axes[0, 0].set_title(caption(title, 44), fontsize=9, **LITERAL)
     _colour_bar(figure, bar, norm, AMOUNT, "attention")
     return figure
@@ -57,20 +57,21 @@ def strip(
     title: str = "",
     columns: int = 10,
 ) -> Figure:
-    """Maps of a trajectory side by side, all on one scale.
+    """The maps of a trajectory side by side, with a common colour scale.
 
     Args:
-        maps: ``[Steps, h, w]``, not negative.
-        images: one picture for each step, or one for all, to lay the maps over.
-        labels: one a step, such as ``["sigma = 0.90", ...]``; the step's number by default.
-        columns: panels in a row.
+        maps: ``[Steps, h, w]``, non-negative.
+        images: one image for each step, or one for all steps, drawn below the maps.
+        labels: one label for each step, such as ``["sigma = 0.90", ...]``; the step numbers by default.
+        title: title of the figure.
+        columns: number of panels side by side.
     """
     grids = _map("maps", maps, 3)
     names = _labels("labels", labels, len(grids), "step")
-    pictures = _pictures(images, len(grids))
+    backgrounds = _backgrounds(images, len(grids))
     figure, axes, bar = _panels(len(grids), columns)
     norm = Normalize(0.0, _top(grids, None))
-    for axis, grid, name, image in zip(axes.flat, grids, names, pictures, strict=False):
+    for axis, grid, name, image in zip(axes.flat, grids, names, backgrounds, strict=False):
         _draw_over(axis, image, grid, norm)
         axis.set_title(caption(name, 18), fontsize=9, **LITERAL)
     _head(figure, title)
@@ -79,23 +80,26 @@ def strip(
 
 
 def phrases(image: Any, maps: Tensor | ArrayLike, names: Sequence[str], *, title: str = "", columns: int = 5) -> Figure:
-    """One panel for each phrase: its map over the image. Each has a scale of its own, whose top stands below it.
+    """One panel for each phrase: its map over the image. Each panel has its own scale, with the maximum given below it.
 
     Args:
-        maps: ``[G, h, w]``, not negative.
+        image: an image of any size.
+        maps: ``[G, h, w]``, non-negative.
         names: the G phrases.
+        title: title of the figure.
+        columns: number of panels side by side.
     """
     grids = _map("maps", maps, 3)
     labels = _labels("names", names, len(grids), "phrase")
     figure, axes, bar = _panels(len(grids), columns)
-    shared = picture(image)
+    shared = to_rgb(image)
     for axis, grid, name in zip(axes.flat, grids, labels, strict=False):
         top = _top(grid, None)
         _draw_over(axis, shared, grid, Normalize(0.0, top))
         axis.set_title(caption(name, 22), fontsize=9, **LITERAL)
         axis.set_xlabel(f"up to {top:.2g}", fontsize=8)
     _head(figure, title)
-    _colour_bar(figure, bar, Normalize(0.0, 1.0), AMOUNT, "share of the panel's top")
+    _colour_bar(figure, bar, Normalize(0.0, 1.0), AMOUNT, "share of the panel's maximum")
     return figure
 
 
@@ -107,12 +111,13 @@ def difference(
     labels: Sequence[str] | None = None,
     title: str = "",
 ) -> Figure:
-    """Two runs' maps above one another, and below them the second less the first.
+    """The maps of two runs above each other, and below them their difference (second minus first).
 
     Args:
         before, after: ``[Steps, h, w]`` or ``[h, w]``, of the same shape.
-        names: of the two runs.
-        labels: one a step.
+        names: names of the two runs.
+        labels: one label for each step; the step numbers by default.
+        title: title of the figure.
     """
     first, second = (_map(name, m, None) for name, m in (("before", before), ("after", after)))
     if first.shape != second.shape:
@@ -129,7 +134,7 @@ def difference(
         ):
             axes[row, column].imshow(grid[column], norm=norm, cmap=colours, interpolation="nearest")
         axes[0, column].set_title(caption(name, 18), fontsize=9, **LITERAL)
-    for row, name in enumerate((*runs, f"{runs[1]} less {runs[0]}")):
+    for row, name in enumerate((*runs, f"{runs[1]} minus {runs[0]}")):
         axes[row, 0].set_ylabel(caption(name, 20), fontsize=9, **LITERAL)
     _head(figure, title)
     _colour_bar(figure, bar[0], amount, AMOUNT, "attention")
@@ -140,12 +145,13 @@ def difference(
 def weights(
     values: Tensor | ArrayLike, *, image: Any = None, labels: Sequence[str] | None = None, title: str = ""
 ) -> Figure:
-    """Weights over space and time: a panel for each step, coloured around one, and each step's share of the update.
+    """Weights over space and time: a panel for each step, coloured around one, and the mean weight of each step.
 
     Args:
-        values: ``[Steps, h, w]``, mean one over all of it (or over each step).
-        image: a picture to put first.
-        labels: one a step.
+        values: ``[Steps, h, w]`` with mean one, over all steps or over each.
+        image: an image that is drawn before the first step.
+        labels: one label for each step; the step numbers by default.
+        title: title of the figure.
     """
     grids = _map("values", values, 3)
     names = _labels("labels", labels, len(grids), "step")
@@ -157,7 +163,7 @@ def weights(
     axes = upper.subplots(1, count, squeeze=False)
     norm = TwoSlopeNorm(1.0, 0.0, max(2.0, _largest(grids)))
     if image is not None:
-        axes[0, 0].imshow(picture(image))
+        axes[0, 0].imshow(to_rgb(image))
         axes[0, 0].set_title("image", fontsize=9)
     for axis, grid, name in zip(axes.flat[extra:], grids, names, strict=True):
         axis.imshow(grid, norm=norm, cmap=CHANGE, interpolation="nearest")
@@ -165,7 +171,7 @@ def weights(
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     bar = upper.colorbar(ScalarMappable(norm, CHANGE), ax=axes.ravel().tolist(), shrink=0.8)
-    bar.set_label("weight (1 = plain)", fontsize=8)
+    bar.set_label("weight (1 = Flow-GRPO)", fontsize=8)
     means = grids.reshape(len(grids), -1).mean(axis=1)
     axis = lower.subplots()
     axis.bar(range(len(means)), means, color="#0072B2")
@@ -177,11 +183,11 @@ def weights(
     return figure
 
 
-def picture(image: Any) -> NDArray[np.uint8]:
-    """An image as uint8 ``[H, W, 3]``.
+def to_rgb(image: Any) -> NDArray[np.uint8]:
+    """Converts an image to uint8 ``[H, W, 3]``.
 
     Raises:
-        TypeError, ValueError: something that is no image.
+        TypeError, ValueError: unsupported type or shape.
     """
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3:
@@ -190,7 +196,7 @@ def picture(image: Any) -> NDArray[np.uint8]:
         if not image.dtype.is_floating_point and image.dtype != torch.bool:
             wide = wide / 255
         return np.asarray((wide.clamp(0, 1) * 255).round().permute(1, 2, 0).to(torch.uint8))
-    if hasattr(image, "convert"):  # of PIL
+    if hasattr(image, "convert"):  # PIL
         return np.asarray(image.convert("RGB"), dtype=np.uint8)
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
@@ -202,19 +208,19 @@ def picture(image: Any) -> NDArray[np.uint8]:
 
 
 def _draw_over(axis: Axes, image: NDArray[np.uint8] | None, grid: Array, norm: Normalize) -> None:
-    """The map alone, or over the image in grey, with an opacity that grows with the map."""
+    """Draws a map, over the image in grey if there is one, with an opacity that grows with the map."""
     if image is None:
         axis.imshow(grid, norm=norm, cmap=AMOUNT, interpolation="nearest")
         return
     height, width = image.shape[:2]
     grey = image.astype(np.float64).mean(axis=2) / 255
     axis.imshow(grey, cmap="gray", vmin=0.0, vmax=1.0, extent=(0, width, height, 0))
-    opacity = np.clip(np.asarray(norm(np.nan_to_num(grid))), 0.0, 1.0) * VEIL
+    opacity = np.clip(np.asarray(norm(np.nan_to_num(grid))), 0.0, 1.0) * OPACITY
     axis.imshow(grid, norm=norm, cmap=AMOUNT, alpha=opacity, extent=(0, width, height, 0), interpolation="nearest")
 
 
 def _panels(count: int, columns: int, bars: int = 1) -> tuple[Figure, NDArray[Any], Any]:
-    """A figure with a grid of panels, without ticks, and places for colour bars on its right."""
+    """A figure with a grid of panels without ticks, and axes for colour bars to their right."""
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
     columns = min(columns, count)
@@ -229,24 +235,24 @@ def _panels(count: int, columns: int, bars: int = 1) -> tuple[Figure, NDArray[An
         axis.set(xticks=[], yticks=[])
         axis.set_visible(i < count)
         axes[i // columns, i % columns] = axis
-    places = [figure.add_subplot(grid[:, columns + b]) for b in range(bars)]
-    return figure, axes, places[0] if bars == 1 else places
+    bar_axes = [figure.add_subplot(grid[:, columns + b]) for b in range(bars)]
+    return figure, axes, bar_axes[0] if bars == 1 else bar_axes
 
 
 def _head(figure: Figure, title: str) -> None:
-    """Sets the title of the whole figure, wrapped to its width."""
-    letters = int(10 * figure.get_figwidth())  # ten to an inch
-    figure.suptitle(caption(title, letters), fontsize=11, **LITERAL)
+    """Sets the title of the figure, wrapped to its width."""
+    width = int(10 * figure.get_figwidth())  # ten characters per inch
+    figure.suptitle(caption(title, width), fontsize=11, **LITERAL)
 
 
-def _colour_bar(figure: Figure, place: Axes, norm: Normalize, colours: str | Colormap, label: str) -> None:
-    bar = figure.colorbar(ScalarMappable(norm, colours), cax=place)
+def _colour_bar(figure: Figure, axis: Axes, norm: Normalize, colours: str | Colormap, label: str) -> None:
+    bar = figure.colorbar(ScalarMappable(norm, colours), cax=axis)
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)
 
 
 def _map(name: str, values: Tensor | ArrayLike, dimensions: int | None) -> Array:
-    """A map as float64, of the stated number of dimensions (2 or 3 if None)."""
+    """A map as float64 with the given number of dimensions (2 or 3 if None)."""
     array = np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=np.float64)
     wanted = (2, 3) if dimensions is None else (dimensions,)
     if array.ndim not in wanted or 0 in array.shape:
@@ -263,18 +269,18 @@ def _labels(name: str, labels: Sequence[str] | None, count: int, word: str) -> l
     return list(labels)
 
 
-def _pictures(images: Sequence[Any] | None, count: int) -> list[NDArray[np.uint8] | None]:
+def _backgrounds(images: Sequence[Any] | None, count: int) -> list[NDArray[np.uint8] | None]:
     if images is None:
         return [None] * count
     if not isinstance(images, (list, tuple)):
-        return [picture(images)] * count
+        return [to_rgb(images)] * count
     if len(images) != count:
-        raise ValueError(f"images must be one picture, or {count}, one for each map, got {len(images)}")
-    return [picture(image) for image in images]
+        raise ValueError(f"images must be one image or {count} images, one for each map, got {len(images)}")
+    return [to_rgb(image) for image in images]
 
 
 def _top(values: Array, top: float | None) -> float:
-    """The value of the brightest colour: never 0, so that an empty map is dark all over."""
+    """The value of the brightest colour, never 0, so that an empty map is dark."""
     if top is not None:
         if not 0 < top < np.inf:
             raise ValueError(f"top must be positive and finite, got {top}")
@@ -289,5 +295,5 @@ def _symmetric(values: Array) -> Normalize:
 
 
 def _largest(values: Array) -> float:
-    """The largest of the finite values, 0 where there are none."""
+    """The largest finite value, or 0 if there is none."""
     return float(np.max(values, initial=-np.inf, where=np.isfinite(values))) if np.isfinite(values).any() else 0.0

@@ -1,8 +1,9 @@
-"""``python -m star_kernels.maps``: where the words of a prompt live in the image that a pipeline draws for it.
+"""``python -m star_kernels.maps``: attention maps of the phrases of a prompt, from one image generation.
 
-Runs a text-to-image pipeline of diffusers (a local folder, or the id of one on the hub), takes the attention maps of
-the core words at every denoising step, and writes to a folder: the image; a strip of maps over the steps; a panel for
-each phrase; ``maps.npy``, float32 [Steps, G, h, w]; and ``maps.json`` with the settings and figures of every map.
+Runs a diffusers text-to-image pipeline (a local folder or a Hugging Face Hub id), captures the attention maps of the
+phrases at every denoising step, and writes to a folder: ``image.png``, the image; ``strip.png``, the sum of the maps at
+each step; ``phrases.png``, a panel for each phrase; ``maps.npy``, float32 [Steps, G, h, w]; and ``maps.json``, the
+settings and the mean, maximum and perplexity of every map.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Drawing(NamedTuple):
-    """An image, the maps behind it, and what they are of."""
+    """An image and the attention maps of its generation."""
 
     image: Any  # PIL
     maps: Tensor  # float32 [Steps, G, h, w]
-    names: tuple[str, ...]  # of the G groups
-    noise: list[float]  # sigma of each step, where the scheduler has one
+    names: tuple[str, ...]  # the G phrases
+    sigmas: list[float]  # sigma of each step, NaN if the scheduler has none
 
 
 def draw(
@@ -41,17 +42,17 @@ def draw(
     blocks: str | list[int] = "default",
     **call: Any,
 ) -> Drawing:
-    """Runs a pipeline for one prompt and takes the maps of every step.
+    """Generates an image for one prompt and captures the maps of every step.
 
     Args:
-        pipeline: a text-to-image pipeline that :func:`star_kernels.prompts.regions_of` knows.
-        prompt: what to draw.
-        phrases: the phrases to follow, each of which the prompt must contain; its core content by default.
-        blocks: as for :func:`star_kernels.capture.attach_maps`.
-        call: further arguments of the pipeline's call, such as ``height`` and ``num_inference_steps``.
+        pipeline: a text-to-image pipeline that :func:`star_kernels.prompts.regions_of` supports.
+        prompt: the prompt.
+        phrases: the phrases to map, each of which must occur in the prompt; the prompt's core content by default.
+        blocks: see :func:`star_kernels.capture.attach_maps`.
+        call: further arguments of the pipeline call, such as ``height`` and ``num_inference_steps``.
 
     Raises:
-        TypeError, ValueError: a pipeline or phrase that is not supported; the message names it.
+        TypeError, ValueError: unsupported pipeline, or a phrase that the prompt does not contain; the message names it.
     """
     from star_kernels import prompts
     from star_kernels.capture import attach_maps
@@ -60,18 +61,18 @@ def draw(
     regions = prompts.regions_of(pipeline, max_sequence_length=call.get("max_sequence_length"))
     model = getattr(pipeline, "transformer", None) or pipeline.unet
     selection, names = prompts.select_tokens(
-        [core], regions, groups="phrase", image_tokens=_image_tokens(pipeline, model, call)
+        [core], regions, per_phrase=True, image_tokens=_image_tokens(pipeline, model, call)
     )
     found: list[Tensor] = []
-    noise: list[float] = []
+    sigmas: list[float] = []
 
     def after_pass(module: Any, arguments: Any, output: Any) -> None:
-        capture.enabled = False  # a second pass of a step is the unconditional one
+        capture.enabled = False  # a second pass in the same step is unconditional
 
     def after_step(pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
         found.append(capture.take()[0].cpu())
-        sigmas = getattr(pipe.scheduler, "sigmas", None)
-        noise.append(float(sigmas[step]) if sigmas is not None else math.nan)
+        schedule = getattr(pipe.scheduler, "sigmas", None)
+        sigmas.append(float(schedule[step]) if schedule is not None else math.nan)
         capture.enabled = True
         return state
 
@@ -85,18 +86,18 @@ def draw(
             hook.remove()
     if not found:
         raise ValueError(f"num_inference_steps must be at least 1, got {call.get('num_inference_steps')}")
-    return Drawing(result.images[0], torch.stack(found), names[0], noise)
+    return Drawing(result.images[0], torch.stack(found), names[0], sigmas)
 
 
 def write(drawing: Drawing, prompt: str, folder: Path, settings: dict[str, Any]) -> list[Path]:
-    """Writes the pictures, the maps and their figures; the files written."""
+    """Writes the figures, the maps and their statistics, and returns the paths of the files."""
     import numpy as np
 
     from star_kernels import figures
 
     folder.mkdir(parents=True, exist_ok=True)
-    labels = [f"step {i}" if math.isnan(s) else f"sigma {s:.2f}" for i, s in enumerate(drawing.noise)]
-    whole = drawing.maps.sum(dim=1)  # the mass on all phrases together
+    labels = [f"step {i}" if math.isnan(s) else f"sigma {s:.2f}" for i, s in enumerate(drawing.sigmas)]
+    whole = drawing.maps.sum(dim=1)  # attention mass on all phrases
     strip = figures.strip(whole, images=drawing.image, labels=labels, title=f"{', '.join(drawing.names)} in: {prompt}")
     panels = figures.phrases(drawing.image, drawing.maps.mean(dim=0), drawing.names, title=prompt)
     paths = [folder / name for name in ("image.png", "strip.png", "phrases.png", "maps.npy", "maps.json")]
@@ -105,28 +106,28 @@ def write(drawing: Drawing, prompt: str, folder: Path, settings: dict[str, Any])
     panels.savefig(paths[2], dpi=120)
     np.save(paths[3], drawing.maps.numpy())
     steps = [
-        {"step": i, "sigma": None if math.isnan(s) else round(s, 6), "groups": [_figures(m) for m in maps]}
-        for i, (s, maps) in enumerate(zip(drawing.noise, drawing.maps, strict=True))
+        {"step": i, "sigma": None if math.isnan(s) else round(s, 6), "phrases": [_summary(m) for m in maps]}
+        for i, (s, maps) in enumerate(zip(drawing.sigmas, drawing.maps, strict=True))
     ]
-    record = {**settings, "prompt": prompt, "groups": list(drawing.names), "shape": list(drawing.maps.shape)}
+    record = {**settings, "prompt": prompt, "phrases": list(drawing.names), "shape": list(drawing.maps.shape)}
     text = json.dumps({**record, "steps": steps}, indent=1, ensure_ascii=False) + "\n"
-    paths[4].write_text(text, encoding="utf-8", errors="backslashreplace")  # of half a surrogate pair: JSON's escape
+    paths[4].write_text(text, encoding="utf-8", errors="backslashreplace")  # unpaired surrogates become JSON escapes
     return paths
 
 
-def _figures(values: Tensor) -> dict[str, float]:
-    """Mean and largest attention mass of a map, and how many of its positions it spreads over (exp of its entropy)."""
+def _summary(values: Tensor) -> dict[str, float]:
+    """Mean and maximum of a map, and its perplexity: exp of the entropy, the effective number of its positions."""
     share = (values / values.sum().clamp(min=1e-30)).flatten().double()
-    spread = float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum()))
+    perplexity = float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum()))
     return {
         "mean": round(float(values.mean()), 8),
-        "largest": round(float(values.max()), 8),
-        "spread": round(spread, 3),
+        "maximum": round(float(values.max()), 8),
+        "perplexity": round(perplexity, 3),
     }
 
 
 def _image_tokens(pipeline: Any, model: Any, call: dict[str, Any]) -> int:
-    """Tokens of the image, rows times columns of patches."""
+    """The number of image tokens: rows times columns of patches."""
     scale = pipeline.vae_scale_factor
     patch = getattr(model.config, "patch_size", 1) or 1
     side = getattr(pipeline, "default_sample_size", None) or model.config.sample_size
@@ -135,31 +136,34 @@ def _image_tokens(pipeline: Any, model: Any, call: dict[str, Any]) -> int:
 
 
 def _doubles(pipeline: Any, call: dict[str, Any]) -> bool:
-    """Whether a step is one forward pass of a batch doubled for classifier-free guidance."""
+    """Whether each step is one forward pass with a batch that is doubled for classifier-free guidance."""
     if not any("StableDiffusion" in cls.__name__ for cls in type(pipeline).__mro__):
-        return False  # guidance is distilled into the model, or a pass of its own
+        return False  # guidance is distilled into the model, or a separate forward pass
     return float(call.get("guidance_scale", 7.0)) > 1
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        import diffusers  # noqa: F401  before anything is drawn
+        import diffusers  # noqa: F401  before the pipeline is loaded
 
         import star_kernels.figures  # noqa: F401
     except ImportError as missing:
-        print(f"star_kernels.maps needs the extras diffusers and figures: {missing}", file=sys.stderr)
+        print(f"star_kernels.maps requires the extras diffusers and figures: {missing}", file=sys.stderr)
         return 2
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        print(f"--out must be a folder to write to, got {str(options.out)!r}: {problem.strerror}", file=sys.stderr)
+        print(f"--out must be a writable folder, got {str(options.out)!r}: {problem.strerror}", file=sys.stderr)
         return 2
     dtype = DTYPES[options.dtype or ("bfloat16" if options.device != "cpu" else "float32")]
     try:
         pipeline = load_pipeline(options.model, dtype)
     except (OSError, ValueError) as problem:
-        print(f"--model: {options.model!r} is no folder of a pipeline and none of the hub: {problem}", file=sys.stderr)
+        print(
+            f"--model must be the folder or Hub id of a diffusers pipeline, got {options.model!r}: {problem}",
+            file=sys.stderr,
+        )
         return 2
     pipeline.to(options.device)
     pipeline.set_progress_bar_config(disable=None)
@@ -189,22 +193,42 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m star_kernels.maps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", required=True, type=os.path.expanduser, help="folder of a pipeline, or its id on the hub"
+        "--model",
+        required=True,
+        type=os.path.expanduser,
+        help="local folder or Hugging Face Hub id of a diffusers pipeline",
     )
-    parser.add_argument("--prompt", required=True, type=_text)
-    parser.add_argument("--out", required=True, type=_path, help="folder for the pictures and the JSON")
+    parser.add_argument("--prompt", required=True, type=_text, help="prompt of the image")
+    parser.add_argument("--out", required=True, type=_path, help="folder for the output files; created if missing")
     parser.add_argument(
-        "--phrase", action="append", type=_text, help="a phrase of the prompt to follow; may be repeated"
+        "--phrase",
+        action="append",
+        type=_text,
+        help="phrase of the prompt to map, may be repeated (default: core content)",
     )
-    parser.add_argument("--blocks", type=_blocks, default="default", help='"all", "default" or indices such as 8,9,10')
+    parser.add_argument(
+        "--blocks",
+        type=_blocks,
+        default="default",
+        help='attention blocks to average: "all", "default" or indices such as 8,9,10',
+    )
     count = _number(int, 1)
-    parser.add_argument("--steps", type=count, help="denoising steps (default: the pipeline's)")
-    parser.add_argument("--guidance", type=_number(float, 0), help="guidance scale (default: the pipeline's)")
-    parser.add_argument("--height", type=count, help="of the image, in pixels")
-    parser.add_argument("--width", type=count)
-    parser.add_argument("--seed", type=_number(int, -(2**63), 2**64 - 1), default=0)
-    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--steps", type=count, help="number of denoising steps (default: that of the pipeline)")
+    parser.add_argument("--guidance", type=_number(float, 0), help="guidance scale (default: that of the pipeline)")
+    parser.add_argument("--height", type=count, help="image height in pixels (default: that of the pipeline)")
+    parser.add_argument("--width", type=count, help="image width in pixels (default: that of the pipeline)")
+    parser.add_argument(
+        "--seed", type=_number(int, -(2**63), 2**64 - 1), default=0, help="seed of the initial noise (default: 0)"
+    )
+    parser.add_argument(
+        "--device",
+        type=_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="torch device (default: cuda if available, else cpu)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the pipeline (default: float32 on a CPU, else bfloat16)"
+    )
     return parser
 
 
@@ -217,7 +241,7 @@ def _text(text: str) -> str:
         raise argparse.ArgumentTypeError(f"must not be blank, got {text!r}")
     try:
         text.encode()
-    except UnicodeEncodeError:  # what the terminal sent was in another encoding
+    except UnicodeEncodeError:  # the terminal uses another encoding
         raise argparse.ArgumentTypeError(f"must be Unicode text, got {text!r}") from None
     return text
 
@@ -242,7 +266,7 @@ def _device(text: str) -> str:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
         reason = str(problem).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"must be a device of this machine, got {text!r}: {reason}") from None
+        raise argparse.ArgumentTypeError(f"must be a torch device available here, got {text!r}: {reason}") from None
     return text
 
 

@@ -1,4 +1,4 @@
-"""Loads pipelines of diffusers, also those saved without some of their parts."""
+"""Loads diffusers pipelines, including those saved without some of their components."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 
 
 def load_pipeline(path: str, dtype: torch.dtype) -> Any:
-    """A pipeline from a local folder or the hub.
+    """Loads a pipeline from a local folder or the Hugging Face Hub.
 
-    Parts that were saved as absent, such as Stable Diffusion 3's T5, stay absent; ``from_pretrained`` alone would ask
-    for them. Weights come from safetensors only, and a local folder is never looked up on the hub.
+    Components that were saved as None, such as the T5 of Stable Diffusion 3, stay None; ``from_pretrained`` alone would
+    require them. Weights are loaded from safetensors only, and a local folder is never looked up on the Hub.
 
     Raises:
-        OSError, ValueError: nothing there that diffusers can load.
+        OSError, ValueError: ``path`` is not a pipeline that diffusers can load.
     """
     from diffusers import DiffusionPipeline
 
     options: dict[str, Any] = {"local_files_only": Path(path).is_dir()}
     saved = DiffusionPipeline.load_config(path, **options)
     absent: dict[str, Any] = {name: None for name, part in saved.items() if isinstance(part, list) and part[0] is None}
-    with warnings.catch_warnings():  # diffusers 0.42 renames torch_dtype; older ones know no other name
+    with warnings.catch_warnings():  # deprecated in diffusers 0.42, required before
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
         return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, **absent, **options)

@@ -1,4 +1,4 @@
-"""Which keys of the joint sequence a map aggregates, with which weight, and in which group."""
+"""TokenSelection: the keys that a map aggregates, with their weight in each phrase."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ EMPTY = -1  # the index of an unused slot
 
 @dataclass(frozen=True, eq=False)
 class TokenSelection:
-    """Selected tokens of a batch of sequences, padded to a common number of slots.
+    """Selected tokens of a batch of sequences, padded to the same number of slots T.
 
     Args:
         index: int32 ``[B, T]``, token positions in the joint sequence; -1 marks an empty slot.
-        weight: float32 ``[B, G, T]``, finite and not negative: the share of each token in each of G groups. A map is
-            the sum over a group's tokens of weight times attention probability.
-        text: where the text stands in the joint sequence that the positions count in, as (start, length); the length
-            is None where the positions hold for any. :func:`star_kernels.prompts.select_tokens` sets it, a capture
-            refuses passes whose text stands elsewhere. None where it is not known.
+        weight: float32 ``[B, G, T]``, finite and non-negative: the weight of each token in each of G phrases. The map
+            of a phrase is the sum over the slots of weight times attention probability.
+        text: the (start, length) of the text in the joint sequence for which the selection was made, with a length of
+            None if the positions do not depend on it. Set by :func:`star_kernels.prompts.select_tokens`; capturing a
+            forward pass whose text has another start or length is then an error. None disables this check.
 
-    Values are checked when the selection is built, which waits for the device if the tensors are on one; build it on
-    the CPU and move it with :meth:`to` to avoid that.
+    Construction checks the values, which waits for the device if the tensors are on a GPU; to avoid that, build the
+    selection on the CPU and move it with :meth:`to`.
 
     Raises:
         TypeError: a field is not of the stated type.
@@ -38,14 +38,14 @@ class TokenSelection:
     index: Tensor
     weight: Tensor
     text: tuple[int, int | None] | None = None
-    first: int = field(init=False, repr=False)  # the smallest and the largest position, or -1 where there is none,
-    last: int = field(init=False, repr=False)  # known without a wait for the device
+    first: int = field(init=False, repr=False)  # smallest and largest selected position, or -1 if nothing is selected,
+    last: int = field(init=False, repr=False)  # known without a host sync
 
     def __post_init__(self) -> None:
         check_selection_fields(self.index, self.weight)
         _check_text(self.text)
         first = last = EMPTY
-        if not torch.compiler.is_compiling():  # a compiled graph has no values yet: there the kernels check positions
+        if not torch.compiler.is_compiling():  # under tracing there are no values; the kernels check positions
             _check_values(self.index, self.weight)
             last = int(self.index.max())
             first = EMPTY if last == EMPTY else int(self.index.masked_fill(self.index == EMPTY, last).min())
@@ -72,56 +72,56 @@ class TokenSelection:
 
     @classmethod
     def from_positions(cls, positions: Iterable[Any], *, device: torch.device | str = "cpu") -> TokenSelection:
-        """Selects listed positions, each with weight one, so that a map is the attention mass on them.
+        """Selects the listed positions, each with weight one, so that a map is the attention mass on them.
 
         Args:
-            positions: for each sequence of the batch a list of token positions (one group), or a list of such lists
-                (G groups, the same G for every sequence; a group may be empty). Tensors and arrays stand for lists,
-                and whatever ``operator.index`` takes for an integer is one, True and False excepted.
-            device: where the tensors are put.
+            positions: for each sequence of the batch a list of token positions (one phrase), or a list of such lists
+                (G phrases, the same G for every sequence; a phrase may be empty). Tensors and arrays are accepted in
+                place of lists, and any integer that ``operator.index`` accepts, except True and False.
+            device: the device of the selection.
 
         Raises:
-            ValueError: anything else, a negative position, or groups that differ in number.
+            ValueError: anything else, a negative position, or sequences with different numbers of phrases.
 
         Example:
-            ``TokenSelection.from_positions([[1029, 1030], [1101]])`` selects in one group,
-            ``TokenSelection.from_positions([[[1029], [1030]], [[1101], []]])`` in two.
+            ``TokenSelection.from_positions([[1029, 1030], [1101]])`` selects one phrase for each of two sequences,
+            ``TokenSelection.from_positions([[[1029], [1030]], [[1101], []]])`` selects two.
         """
-        rows = _lists(positions)
-        if not isinstance(rows, list) or not rows:
+        sequences = _lists(positions)
+        if not isinstance(sequences, list) or not sequences:
             raise ValueError(f"positions must be a non-empty list with one entry per sequence, got {positions!r}")
-        for b, row in enumerate(rows):
-            if not isinstance(row, list):
-                raise ValueError(f"positions[{b}] must be a list of token positions or of such lists, got {row!r}")
-        grouped: list[list[Any]] = [[row] if _is_flat(row) else row for row in rows]
-        groups = len(grouped[0])
-        for b, row in enumerate(grouped):
-            if len(row) != groups:
+        for b, sequence in enumerate(sequences):
+            if not isinstance(sequence, list):
+                raise ValueError(f"positions[{b}] must be a list of token positions or of such lists, got {sequence!r}")
+        nested: list[list[Any]] = [[sequence] if _is_flat(sequence) else sequence for sequence in sequences]
+        n_phrases = len(nested[0])
+        for b, phrases in enumerate(nested):
+            if len(phrases) != n_phrases:
                 raise ValueError(
-                    f"positions must give every sequence the same number of groups: positions[0] has {groups}, "
-                    f"positions[{b}] has {len(row)}"
+                    f"positions must have the same number of phrases for every sequence: positions[0] has {n_phrases}, "
+                    f"positions[{b}] has {len(phrases)}"
                 )
-            for group in row:
-                if not _is_flat(group) or any(not 0 <= p < 2**31 for p in group):
-                    raise ValueError(f"positions[{b}] must hold token positions of at least 0, got {group!r}")
-        slots = max(1, max(sum(map(len, row)) for row in grouped))
-        index = torch.full((len(grouped), slots), EMPTY, dtype=torch.int32, device="cpu")
-        weight = torch.zeros(len(grouped), groups, slots, dtype=torch.float32, device="cpu")
-        for b, row in enumerate(grouped):
+            for phrase in phrases:
+                if not _is_flat(phrase) or any(not 0 <= p < 2**31 for p in phrase):
+                    raise ValueError(f"positions[{b}] must be token positions between 0 and 2^31 - 1, got {phrase!r}")
+        slots = max(1, max(sum(map(len, phrases)) for phrases in nested))
+        index = torch.full((len(nested), slots), EMPTY, dtype=torch.int32, device="cpu")
+        weight = torch.zeros(len(nested), n_phrases, slots, dtype=torch.float32, device="cpu")
+        for b, phrases in enumerate(nested):
             start = 0
-            for g, group in enumerate(row):
-                stop = start + len(group)
-                index[b, start:stop] = torch.tensor(group, dtype=torch.int32, device="cpu")
+            for g, phrase in enumerate(phrases):
+                stop = start + len(phrase)
+                index[b, start:stop] = torch.tensor(phrase, dtype=torch.int32, device="cpu")
                 weight[b, g, start:stop] = 1.0
                 start = stop
         return cls(index, weight).to(device)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> TokenSelection:
-        """Selects the non-zero entries of a mask over the joint sequence; a float mask gives the weights.
+        """Selects the non-zero entries of a mask over the joint sequence; a floating-point mask is the weights.
 
         Args:
-            mask: bool or float, ``[B, S]`` (one group) or ``[B, G, S]``.
+            mask: bool or floating-point, ``[B, S]`` (one phrase) or ``[B, G, S]``.
         """
         if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -142,16 +142,16 @@ class TokenSelection:
         return _known_good(index, weight, self.text, self.first, self.last)
 
     def shift(self, offset: int) -> TokenSelection:
-        """Positions moved by ``offset``, for a text that starts at ``offset`` in the joint sequence."""
+        """Adds ``offset`` to all positions, for a text that starts at ``offset`` in the joint sequence."""
         if self.last != EMPTY and self.first + offset < 0:
-            raise ValueError(f"offset must leave every position at 0 or more, got {offset}")
+            raise ValueError(f"offset must be at least {-self.first}, so that no position is negative, got {offset}")
         text = None if self.text is None or self.text[0] + offset < 0 else (self.text[0] + offset, self.text[1])
-        first, last = (EMPTY if place == EMPTY else place + offset for place in (self.first, self.last))
+        first, last = (EMPTY if position == EMPTY else position + offset for position in (self.first, self.last))
         index = torch.where(self.index == EMPTY, EMPTY, self.index + offset)
         return _known_good(index, self.weight, text, first, last)
 
     def among_empty(self, before: int, after: int) -> TokenSelection:
-        """The selection for a larger batch, whose ``before`` first and ``after`` last samples select nothing."""
+        """The selection for a larger batch: ``before`` samples before and ``after`` samples after it select nothing."""
         sides = ((self.index, EMPTY), (self.weight, 0.0))
         index, weight = (
             torch.cat([x.new_full((before, *x.shape[1:]), fill), x, x.new_full((after, *x.shape[1:]), fill)])
@@ -163,7 +163,7 @@ class TokenSelection:
 def _known_good(
     index: Tensor, weight: Tensor, text: tuple[int, int | None] | None, first: int, last: int
 ) -> TokenSelection:
-    """A selection of values that were checked before: no check, no wait for the device."""
+    """A selection of values that were checked before; there are no checks and no host sync."""
     made = object.__new__(TokenSelection)
     fields = {"index": index, "weight": weight, "text": text, "first": first, "last": last}
     for name, value in fields.items():
@@ -172,7 +172,7 @@ def _known_good(
 
 
 def _lists(value: Any) -> Any:
-    """Lists and integers for what is one, nested ones included; anything else as it is."""
+    """Converts tensors, arrays, sequences and integers to lists of int, recursively; returns anything else as is."""
     if hasattr(value, "tolist"):  # a tensor, an array, or a scalar of one
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
@@ -184,13 +184,13 @@ def _lists(value: Any) -> Any:
 
 
 def integers(value: object) -> list[int] | None:
-    """A list, tensor or array of integers as a list; None for anything else."""
+    """A list, tensor or array of integers as a list of int; None for anything else."""
     found = _lists(value)
     return found if _is_flat(found) else None
 
 
-def _is_flat(row: object) -> TypeGuard[list[int]]:
-    return isinstance(row, list) and all(isinstance(p, int) and not isinstance(p, bool) for p in row)
+def _is_flat(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(isinstance(p, int) and not isinstance(p, bool) for p in value)
 
 
 def check_selection_fields(index: Tensor, weight: Tensor) -> None:
@@ -217,12 +217,14 @@ def _check_text(text: object) -> None:
         or not isinstance(pair[1], int | None)
         or any(n is not None and n < 0 for n in pair)
     ):
-        raise TypeError(f"text must be (start, length), integers of at least 0, the length or None, got {text!r}")
+        raise TypeError(
+            f"text must be a tuple (start, length) of integers of at least 0, or (start, None), got {text!r}"
+        )
 
 
 def _check_values(index: Tensor, weight: Tensor) -> None:
     if int(index.min()) < EMPTY:
-        raise ValueError(f"index must hold positions of at least 0, or -1 for an empty slot, got {int(index.min())}")
+        raise ValueError(f"index must be at least 0, or -1 for an empty slot, got {int(index.min())}")
     if not bool(((weight >= 0) & weight.isfinite()).all()):
         bad = weight[~((weight >= 0) & weight.isfinite())][0]
-        raise ValueError(f"weight must be finite and not negative, got {float(bad)}")
+        raise ValueError(f"weight must be finite and non-negative, got {float(bad)}")

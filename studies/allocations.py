@@ -306,7 +306,7 @@ def _selection(policy: Policy, prompts: Sequence[Prompt]) -> TokenSelection:
         [p.text for p in prompts],
         regions,
         metadata=[p.metadata for p in prompts],
-        groups="phrase",
+        per_phrase=True,
         image_tokens=side * side,
     )
     keys = side * side + policy.encode([prompts[0].text]).tokens.shape[1]

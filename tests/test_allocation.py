@@ -1,4 +1,4 @@
-"""Weights keep a mean of one, whatever the map, and degenerate maps touch nobody else."""
+"""Weights have mean one for any map, and a degenerate map does not affect other samples."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def problems(draw: Any) -> tuple[torch.Tensor, float, str, float | None]:
     maps = torch.rand(shape, generator=generator)
     maps = maps ** draw(st.sampled_from([0.5, 1, 4, 30]))
     if draw(st.booleans()):
-        maps = maps * (torch.rand(shape, generator=generator) < 0.3)  # zeros, whole samples of them at times
+        maps = maps * (torch.rand(shape, generator=generator) < 0.3)  # zeros, sometimes a whole sample
     maps = maps * 10.0 ** draw(st.sampled_from([-30, -8, 0, 8, 30]))
     over = draw(st.sampled_from(["step", "trajectory"])) if len(shape) == 3 else "step"
     cap = draw(st.one_of(st.none(), st.sampled_from([1.01, 1.5, 2.0, 3.0]), st.floats(1.01, 20)))
@@ -46,7 +46,7 @@ def problems(draw: Any) -> tuple[torch.Tensor, float, str, float | None]:
 
 @MANY
 @given(problems())
-def test_weights_are_not_negative_and_of_mean_one(problem: tuple) -> None:
+def test_weights_are_non_negative_with_mean_one(problem: tuple) -> None:
     maps, strength, over, cap = problem
     weights = weigh(maps, strength=strength, over=over, cap=cap)
     assert weights.shape == maps.shape
@@ -60,21 +60,21 @@ def test_weights_are_not_negative_and_of_mean_one(problem: tuple) -> None:
 
 @pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("over", ["step", "trajectory"])
-def test_each_group_has_weights_of_its_own(over: str, cap: float | None) -> None:
+def test_each_phrase_has_its_own_weights(over: str, cap: float | None) -> None:
     maps = torch.rand(2, 3, 4, 25) ** 4
     maps[0, :, 1] = 0
     maps[1, 0, 2, 7] = torch.nan
     found = weigh(maps, over=over, cap=cap, strength=0.75)
     assert found.shape == maps.shape
-    for group in range(4):
-        alone = weigh(maps[:, :, group], over=over, cap=cap, strength=0.75)
-        torch.testing.assert_close(found[:, :, group], alone, rtol=1e-6, atol=1e-6)
+    for phrase in range(4):
+        alone = weigh(maps[:, :, phrase], over=over, cap=cap, strength=0.75)
+        torch.testing.assert_close(found[:, :, phrase], alone, rtol=1e-6, atol=1e-6)
     assert torch.equal(found[0, :, 1], torch.ones(3, 25))
 
 
 @MANY
 @given(problems())
-def test_order_is_kept(problem: tuple) -> None:
+def test_weights_have_the_order_of_the_map(problem: tuple) -> None:
     maps, strength, over, cap = problem
     weights = weigh(maps, strength=strength, over=over, cap=cap)
     order = maps.flatten(-len(sizes(maps, over))).argsort(dim=-1)
@@ -92,10 +92,10 @@ def test_scale_of_the_map_does_not_matter(problem: tuple, factor: float) -> None
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e30, 3e38])
-def test_tiny_and_huge_maps_are_in_proportion(scale: float) -> None:
+def test_tiny_and_huge_maps_give_proportional_weights(scale: float) -> None:
     maps = torch.tensor([[1.0, 2.0, 3.0, 6.0] * 8]) / 6 * scale
     expected = torch.tensor([[1 / 3, 2 / 3, 1.0, 2.0] * 8])
-    # Subnormal numbers carry few digits.
+    # Subnormal numbers have few digits.
     torch.testing.assert_close(weigh(maps), expected, rtol=0.2 if scale < 1e-40 else 1e-5, atol=0)
 
 
@@ -121,7 +121,7 @@ def test_the_formula(strength: float) -> None:
         torch.testing.assert_close(weigh(maps, strength=strength, over=over), expected)
 
 
-def test_a_trajectory_gives_steps_their_own_mass_and_a_step_none() -> None:
+def test_the_share_of_a_step_is_its_mass_over_the_trajectory_and_one_over_the_step() -> None:
     maps = torch.rand(2, 3, 40) * torch.tensor([1.0, 2.0, 5.0])[:, None]
     mass = maps.double().mean(dim=2)
     by_trajectory = weigh(maps, over="trajectory").double().mean(dim=2)
@@ -130,7 +130,7 @@ def test_a_trajectory_gives_steps_their_own_mass_and_a_step_none() -> None:
     torch.testing.assert_close(by_step, torch.ones_like(by_step), rtol=1e-5, atol=0)
 
 
-def test_steps_are_allocated_one_by_one_as_samples_are() -> None:
+def test_steps_are_allocated_independently_like_samples() -> None:
     maps = torch.rand(2, 3, 40)
     assert torch.equal(weigh(maps).flatten(0, 1), weigh(maps.flatten(0, 1)))
 
@@ -138,7 +138,7 @@ def test_steps_are_allocated_one_by_one_as_samples_are() -> None:
 @pytest.mark.parametrize("bad", [0.0, torch.nan, torch.inf, -torch.inf, -1e-3], ids=str)
 @pytest.mark.parametrize("everywhere", [True, False])
 @pytest.mark.parametrize("cap", [None, 2.0])
-def test_a_degenerate_map_gives_ones_and_reaches_no_other_sample(
+def test_a_degenerate_map_gives_ones_and_does_not_affect_other_samples(
     bad: float, everywhere: bool, cap: float | None
 ) -> None:
     maps = torch.rand(3, 50)
@@ -149,7 +149,7 @@ def test_a_degenerate_map_gives_ones_and_reaches_no_other_sample(
     assert torch.equal(weights[[0, 2]], clean[[0, 2]])
 
 
-def test_a_degenerate_step_costs_a_trajectory_its_allocation_but_a_step_only_itself() -> None:
+def test_a_degenerate_step_gives_ones_to_its_whole_trajectory_or_only_to_itself() -> None:
     maps = torch.rand(2, 3, 20)
     maps[0, 1, 4] = torch.nan
     assert torch.equal(weigh(maps, over="trajectory")[0], torch.ones(3, 20))
@@ -158,35 +158,34 @@ def test_a_degenerate_step_costs_a_trajectory_its_allocation_but_a_step_only_its
 
 
 @pytest.mark.parametrize("cap", [1.001, 1.5, 2.0, 7.9, 8.0, 9.0, 1e6])
-@pytest.mark.parametrize("spread", ["one", "two", "few", "all"])
-def test_a_cap_is_kept_with_mean_one(spread: str, cap: float) -> None:
+@pytest.mark.parametrize("positive", ["one", "two", "few", "all"])
+def test_capped_weights_have_mean_one(positive: str, cap: float) -> None:
     maps = torch.zeros(1, 8)
-    maps[0, : {"one": 1, "two": 2, "few": 5, "all": 8}[spread]] = torch.tensor([64.0, 16, 4, 2, 1, 1, 1, 1])[
-        : {"one": 1, "two": 2, "few": 5, "all": 8}[spread]
-    ]
+    count = {"one": 1, "two": 2, "few": 5, "all": 8}[positive]
+    maps[0, :count] = torch.tensor([64.0, 16, 4, 2, 1, 1, 1, 1])[:count]
     weights = weigh(maps, cap=cap)
     assert float(weights.max()) <= cap * (1 + 1e-6)
     torch.testing.assert_close(weights.mean(), torch.tensor(1.0), rtol=1e-6, atol=0)
     below = weights[(weights < cap * (1 - 1e-6)) & (maps > 0)]
     share = below / maps[(weights < cap * (1 - 1e-6)) & (maps > 0)]
-    if len(share):  # what the cap takes goes to the others in proportion
+    if len(share):  # the excess is redistributed in proportion
         torch.testing.assert_close(share, share[:1].expand_as(share), rtol=1e-5, atol=0)
 
 
-def test_all_mass_on_one_position_leaves_the_rest_to_equal_parts() -> None:
+def test_the_excess_is_spread_evenly_over_zeros() -> None:
     maps = torch.zeros(1, 5)
     maps[0, 3] = 0.2
     torch.testing.assert_close(weigh(maps, cap=3.0), torch.tensor([[0.5, 0.5, 0.5, 3.0, 0.5]]))
 
 
 @pytest.mark.parametrize("cap", [1.01, 2.0])
-def test_a_cap_is_kept_where_weights_are_of_every_size(cap: float) -> None:
+def test_a_cap_is_respected_by_weights_of_every_magnitude(cap: float) -> None:
     maps = torch.logspace(0, -44, 24)[None]
     weights = weigh(maps, cap=cap)
     assert float(weights.min()) >= 0
     assert float(weights.max()) <= cap
     assert float(weights.mean()) == pytest.approx(1, rel=1e-6)
-    below = (weights < cap * (1 - 1e-6)) & (maps > 1e-37)  # those under it have few digits
+    below = (weights < cap * (1 - 1e-6)) & (maps > 1e-37)  # smaller values have few digits
     ratio = weights[below] / maps[below]
     if len(ratio):
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-5, atol=0)
@@ -194,7 +193,7 @@ def test_a_cap_is_kept_where_weights_are_of_every_size(cap: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_cap_that_the_dtype_rounds_is_kept_where_all_mass_is_at_it(dtype: torch.dtype) -> None:
+def test_a_cap_that_the_dtype_rounds_is_respected_if_all_mass_is_at_it(dtype: torch.dtype) -> None:
     maps = torch.zeros(1, 15, dtype=dtype)
     maps[0, 0] = 1.0
     weights = weigh(maps, cap=1.01)
@@ -208,7 +207,7 @@ def test_a_cap_that_nothing_reaches_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_narrow_maps_give_float32_weights(dtype: torch.dtype) -> None:
+def test_half_precision_maps_give_float32_weights(dtype: torch.dtype) -> None:
     maps = torch.rand(2, 4096).to(dtype)
     weights = weigh(maps)
     assert weights.dtype == torch.float32
@@ -216,51 +215,51 @@ def test_narrow_maps_give_float32_weights(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
-@pytest.mark.parametrize("groups", [(), (4,)], ids=str)
-def test_a_signal_gives_steps_their_shares_and_maps_the_positions_in_them(
-    groups: tuple[int, ...], cap: float | None
+@pytest.mark.parametrize("phrases", [(), (4,)], ids=str)
+def test_a_signal_determines_the_share_of_steps_and_maps_that_of_positions(
+    phrases: tuple[int, ...], cap: float | None
 ) -> None:
-    maps, signal = torch.rand(2, 3, *groups, 25) ** 2, torch.rand(2, 3, *groups) + 0.5
+    maps, signal = torch.rand(2, 3, *phrases, 25) ** 2, torch.rand(2, 3, *phrases) + 0.5
     found = weigh(maps, over="trajectory", step_signal=signal, cap=cap, strength=0.5)
     assert found.shape == maps.shape
-    torch.testing.assert_close(found.mean(dim=(1, -1)), torch.ones(2, *groups))
+    torch.testing.assert_close(found.mean(dim=(1, -1)), torch.ones(2, *phrases))
     expected = maps / maps.mean(dim=-1, keepdim=True) * (signal / signal.mean(dim=1, keepdim=True))[..., None]
     if cap is None:
         torch.testing.assert_close(found, 0.5 + 0.5 * expected)
     else:
         assert float(found.max()) <= cap * (1 + 1e-6)
-    if groups:
+    if phrases:
         shared = weigh(maps, over="trajectory", step_signal=signal[:, :, 0], cap=cap)
-        alone = [weigh(maps[:, :, g], over="trajectory", step_signal=signal[:, :, 0], cap=cap) for g in range(*groups)]
+        alone = [weigh(maps[:, :, g], over="trajectory", step_signal=signal[:, :, 0], cap=cap) for g in range(*phrases)]
         torch.testing.assert_close(shared, torch.stack(alone, dim=2))
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, torch.nan, torch.inf])
-def test_a_degenerate_signal_leaves_the_steps_alike_and_reaches_no_other_sample(bad: float) -> None:
+def test_a_degenerate_signal_gives_equal_shares_and_does_not_affect_other_samples(bad: float) -> None:
     maps, signal = torch.rand(3, 4, 20), torch.rand(3, 4)
     expected = weigh(maps, over="trajectory", step_signal=signal)
     signal[1] = torch.tensor([bad, 0, 0, 0])
     found = weigh(maps, over="trajectory", step_signal=signal)
     torch.testing.assert_close(found[1], weigh(maps)[1])
     assert torch.equal(found[[0, 2]], expected[[0, 2]])
-    maps[0, 2] = 0  # a step without a map is even, at its share
+    maps[0, 2] = 0  # a step with a degenerate map has uniform weights equal to its share
     torch.testing.assert_close(
         weigh(maps, over="trajectory", step_signal=signal)[0, 2], (signal[0, 2] / signal[0].mean()).expand(20)
     )
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e38])
-def test_tiny_and_huge_signals_are_in_proportion(scale: float) -> None:
+def test_tiny_and_huge_signals_give_proportional_shares(scale: float) -> None:
     found = weigh(torch.ones(1, 2, 5), over="trajectory", step_signal=torch.tensor([[1.0, 3.0]]) * scale)
     torch.testing.assert_close(found[0, :, 0], torch.tensor([0.5, 1.5]))
 
 
-def test_change_is_the_share_of_a_map_that_moves() -> None:
+def test_total_variation_is_the_share_of_a_map_that_moves() -> None:
     maps = torch.tensor([[[4.0, 0, 0, 0], [1, 1, 1, 1], [0, 2, 2, 0], [0, 0, 0, 0]]])
     following = torch.tensor([[[0.0, 0, 1, 0], [3, 3, 3, 3], [0, 0, 8, 8], [1, 0, 0, 0]]])
     torch.testing.assert_close(total_variation(maps, following, layout="bsp"), torch.tensor([[1.0, 0.0, 0.5, 0.0]]))
-    grouped = total_variation(*(m.unsqueeze(2).expand(1, 4, 3, 4) for m in (maps, following)), layout="bsgp")
-    torch.testing.assert_close(grouped, torch.tensor([1.0, 0.0, 0.5, 0.0])[None, :, None].expand(1, 4, 3))
+    of_phrases = total_variation(*(m.unsqueeze(2).expand(1, 4, 3, 4) for m in (maps, following)), layout="bsgp")
+    torch.testing.assert_close(of_phrases, torch.tensor([1.0, 0.0, 0.5, 0.0])[None, :, None].expand(1, 4, 3))
     assert total_variation(maps.half(), following.double(), layout="bsp").dtype == torch.float64
     following[0, 2, 3] = torch.nan
     assert total_variation(maps, following, layout="bsp")[0].tolist() == [1.0, 0.0, 0.0, 0.0]
@@ -270,7 +269,11 @@ def test_change_is_the_share_of_a_map_that_moves() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"over": "step"}, ValueError, "step_signal must be None unless over='trajectory', got it with over='step'"),
+        (
+            {"over": "step"},
+            ValueError,
+            "step_signal must be None unless over='trajectory', got a signal with over='step'",
+        ),
         ({"step_signal": torch.ones(2, 4)}, ValueError, r"step_signal must have shape \[2, 3\] for .* got \[2, 4\]"),
         ({"step_signal": [1.0]}, TypeError, "step_signal must be a floating-point tensor, got list"),
         (
@@ -285,12 +288,12 @@ def test_a_bad_signal_is_named(options: dict, error: type, message: str) -> None
         weigh(torch.ones(2, 3, 5), **{"over": "trajectory", "step_signal": torch.ones(2, 3), **options})
 
 
-def test_maps_of_which_the_change_has_no_meaning_are_named() -> None:
+def test_bad_maps_for_total_variation_are_named() -> None:
     with pytest.raises(ValueError, match=r"following must have the shape of maps, \[2, 3, 5\], got \[2, 4, 5\]"):
         total_variation(torch.ones(2, 3, 5), torch.ones(2, 4, 5), layout="bsp")
-    with pytest.raises(ValueError, match=r"layout must be given where maps have shape \[2, 3, 5\]: one of 'bsp'$"):
+    with pytest.raises(ValueError, match=r"layout must be given for maps of shape \[2, 3, 5\]: one of 'bsp'$"):
         total_variation(torch.ones(2, 3, 5), torch.ones(2, 3, 5))
-    with pytest.raises(ValueError, match="layout must be given where maps have shape"):
+    with pytest.raises(ValueError, match="layout must be given for maps of shape"):
         total_variation(torch.ones(2, 5), torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"layout must be one of 'bsp', 'bsgp', .* got 'bhw'"):
         total_variation(torch.ones(2, 3, 5), torch.ones(2, 3, 5), layout="bhw")
@@ -302,7 +305,7 @@ def test_maps_of_which_the_change_has_no_meaning_are_named() -> None:
 
 @pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("layout", [known for known in LAYOUTS_OF_ALLOCATE if known != "bp"])
-def test_a_layout_is_the_maps_with_their_positions_flat(layout: str, cap: float | None) -> None:
+def test_a_grid_gives_the_weights_of_its_flattened_positions(layout: str, cap: float | None) -> None:
     lengths = {"b": 2, "s": 3, "g": 2, "p": 20, "f": 2, "h": 4, "w": 5}
     maps = torch.rand([lengths[letter] for letter in layout]) ** 3
     rows = maps.view(-1, maps[(0,) * len(layout.rstrip("pfhw"))].numel())  # every map by itself
@@ -321,8 +324,8 @@ def test_a_layout_is_the_maps_with_their_positions_flat(layout: str, cap: float 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 8, 8), r"where maps have shape \[2, 8, 8\]: one of 'bgp', 'bsp', 'bhw'"),
-        ((2, 3, 8, 8), r"where maps have shape \[2, 3, 8, 8\]: one of 'bsgp', 'bghw', 'bshw', 'bfhw'"),
+        ((2, 8, 8), r"for maps of shape \[2, 8, 8\]: one of 'bgp', 'bsp', 'bhw'"),
+        ((2, 3, 8, 8), r"for maps of shape \[2, 3, 8, 8\]: one of 'bsgp', 'bghw', 'bshw', 'bfhw'"),
     ],
 )
 def test_maps_of_more_than_two_dimensions_need_a_layout(shape: tuple[int, ...], message: str) -> None:
@@ -339,18 +342,18 @@ def test_weights_are_detached() -> None:
     [
         ([[1.0]], {}, TypeError, "maps must be a floating-point tensor, got list"),
         (torch.ones(2, 3, dtype=torch.int64), {}, TypeError, "maps must be a floating-point tensor, got torch.int64"),
-        (torch.ones(3), {}, ValueError, r"layout must be given where maps have shape \[3\]"),
+        (torch.ones(3), {}, ValueError, r"layout must be given for maps of shape \[3\]"),
         (torch.ones(2, 0), {}, ValueError, r"maps must have shape \[B, P\] .*none of them 0, got \[2, 0\]"),
         (torch.ones(2, 3), {"layout": "bhw"}, ValueError, r"maps must have shape \[B, h, w\] .*got \[2, 3\]"),
         (torch.ones(2, 3), {"layout": "hw"}, ValueError, "layout must be one of 'bp', .* got 'hw'"),
         (torch.ones(2, 3), {"layout": 3}, ValueError, "layout must be one of 'bp', .* got 3"),
         (torch.ones(2, 3).to_sparse(), {}, TypeError, r"maps must be a dense tensor .* got torch\.sparse_coo"),
-        (torch.ones(2, 3), {"over": "trajectory"}, ValueError, "layout must have steps, .* got 'bp'"),
-        (torch.ones(2, 3, 4), {"over": "trajectory", "layout": "bgp"}, ValueError, "must have steps, .* got 'bgp'"),
+        (torch.ones(2, 3), {"over": "trajectory"}, ValueError, "layout must include steps, .* got 'bp'"),
+        (torch.ones(2, 3, 4), {"over": "trajectory", "layout": "bgp"}, ValueError, "must include steps, .* got 'bgp'"),
         (torch.ones(2, 3), {"over": "space"}, ValueError, "over must be 'step' or 'trajectory', got 'space'"),
-        (torch.ones(2, 3), {"strength": -0.1}, ValueError, "strength must lie between 0 and 1, got -0.1"),
-        (torch.ones(2, 3), {"strength": 1.1}, ValueError, "strength must lie between 0 and 1, got 1.1"),
-        (torch.ones(2, 3), {"strength": torch.nan}, ValueError, "strength must lie between 0 and 1, got nan"),
+        (torch.ones(2, 3), {"strength": -0.1}, ValueError, "strength must be between 0 and 1, got -0.1"),
+        (torch.ones(2, 3), {"strength": 1.1}, ValueError, "strength must be between 0 and 1, got 1.1"),
+        (torch.ones(2, 3), {"strength": torch.nan}, ValueError, "strength must be between 0 and 1, got nan"),
         (torch.ones(2, 3), {"strength": "all"}, TypeError, "strength must be a number, got 'all'"),
         (torch.ones(2, 3), {"cap": "none"}, TypeError, "cap must be a number, got 'none'"),
         (torch.ones(2, 3), {"cap": 1.0}, ValueError, "cap must be finite and above 1, got 1.0"),

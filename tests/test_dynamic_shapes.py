@@ -1,4 +1,4 @@
-"""Every public function inside torch.compile, with shapes that may change: one graph, and the results of the call."""
+"""Every public function under torch.compile with dynamic shapes: one graph, with the results of the eager call."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def nft(output: Tensor, backend: str) -> Tensor:
     return weighted_nft_loss(output, *given, weights=t["weights"], mask=t["mask"], backend=backend).loss
 
 
-def groups(output: Tensor) -> Tensor:
+def phrases(output: Tensor) -> Tensor:
     advantages, weights = (torch.stack([t[name]] * 2, dim=1) for name in ("advantages", "weights"))
     given = (output, t["sample"], t["prev_sample"], t["old_log_prob"], advantages, TRANSITION)
     return weighted_policy_loss(*given, weights=weights).loss
@@ -69,7 +69,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "from_positions": (lambda q: attention(q, q, q, TokenSelection.from_positions([[1], [2, 3]])).maps, (QKV[0],)),
     "weighted_policy_loss": (lambda x, c: policy(x, c, "auto"), (t["model_output"], TRANSITION)),
     "weighted_policy_loss, naive": (lambda x, c: policy(x, c, "naive"), (t["model_output"], TRANSITION)),
-    "weighted_policy_loss, groups": (groups, (t["model_output"],)),
+    "weighted_policy_loss, phrases": (phrases, (t["model_output"],)),
     "weighted_policy_loss of a step": (
         lambda x, sigma: policy(x, flow_sde(sigma, 0.5, sigma_max=0.95), "auto"), (t["model_output"], SIGMA)
     ),
@@ -93,7 +93,7 @@ def flat(results: Any) -> list[Tensor]:
     return [r for r in (results if isinstance(results, tuple) else (results,)) if r is not None]
 
 
-@pytest.mark.filterwarnings("ignore")  # Dynamo's own
+@pytest.mark.filterwarnings("ignore")  # of Dynamo
 @pytest.mark.parametrize("name", CASES)
 def test_a_function_is_one_graph_with_dynamic_shapes(name: str) -> None:
     function, arguments = CASES[name]
@@ -104,7 +104,7 @@ def test_a_function_is_one_graph_with_dynamic_shapes(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_one_graph_of_attention_serves_every_length() -> None:
+def test_attention_has_one_graph_for_all_lengths() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(_attention_and_maps, fullgraph=True, dynamic=True, backend=counter)
@@ -120,7 +120,7 @@ def _attention_and_maps(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_noise_is_drawn_in_a_graph_as_outside_of_it() -> None:
+def test_noise_in_a_graph_equals_eager_noise() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(sample_transition, fullgraph=True, dynamic=True, backend="eager")
     found = []
@@ -130,4 +130,4 @@ def test_noise_is_drawn_in_a_graph_as_outside_of_it() -> None:
     assert torch.equal(*found)
     torch.manual_seed(3)
     drawn = sample_transition(t["model_output"], t["sample"], TRANSITION, noise=torch.randn(2, 4, 3, 4))[0]
-    assert torch.equal(drawn, found[0])  # as torch.randn draws
+    assert torch.equal(drawn, found[0])  # the noise of torch.randn

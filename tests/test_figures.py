@@ -1,4 +1,4 @@
-"""Pictures of maps and weights: a pattern shows up where it is, on scales that compare what should be compared."""
+"""Figures of maps and weights: patterns are drawn at their place, on the documented scales."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPOT[1:3, 8:11] = 1.0  # above and right of the middle
 
 
 def drawn(figure: Figure, axis: int = 0) -> np.ndarray:
-    """What stands in one of a figure's panels, as RGB, cut out of the rendered file."""
+    """The content of a panel of a figure as RGB, cropped from the rendered file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
     pixels = np.asarray(Image.open(buffer).convert("RGB")).astype(float)
@@ -36,27 +36,27 @@ def drawn(figure: Figure, axis: int = 0) -> np.ndarray:
 
 
 def yellow(pixels: np.ndarray) -> np.ndarray:
-    """Where cividis is at its top: much red and green, little blue."""
+    """Pixels with the brightest colours of cividis: much red and green, little blue."""
     return (pixels[..., 0] - pixels[..., 2] > 80) & (pixels[..., 1] > 150)
 
 
 def centre(mask: np.ndarray) -> tuple[float, float]:
-    """Row and column of the middle of what is true, as shares of the picture."""
+    """Row and column of the centre of the mask, as fractions of its size."""
     rows, columns = np.nonzero(mask)
     return float(rows.mean() / mask.shape[0]), float(columns.mean() / mask.shape[1])
 
 
-def test_a_pattern_shows_up_where_it_is() -> None:
+def test_a_pattern_is_drawn_at_its_place() -> None:
     pixels = drawn(figures.overlay(IMAGE, SPOT, title="spot"))
     bright = yellow(pixels)
     assert centre(bright) == pytest.approx((2 / 8, 9.5 / 12), abs=0.03)
     assert bright.mean() == pytest.approx(6 / 96, abs=0.02)
     dark = pixels[~bright]
-    assert np.abs(dark - dark.mean(axis=1, keepdims=True)).mean() < 5  # elsewhere the picture, in grey
+    assert np.abs(dark - dark.mean(axis=1, keepdims=True)).mean() < 5  # elsewhere the image, in grey
 
 
 @pytest.mark.parametrize("kind", ["pil", "array", "float tensor", "byte tensor", "bfloat16 tensor"])
-def test_images_of_every_kind_give_the_same_picture(kind: str) -> None:
+def test_images_of_every_type_are_converted_alike(kind: str) -> None:
     pattern = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
     tensor = torch.from_numpy(pattern).permute(2, 0, 1)
     image = {
@@ -67,11 +67,11 @@ def test_images_of_every_kind_give_the_same_picture(kind: str) -> None:
         "bfloat16 tensor": (tensor / 255).bfloat16(),
     }[kind]
     tolerance = 1 if kind == "bfloat16 tensor" else 0
-    assert np.abs(figures.picture(image).astype(int) - pattern).max() <= tolerance
+    assert np.abs(figures.to_rgb(image).astype(int) - pattern).max() <= tolerance
 
 
-def test_a_picture_of_booleans_is_black_and_white() -> None:
-    assert set(figures.picture(torch.eye(4, dtype=torch.bool).expand(3, 4, 4)).flatten().tolist()) == {0, 255}
+def test_a_boolean_image_is_black_and_white() -> None:
+    assert set(figures.to_rgb(torch.eye(4, dtype=torch.bool).expand(3, 4, 4)).flatten().tolist()) == {0, 255}
 
 
 def test_the_panels_of_a_strip_share_one_scale() -> None:
@@ -83,49 +83,49 @@ def test_the_panels_of_a_strip_share_one_scale() -> None:
     assert [axis.get_title() for axis in figure.axes[:2]] == ["early", "late"]
 
 
-def test_phrases_have_scales_of_their_own_and_say_so() -> None:
+def test_each_phrase_has_its_own_scale_with_a_label() -> None:
     figure = figures.phrases(IMAGE, torch.stack([0.1 * SPOT, SPOT]), ["red bench", "green dog"])
     assert all(yellow(drawn(figure, i)).sum() > 20 for i in range(2))
     assert [axis.get_xlabel() for axis in figure.axes[:2]] == ["up to 0.1", "up to 1"]
 
 
-def test_a_difference_is_coloured_by_its_sign() -> None:
+def test_the_colour_of_a_difference_is_its_sign() -> None:
     figure = figures.difference(SPOT, SPOT.roll((4, -6), dims=(0, 1)), names=("base", "tuned"))
     pixels = drawn(figure, 2)
     purple = (pixels[..., 2] > pixels[..., 1] + 30) & (pixels[..., 2] > pixels[..., 0] + 10)
     orange = (pixels[..., 0] > pixels[..., 2] + 80) & (pixels[..., 1] < 120)
     assert centre(purple) == pytest.approx((6 / 8, 3.5 / 12), abs=0.03)  # where the second run has more
     assert centre(orange) == pytest.approx((2 / 8, 9.5 / 12), abs=0.03)
-    assert figure.axes[2].get_ylabel() == "tuned less base"
+    assert figure.axes[2].get_ylabel() == "tuned minus base"
 
 
-def test_weights_show_each_step_and_its_share() -> None:
+def test_weights_show_the_mean_weight_of_each_step() -> None:
     values = torch.stack([torch.full((4, 4), 0.5), torch.full((4, 4), 1.5)])
     figure = figures.weights(values, image=IMAGE, labels=["first", "second"])
     heights = [bar.get_height() for axis in figure.axes for bar in axis.patches]
     assert heights == pytest.approx([0.5, 1.5])
 
 
-def test_empty_and_spoilt_maps_are_drawn_dark() -> None:
-    spoilt = SPOT.clone()
-    spoilt[0, 0] = torch.nan
-    for values in (torch.zeros(4, 4), spoilt, torch.full((2, 2), torch.nan)):
+def test_empty_and_non_finite_maps_are_drawn_dark() -> None:
+    non_finite = SPOT.clone()
+    non_finite[0, 0] = torch.nan
+    for values in (torch.zeros(4, 4), non_finite, torch.full((2, 2), torch.nan)):
         drawn(figures.overlay(IMAGE, values))
     assert yellow(drawn(figures.overlay(IMAGE, torch.zeros(4, 4)))).sum() == 0
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of inf less inf, and of means
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # inf minus inf, and means
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_values_that_are_not_finite_spoil_no_picture(value: float, everywhere: bool) -> None:
-    spoilt = torch.full_like(SPOT[None], value) if everywhere else SPOT[None].clone()
-    spoilt[0, 0, 0] = value
+def test_non_finite_values_are_drawn(value: float, everywhere: bool) -> None:
+    non_finite = torch.full_like(SPOT[None], value) if everywhere else SPOT[None].clone()
+    non_finite[0, 0, 0] = value
     for figure in (
-        figures.strip(spoilt),
-        figures.phrases(IMAGE, spoilt, ["owl"]),
-        figures.difference(SPOT[None], spoilt),
-        figures.difference(spoilt, spoilt),
-        figures.weights(spoilt),
+        figures.strip(non_finite),
+        figures.phrases(IMAGE, non_finite, ["owl"]),
+        figures.difference(SPOT[None], non_finite),
+        figures.difference(non_finite, non_finite),
+        figures.weights(non_finite),
     ):
         drawn(figure)
 
@@ -136,7 +136,7 @@ def test_values_that_are_not_finite_spoil_no_picture(value: float, everywhere: b
         (lambda: figures.overlay(IMAGE, torch.zeros(2, 3, 4)), r"values must have shape \[h, w\].*got \[2, 3, 4\]"),
         (lambda: figures.strip(torch.zeros(3, 4)), r"maps must have shape \[N, h, w\].*got \[3, 4\]"),
         (lambda: figures.strip(torch.zeros(2, 3, 4), labels=["a"]), "labels must be 2 strings.*got"),
-        (lambda: figures.strip(torch.zeros(2, 3, 4), images=[IMAGE] * 3), "images must be one picture, or 2.*got 3"),
+        (lambda: figures.strip(torch.zeros(2, 3, 4), images=[IMAGE] * 3), "images must be one image or 2 .*got 3"),
         (lambda: figures.difference(torch.zeros(2, 3), torch.zeros(3, 3)), r"after must have the shape of before"),
         (lambda: figures.strip(torch.zeros(2, 3, 4), columns=0), "columns must be at least 1, got 0"),
         (lambda: figures.overlay(IMAGE, SPOT, top=-1.0), "top must be positive and finite, got -1"),
@@ -149,7 +149,7 @@ def test_bad_input_is_named(call: Callable[[], Any], message: str) -> None:
         call()
 
 
-def test_something_that_is_no_image_is_named() -> None:
+def test_an_unsupported_image_is_named() -> None:
     with pytest.raises(TypeError, match="image must be a PIL image"):
         figures.overlay(np.zeros((4, 4)), SPOT)
 
@@ -170,7 +170,7 @@ AWKWARD = [
 
 
 def figures_of(text: str) -> dict[str, Figure]:
-    """Every figure, with the text at every place that takes one."""
+    """Every kind of figure, with the text as every title, label and name."""
     maps = torch.stack([SPOT, 0.5 * SPOT])
     both = [text, text]
     return {
@@ -182,7 +182,7 @@ def figures_of(text: str) -> dict[str, Figure]:
     }
 
 
-def test_any_text_is_drawn_without_an_error_or_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_text_is_drawn_without_errors_or_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captions, "_warned", True)
     figure = figures.strip(SPOT.expand(len(AWKWARD), 8, 12), labels=AWKWARD, title="".join(AWKWARD), columns=6)
     with warnings.catch_warnings():
@@ -191,7 +191,7 @@ def test_any_text_is_drawn_without_an_error_or_a_warning(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("tex", [False, True])
-def test_a_text_with_dollar_signs_is_drawn_as_it_is(tex: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dollar_signs_are_drawn_literally(tex: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", tex)
     text = "$5_a$"
     for name, figure in figures_of(text).items():
@@ -200,7 +200,7 @@ def test_a_text_with_dollar_signs_is_drawn_as_it_is(tex: bool, monkeypatch: pyte
         assert not any(artist.get_parse_math() or artist.get_usetex() for artist in found)
 
 
-def test_characters_without_a_glyph_are_squares_and_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_without_a_glyph_are_squares_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captions, "_warned", False)
     with pytest.warns(UserWarning, match=r"no font of figures has a glyph for U\+732B") as warned:
         first = figures.overlay(IMAGE, SPOT, title="猫 cat")
@@ -211,7 +211,7 @@ def test_characters_without_a_glyph_are_squares_and_warned_of_once(monkeypatch: 
     assert first.axes[0].get_title() == "\u25a1 cat"
 
 
-def test_long_titles_are_cut_and_leave_room_for_the_picture() -> None:
+def test_long_titles_are_shortened_and_leave_room_for_the_panels() -> None:
     figure = figures.strip(torch.stack([SPOT, SPOT]), title="very " * 500)
     lines = figure.get_suptitle().splitlines()
     assert len(lines) == 4
@@ -221,6 +221,6 @@ def test_long_titles_are_cut_and_leave_room_for_the_picture() -> None:
     assert figure.axes[0].get_window_extent().height > 0.3 * figure.bbox.height
 
 
-def test_labels_that_are_no_strings_are_named() -> None:
+def test_labels_that_are_not_strings_are_named() -> None:
     with pytest.raises(ValueError, match=r"labels must be 2 strings.*got \[1, 2\]"):
         figures.strip(torch.zeros(2, 3, 4), labels=[1, 2])

@@ -1,4 +1,4 @@
-"""Which tokens a selection holds, however it is made, and what it refuses."""
+"""Token selections from positions and masks, and the values that they reject."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MANY = settings(max_examples=60, deadline=None)
 
 
 def per_key(selection: TokenSelection, length: int) -> torch.Tensor:
-    """The weight of each position of a sequence, [B, G, S]: what a selection means."""
+    """The weight of each position of a sequence, [B, G, S]."""
     dense = torch.zeros(selection.batch, selection.phrases, length)
     for b in range(selection.batch):
         for t in range(selection.tokens):
@@ -26,7 +26,7 @@ def per_key(selection: TokenSelection, length: int) -> torch.Tensor:
     return dense
 
 
-def test_positions_of_one_group() -> None:
+def test_positions_of_one_phrase() -> None:
     selection = TokenSelection.from_positions([[1029, 1030], [1101]])
     assert (selection.batch, selection.phrases, selection.tokens) == (2, 1, 2)
     assert selection.index.tolist() == [[1029, 1030], [1101, -1]]
@@ -36,14 +36,14 @@ def test_positions_of_one_group() -> None:
     assert (selection.first, selection.last) == (1029, 1101)
 
 
-class Place:
-    """An integer of some other library."""
+class Integer:
+    """An integer type of another library."""
 
-    def __init__(self, place: int) -> None:
-        self.place = place
+    def __init__(self, value: int) -> None:
+        self.value = value
 
     def __index__(self) -> int:
-        return self.place
+        return self.value
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ class Place:
         torch.tensor([[3, 4]]),
         [torch.tensor([3, 4], dtype=torch.int16)],
         [[torch.tensor(3), 4]],
-        [[Place(3), Place(4)]],
+        [[Integer(3), Integer(4)]],
         [[[np.int64(3)], torch.tensor([4])]],
         [np.array([[3], [4]])],
         torch.tensor([[[3], [4]]]),
     ],
 )
-def test_whatever_is_an_integer_is_a_position(positions: Any) -> None:
+def test_any_integer_type_is_a_position(positions: Any) -> None:
     selection = TokenSelection.from_positions(positions)
     assert selection.index.tolist() == [[3, 4]]
     assert selection.weight.sum() == 2
@@ -82,7 +82,7 @@ def test_the_default_dtype_and_device_do_not_matter(dtype: torch.dtype) -> None:
     assert selection.weight.tolist() == [[[1, 1]], [[1, 0]]]
 
 
-def test_positions_of_several_groups_share_the_slots() -> None:
+def test_positions_of_several_phrases_share_the_slots() -> None:
     selection = TokenSelection.from_positions([[[1029], [1030]], [[1101], []]])
     assert (selection.batch, selection.phrases) == (2, 2)
     dense = per_key(selection, 1200)
@@ -90,31 +90,31 @@ def test_positions_of_several_groups_share_the_slots() -> None:
 
 
 @pytest.mark.parametrize("positions", [[[]], [[], []], [[[], []]], [[[], []], [[], [3]]]])
-def test_empty_groups_and_sequences_are_allowed(positions: list) -> None:
+def test_empty_phrases_and_sequences_are_allowed(positions: list) -> None:
     selection = TokenSelection.from_positions(positions)
     assert selection.tokens >= 1
-    assert int(per_key(selection, 5).sum()) == sum(len(g) for row in positions for g in row if isinstance(g, list))
+    assert int(per_key(selection, 5).sum()) == sum(
+        len(g) for sequence in positions for g in sequence if isinstance(g, list)
+    )
 
 
-groups_of = st.lists(st.integers(0, 30), max_size=5)
+phrase = st.lists(st.integers(0, 30), max_size=5)
 
 
 @MANY
-@given(
-    st.integers(1, 3).flatmap(lambda g: st.lists(st.lists(groups_of, min_size=g, max_size=g), min_size=1, max_size=4))
-)
-def test_positions_become_one_weight_for_each_mention(positions: list[list[list[int]]]) -> None:
+@given(st.integers(1, 3).flatmap(lambda g: st.lists(st.lists(phrase, min_size=g, max_size=g), min_size=1, max_size=4)))
+def test_each_listed_position_adds_a_weight_of_one(positions: list[list[list[int]]]) -> None:
     dense = per_key(TokenSelection.from_positions(positions), 31)
-    for b, row in enumerate(positions):
-        for g, group in enumerate(row):
-            assert dense[b, g].tolist() == [float(group.count(p)) for p in range(31)]
+    for b, sequence in enumerate(positions):
+        for g, listed in enumerate(sequence):
+            assert dense[b, g].tolist() == [float(listed.count(p)) for p in range(31)]
 
 
 @MANY
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 20), st.integers(0, 1000), st.booleans())
-def test_a_mask_becomes_its_own_weights(batch: int, groups: int, length: int, seed: int, boolean: bool) -> None:
+def test_a_mask_becomes_the_weights(batch: int, phrases: int, length: int, seed: int, boolean: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(batch, groups, length, generator=generator)
+    mask = torch.rand(batch, phrases, length, generator=generator)
     mask = mask < 0.3 if boolean else mask * (mask < 0.4)
     selection = TokenSelection.from_mask(mask)
     assert torch.equal(per_key(selection, length), mask.float())
@@ -130,7 +130,7 @@ def test_an_empty_mask_selects_nothing() -> None:
 
 @MANY
 @given(st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=3), st.integers(0, 50))
-def test_shift_moves_used_slots_alone(positions: list[list[int]], offset: int) -> None:
+def test_shift_moves_only_used_slots(positions: list[list[int]], offset: int) -> None:
     moved = TokenSelection.from_positions(positions).shift(offset)
     assert torch.equal(per_key(moved, 60), per_key(TokenSelection.from_positions(positions), 60).roll(offset, 2))
     assert torch.equal(moved.index == -1, TokenSelection.from_positions(positions).index == -1)
@@ -140,7 +140,7 @@ def test_shift_moves_used_slots_alone(positions: list[list[int]], offset: int) -
     assert torch.equal(back.index, TokenSelection.from_positions(positions).index)
 
 
-def test_moving_keeps_the_selection() -> None:
+def test_to_and_shift_keep_the_other_fields() -> None:
     selection = replace(TokenSelection.from_positions([[3, 5], [7]]), text=(2, 9))
     moved = selection.to("cpu")
     assert (moved.first, moved.last, moved.text) == (3, 7, (2, 9))
@@ -175,10 +175,10 @@ WEIGHT = torch.ones(1, 1, 2)
         (INDEX, torch.ones(1, 0, 2), ValueError, r"weight must have shape .*got \[1, 0, 2\]"),
         (INDEX, torch.ones(1, 1, 3), ValueError, r"weight must have shape .*got \[1, 1, 3\]"),
         (INDEX, WEIGHT.to("meta"), ValueError, "weight must be on the device of index, cpu, got meta"),
-        (INDEX - 1, WEIGHT, ValueError, "index must hold positions of at least 0, or -1 .*got -2"),
-        (INDEX, -WEIGHT, ValueError, "weight must be finite and not negative, got -1.0"),
-        (INDEX, WEIGHT * torch.nan, ValueError, "weight must be finite and not negative, got nan"),
-        (INDEX, WEIGHT * torch.inf, ValueError, "weight must be finite and not negative, got inf"),
+        (INDEX - 1, WEIGHT, ValueError, "index must be at least 0, or -1 .*got -2"),
+        (INDEX, -WEIGHT, ValueError, "weight must be finite and non-negative, got -1.0"),
+        (INDEX, WEIGHT * torch.nan, ValueError, "weight must be finite and non-negative, got nan"),
+        (INDEX, WEIGHT * torch.inf, ValueError, "weight must be finite and non-negative, got inf"),
     ],
 )
 def test_bad_fields_are_named(index: Any, weight: Any, error: type, message: str) -> None:
@@ -196,18 +196,21 @@ def test_bad_fields_are_named(index: Any, weight: Any, error: type, message: str
         (torch.ones(2), r"positions\[0\] must be a list of token positions or of such lists, got 1.0"),
         ([3], r"positions\[0\] must be a list of token positions or of such lists, got 3"),
         ([[1], b"ab"], r"positions\[1\] must be a list of token positions or of such lists, got b'ab'"),
-        ([[3.0]], r"positions\[0\] must hold token positions of at least 0, got 3.0"),
-        ([[np.float64(3)]], r"positions\[0\] must hold token positions of at least 0, got 3.0"),
-        (torch.tensor([[3.0]]), r"positions\[0\] must hold token positions of at least 0, got 3.0"),
-        (np.array([[True]]), r"positions\[0\] must hold token positions of at least 0, got True"),
-        ([[torch.tensor(True)]], r"positions\[0\] must hold token positions of at least 0, got True"),
-        (torch.tensor([[1, -1]]), r"positions\[0\] must hold token positions of at least 0, got \[1, -1\]"),
-        ([["3"]], r"positions\[0\] must hold token positions of at least 0, got '3'"),
-        ([[1, -1]], r"positions\[0\] must hold token positions of at least 0, got \[1, -1\]"),
-        ([[1], [[1], [2]]], r"positions must give every sequence the same number of groups.*1.*positions\[1\] has 2"),
-        ([[[1], 2]], r"positions\[0\] must hold token positions"),
-        ([[1.5]], r"positions\[0\] must hold token positions"),
-        ([[True]], r"positions\[0\] must hold token positions"),
+        ([[3.0]], r"positions\[0\] must be token positions between 0 and 2\^31 - 1, got 3.0"),
+        ([[np.float64(3)]], r"positions\[0\] must be token positions between 0 and 2\^31 - 1, got 3.0"),
+        (torch.tensor([[3.0]]), r"positions\[0\] must be token positions between 0 and 2\^31 - 1, got 3.0"),
+        (np.array([[True]]), r"positions\[0\] must be token positions between 0 and 2\^31 - 1, got True"),
+        ([[torch.tensor(True)]], r"positions\[0\] must be token positions between 0 and 2\^31 - 1, got True"),
+        (torch.tensor([[1, -1]]), r"positions\[0\] must be token positions between 0 and 2\^31 - 1, got \[1, -1\]"),
+        ([["3"]], r"positions\[0\] must be token positions between 0 and 2\^31 - 1, got '3'"),
+        ([[1, -1]], r"positions\[0\] must be token positions between 0 and 2\^31 - 1, got \[1, -1\]"),
+        (
+            [[1], [[1], [2]]],
+            r"positions must have the same number of phrases for every seq.*1.*positions\[1\] has 2",
+        ),
+        ([[[1], 2]], r"positions\[0\] must be token positions"),
+        ([[1.5]], r"positions\[0\] must be token positions"),
+        ([[True]], r"positions\[0\] must be token positions"),
     ],
 )
 def test_bad_positions_are_named(positions: Any, message: str) -> None:
@@ -216,7 +219,7 @@ def test_bad_positions_are_named(positions: Any, message: str) -> None:
 
 
 def test_a_position_beyond_32_bits_is_named() -> None:
-    with pytest.raises(ValueError, match="position"):
+    with pytest.raises(ValueError, match="between 0 and"):
         TokenSelection.from_positions([[2**40]])
 
 
@@ -232,8 +235,8 @@ def test_a_position_beyond_32_bits_is_named() -> None:
         (torch.ones(3), ValueError, r"mask must have shape \[B, S\] or \[B, G, S\].*got \[3\]"),
         (torch.ones(2, 0), ValueError, r"mask must have shape .*got \[2, 0\]"),
         (torch.ones(1, 1, 1, 1), ValueError, r"mask must have shape .*got \[1, 1, 1, 1\]"),
-        (-torch.ones(1, 2), ValueError, "weight must be finite and not negative, got -1.0"),
-        (torch.full((1, 2), torch.nan), ValueError, "weight must be finite and not negative, got nan"),
+        (-torch.ones(1, 2), ValueError, "weight must be finite and non-negative, got -1.0"),
+        (torch.full((1, 2), torch.nan), ValueError, "weight must be finite and non-negative, got nan"),
     ],
 )
 def test_bad_masks_are_named(mask: Any, error: type, message: str) -> None:
@@ -242,12 +245,12 @@ def test_bad_masks_are_named(mask: Any, error: type, message: str) -> None:
 
 
 @pytest.mark.parametrize("text", [3, [1, 2], (1,), (None, 2), (-1, 2), (1, 2.5)])
-def test_a_bad_place_of_the_text_is_named(text: Any) -> None:
+def test_a_bad_text_field_is_named(text: Any) -> None:
     selection = TokenSelection.from_positions([[3]])
-    with pytest.raises(TypeError, match=r"text must be \(start, length\), integers of at least 0"):
+    with pytest.raises(TypeError, match=r"text must be a tuple \(start, length\) of integers of at least 0"):
         replace(selection, text=text)
 
 
 def test_a_shift_below_zero_is_named() -> None:
-    with pytest.raises(ValueError, match="offset must leave every position at 0 or more, got -3"):
+    with pytest.raises(ValueError, match="offset must be at least -2, so that no position is negative, got -3"):
         TokenSelection.from_positions([[2, 5]]).shift(-3)

@@ -1,4 +1,4 @@
-"""A warning shows the line of the caller, not one of the library."""
+"""Warnings point to the line of the caller, not to a line of the library."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_missing_library_is_told_at_the_callers_line(name: str, nothing_compiled: None) -> None:
+def test_the_warning_about_the_missing_library_points_to_the_caller(name: str, nothing_compiled: None) -> None:
     with pytest.warns(UserWarning, match="star_kernels runs on PyTorch alone") as caught:
         CALLS[name]()
     assert [warning.filename for warning in caught] == [__file__]
 
 
-def test_a_gpu_without_kernels_is_told_at_the_callers_line(nothing_compiled: None) -> None:
+def test_the_warning_about_missing_gpu_kernels_points_to_the_caller(nothing_compiled: None) -> None:
     with FakeTensorMode():
         latent, numbers = torch.empty(2, 4, 3, 4, device="cuda"), torch.empty(2, device="cuda")
         with pytest.warns(UserWarning, match="runs the policy loss in plain PyTorch") as caught:
@@ -58,7 +58,7 @@ def test_a_gpu_without_kernels_is_told_at_the_callers_line(nothing_compiled: Non
     assert [warning.filename for warning in caught] == [__file__]
 
 
-def test_attention_by_its_definition_is_told_at_the_callers_line() -> None:
+def test_the_warning_about_naive_attention_points_to_the_caller() -> None:
     query = torch.empty(2, 2, 5, 7, device="meta")
     with pytest.warns(UserWarning, match="materialises all probabilities") as caught:
         attention(query, query, query, SELECTION.to("meta"))

@@ -161,7 +161,7 @@ def grid(images: list[Tensor], titles: list[str]) -> Figure:
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
-        axis.imshow(figures.picture(image), interpolation="nearest")
+        axis.imshow(figures.to_rgb(image), interpolation="nearest")
         axis.set_title(caption(title, 24), fontsize=7, **LITERAL)
     return figure
 

@@ -124,7 +124,7 @@ def select(
     selection, names = select_tokens(
         cores,
         regions,
-        groups="all" if allocation.credit == "image" else "phrase",
+        per_phrase=allocation.credit != "image",
         image_tokens=(shape[1] // patch) * (shape[2] // patch),
     )
     if allocation.credit != "image":

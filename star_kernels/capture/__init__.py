@@ -1,6 +1,6 @@
-"""Attention maps of a diffusers model, taken from the forward pass that runs anyway.
+"""Attention maps of a diffusers model, computed within its regular forward passes.
 
-Each model family is one file beside this one; docs/adding-a-model.md says how to add another.
+Each model family has a file in this folder; docs/adding-a-model.md explains how to add another.
 """
 
 from __future__ import annotations
@@ -46,42 +46,43 @@ def attach_maps(
     grid: Grid | None = None,
     detach: bool = True,
 ) -> MapCapture:
-    """Collects text-image attention maps of every forward pass of a diffusers model, until ``remove()``.
+    """Captures text-image attention maps of every forward pass of a diffusers model, until ``remove()``.
 
-    The blocks' attention runs through :func:`star_kernels.attention`; outputs and gradients are those of exact
-    attention. LoRA, quantised layers, ``fully_shard``, gradient checkpointing and ``torch.compile`` keep working:
-    compile the model or its blocks (in a larger compiled function the capture breaks the graph), and where a block is
-    checkpointed by other means than diffusers', call backward before the capture is removed or changed. Under tensor
-    parallelism a device's maps are the mean over its own heads.
+    The attention of the chosen blocks is computed by :func:`star_kernels.attention`, whose outputs and gradients are
+    those of exact attention. LoRA, quantised layers, ``fully_shard``, gradient checkpointing and ``torch.compile`` are
+    supported. Compile the model or its blocks: in a larger compiled function the capture causes a graph break. If
+    blocks are checkpointed by other means than diffusers' gradient checkpointing, call backward before the capture is
+    removed or its selection changes. Under tensor parallelism the maps of a device are the mean over its own heads.
 
     Args:
-        transformer: SD3, SD3.5, FLUX.1, FLUX.2, Qwen-Image, PixArt, the UNets of SD and SDXL, a class registered with
-            :func:`register_family`, or, with ``rows`` and ``grid``, any model whose attention modules have
-            processors that call ``F.scaled_dot_product_attention``, by themselves or through diffusers' dispatcher.
-        selection: the tokens, on the model's device, by position in the sequence of keys: SD3 [image, text]; FLUX and
-            Qwen-Image [text, image]; cross-attention the text alone. None captures nothing until it is set.
-        blocks: "all", "default" (where a measurement says which localise best; all so far), or indices of the
-            attention modules to average over.
-        cfg: which half of a batch is conditional, where it is doubled for classifier-free guidance: "last", "first",
-            or None for a batch that is not doubled. "auto" decides for each pass: a batch of the selection's size is
-            not doubled; one of twice its size is where the family's pipelines concatenate both halves, unconditional
-            half first (SD3, PixArt, SD and SDXL), and the latents of both halves are equal, as guidance makes them.
-            Any other batch is an error, such as that of several images for each prompt. Comparing the latents waits
-            for a GPU once for each selection; in later passes of it the GPU asserts that they are equal.
-        rows: range of the image's queries as (start, length), where the family's own is not wanted.
-        grid: rows and columns of the image, which those queries (the first of the family's own) form.
-        detach: False keeps the maps differentiable, for losses on them. They then hold the graph of the pass until
-            the next one or ``take()``.
+        transformer: a model of SD3, SD3.5, FLUX.1, FLUX.2, Qwen-Image or PixArt, a UNet of SD or SDXL, a class
+            registered with :func:`register_family`, or, with ``rows`` and ``grid``, any model whose attention
+            processors call ``F.scaled_dot_product_attention``, directly or through diffusers' attention dispatcher.
+        selection: the tokens, on the model's device, as positions in the sequence of keys: [image, text] in SD3,
+            [text, image] in FLUX and Qwen-Image, the text only in cross-attention. None captures nothing until
+            :attr:`MapCapture.selection` is set.
+        blocks: the attention modules to average over: "all", their indices, or "default", the blocks of the family
+            that localise best (all blocks for the families included here).
+        cfg: the conditional half of a batch that is doubled for classifier-free guidance: "last", "first", or None if
+            batches are not doubled. "auto" decides in each pass. A batch of the selection's size is not doubled. A
+            batch of twice its size is doubled if the family's pipelines concatenate an unconditional and a conditional
+            half in that order (SD3, PixArt, SD and SDXL) and both halves have equal latents. Any other batch is an
+            error, for example one with several images of each prompt. The first comparison of latents for a selection
+            waits for the GPU; in later passes the GPU asserts that they are equal.
+        rows: range of the image queries as (start, length), instead of the family's own.
+        grid: rows and columns of the image, instead of the family's own: the first rows * columns image queries.
+        detach: if False, the maps are differentiable, for losses on them. They then keep the graph of the forward pass
+            alive until the next pass or ``take()``.
 
     Raises:
-        TypeError, ValueError: a model, block, selection or option that is not supported; the message names it.
+        TypeError, ValueError: unsupported model, block, selection or option; the message names it.
     """
     if cfg not in CHOICES:
         raise ValueError(f"cfg must be 'auto', 'last', 'first' or None, got {cfg!r}")
     check_flag("detach", detach)
     rows, grid = _pair("rows", rows), _pair("grid", grid)
     if rows is not None and grid is not None and rows[1] != grid[0] * grid[1]:
-        raise ValueError(f"grid must hold the {rows[1]} positions of rows, got {grid[0]} x {grid[1]}")
+        raise ValueError(f"grid must have the {rows[1]} positions of rows, got {grid[0]} x {grid[1]}")
     model = unwrapped(transformer)
     given = None if rows is None or grid is None else ImageTokens(rows, grid)
     family = find_or_explain(model, given)
@@ -102,9 +103,9 @@ def attach_maps(
 
 @contextmanager
 def capture_maps(transformer: nn.Module, selection: TokenSelection, **options: Any) -> Iterator[MapCapture]:
-    """:func:`attach_maps` for the length of a context, with the same options.
+    """Context manager form of :func:`attach_maps`, with the same options.
 
-    On leaving it, also by an exception, the model is as it was.
+    Leaving the context, also by an exception, restores the model.
 
     Yields:
         A :class:`MapCapture`; its ``value`` is ``[B, G, h, w]`` after a forward pass.
@@ -114,10 +115,10 @@ def capture_maps(transformer: nn.Module, selection: TokenSelection, **options: A
 
 
 def detach_maps(transformer: nn.Module) -> int:
-    """Removes every capture of a model, such as one whose handle is lost.
+    """Removes all captures of a model, including those whose handle is lost.
 
     Returns:
-        How many there were.
+        The number of captures removed.
     """
     hooks = [hook for hook in unwrapped(transformer)._forward_pre_hooks.values() if isinstance(hook, Hook)]
     captures = [hook.owner for hook in hooks if isinstance(hook.owner, MapCapture)]
@@ -146,7 +147,8 @@ def _choose(blocks: str | Sequence[int], count: int) -> list[int]:
 
 
 def _named(model: nn.Module, wanted: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    """The modules by their names in the model, in their order: ``named_modules`` that looks into none of them."""
+    """The wanted modules by their names in the model, in the given order. Cheaper than ``named_modules``: the search
+    stops when all are found, and does not look inside them."""
     names: dict[int, str] = {}
     ids = {id(module) for module in wanted}
     left, stack = len(ids), [("", model)]

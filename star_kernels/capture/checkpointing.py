@@ -1,7 +1,7 @@
-"""Gradient checkpointing: a block that is computed again captures as it did the first time.
+"""Gradient checkpointing: a recomputed block captures as it did the first time.
 
-What is computed again must save the same tensors for its backward pass, so it must take the same path, even if the
-selection has changed meanwhile or the capture is over.
+The recomputation must save the same tensors for backward, so it must take the same path, even if the selection has
+changed since or the capture was removed.
 """
 
 from __future__ import annotations
@@ -11,75 +11,77 @@ from typing import Any
 
 import torch
 
-from star_kernels.capture.answer import Block
-from star_kernels.capture.passes import Pass, Passes
+from star_kernels.capture.attention_processor import CapturedAttention
+from star_kernels.capture.passes import ForwardPass, Passes
 
 
 class Checkpointing:
-    """Diffusers' checkpointing functions of a model, exchanged for the length of a forward pass."""
+    """Replaces the checkpointing functions of a diffusers model during a forward pass."""
 
-    def __init__(self, model: Any, passes: Passes, blocks: list[Block]) -> None:
+    def __init__(self, model: Any, passes: Passes, modules: list[CapturedAttention]) -> None:
         self._model = model
-        self._modules: list[Any] | None = None  # found when first needed: a walk over a whole model takes milliseconds
-        self._exchanged: list[tuple[Any, Any]] = []
+        self._candidates: list[Any] | None = None  # found on first use: a walk over a whole model takes milliseconds
+        self._replaced: list[tuple[Any, Any]] = []
         self._passes = passes
-        self._blocks = blocks
+        self._modules = modules
 
     def begin(self) -> None:
-        self.end()  # of a pass that did not come to its end
+        self.end()  # in case the previous pass was interrupted
         if not torch.is_grad_enabled():
             return
-        if self._modules is None:
-            self._modules = [m for m in self._model.modules() if hasattr(m, "gradient_checkpointing")]
-        for module in self._modules:
+        if self._candidates is None:
+            self._candidates = [m for m in self._model.modules() if hasattr(m, "gradient_checkpointing")]
+        for module in self._candidates:
             if module.gradient_checkpointing and "_gradient_checkpointing_func" in vars(module):
                 function = module._gradient_checkpointing_func
-                self._exchanged.append((module, function))
-                module._gradient_checkpointing_func = self._recalling(function)
+                self._replaced.append((module, function))
+                module._gradient_checkpointing_func = self._replacement(function)
 
     def end(self) -> None:
-        for module, function in self._exchanged:
+        for module, function in self._replaced:
             module._gradient_checkpointing_func = function
-        self._exchanged = []
+        self._replaced = []
 
-    def _recalling(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _replacement(self, function: Callable[..., Any]) -> Callable[..., Any]:
         current = self._passes.current
 
         def checkpoint(module: Any, *args: Any, **kwargs: Any) -> Any:
-            recall = _Recall(module, current, self._passes, self._blocks)
+            checkpointed = _CheckpointedModule(module, current, self._passes, self._modules)
             if not torch.compiler.is_compiling():
-                return function(recall, *args, **kwargs)
-            before = _let_maps_out(True)
-            result = function(recall, *args, **kwargs)
-            _let_maps_out(before)
+                return function(checkpointed, *args, **kwargs)
+            before = _allow_side_effects(True)
+            result = function(checkpointed, *args, **kwargs)
+            _allow_side_effects(before)
             return result
 
         return checkpoint
 
 
-class _Recall:
-    """A checkpointed module that remembers the pass in which it is called first."""
+class _CheckpointedModule:
+    """A checkpointed module that remembers the forward pass in which it was first called."""
 
-    def __init__(self, module: Any, current: Pass | None, passes: Passes, blocks: list[Block]) -> None:
-        self.module, self.current, self.passes, self.blocks = module, current, passes, blocks
+    def __init__(
+        self, module: Any, forward_pass: ForwardPass | None, passes: Passes, modules: list[CapturedAttention]
+    ) -> None:
+        self.module, self.forward_pass, self.passes, self.modules = module, forward_pass, passes, modules
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.current is None or self.passes.takes(self.current):
+        if self.forward_pass is None or self.passes.is_open(self.forward_pass):
             return self.module(*args, **kwargs)
-        removed = [block for block in self.blocks if block.capturing is None]
-        for block in removed:
-            block.install()
+        removed = [captured for captured in self.modules if captured.recording_processor is None]
+        for captured in removed:
+            captured.install()
         try:
-            with self.passes.again(self.current):
+            with self.passes.recompute(self.forward_pass):
                 return self.module(*args, **kwargs)
         finally:
-            for block in removed:
-                block.remove()
+            for captured in removed:
+                captured.remove()
 
 
 @torch.compiler.assume_constant_result
-def _let_maps_out(allowed: bool) -> bool:
-    """Runs while a graph is traced: maps may leave a checkpointed block, once. Without it that is an error."""
+def _allow_side_effects(allowed: bool) -> bool:
+    """Runs while a graph is traced: lets a checkpointed block store its maps, once. Otherwise that is an error."""
     config, option = torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"
     before = bool(getattr(config, option, False))
     if hasattr(config, option):

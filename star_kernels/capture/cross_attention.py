@@ -1,6 +1,6 @@
-"""Cross-attention: SD 1, 2 and SDXL's UNets, and PixArt. Keys are the text tokens, from 0; queries are the image.
+"""Cross-attention: the UNets of SD 1, SD 2 and SDXL, and PixArt. Keys are the text tokens, queries the image.
 
-A UNet attends at several resolutions, each half of the one above, rounded up.
+A UNet attends at several resolutions, each half of the one before, rounded up.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _at_resolution(latent: Grid, queries: int) -> Grid:
     while rows * columns > queries:
         rows, columns = (rows + 1) // 2, (columns + 1) // 2
     if rows * columns != queries:
-        raise ValueError(f"a latent of {latent[0]} x {latent[1]} has no resolution with {queries} positions")
+        raise ValueError(f"a UNet with a latent of {latent[0]} x {latent[1]} has no resolution of {queries} positions")
     return rows, columns
 
 

@@ -1,4 +1,4 @@
-"""What the capture has to know of a model family, and the families it knows."""
+"""Model families: what a capture needs to know of a model, and the registry of known families."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ class ImageTokens:
     """The queries of an attention call that are image positions, in row-major order.
 
     Args:
-        rows: their range, as (start, length); None where all queries are (cross-attention).
-        grid: rows and columns of the image, or a function that gives them for a number of queries; it is called when
-            maps are read, so it may look at values of tensors. Queries beyond the grid's (reference images) are cut.
-        text: the keys that are text, as (start, length): a selection of others is an error. None: not checked.
+        rows: their range, as (start, length); None if all queries are image positions (cross-attention).
+        grid: rows and columns of the image, or a function that returns them for a number of queries. The function is
+            called when maps are read, so it may read values of tensors. Further queries (reference images) are dropped.
+        text: the keys that are text, as (start, length); selecting other keys is an error. If None, selections are not
+            checked.
     """
 
     rows: tuple[int, int] | None
@@ -38,12 +39,14 @@ class Family:
     """One model family.
 
     Args:
-        attentions: the attention modules of a model whose keys hold the text, in the order in which they run.
-        image: the image tokens, from the model and the arguments of its forward pass by name.
-        processors: names of the processor classes whose first attention call has this order of tokens; empty: any.
-        default_blocks: what ``blocks="default"`` means, where a measurement says which blocks localise best.
-        cfg: which half is conditional, "last" or "first", where the family's pipelines double the batch for
-            classifier-free guidance; None where they do not.
+        attentions: returns the attention modules of a model whose keys include the text, in the order in which they
+            run.
+        image: returns the image tokens, given the model and the arguments of its forward pass by name.
+        processors: names of the supported processor classes: those whose first attention call has this order of
+            tokens. Any class if empty.
+        default_blocks: the meaning of ``blocks="default"``: the blocks that localise best, if that was measured.
+        cfg: which half of a batch is conditional, "last" or "first", if the family's pipelines double the batch for
+            classifier-free guidance; None if they do not.
     """
 
     attentions: Callable[[Any], list[Any]]
@@ -57,12 +60,12 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register_family(model_class: str, family: Family) -> None:
-    """Makes a family known by the name of its model class; subclasses are found too."""
+    """Registers a family under the name of its model class. Subclasses of that class belong to the family too."""
     FAMILIES[model_class] = family
 
 
 def unwrapped(transformer: Any) -> Any:
-    """The diffusers model under torch.compile's, peft's and DistributedDataParallel's wrappers."""
+    """The diffusers model inside the wrappers of torch.compile, peft and DistributedDataParallel."""
     while find(transformer) is None:
         if hasattr(transformer, "_orig_mod"):
             transformer = transformer._orig_mod
@@ -76,7 +79,7 @@ def unwrapped(transformer: Any) -> Any:
 
 
 def find(model: Any) -> Family | None:
-    """The family of a model's class or of a class that it derives from, as after fully_shard."""
+    """The family of a model's class or of one of its base classes (fully_shard makes a subclass)."""
     names = [cls.__name__ for cls in type(model).__mro__]
     return next((FAMILIES[name] for name in names if name in FAMILIES), None)
 
@@ -87,7 +90,7 @@ def processing(model: Any) -> list[Any]:
 
 
 def find_or_explain(model: Any, image: ImageTokens | None) -> Family:
-    """The family of a model; with given image tokens any model with attention processors is one."""
+    """The family of a model. With given image tokens, any model that has attention processors is accepted."""
     family = find(model)
     if family is not None:
         return family
@@ -96,11 +99,11 @@ def find_or_explain(model: Any, image: ImageTokens | None) -> Family:
         return Family(attentions=processing, image=lambda model, arguments: image)
     listed = ", ".join(f"{name} ({count})" for name, count in found.items())
     raise TypeError(
-        f"transformer is a {type(model).__name__}, which is not known; known are {', '.join(FAMILIES)}. "
+        f"transformer must be one of {', '.join(FAMILIES)}, got {type(model).__name__}. "
         + (
-            f"Its attention processors: {listed}. Give rows=(start, length) and grid=(rows, columns) of its image "
-            f"tokens, or write an adapter: {GUIDE}"
+            f"Its attention processors: {listed}. Pass rows=(start, length) and grid=(rows, columns) of its image "
+            f"tokens, or register an adapter: {GUIDE}"
             if found
-            else f"It has no attention processors; how to write an adapter: {GUIDE}"
+            else f"It has no attention processors; {GUIDE} explains how to add a model"
         )
     )

@@ -1,9 +1,10 @@
 """FLUX.1 and FLUX.2: joint attention over [text, image], in double- and in single-stream blocks.
 
-Blocks count through both kinds, double ones first. Queries and keys carry their rotary embedding before the call. The
-latent comes as a sequence, so its grid is read from ``img_ids`` when maps are read, with a wait for the device: once
-for each tensor of ids until it is written to (PyTorch counts that), and for each pass under ``torch.inference_mode``,
-where nothing counts it; ``grid=(rows, columns)`` avoids it. Reference images follow the image and are cut.
+Block indices count double-stream blocks first, then single-stream blocks. The rotary embedding is applied to queries
+and keys before the attention call. The latent is a sequence, so its grid is derived from the values of ``img_ids`` when
+maps are read, which waits for the device: once for each ``img_ids`` tensor until it is modified in place (detected by
+its version counter), and in every pass under ``torch.inference_mode``, where tensors have no version counter.
+``grid=(rows, columns)`` avoids the wait. Tokens of reference images follow the image and are dropped.
 """
 
 from __future__ import annotations
@@ -26,31 +27,31 @@ def image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
 
 
 class _IdsGrid:
-    """The grid of ids [queries, (image, row, column, ...)], in row-major order, as they are in a pass."""
+    """The grid of ``img_ids`` [queries, (image, row, column, ...)], in row-major order, computed when first needed."""
 
     def __init__(self, ids: Tensor, version: int | None) -> None:
-        self.ids = ids.detach().clone()  # they may be written to before maps are read
+        self.ids = ids.detach().clone()  # they may be modified before maps are read
         self.version = version
         self.grid: Grid | None = None
 
     def __call__(self, queries: int) -> Grid:
         if self.grid is None:
-            ours = self.ids[0] if self.ids.ndim == 3 else self.ids
-            same_image = ours[:, 0] == ours[0, 0]
-            tokens, columns = int(same_image.sum()), int((same_image & (ours[:, 1] == ours[0, 1])).sum())
+            ids = self.ids[0] if self.ids.ndim == 3 else self.ids
+            same_image = ids[:, 0] == ids[0, 0]
+            tokens, columns = int(same_image.sum()), int((same_image & (ids[:, 1] == ids[0, 1])).sum())
             self.grid = tokens // columns, columns
         return self.grid
 
 
-_seen = WeakIdKeyDictionary()  # the latest _IdsGrid of a tensor of ids
+_cache = WeakIdKeyDictionary()  # img_ids tensor -> its latest _IdsGrid
 
 
 def _grid_of(ids: Tensor) -> _IdsGrid:
     version = None if ids.is_inference() else ids._version
-    seen: _IdsGrid | None = _seen.get(ids)
-    if seen is None or version is None or seen.version != version:
-        seen = _seen[ids] = _IdsGrid(ids, version)
-    return seen
+    cached: _IdsGrid | None = _cache.get(ids)
+    if cached is None or version is None or cached.version != version:
+        cached = _cache[ids] = _IdsGrid(ids, version)
+    return cached
 
 
 _PROCESSORS = ("FluxAttnProcessor", "FusedFluxAttnProcessor2_0")

@@ -1,4 +1,4 @@
-"""Which part of a pass's batch a selection is for: all of it, or the conditional half of one doubled for guidance."""
+"""The part of a batch that a selection is for: all of it, or the conditional half of a batch doubled for guidance."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ CHOICES = ("auto", "last", "first", None)
 
 
 class Guidance:
-    """A selection, and the same for batches doubled for classifier-free guidance.
+    """A selection, and the same selection for batches doubled for classifier-free guidance.
 
     Args:
-        cfg: what the user chose.
-        family: which half is conditional where the family's pipelines double the batch; None where they do not.
+        cfg: the user's choice, see :func:`star_kernels.capture.attach_maps`.
+        family: which half is conditional if the family's pipelines double the batch; None if they do not.
     """
 
     def __init__(self, cfg: str | None, family: str | None) -> None:
         self._cfg, self._family = cfg, family
         self._selection: TokenSelection | None = None
         self._doubled: dict[str, TokenSelection] = {}
-        self._compared = False  # the halves of a pass with this selection
+        self._compared = False  # whether the halves of a batch with this selection were compared
 
     @property
     def selection(self) -> TokenSelection | None:
@@ -34,14 +34,17 @@ class Guidance:
     def selection(self, selection: TokenSelection | None) -> None:
         self._selection, self._doubled, self._compared = selection, {}, False
 
-    def of_pass(self, selection: TokenSelection, arguments: dict[str, Any]) -> tuple[TokenSelection, slice, str]:
-        """For a pass: the selection for its whole batch, the part that it is for, and an error's words on the batch.
+    def for_pass(self, selection: TokenSelection, arguments: dict[str, Any]) -> tuple[TokenSelection, slice, str]:
+        """The selection for the whole batch of a pass, the part of the batch that the user's selection is for, and
+        words for an error message about the batch size.
 
         Args:
-            arguments: of the model, the latent first, as in diffusers.
+            selection: the user's.
+            arguments: of the model's forward pass by name, the latent first, as in diffusers.
 
         Raises:
-            ValueError: cfg is "auto", and a batch of twice the selection's is not one doubled for guidance.
+            ValueError: cfg is "auto", and the batch has twice the size of the selection's but is not doubled for
+                guidance.
         """
         batch = selection.batch
         cfg = self._half(selection, arguments) if self._cfg == "auto" else self._cfg
@@ -58,7 +61,7 @@ class Guidance:
             return ""
         if self._family is not None:
             return ", the selection's, or twice that for guidance"
-        return ", the selection's (one doubled for guidance needs cfg='last' or 'first')"
+        return ", the selection's (a batch doubled for guidance needs cfg='last' or 'first')"
 
     def _half(self, selection: TokenSelection, arguments: dict[str, Any]) -> str | None:
         latent = next(iter(arguments.values()), None)
@@ -66,11 +69,11 @@ class Guidance:
         if self._family is None or not isinstance(latent, Tensor) or len(latent) != 2 * batch:
             return None
         first, last = latent.chunk(2)
-        same = ((first == last) | first.isnan()).all()  # a diverged run is not this error
+        same = ((first == last) | first.isnan()).all()  # NaN of a diverged run is not this error
         message = (
-            f"a batch of {2 * batch} for a selection of {batch} is taken as doubled for guidance (cfg='auto'), and its "
-            "halves must then have the same latents, which differ here. Where it is not doubled, as for several images "
-            "of each prompt, select for every sample; where it is, give cfg='last' or 'first'"
+            f"a batch of {2 * batch} for a selection of {batch} is assumed to be doubled for guidance (cfg='auto'), "
+            "but the latents of its halves differ. If it is not doubled, for example because of several images of each "
+            "prompt, the selection needs an entry for every sample; if it is, pass cfg='last' or cfg='first'"
         )
         if latent.device.type == "cuda" and self._compared:
             torch._assert_async(same, message)

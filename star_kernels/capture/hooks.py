@@ -1,4 +1,4 @@
-"""Hooks of a captured model, which its copies do not keep."""
+"""Hooks of a captured model that copies of the model do not keep."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 
 class Hook:
-    """A method as a hook of a module.
+    """A method of ``owner`` as a hook of a module.
 
-    A copy of the module, by pickle or deepcopy, gets a hook that does nothing, and that loads without this library.
+    Pickle and deepcopy replace it by a hook that does nothing, and that loads without this library.
     """
 
     def __init__(self, owner: Any, method: str) -> None:
         self.owner = owner
         self._method = getattr(owner, method)
 
-    @torch.compiler.disable  # a compiled model calls its hooks outside its graph
+    @torch.compiler.disable  # compiled models call hooks outside their graph
     def __call__(self, *arguments: Any) -> Any:
         return self._method(*arguments)
 

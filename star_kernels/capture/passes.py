@@ -1,8 +1,8 @@
-"""The forward pass that a capture follows, and in which thread it runs.
+"""The forward pass that a capture records, and the thread that runs it.
 
-A capture belongs to one thread at a time: blocks hand their maps to the pass that is open, and a second pass replaces
-the maps of the first. So a pass that begins in another thread meanwhile is an error, and so is reading maps after
-another thread's pass.
+A capture records one thread at a time: attention modules hand their maps to the pass that is open, and the next pass
+replaces the maps of the one before. Beginning a pass while another thread's is open is therefore an error, and so is
+reading maps that another thread's pass has replaced.
 """
 
 from __future__ import annotations
@@ -17,75 +17,75 @@ from star_kernels.selection import TokenSelection
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """What one forward pass captures."""
 
     selection: TokenSelection  # for every sample of the batch
-    expected: str  # how the batch must relate to the user's selection, for the error
+    expected: str  # how the batch must relate to the user's selection, for the error message
     rows: tuple[int, int] | None
-    gradients: bool  # were enabled when the pass began
+    grad_enabled: bool  # when the pass began
 
 
 class Passes:
-    """The running forward pass, shared by the blocks."""
+    """The running forward pass, shared by all captured attention modules."""
 
     def __init__(self) -> None:
-        self.current: Pass | None = None  # stays after the pass, for a checkpointed block that is computed again
-        self.open = False  # maps are taken; not so when a block is computed again
+        self.current: ForwardPass | None = None  # kept after the pass, for checkpointed blocks that are recomputed
+        self.open = False  # whether maps are recorded: not while a checkpointed block is recomputed
         self._thread: threading.Thread | None = None  # of the latest captured pass
-        self._seen: WeakSet[threading.Thread] = WeakSet()  # threads that have run a captured pass
-        self._again = threading.local()
+        self._threads: WeakSet[threading.Thread] = WeakSet()  # all that have run a captured pass
+        self._recomputed = threading.local()
 
-    def clear(self) -> None:
-        """A pass begins; none is current until :meth:`begin`."""
+    def reset(self) -> None:
+        """Called before every forward pass; no pass is current until :meth:`begin`."""
         thread = self._thread
         if self.open and thread is not None and thread.is_alive() and thread is not threading.current_thread():
             raise RuntimeError(
-                f"transformer runs a captured pass in another thread ({thread.name}): a capture follows one thread at "
-                "a time; give each thread a copy of the model with a capture of its own, or call it under a lock"
+                f"transformer runs a captured pass in another thread ({thread.name}), and a capture records one thread "
+                "at a time: give each thread a copy of the model with its own capture, or call the model under a lock"
             )
         self.current, self.open = None, False
 
-    def begin(self, current: Pass) -> None:
+    def begin(self, current: ForwardPass) -> None:
         self.current, self.open = current, True
         self._thread = threading.current_thread()
-        self._seen.add(self._thread)
+        self._threads.add(self._thread)
 
     def end(self) -> bool:
-        """Closes the pass that is open in this thread; False where none is."""
+        """Closes the pass that is open in this thread; False if there is none."""
         if not self.open or self._thread is not threading.current_thread():
             return False
         self.open = False
         return True
 
-    def takes(self, current: Pass) -> bool:
-        """Whether the pass is the open one: not so when one of its blocks is computed again later."""
-        return self.open and current is self.current
+    def is_open(self, forward_pass: ForwardPass) -> bool:
+        """Whether the pass is running: False while one of its checkpointed blocks is recomputed later."""
+        return self.open and forward_pass is self.current
 
-    def of_this_thread(self) -> Pass | None:
-        """What a block that runs in this thread captures."""
-        again: Pass | None = getattr(self._again, "current", None)
-        if again is not None:
-            return again
+    def in_this_thread(self) -> ForwardPass | None:
+        """The pass that attention modules of this thread belong to."""
+        recomputed: ForwardPass | None = getattr(self._recomputed, "current", None)
+        if recomputed is not None:
+            return recomputed
         if self.open and self._thread is not threading.current_thread():
             return None
         return self.current
 
     @contextmanager
-    def again(self, current: Pass) -> Iterator[None]:
-        """A block of a pass is computed again, in this thread, whatever the others do."""
-        before, self._again.current = getattr(self._again, "current", None), current
+    def recompute(self, forward_pass: ForwardPass) -> Iterator[None]:
+        """Context in which this thread recomputes a block of a pass, whichever pass other threads run."""
+        before, self._recomputed.current = getattr(self._recomputed, "current", None), forward_pass
         try:
             yield
         finally:
-            self._again.current = before
+            self._recomputed.current = before
 
     def check_reader(self) -> None:
-        """The maps at hand must not be another thread's, where this one has run passes too."""
-        me = threading.current_thread()
-        if self._thread is not None and self._thread is not me and me in self._seen:
+        """Raises if this thread has run captured passes, but the latest was another thread's."""
+        thread = threading.current_thread()
+        if self._thread is not None and self._thread is not thread and thread in self._threads:
             raise RuntimeError(
-                f"the latest captured pass ran in another thread ({self._thread.name}), so that the maps of this "
-                "thread's pass are gone: give each thread a copy of the model with a capture of its own, or hold a "
-                "lock from the call of the model until its maps are read"
+                f"the latest captured pass ran in another thread ({self._thread.name}), and the maps of this thread's "
+                "pass are gone: give each thread a copy of the model with its own capture, or hold a lock from the "
+                "call of the model until its maps are read"
             )

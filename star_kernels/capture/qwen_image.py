@@ -1,7 +1,7 @@
-"""Qwen-Image: joint attention over [text, image], with padding of the text masked out.
+"""Qwen-Image: joint attention over [text, image], with padding of the text masked.
 
-Guidance runs two forward passes there: capture with ``enabled = False`` for the unconditional one.
-Reference images of the editing models follow the image and are cut.
+Guidance runs two forward passes: set ``enabled = False`` on the capture for the unconditional one.
+Tokens of reference images (editing models) follow the image and are dropped.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ def attentions(model: Any) -> list[Any]:
 
 
 def image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
-    shape = arguments["img_shapes"][0]  # (frames, rows, columns), or a list with one such for each image
+    shape = arguments["img_shapes"][0]  # (frames, rows, columns), or a list of them, one for each image
     frames, rows, columns = shape[0] if isinstance(shape[0], (list, tuple)) else shape
     if frames != 1:
-        raise ValueError(f"img_shapes must be of images, one frame each, got {frames} frames")
+        raise ValueError(f"img_shapes must be shapes of images, with one frame each, got {frames} frames")
     text = arguments["encoder_hidden_states"].shape[1]
     return ImageTokens(rows=(text, rows * columns), grid=(rows, columns), text=(0, text))
 

@@ -1,6 +1,6 @@
 """SD3 and SD3.5: joint attention over [image, text].
 
-SD3.5's second attention (``attn2``) sees the image alone and is left as it is.
+The second attention module of SD3.5 (``attn2``) attends from image to image only and is not captured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Captured passes under forward-mode differentiation and the transforms of torch.func."""
+"""Captured passes under forward-mode differentiation and torch.func transforms."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from star_kernels.operators import WATCH
 
 
 def backend_for(name: str, *tensors: Tensor) -> str:
-    """The backend of :func:`star_kernels.attention`: "naive" where derivatives are taken that kernels do not have.
+    """The backend of :func:`star_kernels.attention`: "naive" if derivatives are taken that the kernels lack.
 
     Raises:
-        ValueError: a block under torch.vmap, whose maps would have a dimension that is gone when they are read.
+        ValueError: the module runs under torch.vmap. Its maps would have a dimension that no longer exists when they
+            are read.
     """
     if torch.compiler.is_compiling():
         return "auto"
     if not (WATCH.transformed() or WATCH.dual()):
         return "auto"
     if WATCH.vectorised():
-        raise ValueError(f"{name} runs under torch.vmap (jacfwd is made of it): there are no maps of such a pass")
+        raise ValueError(f"{name} runs under torch.vmap (which jacfwd uses too), which maps do not support")
     if not WATCH.transformed() and all(unpack_dual(tensor).tangent is None for tensor in tensors):
         return "auto"
     _warn()

@@ -1,8 +1,8 @@
-"""Flow-GRPO's step and loss (github.com/yifan123/flow_grpo, arXiv 2505.05470) on the fused kernels.
+"""Flow-GRPO's step and loss (github.com/yifan123/flow_grpo, arXiv 2505.05470) with the fused kernels.
 
-``sde_step_with_logprob`` has that repository's signature and return values. ``policy_loss`` is the block of its
-training scripts from the model's output to the loss, and ``step_loss`` the same with the scripts' own ``sample`` and
-``config``. None of them waits for a device. docs/flow-grpo.md shows the lines that change in a script.
+``sde_step_with_logprob`` has the signature and return values of the function in that repository. ``policy_loss``
+replaces the code of its training scripts between the model output and the loss, and ``step_loss`` does the same from
+the scripts' ``sample`` and ``config``. None of them causes a host sync. docs/flow-grpo.md shows how to change a script.
 """
 
 from __future__ import annotations
@@ -46,31 +46,33 @@ def sde_step_with_logprob(
     channel_dim: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Draws the next latent, or takes the given one, and gives its log-probability: Flow-GRPO's function.
+    """Samples the next latent, or uses a given one, and computes its log-probability, as Flow-GRPO's function does.
 
-    Drawing is one fused kernel. With a ``prev_sample`` the result is differentiable in ``model_output``; a loss is
-    cheaper from :func:`policy_loss`, which needs neither the mean nor the log-probability in memory.
+    Sampling is one fused kernel. With a given ``prev_sample`` the results are differentiable with respect to
+    ``model_output``; for a loss, :func:`policy_loss` is cheaper because it does not store means and log-probabilities.
 
     Args:
-        self: the scheduler, see :func:`star_kernels.integrations.schedule.step_at`; not changed.
-        model_output, sample: velocity and latent, ``[B, C, H, W]``, ``[B, C, F, H, W]`` or packed ``[B, S, C]``;
-            arithmetic and results are float32.
-        timestep: one of ``self.timesteps``, or ``[B]`` or ``[1]`` of them; others give NaN.
-        noise_level: 0 is the deterministic step.
-        prev_sample: the next latent, if it is known; else it is drawn with ``generator``, from the same random
-            numbers as in Flow-GRPO.
+        self: the scheduler, see :func:`star_kernels.integrations.schedule.step_at`; it is not modified.
+        model_output, sample: velocity and latent, ``[B, C, H, W]``, ``[B, C, F, H, W]`` or packed ``[B, S, C]``.
+            Arithmetic and results are float32.
+        timestep: an element of ``self.timesteps``, or a tensor ``[B]`` or ``[1]`` of them. Other values give NaN.
+        noise_level: noise level of the sampler; 0 is the deterministic step.
+        prev_sample: the next latent. If None, it is sampled with ``generator``, from the same random numbers as in
+            Flow-GRPO.
         sde_type: "sde" or "cps" (Flow-CPS).
-        return_sqrt_dt: whether ``sqrt(-dt)`` is returned too.
-        dense_log_prob: the log-probability of every location, as a loss with weights needs it, instead of their mean.
-        channel_dim: the dimension of the channels, where it is not that of the layouts above.
-        backend: as in :func:`star_kernels.sample_transition`.
+        return_sqrt_dt: whether to return ``sqrt(-dt)`` as well.
+        dense_log_prob: if True, return the log-probability of every location, which a loss with weights requires,
+            instead of their mean.
+        channel_dim: the channel dimension, if it differs from that of the layouts above.
+        backend: see :func:`star_kernels.sample_transition`.
 
     Returns:
-        ``(prev_sample, log_prob, prev_sample_mean, std_dev_t)`` and, if asked for, ``sqrt(-dt)``: log_prob ``[B]``, or
-        dense ``[B, *locations]``; the last two ``[B, 1, ...]``, or ``[1, 1, ...]`` for one timestep.
+        ``(prev_sample, log_prob, prev_sample_mean, std_dev_t)`` and, if requested, ``sqrt(-dt)``. log_prob is ``[B]``,
+        or ``[B, *locations]`` if dense. std_dev_t and sqrt(-dt) are ``[B, 1, ...]``, or ``[1, 1, ...]`` for a single
+        timestep.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape or range; the message names it.
+        TypeError, ValueError: wrong type, shape or range; the message names the argument.
     """
     channel_dim = channel_dim_of(model_output, channel_dim)
     for name, latent in (("sample", sample), ("prev_sample", prev_sample)):
@@ -99,7 +101,8 @@ def sde_step_with_logprob(
     return (*results, column(step.sqrt_dt, sample)) if return_sqrt_dt else results
 
 
-dense_sde_step_with_logprob = partial(sde_step_with_logprob, dense_log_prob=True)  # for an import under the old name
+# For scripts, which import it under the name sde_step_with_logprob.
+dense_sde_step_with_logprob = partial(sde_step_with_logprob, dense_log_prob=True)
 
 
 def policy_loss(
@@ -123,38 +126,40 @@ def policy_loss(
     channel_dim: int | None = None,
     **options: Any,
 ) -> PolicyLoss:
-    """Flow-GRPO's clipped loss with its KL penalty, from the velocity on, in one fused kernel each way.
+    """Flow-GRPO's clipped loss with its KL penalty, computed from the velocity in one fused kernel per direction.
 
-    Without weights it is the loss of Flow-GRPO's scripts; with weights their allocation over latent positions, see
+    Without weights this is the loss of Flow-GRPO's scripts, with weights that of
     :func:`star_kernels.weighted_policy_loss`, whose ``options`` (ratio, weighted_kl, step_weights, mask, reduction,
-    backend) are taken. With ``old_model_output`` or ``old_prev_sample_mean`` it is GRPO-Guard's (arXiv 2510.22319):
-    the ratio is normalised, and each sample's loss is divided by -dt.
+    backend) are accepted. With ``old_model_output`` or ``old_prev_sample_mean`` it is the loss of GRPO-Guard (arXiv
+    2510.22319): the ratio is normalised, and the loss of each sample is divided by -dt.
 
     Args:
-        scheduler, timestep, noise_level, sde_type: as in :func:`sde_step_with_logprob`.
-        model_output: velocity of the model in training (after guidance), as in :func:`sde_step_with_logprob`, in any
-            floating-point dtype; the gradient goes to it alone.
-        sample, prev_sample: latents before and after the step, of that shape.
-        old_log_prob: ``[B]`` of the rollout; ``[B, *locations]`` (``dense_log_prob=True``) where there are weights.
+        scheduler, timestep, noise_level, sde_type: see :func:`sde_step_with_logprob`.
+        model_output: velocity of the trained model (after guidance), in a layout of :func:`sde_step_with_logprob` and
+            any floating-point dtype. Only this argument receives a gradient.
+        sample, prev_sample: latents before and after the step, of the same shape.
+        old_log_prob: log-probability in the rollout, ``[B]``, or with weights ``[B, *locations]`` (``dense_log_prob``).
         advantages: ``[B]``, clamped to ``+-adv_clip_max``.
-        clip_range: half-width of the ratio's trust region, or (below, above) one.
+        clip_range: half-width of the clip range of the ratio, or (below, above) 1.
         beta: coefficient of the KL penalty ``mean((mean - mean_ref)^2 / (2 std_dev_t^2))``.
-        ref_model_output: velocity of the reference model; read where beta is not 0.
-        old_model_output, old_prev_sample_mean: velocity of the rollout's model, or the mean it gave; at most one.
-        weights: ``[B, *locations]`` of mean one, or a grid ``[B, h, w]``: of patches, or of a packed latent's rows.
+        ref_model_output: velocity of the reference model; used if beta is not 0.
+        old_model_output, old_prev_sample_mean: velocity of the model in the rollout, or the mean of its transition; at
+            most one of them.
+        weights: ``[B, *locations]`` with mean one, or a grid ``[B, h, w]`` of patches or of the positions of a packed
+            latent.
 
     Returns:
-        ``(loss, metrics)``: the float32 loss and detached 0-dimensional tensors under the scripts' names:
-        ``policy_loss``, ``kl_loss`` (with beta), ``loss``, ``approx_kl``, ``clipfrac``, and ``ratio_mean``,
+        ``(loss, metrics)``: the float32 loss, and detached 0-dimensional tensors named as in the scripts:
+        ``policy_loss``, ``kl_loss`` (with beta), ``loss``, ``approx_kl``, ``clipfrac``, and also ``ratio_mean`` and
         ``ratio_max``. For GRPO-Guard ``approx_kl`` is that of the normalised ratio.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape, dtype or range; the message names it.
+        TypeError, ValueError: wrong type, shape, dtype or range; the message names the argument.
     """
     if beta and ref_model_output is None:
-        raise ValueError(f"ref_model_output must be given where beta is not 0, got None and beta {beta}")
+        raise ValueError(f"ref_model_output must be given if beta is not 0, got None with beta={beta}")
     if old_model_output is not None and old_prev_sample_mean is not None:
-        raise ValueError("old_prev_sample_mean must be None where old_model_output is given, got both")
+        raise ValueError("old_prev_sample_mean must be None if old_model_output is given, got both")
     channel_dim = channel_dim_of(model_output, channel_dim)
     step = step_at(scheduler, timestep, sample, noise_level=noise_level, sde_type=sde_type)
     if old_prev_sample_mean is not None:
@@ -198,23 +203,24 @@ def step_loss(
     info: MutableMapping[str, list[Tensor]] | None = None,
     **options: Any,
 ) -> Tensor:
-    """:func:`policy_loss` of step ``j``, with what Flow-GRPO's training scripts have at hand.
+    """:func:`policy_loss` of step ``j``, from the variables of Flow-GRPO's training scripts.
 
     Args:
         scheduler: ``pipeline.scheduler``.
-        model_output: velocity of the model in training, after guidance.
-        sample: the scripts' batch: "latents", "next_latents", "timesteps", "log_probs" and "advantages", each
-            ``[B, Steps, ...]``; with "weights" ``[B, Steps, h, w]`` the loss is allocated over them, and with
-            ``config.rationorm`` (GRPO-Guard) "prev_sample_mean" is read.
-        j: the number of the step in them.
-        config: of the scripts: ``sample.noise_level``, ``train.clip_range``, ``train.adv_clip_max``, ``train.beta``,
-            and ``sample.sde_type`` where it is set.
-        ref_model_output: velocity of the reference model, where ``train.beta`` is not 0.
-        info: the scripts' lists of metrics, which this step's are appended to.
-        options: of :func:`policy_loss`; they take precedence.
+        model_output: velocity of the trained model, after guidance.
+        sample: the batch of the scripts: "latents", "next_latents", "timesteps", "log_probs" and "advantages", each
+            ``[B, Steps, ...]``. Optional "weights" ``[B, Steps, h, w]`` are the weights of the loss. With
+            ``config.rationorm`` (GRPO-Guard) "prev_sample_mean" is required.
+        j: index of the step.
+        config: the config of the scripts: ``sample.noise_level``, ``train.clip_range``, ``train.adv_clip_max``,
+            ``train.beta``, and ``sample.sde_type`` if it is set.
+        ref_model_output: velocity of the reference model; required if ``train.beta`` is not 0.
+        info: the lists of metrics of the scripts, to which the metrics of this step are appended.
+        options: of :func:`policy_loss`; they take precedence over ``config``.
 
     Raises:
-        KeyError: sample lacks a tensor. Else as :func:`policy_loss`.
+        KeyError: ``sample`` lacks a tensor.
+        TypeError, ValueError: see :func:`policy_loss`.
     """
     names = ("timesteps", "latents", "next_latents", "log_probs", "advantages")
     settings: dict[str, Any] = {
@@ -238,11 +244,11 @@ def step_loss(
 
 
 def _noise(like: Tensor, generator: Generators) -> Tensor:
-    """Standard normal float32, from the random numbers of diffusers' ``randn_tensor``: one generator, or one each."""
+    """Standard normal noise in float32, equal to that of diffusers' ``randn_tensor`` with the same generators."""
     generators = generator if isinstance(generator, list) else [generator]
     if len(generators) not in (1, len(like)):
         raise ValueError(
-            f"generator must be one, or a list of one for each of the {len(like)} samples, got {len(generators)}"
+            f"generator must be one generator or a list of {len(like)}, one for each sample, got {len(generators)}"
         )
     shape = like.shape if len(generators) == 1 else (1, *like.shape[1:])
     drawn = [

@@ -1,7 +1,7 @@
-"""The policy loss of trainers that keep means of transitions, not velocities.
+"""The policy loss for trainers that store means of transitions instead of velocities.
 
-A transition with a = 0 and b = 1 takes the mean as the model's output, so the kernels of
-:func:`star_kernels.weighted_policy_loss` serve as they are, forward and backward.
+In a transition with a = 0 and b = 1 the model output is the mean, so the kernels of
+:func:`star_kernels.weighted_policy_loss` apply unchanged, forward and backward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from star_kernels.integrations.layout import channel_dim_of, check_shape, column
 from star_kernels.integrations.schedule import SDE_TYPES
 from star_kernels.policy import PolicyLoss, Transition, weighted_policy_loss
 
-_LOSS_ALONE = {
+_LOSS_ONLY = {
     *("advantages", "clip_range", "advantage_clip", "adv_clip_max", "step_weights", "reduction"),
     *("beta", "kl_coef", "ref_prev_sample_mean", "ref_model_output", "weighted_kl"),
 }
@@ -26,10 +26,11 @@ def mean_transition(std_dev_t: Tensor, sqrt_dt: Tensor, *, sde_type: str = "sde"
     """The transition whose model output is its mean: ``prev ~ N(0 x + 1 v, std^2)``.
 
     Args:
-        std_dev_t: Flow-GRPO's noise scale, ``[B, 1, ...]``, ``[B]`` or one number.
-        sqrt_dt: ``sqrt(-dt)``, likewise.
-        sde_type: "sde", a Gaussian of standard deviation ``std_dev_t sqrt(-dt)``; or "cps", of ``std_dev_t``, whose
-            log-probability is ``-(prev - mean)^2`` (arXiv 2509.05952). The KL's scale is ``1 / (2 std_dev_t^2)``.
+        std_dev_t: Flow-GRPO's noise scale, ``[B, 1, ...]``, ``[B]`` or a single element.
+        sqrt_dt: ``sqrt(-dt)``, with the same shapes.
+        sde_type: "sde": a Gaussian with standard deviation ``std_dev_t sqrt(-dt)``. "cps": one with standard deviation
+            ``std_dev_t`` and the log-probability ``-(prev - mean)^2`` (arXiv 2509.05952). The scale of the KL penalty
+            is ``1 / (2 std_dev_t^2)`` for both.
     """
     if sde_type not in SDE_TYPES:
         raise ValueError(f"sde_type must be {' or '.join(map(repr, SDE_TYPES))}, got {sde_type!r}")
@@ -66,27 +67,30 @@ def policy_loss_of_means(
 ) -> PolicyLoss:
     """Flow-GRPO's clipped loss from the mean of the transition, with weights for the latent positions.
 
-    Serves every trainer that keeps means: VeRL-Omni's ``prev_sample_mean``, Flow-Factory's ``next_latents_mean``.
+    For trainers that store means, such as ``prev_sample_mean`` in VeRL-Omni and ``next_latents_mean`` in Flow-Factory.
 
     Args:
-        prev_sample_mean: mean of the model in training, ``[B, C, H, W]``, ``[B, C, F, H, W]`` or packed ``[B, S, C]``;
-            the gradient goes to it alone.
-        prev_sample: the latent that the rollout drew, of that shape.
-        std_dev_t, sqrt_dt, sde_type: as in :func:`mean_transition`.
+        prev_sample_mean: mean of the transition under the trained model, ``[B, C, H, W]``, ``[B, C, F, H, W]`` or
+            packed ``[B, S, C]``. Only this argument receives a gradient.
+        prev_sample: the latent sampled in the rollout, of the same shape.
+        std_dev_t, sqrt_dt, sde_type: see :func:`mean_transition`.
         advantages: ``[B]``, clamped to ``+-adv_clip_max``.
-        old_log_prob: of the rollout, ``[B]`` (serves without weights) or ``[B, *locations]``.
-        old_prev_sample_mean: mean of the rollout's model. Where old_log_prob is None it stands in for it.
-        weights: ``[B, *locations]`` of mean one, or a grid ``[B, h, w]``: of patches, or of a packed latent's rows.
-        guard: GRPO-Guard's normalised ratio, with each sample's loss divided by -dt; needs old_prev_sample_mean.
-        beta, ref_prev_sample_mean: coefficient and reference mean of the KL penalty.
-        step_weights: ``[B]``, a factor of each sample's policy loss.
-        clip_range, options: as in :func:`star_kernels.weighted_policy_loss`.
+        old_log_prob: log-probability in the rollout, ``[B]`` (only without weights) or ``[B, *locations]``. If None, it
+            is computed from ``old_prev_sample_mean``.
+        old_prev_sample_mean: mean of the transition under the model of the rollout.
+        weights: ``[B, *locations]`` with mean one, or a grid ``[B, h, w]`` of patches or of the positions of a packed
+            latent.
+        guard: if True, use GRPO-Guard's normalised ratio and divide the loss of each sample by -dt; requires
+            ``old_prev_sample_mean``.
+        beta, ref_prev_sample_mean: coefficient of the KL penalty, and the mean under the reference model.
+        step_weights: ``[B]``, a factor for the policy loss of each sample.
+        clip_range, options: see :func:`star_kernels.weighted_policy_loss`.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape, dtype or range; the message names it.
+        TypeError, ValueError: wrong type, shape, dtype or range; the message names the argument.
     """
     if old_prev_sample_mean is None and (guard or old_log_prob is None):
-        use = "with guard=True" if guard else "where old_log_prob is None"
+        use = "with guard=True" if guard else "if old_log_prob is None"
         raise ValueError(f"old_prev_sample_mean must be given {use}, got None")
     for name, latent in (("prev_sample", prev_sample), ("old_prev_sample_mean", old_prev_sample_mean)):
         if latent is not None:
@@ -124,15 +128,16 @@ def policy_loss_of_means(
 def ratio_of_means(
     prev_sample_mean: Tensor, prev_sample: Tensor, std_dev_t: Tensor, sqrt_dt: Tensor, **options: Any
 ) -> Tensor:
-    """The ratio of each sample, ``[B]`` and differentiable, for trainers that clip it themselves.
+    """The differentiable ratio of each sample, ``[B]``, for trainers that clip it themselves.
 
-    With weights it is ``exp(mean_p W_p d_p)``, d the channel-mean log-ratio at a position. Arguments as in
-    :func:`policy_loss_of_means`, without those of the loss alone (advantages, clip ranges, KL, step_weights): the loss
-    of advantages -1 that nothing clips. With ``guard`` it is the normalised ratio, not divided by -dt.
+    With weights it is ``exp(mean_p W_p d_p)``, where d is the channel-mean log-ratio at a position. It is computed as
+    the unclipped loss with advantages of -1. Arguments are those of :func:`policy_loss_of_means`, except the ones that
+    affect only the loss (advantages, clip ranges, KL penalty, step_weights). With ``guard`` it is the normalised ratio,
+    not divided by -dt.
     """
-    if refused := _LOSS_ALONE & options.keys():
-        raise TypeError(f"{', '.join(sorted(refused))} must not be given: a ratio does not depend on them")
-    if options.get("guard"):  # takes out the balance of the steps
+    if refused := _LOSS_ONLY & options.keys():
+        raise TypeError(f"{', '.join(sorted(refused))} must not be given: the ratio does not depend on them")
+    if options.get("guard"):  # cancels the division by -dt
         options["step_weights"] = sqrt_dt.detach().float().reshape(-1).square().expand(len(prev_sample))
     advantages = -torch.ones(len(prev_sample), device=prev_sample.device)
     options |= {"clip_range": (1.0, math.inf), "reduction": "none"}

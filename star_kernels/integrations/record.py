@@ -1,4 +1,4 @@
-"""The maps of a rollout, one for each forward pass of its denoising loop, and the weights they give."""
+"""record_maps: the maps of every forward pass of a rollout, and their weights."""
 
 from __future__ import annotations
 
@@ -24,33 +24,36 @@ class RecordedMaps:
         self._capture = capture
 
     def _take(self, *_: object) -> None:
-        """Keeps the maps of the pass that has ended, where it was captured."""
+        """Stores the maps of a forward pass if it was captured."""
         if self._capture.ready:
             self.maps.append(self._capture.take())
 
     def weights(self, *, strength: float = 1.0, over: str = "step", cap: float | None = None) -> Tensor:
-        """Weights ``[B, Steps, h, w]`` of mean one, of the map of all groups together; options of :func:`allocate`.
+        """Weights ``[B, Steps, h, w]`` with mean one, from the sum of the maps of all phrases.
+
+        Args:
+            strength, over, cap: see :func:`star_kernels.allocate`.
 
         Raises:
-            RuntimeError: nothing was recorded.
+            RuntimeError: no maps were recorded.
         """
         if not self.maps:
-            raise RuntimeError("no maps were recorded: the transformer did not run while record_maps was open")
+            raise RuntimeError("no maps were recorded: the transformer did not run within record_maps")
         maps = torch.stack([taken.sum(dim=1) for taken in self.maps], dim=1)  # [B, Steps, h, w]
         return allocate(maps, layout="bshw", strength=strength, over=over, cap=cap)
 
 
 @contextmanager
 def record_maps(transformer: nn.Module, selection: TokenSelection, **options: Any) -> Iterator[RecordedMaps]:
-    """Records the attention maps of every forward pass of a diffusers transformer, for the length of a context.
+    """Context manager that records the attention maps of every forward pass of a diffusers transformer.
 
-    Passes that skip layers, for skip-layer guidance, have no maps and are left out.
+    Passes that skip layers (skip-layer guidance) have no maps and are not recorded.
 
     Args:
-        transformer: the model that the rollout's pipeline runs, wrapped or not.
-        selection: the core tokens of each sample's prompt, on the model's device.
-        options: of :func:`star_kernels.capture.capture_maps`, such as ``cfg="first"`` where the conditional half of a
-            batch doubled for guidance is the first, or ``blocks=...``.
+        transformer: the model that the pipeline of the rollout runs, with or without wrappers.
+        selection: the selected tokens of each sample's prompt, on the model's device.
+        options: of :func:`star_kernels.capture.capture_maps`, such as ``blocks=...``, or ``cfg="first"`` if the first
+            half of a batch doubled for guidance is conditional.
 
     Example:
         >>> with record_maps(pipeline.transformer, selection) as recorded:
@@ -59,7 +62,7 @@ def record_maps(transformer: nn.Module, selection: TokenSelection, **options: An
     """
     with capture_maps(transformer, selection, **options) as capture:
         recorded = RecordedMaps(capture)
-        hook = unwrapped(transformer).register_forward_hook(Hook(recorded, "_take"))  # after the capture's own
+        hook = unwrapped(transformer).register_forward_hook(Hook(recorded, "_take"))  # after the capture's hook
         try:
             yield recorded
         finally:

@@ -1,7 +1,7 @@
-"""The transitions of a diffusers flow-matching scheduler, by timestep, without a wait for the device.
+"""The transitions of a diffusers flow-matching scheduler by timestep, without host syncs.
 
-``scheduler.index_for_timestep`` reads its answer back from the device: one wait for every sample of every step. Here
-the coefficients of all steps are computed once for a schedule, where it lies, and a timestep selects its column there.
+``scheduler.index_for_timestep`` causes a host sync for every sample of every step. Here the coefficients of all steps
+are computed once for each schedule and stored on the device of the latents, where a timestep selects its column.
 """
 
 from __future__ import annotations
@@ -19,42 +19,44 @@ SDE_TYPES = ("sde", "cps")
 
 
 class Step(NamedTuple):
-    """One step of each sample of a batch, or one column that serves all of them."""
+    """The step of each sample of a batch, or one step for all of them."""
 
     transition: Transition
-    std_dev_t: Tensor  # [B]: Flow-GRPO's noise scale; without sqrt(-dt) for "sde", the standard deviation for "cps"
+    std_dev_t: Tensor  # [B]: Flow-GRPO's noise scale; times sqrt(-dt) ("sde") or as is ("cps") the std
     sqrt_dt: Tensor  # [B]: sqrt(-dt)
 
 
 class _Schedule:
-    """What was computed for one call of ``set_timesteps``; dropped with its timesteps, of which it holds none."""
+    """Coefficients for one call of ``set_timesteps``. Freed with its timesteps, so it must not reference them."""
 
     def __init__(self, sigmas: Tensor, versions: tuple[int, int]) -> None:
         self.sigmas, self.versions = sigmas, versions
         self.tables: dict[tuple[float, str, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
 
-_schedules = WeakIdKeyDictionary()  # of the timesteps seen
+_schedules = WeakIdKeyDictionary()  # timesteps -> _Schedule
 
 
 def step_at(
     scheduler: Any, timestep: Tensor | float, like: Tensor, *, noise_level: float = 0.7, sde_type: str = "sde"
 ) -> Step:
-    """The step that begins at a timestep, for the samples of ``like``.
+    """The step that begins at a timestep, for each sample of ``like``.
 
     Args:
-        scheduler: any object with ``timesteps`` [N] and ``sigmas`` [N + 1], such as diffusers'
-            FlowMatchEulerDiscreteScheduler after ``set_timesteps``. Of equal timesteps the second counts, as there.
-        timestep: one of ``scheduler.timesteps``, or a tensor [B] or [1] of them. One that is not among them gives NaN,
-            as finding out would be a wait.
+        scheduler: an object with ``timesteps`` [N] and ``sigmas`` [N + 1], such as diffusers'
+            FlowMatchEulerDiscreteScheduler after ``set_timesteps``. Of equal timesteps the second is used, as in
+            diffusers.
+        timestep: an element of ``scheduler.timesteps``, or a tensor [B] or [1] of them. Other values give NaN, because
+            an error would need a host sync.
         like: the latents, [B, ...]; the result is on their device.
-        noise_level: 0 is the deterministic step, whose log-probability is NaN for "sde", as in Flow-GRPO.
-        sde_type: "sde" (:func:`star_kernels.flow_sde`, with ``sigma_max = sigmas[1]``) or "cps"
+        noise_level: noise level of the sampler. 0 is the deterministic step, whose log-probability is NaN for "sde", as
+            in Flow-GRPO.
+        sde_type: "sde" (:func:`star_kernels.flow_sde` with ``sigma_max = sigmas[1]``) or "cps"
             (:func:`star_kernels.flow_cps`).
 
     Raises:
-        TypeError, ValueError: a scheduler without a schedule, a timestep of another shape, an unknown sde_type, a
-            noise_level out of range; the message names it.
+        TypeError, ValueError: a scheduler without a schedule, or a wrong timestep shape, sde_type or noise_level; the
+            message names the argument.
     """
     if sde_type not in SDE_TYPES:
         raise ValueError(f"sde_type must be {' or '.join(map(repr, SDE_TYPES))}, got {sde_type!r}")
@@ -62,7 +64,7 @@ def step_at(
     wanted = torch.as_tensor(timestep, device=like.device).reshape(-1)
     if len(wanted) not in (1, len(like)):
         raise ValueError(
-            f"timestep must be one number, or one for each of the {len(like)} samples, got {list(wanted.shape)}"
+            f"timestep must have one element or {len(like)}, one for each sample, got shape {list(wanted.shape)}"
         )
     steps = len(timesteps)
     index = torch.where(wanted[:, None] == timesteps, positions, steps).amin(dim=1)  # [B]
@@ -71,7 +73,7 @@ def step_at(
 
 
 def _tables(scheduler: Any, noise_level: float, sde_type: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Timesteps [N], their numbers [N], and the coefficients [8, N + 1] of their steps, the last column NaN."""
+    """Timesteps [N], their indices [N], and the coefficients [8, N + 1] of the steps, with NaN in the last column."""
     timesteps, sigmas = _checked(scheduler)
     versions = _version(timesteps), _version(sigmas)
     schedule = _schedules.get(timesteps)
@@ -83,7 +85,7 @@ def _tables(scheduler: Any, noise_level: float, sde_type: str, device: torch.dev
         table = table.index_select(1, _second_of_equals(timesteps.to(sigmas.device)))
         table = torch.cat([table, torch.full_like(table[:, :1], math.nan)], dim=1)
         schedule.tables[key] = (
-            timesteps.detach().to(device),  # another object than the key, which must not be kept alive
+            timesteps.detach().to(device),  # not the key itself, which would then never be freed
             torch.arange(len(timesteps), device=device),
             table.to(device),
         )
@@ -92,7 +94,7 @@ def _tables(scheduler: Any, noise_level: float, sde_type: str, device: torch.dev
 
 
 def _coefficients(sigmas: Tensor, noise_level: float, sde_type: str) -> Tensor:
-    """float32 [8, N]: the six rows of a Transition, Flow-GRPO's std_dev_t, and sqrt(-dt)."""
+    """float32 [8, N]: the six coefficients of a Transition, Flow-GRPO's std_dev_t, and sqrt(-dt)."""
     sigma, sigma_next = sigmas[:-1], sigmas[1:]
     dt = sigma_next.double() - sigma.double()
     sqrt_dt = torch.sqrt(-dt)
@@ -109,14 +111,14 @@ def _coefficients(sigmas: Tensor, noise_level: float, sde_type: str) -> Tensor:
 
 
 def _deterministic(dt: Tensor, sde_type: str) -> Tensor:
-    """``x + v dt`` without noise: no density for the SDE; Flow-CPS's is that of its squares and stays."""
+    """``x + v dt`` without noise. The log-probability is NaN for the SDE; that of Flow-CPS needs no density."""
     one = torch.ones_like(dt)
     scale, offset = (one, 0 * one) if sde_type == "cps" else (math.nan * one, math.nan * one)
     return torch.stack([one, dt, 0 * one, scale, offset, math.inf * one]).float()
 
 
 def _second_of_equals(timesteps: Tensor) -> Tensor:
-    """For each timestep the number of the step it stands for: diffusers takes the second of equal ones."""
+    """For each timestep the index of its step: of equal timesteps diffusers uses the second."""
     steps = len(timesteps)
     positions = torch.arange(steps, device=timesteps.device)
     found = torch.where(timesteps[:, None] == timesteps, positions, steps).sort(dim=1).values[:, :2]
@@ -127,17 +129,17 @@ def _checked(scheduler: Any) -> tuple[Tensor, Tensor]:
     timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
     if not isinstance(timesteps, Tensor) or not isinstance(sigmas, Tensor):
         raise TypeError(
-            "scheduler must hold tensors timesteps and sigmas, as FlowMatchEulerDiscreteScheduler does, "
+            "scheduler must have tensors timesteps and sigmas, like FlowMatchEulerDiscreteScheduler, "
             f"got {type(scheduler).__name__}"
         )
     if timesteps.ndim != 1 or sigmas.ndim != 1 or len(sigmas) != len(timesteps) + 1 or len(timesteps) == 0:
         raise ValueError(
-            "scheduler must hold timesteps [N] and sigmas [N + 1] (call its set_timesteps), got "
+            "scheduler must have timesteps [N] and sigmas [N + 1] (call its set_timesteps), got "
             f"{list(timesteps.shape)} and {list(sigmas.shape)}"
         )
     return timesteps, sigmas
 
 
 def _version(tensor: Tensor) -> int:
-    """Changes with the tensor's values; tensors of inference mode do not say."""
+    """The version counter, which changes with the values; inference tensors have none."""
     return 0 if tensor.is_inference() else tensor._version

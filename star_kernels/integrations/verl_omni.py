@@ -1,11 +1,11 @@
 """A policy loss with weights for VeRL-Omni's registry of diffusion losses (github.com/verl-project/verl-omni).
 
-Its losses are given means of transitions, not velocities: :mod:`star_kernels.integrations.means`.
+VeRL-Omni passes means of transitions to its losses instead of velocities: :mod:`star_kernels.integrations.means`.
 
-The contract is that of ``DiffusionLossFn`` in verl_omni/trainer/diffusion/diffusion_algos.py, as of mid 2026: an object
+The interface is that of ``DiffusionLossFn`` in verl_omni/trainer/diffusion/diffusion_algos.py as of mid 2026: an object
 with ``required_model_output_keys``, ``required_data_keys``, ``validate_inputs(loss_name, model_output, data)`` and
-``__call__(config, model_output, data)``, whose result has ``loss``, ``metrics`` and ``add_loss_metric``. Nothing of
-VeRL-Omni is imported before :func:`register`. docs/verl-omni.md shows the lines that a run needs.
+``__call__(config, model_output, data)``, which returns ``loss``, ``metrics`` and ``add_loss_metric``. VeRL-Omni is not
+imported before :func:`register`. docs/verl-omni.md shows how to use it in a run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from star_kernels.allocation import allocate
+from star_kernels.integrations.layout import map_layout
 from star_kernels.integrations.means import mean_transition, policy_loss_of_means, ratio_of_means
 from star_kernels.integrations.record import RecordedMaps, record_maps
 from star_kernels.selection import TokenSelection
@@ -37,13 +38,13 @@ __all__ = [
 
 ALGORITHMS = "verl_omni.trainer.diffusion.diffusion_algos"
 ENGINES = "verl_omni.workers.engine.fsdp.diffusers_impl"
-WEIGHTS, MAPS = "star_weights", "star_maps"  # optional in the batch: one of them brings the allocation
+WEIGHTS, MAPS = "star_weights", "star_maps"  # optional keys of the batch
 
 Select = Callable[[Any], TokenSelection]
 
 
 class LossResult(NamedTuple):
-    """What a diffusion loss returns: a loss to differentiate, and metrics."""
+    """The result of a diffusion loss."""
 
     loss: Tensor
     metrics: dict[str, Any]
@@ -51,10 +52,10 @@ class LossResult(NamedTuple):
 
 
 class StarLoss:
-    """Flow-GRPO's loss for VeRL-Omni, allocated where the batch brings "star_weights", or "star_maps" to make them of.
+    """Flow-GRPO's loss for VeRL-Omni, with weights if the batch has "star_weights", or "star_maps" to compute them.
 
-    Without them it is ``FlowGRPOLoss``. It needs the latent that was drawn, "prev_sample", which VeRL-Omni's engine
-    does not hand to losses: :func:`feed_latents` makes it. Subclasses set the attributes.
+    Without these keys it equals VeRL-Omni's ``FlowGRPOLoss``. It requires the sampled latent, "prev_sample", which
+    VeRL-Omni's engine does not pass to losses; :func:`feed_latents` adds it. Subclasses override the attributes.
     """
 
     required_model_output_keys: tuple[str, ...] = ("log_probs", "prev_sample_mean", "std_dev_t", "sqrt_dt")
@@ -62,10 +63,10 @@ class StarLoss:
     sde_type = "sde"
     ratio = "sample"
     guard = False
-    strength = 1.0  # of the allocation of maps, see allocate
+    strength = 1.0  # of allocate, for "star_maps"
 
     def validate_inputs(self, *, loss_name: str, model_output: Mapping[str, Any], data: Any) -> None:
-        """Raises KeyError naming the tensors that are missing, and where they come from."""
+        """Raises a KeyError that names missing tensors and how to provide them."""
         missing = [key for key in self.required_model_output_keys if key not in model_output]
         missing += [key for key in self.required_data_keys if key not in data]
         dense = WEIGHTS in data or MAPS in data or self.ratio == "location"
@@ -73,14 +74,14 @@ class StarLoss:
             missing.append("old_prev_sample_mean")
         if missing:
             raise KeyError(
-                f"diffusion loss {loss_name!r} lacks {', '.join(missing)}: prev_sample comes with "
-                "star_kernels.integrations.verl_omni.feed_latents, old_prev_sample_mean with the actor's own old "
-                "log-probabilities (algorithm.rollout_correction.bypass_mode=False)"
+                f"diffusion loss {loss_name!r} lacks {', '.join(missing)}: prev_sample is added by "
+                "star_kernels.integrations.verl_omni.feed_latents, old_prev_sample_mean by the actor's own pass for "
+                "old log-probabilities (algorithm.rollout_correction.bypass_mode=False)"
             )
 
     @classmethod
     def compute_loss(cls, **arguments: Any) -> tuple[Tensor, dict[str, Any]]:
-        """:func:`policy_loss_of_means` with the attributes of the class; metrics under VeRL-Omni's names."""
+        """:func:`policy_loss_of_means` with the attributes of the class, and metrics named as in VeRL-Omni."""
         loss, found = policy_loss_of_means(
             **{"guard": cls.guard, "sde_type": cls.sde_type, **arguments}, ratio=cls.ratio
         )
@@ -92,18 +93,18 @@ class StarLoss:
         """The loss of one step of a micro-batch.
 
         Args:
-            config: actor's; ``diffusion_loss.clip_ratio`` and ``diffusion_loss.adv_clip_max`` are read.
+            config: the config of the actor, with ``diffusion_loss.clip_ratio`` and ``diffusion_loss.adv_clip_max``.
             model_output: "prev_sample_mean" [B, ...], "std_dev_t" [B, 1, ...] and "sqrt_dt" [B].
             data: "old_log_probs" [B], "advantages" [B], "prev_sample" [B, ...]; optional "star_weights" or
-                "star_maps", [B, h, w] or [B, *locations], "old_prev_sample_mean" [B, ...] (with either of them, with
-                ratio="location" and for GRPO-Guard) and "rollout_is_weights" [B].
+                "star_maps", each [B, h, w] or [B, *locations], and "rollout_is_weights" [B]; "old_prev_sample_mean"
+                [B, ...] is required with either of the former, with ratio="location" and for GRPO-Guard.
 
         Returns:
-            The loss and metrics, which are tensors: their values are not waited for here.
+            The loss and metrics, as tensors, without a host sync.
         """
         weights, maps = data.get(WEIGHTS, None), data.get(MAPS, None)
         if weights is None and maps is not None:
-            weights = allocate(maps.flatten(1), strength=self.strength).view_as(maps)
+            weights = allocate(maps, layout=map_layout(maps), strength=self.strength)
         loss, metrics = self.compute_loss(
             prev_sample_mean=model_output["prev_sample_mean"],
             prev_sample=data["prev_sample"],
@@ -121,7 +122,7 @@ class StarLoss:
 
 
 class StarGuardLoss(StarLoss):
-    """GRPO-Guard's loss for VeRL-Omni (``GRPOGuardLoss``), with weights where the batch brings them."""
+    """GRPO-Guard's loss for VeRL-Omni (``GRPOGuardLoss``), with weights if the batch has them."""
 
     required_data_keys = (*StarLoss.required_data_keys, "old_prev_sample_mean")
     guard = True
@@ -136,17 +137,18 @@ def register(
     select: Select | None = None,
     **capture: Any,
 ) -> type[StarLoss]:
-    """Registers the loss with VeRL-Omni, and lets its FSDP engine hand over latents, and maps.
+    """Registers the loss in VeRL-Omni, and patches its FSDP engine to pass latents and maps to the loss.
 
     Args:
-        name: the ``loss_mode`` that it answers to. VeRL-Omni's configuration knows a fixed list of names, so the
-            default takes the place of its own loss of that name, whose values it has without weights.
+        name: the ``loss_mode`` of the loss. VeRL-Omni's configuration accepts a fixed list of names, so the default
+            replaces its own loss of that name; without weights the values are the same.
         loss: :class:`StarLoss`, :class:`StarGuardLoss` (for "grpo_guard"), or a subclass.
-        sde_type, ratio: the rollout's sampler, and the kind of ratio that weights act on.
-        select, capture: as in :func:`feed_latents`.
+        sde_type: sampler of the rollout, "sde" or "cps".
+        ratio: "sample" or "location", see :func:`star_kernels.weighted_policy_loss`.
+        select, capture: see :func:`feed_latents`.
 
     Returns:
-        The class that was registered, also a subclass of VeRL-Omni's ``DiffusionLossFn``.
+        The registered class, a subclass of ``loss`` and of VeRL-Omni's ``DiffusionLossFn``.
 
     Raises:
         ImportError: VeRL-Omni is not installed.
@@ -154,13 +156,13 @@ def register(
     try:
         algorithms = importlib.import_module(ALGORITHMS)
     except ImportError as error:
-        raise ImportError(f"register() needs VeRL-Omni ({ALGORITHMS}): {error}") from error
+        raise ImportError(f"register() requires VeRL-Omni ({ALGORITHMS}): {error}") from error
     base = getattr(algorithms, "DiffusionLossFn", object)
     bases = (loss,) if base is object else (loss, base)
     made = type(loss.__name__, bases, {"sde_type": sde_type, "ratio": ratio, "__doc__": loss.__doc__})
     algorithms.register_diffusion_loss(name)(made)
     engines = importlib.import_module(ENGINES)
-    for engine in ("PPODiffusersFSDPEngine", "DiffusersFSDPEngine"):  # its name now, and before mid 2026
+    for engine in ("PPODiffusersFSDPEngine", "DiffusersFSDPEngine"):  # the second is its name before mid 2026
         if hasattr(engines, engine):
             feed_latents(getattr(engines, engine), select, **capture)
             break
@@ -168,16 +170,18 @@ def register(
 
 
 def feed_latents(engine: type[Any], select: Select | None = None, **capture: Any) -> type[Any]:
-    """Lets an engine's ``forward_step(micro_batch, loss_function, forward_only, step)`` hand latents to its loss.
+    """Patches an engine's ``forward_step(micro_batch, loss_function, forward_only, step)`` to pass latents to its loss.
 
-    The class is changed; a second call changes its ``select`` alone. Without a loss function nothing differs.
+    The class is modified in place; a second call only replaces ``select`` and ``capture``. Calls without a loss
+    function are unchanged.
 
     Args:
-        engine: the class, whose instances hold the diffusers model as ``module``.
-        select: gives the core tokens of a micro-batch's prompts, on the model's device: the maps of its own forward
-            pass, the first of a step (the conditional one), then come as "star_maps". They are those of the model in
-            training, detached; at the first update of a rollout that is the rollout's model. None captures nothing.
-        capture: options of :func:`star_kernels.capture.capture_maps`; ``cfg`` is None.
+        engine: the engine class, whose instances have the diffusers model as ``module``.
+        select: a function that returns the selected tokens of a micro-batch, on the model's device. The maps of the
+            first forward pass of the step (the conditional one) are then passed to the loss as "star_maps", detached.
+            They are maps of the trained model, which equals the model of the rollout in the first update only. If
+            None, no maps are captured.
+        capture: options of :func:`star_kernels.capture.capture_maps`; ``cfg`` is None by default.
     """
     engine.star_select = staticmethod(select) if select is not None else None
     engine.star_capture = capture
@@ -186,7 +190,7 @@ def feed_latents(engine: type[Any], select: Select | None = None, **capture: Any
         return engine
 
     @wraps(forward_step)
-    def feeding(self: Any, micro_batch: Any, loss_function: Any, forward_only: bool, step: int) -> Any:
+    def patched(self: Any, micro_batch: Any, loss_function: Any, forward_only: bool, step: int) -> Any:
         if loss_function is None:
             return forward_step(self, micro_batch, loss_function=None, forward_only=forward_only, step=step)
         choose = type(self).star_select
@@ -196,21 +200,22 @@ def feed_latents(engine: type[Any], select: Select | None = None, **capture: Any
             fed = with_latents(loss_function, micro_batch, step, recorded)
             return forward_step(self, micro_batch, loss_function=fed, forward_only=forward_only, step=step)
 
-    feeding.feeds_latents = True  # type: ignore[attr-defined]
-    engine.forward_step = feeding
+    patched.feeds_latents = True  # type: ignore[attr-defined]
+    engine.forward_step = patched
     return engine
 
 
 def with_latents(
     loss_function: Callable[..., Any], micro_batch: Any, step: int, recorded: RecordedMaps | None = None
 ) -> Callable[..., Any]:
-    """The loss function, with "prev_sample" and, where there are any, weights or maps added to its ``data``.
+    """Wraps a loss function to add "prev_sample", and weights or maps if there are any, to its ``data``.
 
     Args:
-        micro_batch: with "all_latents" ``[B, Steps + 1, ...]`` and optional "star_weights" or "star_maps"
+        loss_function: the loss function of the engine.
+        micro_batch: has "all_latents" ``[B, Steps + 1, ...]``, and optionally "star_weights" or "star_maps"
             ``[B, Steps, ...]``.
-        step: the number of the step in them.
-        recorded: maps of the step's forward passes, of which the first counts.
+        step: index of the step.
+        recorded: maps of the forward passes of the step, of which the first are used.
     """
 
     @wraps(loss_function)

@@ -1,19 +1,20 @@
-"""From a prompt to the tokens of the words that matter: core content, token positions, TokenSelection.
+"""From a prompt to the tokens of its core content.
 
-``select_tokens`` is the whole way in one call. Its parts: a source gives the :class:`Core` of a prompt as character
-spans (``core_content`` chooses among them), a :class:`TextRegion` says which tokens of which encoder stand where in the
-joint sequence (``regions_of`` reads them from a diffusers pipeline), ``token_positions`` maps one to the other.
+``select_tokens`` does everything in one call: it returns a TokenSelection for a batch of prompts. Its parts are the
+sources, functions that return the :class:`Core` of a prompt as character spans (``core_content`` chooses among them);
+:class:`TextRegion`, which describes the positions of an encoder's tokens in the joint sequence (``regions_of`` reads
+them from a diffusers pipeline); and ``token_positions``, which maps character spans to token positions.
 """
 
 from star_kernels.prompts.content import core_content
 from star_kernels.prompts.core import Core, Phrase
-from star_kernels.prompts.geneval import geneval
-from star_kernels.prompts.phrases import phrases
-from star_kernels.prompts.quotes import quoted_text
 from star_kernels.prompts.regions import regions_of
 from star_kernels.prompts.select import PromptSelection, select_tokens
+from star_kernels.prompts.sources.geneval import geneval
+from star_kernels.prompts.sources.phrases import phrases
+from star_kernels.prompts.sources.quotes import quoted_text
+from star_kernels.prompts.sources.words import content_words
 from star_kernels.prompts.tokens import TextRegion, token_positions
-from star_kernels.prompts.words import content_words
 
 __all__ = [
     "Core",

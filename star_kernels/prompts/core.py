@@ -1,4 +1,4 @@
-"""The core content of a prompt: phrases, each with the characters it stands at."""
+"""The core content of a prompt: phrases and their character spans."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Span = tuple[int, int]  # characters [start, stop) of a prompt
 
 
 class Phrase(NamedTuple):
-    """A part of the core content that may have a map of its own."""
+    """A part of the core content that can have its own map."""
 
     name: str
     spans: tuple[Span, ...]
@@ -20,11 +20,11 @@ class Phrase(NamedTuple):
 
 @dataclass(frozen=True)
 class Core:
-    """What a prompt is about.
+    """The core content of a prompt.
 
     Args:
         prompt: the text that the spans refer to.
-        phrases: the parts of the core content; none is an empty core, for which every word of the prompt counts.
+        phrases: the parts of the core content. If empty, all tokens of the prompt are selected.
 
     Raises:
         TypeError: prompt is not a string.
@@ -39,7 +39,7 @@ class Core:
         phrases = tuple(Phrase(name, tuple((start, stop) for start, stop in spans)) for name, spans in self.phrases)
         for name, spans in phrases:
             if not spans:
-                raise ValueError(f"phrases must each have a span, {name!r} has none")
+                raise ValueError(f"phrases must have at least one span each, got none for {name!r}")
             for span in spans:
                 check_span(span, self.prompt)
         object.__setattr__(self, "phrases", phrases)
@@ -50,7 +50,7 @@ class Core:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """The spans of all phrases in the order of the prompt, each once."""
+        """The distinct spans of all phrases, in the order of the prompt."""
         return tuple(sorted({span for phrase in self.phrases for span in phrase.spans}))
 
     @property
@@ -60,7 +60,7 @@ class Core:
 
 
 def core_of(prompt: str, found: Iterable[tuple[str, Iterable[Span]]]) -> Core:
-    """A core of named spans; names that differ only in spelling or spacing are occurrences of one phrase."""
+    """A Core from named spans. Names that differ only in spelling or spacing are occurrences of one phrase."""
     names: dict[str, str] = {}
     spans: dict[str, list[Span]] = {}
     for name, occurrences in found:
@@ -80,4 +80,4 @@ def check_span(span: Span, prompt: str) -> None:
     if not all(isinstance(end, int) and not isinstance(end, bool) for end in span):
         raise TypeError(f"spans must be pairs of integers, got {span!r}")
     if not 0 <= start < stop <= len(prompt):
-        raise ValueError(f"spans must have 0 <= start < stop <= {len(prompt)}, the prompt's length, got {span!r}")
+        raise ValueError(f"spans must have 0 <= start < stop <= {len(prompt)} (length of the prompt), got {span!r}")

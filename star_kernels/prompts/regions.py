@@ -1,14 +1,14 @@
-"""Where the text encoders of a diffusers pipeline put their tokens in the joint sequence.
+"""The positions of the text encoders' tokens in the joint sequence of a diffusers pipeline.
 
-Read from diffusers 0.42; the pipelines themselves are never imported. Text positions count from the first text token:
+According to diffusers 0.42, which is not imported. Text positions count from the first text token:
 
 ==========  ==============  ==========================================================================================
 family      joint sequence  text
 ==========  ==============  ==========================================================================================
-SD3, SD3.5  image, text     77 of CLIP-L and CLIP-G, joined along channels; then T5 (256), zeros where it is absent
-FLUX.1      text, image     T5 (512); CLIP only gives the pooled embedding
-FLUX.2      text, image     chat of a system message and the prompt, padded to 512, none dropped, padding not masked
-Qwen-Image  text, image     chat without its first 34 tokens, as long as the longest prompt, at most 512
+SD3, SD3.5  image, text     CLIP-L and CLIP-G (77), concatenated along channels; then T5 (256), zeros if absent
+FLUX.1      text, image     T5 (512); CLIP is used for the pooled embedding only
+FLUX.2      text, image     chat of a system message and the prompt, padded to 512; padding is not masked
+Qwen-Image  text, image     chat without its first 34 tokens, padded to the longest prompt, at most 512
 ==========  ==============  ==========================================================================================
 """
 
@@ -20,13 +20,13 @@ from typing import Any
 from star_kernels.prompts.tokens import TextRegion
 
 CLIP_LENGTH = 77
-_MARK = "\ue000"  # a private character, which no template holds
+_MARK = "\ue000"  # a private-use character that occurs in no template
 
 
 def sd3_regions(
     tokenizer: Any, tokenizer_2: Any, tokenizer_3: Any = None, *, clip_length: int = CLIP_LENGTH, t5_length: int = 256
 ) -> list[TextRegion]:
-    """Stable Diffusion 3 and 3.5: "clip_l" and "clip_g" share their positions, "t5" follows; None is left out."""
+    """Stable Diffusion 3 and 3.5: "clip_l" and "clip_g" at the same positions, then "t5"; None omits an encoder."""
     regions = [
         TextRegion("clip_l", tokenizer, clip_length, after_image=True) if tokenizer is not None else None,
         TextRegion("clip_g", tokenizer_2, clip_length, after_image=True) if tokenizer_2 is not None else None,
@@ -38,12 +38,12 @@ def sd3_regions(
 
 
 def flux_regions(tokenizer_2: Any, *, length: int = 512) -> list[TextRegion]:
-    """FLUX.1: "t5"."""
+    """FLUX.1: the region "t5"."""
     return [TextRegion("t5", tokenizer_2, length)]
 
 
 def flux2_regions(processor: Any, *, system_message: str, length: int = 512) -> list[TextRegion]:
-    """FLUX.2: "mistral", from the pipeline's processor (or tokenizer) and its system message."""
+    """FLUX.2: the region "mistral", from the pipeline's processor (or tokenizer) and its system message."""
 
     def render(prompt: str) -> str:
         text = [{"type": "text", "text": prompt}]
@@ -55,14 +55,14 @@ def flux2_regions(processor: Any, *, system_message: str, length: int = 512) -> 
     tokenizer = processor.tokenizer if is_processor else processor
     template = _template(render)
     bos = getattr(tokenizer, "bos_token", None)
-    brings_bos = bos is not None and template["prefix"].startswith(bos)
-    # A processor adds special tokens to a chat that does not begin with them; a tokenizer never does.
-    special_tokens = is_processor and not brings_bos
+    has_bos = bos is not None and template["prefix"].startswith(bos)
+    # A processor adds special tokens unless the chat begins with them; a tokenizer does not.
+    special_tokens = is_processor and not has_bos
     return [TextRegion("mistral", tokenizer, length, **template, special_tokens=special_tokens, reserved=("[IMG]",))]
 
 
 def flux2_klein_regions(tokenizer: Any, *, length: int = 512) -> list[TextRegion]:
-    """FLUX.2 [klein]: "qwen3"."""
+    """FLUX.2 [klein]: the region "qwen3"."""
 
     def render(prompt: str) -> str:
         chat = [{"role": "user", "content": prompt}]
@@ -73,7 +73,7 @@ def flux2_klein_regions(tokenizer: Any, *, length: int = 512) -> list[TextRegion
 
 
 def qwen_image_regions(tokenizer: Any, *, template: str, dropped: int, length: int = 512) -> list[TextRegion]:
-    """Qwen-Image: "qwen2", from the pipeline's ``prompt_template_encode`` and ``prompt_template_encode_start_idx``."""
+    """Qwen-Image: the region "qwen2", from the pipeline's prompt template and its number of dropped tokens."""
     parts = _template(template.format)
     return [TextRegion("qwen2", tokenizer, length, **parts, dropped=dropped, padded=False)]
 
@@ -84,20 +84,22 @@ def regions_of(
     """The text regions of a diffusers pipeline.
 
     Args:
-        pipeline: a text-to-image pipeline of SD3, FLUX.1, FLUX.2 or Qwen-Image, or one of their variants that encodes
-            the prompt in the same way; its tokenizers and templates are read, no model runs.
-        max_sequence_length: what the pipeline is called with; its own default if None.
-        encoders: names of the regions to keep, such as ["t5"]; all if None.
+        pipeline: a text-to-image pipeline of SD3, FLUX.1, FLUX.2 or Qwen-Image, or one of their variants that encode
+            the prompt in the same way. Its tokenizers and templates are read; no model runs.
+        max_sequence_length: the ``max_sequence_length`` that the pipeline is called with; its default if None.
+        encoders: names of the regions to return, such as ["t5"]; all if None.
 
     Raises:
-        TypeError: a pipeline of another family, or a tokenizer that is not a fast one.
+        TypeError: unsupported pipeline, or a tokenizer that is not a fast tokenizer.
         ValueError: a length below 1, or an encoder that the pipeline does not have.
     """
     names = [cls.__name__ for cls in type(pipeline).__mro__]
     read = next((reader for name in names for family, reader in _FAMILIES if name in family), None)
     if read is None:
         known = "StableDiffusion3Pipeline, FluxPipeline, Flux2Pipeline, Flux2KleinPipeline, QwenImagePipeline"
-        raise TypeError(f"pipeline must be one of {known} and their variants, got {names[0]}; others need a TextRegion")
+        raise TypeError(
+            f"pipeline must be one of {known} or their variants, got {names[0]}; describe others by TextRegions"
+        )
     regions = read(pipeline, max_sequence_length)
     if encoders is None:
         return regions
@@ -108,7 +110,7 @@ def regions_of(
 
 
 def _read_sd3(pipeline: Any, length: int | None) -> list[TextRegion]:
-    # Without the encoder the pipeline fills T5's positions with zeros, whatever its tokenizer.
+    # Without the T5 encoder its positions are zeros, even if there is a tokenizer.
     t5 = pipeline.tokenizer_3 if pipeline.text_encoder_3 is not None else None
     clip_length = pipeline.tokenizer_max_length
     t5_length = 256 if length is None else length
@@ -138,10 +140,10 @@ def _read_qwen_image(pipeline: Any, length: int | None) -> list[TextRegion]:
 
 
 def _template(render: Callable[[str], str]) -> dict[str, Any]:
-    """What a template sets before and after a prompt, and whether it strips the prompt."""
+    """The text of a template before and after the prompt, and whether it strips the prompt."""
     before, mark, after = render(_MARK).partition(_MARK)
     if not mark:
-        raise ValueError("the chat template must hold the prompt as it is, got one that changes or leaves it out")
+        raise ValueError("the chat template must contain the prompt unchanged, got one that changes or omits it")
     return {"prefix": before, "suffix": after, "strips": f" {_MARK} " not in render(f" {_MARK} ")}
 
 

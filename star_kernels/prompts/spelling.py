@@ -1,4 +1,4 @@
-"""One spelling for texts that look alike."""
+"""A canonical spelling for texts that look alike."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _SAME = {
     **dict.fromkeys(map(ord, _APOSTROPHES), "'"),
     **dict.fromkeys(map(ord, _QUOTES), '"'),
     **dict.fromkeys(map(ord, _DASHES), "-"),
-    ord("\u2044"): "/",  # within a fraction of one character
+    ord("\u2044"): "/",  # in single-character fractions
 }
-# Invisible characters: soft hyphens, joiners, marks of direction, variation selectors of emoji.
-_UNSEEN = "\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
-_INVISIBLE = re.compile(f"[{_UNSEEN}]")
-_DOTTED = re.compile("i\u0307+")  # from the Turkish capital i
+# Invisible characters: soft hyphens, joiners, direction marks, variation selectors.
+_INVISIBLE_CHARACTERS = "\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
+_INVISIBLE = re.compile(f"[{_INVISIBLE_CHARACTERS}]")
+_DOTTED = re.compile("i\u0307+")  # from the Turkish capital I with a dot
 
 
 def plain(text: str) -> str:
-    """A text without the differences in spelling that a reader ignores.
+    """The canonical spelling of a text, in which differences that a reader ignores are removed.
 
     Applies Unicode's NFKC and case folding (composed and decomposed accents, full and half width, ligatures, capitals),
-    replaces every kind of apostrophe, quote and dash by the one of ASCII, and removes invisible characters. Spaces are
+    replaces all kinds of apostrophes, quotes and dashes by those of ASCII, and removes invisible characters. Spaces are
     kept.
     """
     folded = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text).translate(_SAME)).casefold()
@@ -32,20 +32,20 @@ def plain(text: str) -> str:
 
 
 def located(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """The plain spelling of a text, and for each of its characters where in the text that comes from."""
+    """The canonical spelling of a text, and for each of its characters the (start, stop) in the text."""
     if text.isascii():
         return plain(text), [(i, i + 1) for i in range(len(text))]
-    spelled, places, start = "", list[tuple[int, int]](), 0
+    spelled, spans, start = "", list[tuple[int, int]](), 0
     for stop in range(1, len(text) + 1):
         if stop < len(text) and _continues(text[stop]):
             continue
         part = plain(text[start:stop])
         spelled += part
-        places += [(start, stop)] * len(part)
+        spans += [(start, stop)] * len(part)
         start = stop
-    return spelled, places
+    return spelled, spans
 
 
 def _continues(character: str) -> bool:
-    """Whether a character belongs to the one before it."""
+    """Whether a character combines with the one before it."""
     return unicodedata.category(character)[0] == "M" or "\u1160" <= character <= "\u11ff"

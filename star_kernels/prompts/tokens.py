@@ -1,4 +1,4 @@
-"""Which tokens of a text encoder stand for which characters of a prompt."""
+"""The tokens of a text encoder that cover given characters of a prompt."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Any
 
 from star_kernels.prompts.core import Span, check_prompt, check_span
 
-NOTHING: Span = (0, 0)  # the characters of a special, padding or template token
+NOTHING: Span = (0, 0)  # the span of a special, padding or template token
 
 
 @dataclass(frozen=True, eq=False)
 class TextRegion:
     """The tokens of one text encoder in the joint sequence of image and text.
 
-    The encoder's input is ``prefix + prompt + suffix``, cut to ``dropped + length`` tokens, of which the pipeline drops
-    the first ``dropped``.
+    The encoder's input is ``prefix + prompt + suffix``, truncated to ``dropped + length`` tokens. The pipeline drops
+    the first ``dropped`` tokens of its output.
 
     Args:
-        name: what messages call it.
+        name: name of the region, used in messages and to choose encoders.
         tokenizer: a fast tokenizer of transformers.
-        length: the positions that it may take, special and padding tokens included.
-        start: its first position, counted from the first position of the text. Regions may overlap, as those of SD3's
-            two CLIP encoders do, which share positions.
-        after_image: whether the image's tokens come before the text in the joint sequence.
-        prefix, suffix: a template around the prompt.
-        strips: whether the template takes the space around the prompt away.
-        dropped: tokens of the template that the pipeline takes off the front of the encoder's output.
-        padded: whether the text is padded to ``length``; this moves it where the tokenizer pads on the left.
-        special_tokens: whether the tokenizer adds its special tokens; templates often bring their own.
-        reserved: strings that the pipeline takes out of prompts; a prompt that holds one is an error.
+        length: maximum number of positions, including special and padding tokens.
+        start: first position, counted from the first position of the text. Regions may overlap: the two CLIP encoders
+            of SD3 share their positions.
+        after_image: whether the text follows the image in the joint sequence.
+        prefix, suffix: template around the prompt.
+        strips: whether the template strips whitespace around the prompt.
+        dropped: number of tokens that the pipeline drops at the start of the encoder's output.
+        padded: whether the text is padded to ``length``; with a tokenizer that pads on the left this moves the text.
+        special_tokens: whether the tokenizer adds its special tokens; templates often contain their own.
+        reserved: strings that the pipeline removes from prompts; a prompt that contains one is an error.
 
     Raises:
-        TypeError: the tokenizer is not a fast one.
-        ValueError: a length below 1, a negative start or dropped.
+        TypeError: the tokenizer is not a fast tokenizer.
+        ValueError: ``length`` is below 1, or ``start`` or ``dropped`` is negative.
     """
 
     name: str
@@ -54,8 +54,8 @@ class TextRegion:
     def __post_init__(self) -> None:
         if not callable(self.tokenizer) or not getattr(self.tokenizer, "is_fast", False):
             raise TypeError(
-                "tokenizer must be a fast tokenizer of transformers, which knows the characters behind its tokens "
-                "(all of transformers 5 with a tokenizer.json are; in transformers 4 use CLIPTokenizerFast instead of "
+                "tokenizer must be a fast tokenizer of transformers, which returns character offsets (in transformers "
+                "5 all tokenizers with a tokenizer.json are fast; in transformers 4 use CLIPTokenizerFast instead of "
                 f"CLIPTokenizer, Qwen2TokenizerFast instead of Qwen2Tokenizer), got {type(self.tokenizer).__name__}"
             )
         for name, least in (("length", 1), ("start", 0), ("dropped", 0)):
@@ -65,15 +65,15 @@ class TextRegion:
 
     @property
     def padded_left(self) -> bool:
-        """Whether padding comes before the text, so that positions depend on ``length``."""
+        """Whether padding precedes the text, so that positions depend on ``length``."""
         return self.padded and getattr(self.tokenizer, "padding_side", "right") == "left"
 
     def characters(self, prompt: str) -> list[Span]:
-        """The characters of the prompt behind each token, by position in the region; (0, 0) where there are none."""
+        """The span of the prompt that each token covers, by position in the region; (0, 0) for tokens outside it."""
         check_prompt(prompt)
         for text in self.reserved:
             if text in prompt:
-                raise ValueError(f"prompt must not hold {text!r}, which the pipeline takes out, got {prompt!r}")
+                raise ValueError(f"prompt must not contain {text!r}, which the pipeline removes, got {prompt!r}")
         stripped = prompt.strip() if self.strips else prompt
         offset = len(prompt) - len(prompt.lstrip()) if self.strips else 0
         encoded = self.tokenizer(
@@ -83,7 +83,7 @@ class TextRegion:
             max_length=self.dropped + self.length,
             return_offsets_mapping=True,
         )
-        shift = offset - len(self.prefix)  # from the encoder's text to the prompt
+        shift = offset - len(self.prefix)  # from offsets in the encoder's input to offsets in the prompt
         begin, end = offset, offset + len(stripped)
         spans = [
             (max(start + shift, begin), min(stop + shift, end))
@@ -109,16 +109,16 @@ def token_positions(
     padded: bool = True,
     special_tokens: bool = True,
 ) -> list[int]:
-    """Positions, in one encoder's output, of the tokens that share a character with a span.
+    """Positions of the tokens that share a character with a span, in the output of one encoder.
 
-    Space does not count as a character. A token that a word shares with its neighbour (``!"``) belongs to the word.
-    Where a character is split into several tokens, as byte-level tokenizers do, all of them are taken. Words beyond the
-    limit are left out with one warning.
+    Whitespace does not count. A token that covers a part of a word and its neighbour (``!"``) is included. If a
+    character is split into several tokens, as byte-level tokenizers do, all of them are included. Spans whose tokens
+    were all truncated are omitted with one warning.
 
     Args:
         tokenizer, length, prefix, suffix, dropped, padded, special_tokens: see :class:`TextRegion`.
         prompt: the text.
-        spans: characters [start, stop) of it.
+        spans: character spans (start, stop) of the prompt.
 
     Example:
         >>> token_positions(clip_tokenizer, "a red bench", [(2, 5)], length=77)
@@ -141,12 +141,12 @@ def token_positions(
     chosen = [matching(prompt, characters, span) for span in spans]
     lost = [prompt[start:stop] for (start, stop), positions in zip(spans, chosen, strict=True) if not positions]
     if lost:
-        warnings.warn(f"{quoted(lost)}: no token among the {length} of {region.name}; left out", stacklevel=2)
+        warnings.warn(f"{quoted(lost)}: truncated to {length} tokens by {region.name}, so not selected", stacklevel=2)
     return sorted(set().union(*chosen))
 
 
 def matching(prompt: str, characters: Sequence[Span], span: Span) -> set[int]:
-    """Positions whose characters have one in common with a span, other than space."""
+    """Positions of tokens that share a character other than whitespace with a span."""
     begin, end = span
     found = set()
     for position, (start, stop) in enumerate(characters):

@@ -1,4 +1,4 @@
-"""The models are tiny: more threads only wait for each other."""
+"""One thread for every test: the models are too tiny for more."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What an attention call inside a processor may look like, on a model of one attention module."""
+"""Attention calls that a captured processor may make, in a model with one attention module."""
 
 import shutil
 import threading
@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from definition import map_of
+from reference_maps import map_of
 from torch import nn
 
 from star_kernels import TokenSelection
@@ -88,8 +88,8 @@ def causal():
 WRONG = {
     "of each query": ({"attn_mask": causal().expand(BATCH, 1, -1, -1)}, r"mask of shape \[2, 1, 12, 12\]"),
     "without a batch": ({"attn_mask": causal()}, r"mask of shape \[12, 12\].* \[B, Sk\] with B = 2, Sk = 12"),
-    "a bias": ({"attn_mask": torch.linspace(-2, 0, LENGTH).expand(BATCH, 1, 1, -1)}, "must hold 0 or -inf"),
-    "of all keys": ({"attn_mask": torch.full((BATCH, 1, 1, LENGTH), -1e4)}, "and 0 somewhere"),
+    "a bias": ({"attn_mask": torch.linspace(-2, 0, LENGTH).expand(BATCH, 1, 1, -1)}, "must be 0 or -inf"),
+    "of all keys": ({"attn_mask": torch.full((BATCH, 1, 1, LENGTH), -1e4)}, "with at least one 0"),
     "of each head": (
         {"attn_mask": torch.stack([padding()] * 3 + [~padding()], dim=1)[:, :, None]},
         "differs between heads",
@@ -100,7 +100,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG.values(), ids=WRONG)
-def test_a_call_that_has_no_such_map_is_an_error_that_names_the_module(options, message, selection):
+def test_an_unsupported_attention_call_is_an_error_that_names_the_module(options, message, selection):
     model = Model()
     with pytest.raises(ValueError, match=f"attention .*{message}"), capture_maps(model, selection, cfg=None, **ROWS):
         model(**options)
@@ -116,7 +116,7 @@ def test_a_compiled_graph_keeps_a_mask_and_checks_it_too(compiler, selection):
     with capture_maps(compiled, selection, cfg=None, **ROWS) as maps:
         torch.testing.assert_close(compiled(attn_mask=mask), expected)
         torch.testing.assert_close(maps.value.flatten(2), expected_map)
-        with pytest.raises(RuntimeError, match="must hold 0 or -inf"):
+        with pytest.raises(RuntimeError, match="must be 0 or -inf"):
             compiled(attn_mask=torch.full((BATCH, 1, 1, LENGTH), -1.0))
 
 
@@ -139,15 +139,13 @@ def _first(module, options):
 def test_rows_must_lie_in_the_queries(selection):
     model = Model()
     with (
-        pytest.raises(
-            ValueError, match="attention attends over 12 positions, which do not hold the image rows 8 to 13"
-        ),
+        pytest.raises(ValueError, match="attention has 12 queries, which do not include the image rows 8 to 13"),
         capture_maps(model, selection, cfg=None, rows=(8, 6), grid=(2, 3)),
     ):
         model()
 
 
-def test_attention_that_is_not_pytorchs_is_an_error_at_the_end_of_the_pass(selection):
+def test_attention_not_computed_by_pytorch_is_an_error_at_the_end_of_the_pass(selection):
     class Other:
         _attention_backend = "sage"
 
@@ -165,11 +163,11 @@ def test_attention_that_is_not_pytorchs_is_an_error_at_the_end_of_the_pass(selec
         model()
 
 
-def test_attention_in_parallel_over_devices_is_an_error(selection):
+def test_context_parallelism_is_an_error(selection):
     model = Model()
     with capture_maps(model, selection, cfg=None, **ROWS):
         model.attention.processor._parallel_config = object()  # as enable_parallelism sets it
-        with pytest.raises(ValueError, match="attention attends in parallel over devices"):
+        with pytest.raises(ValueError, match="attention uses context parallelism"):
             model()
 
 
@@ -179,7 +177,7 @@ def test_an_error_of_the_model_itself_is_not_hidden(selection):
         model(unknown=1)
 
 
-def test_one_processor_may_serve_several_modules(selection):
+def test_several_modules_may_share_one_processor(selection):
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
@@ -198,7 +196,7 @@ def test_one_processor_may_serve_several_modules(selection):
 
 
 class OwnName:
-    """Holds the function by a name of its own."""
+    """Keeps the function under a name of its own."""
 
     def __init__(self, function):
         self.function = function
@@ -208,7 +206,7 @@ class OwnName:
         return self.function(*module.qkv, **options)
 
 
-def test_a_processor_may_call_the_function_by_a_name_of_its_own_and_runs_once(selection):
+def test_a_processor_may_call_the_function_under_another_name_and_runs_once(selection):
     model = Model()
     model.attention.processor = OwnName(F.scaled_dot_product_attention)
     expected = model()
@@ -219,7 +217,7 @@ def test_a_processor_may_call_the_function_by_a_name_of_its_own_and_runs_once(se
     torch.testing.assert_close(maps.value.flatten(2), map_of((*model.attention.qkv[:2], None), selection, ROWS["rows"]))
 
 
-def test_pytorchs_function_is_exchanged_while_a_processor_runs_and_no_longer(selection):
+def test_pytorchs_function_is_replaced_only_while_a_processor_runs(selection):
     pytorch = F.scaled_dot_product_attention
     seen = []
 
@@ -242,7 +240,7 @@ def test_pytorchs_function_is_exchanged_while_a_processor_runs_and_no_longer(sel
     assert pytorch not in seen
 
 
-def test_other_threads_attention_is_left_alone(selection):
+def test_attention_in_other_threads_is_not_intercepted(selection):
     others = []
 
     class Waits:
@@ -284,8 +282,8 @@ def test_a_processor_that_does_not_attend_runs_once(selection):
         assert not runs
 
 
-def test_a_mode_watches_the_first_eager_call_of_a_class_of_processors_alone(selection):
-    """A mode sees every call of PyTorch's functions, at some microseconds each."""
+def test_a_function_mode_is_used_only_for_the_first_eager_call_of_a_processor_class(selection):
+    """A mode adds microseconds to every call of a PyTorch function."""
     depths = []
 
     class Counts:

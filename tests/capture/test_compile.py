@@ -27,7 +27,7 @@ def graphs():
 
 
 def make(family):
-    """One block of each kind: compiling is slow."""
+    """A model with one block of each kind, because compiling is slow."""
     case = CASES[family]
     model, inputs = case.make()
     for name in ("transformer_blocks", "single_transformer_blocks"):
@@ -68,8 +68,8 @@ def test_no_new_graph_for_a_new_selection_or_a_new_context():
         compiled(**inputs)
         handle.enabled = True
     handle.remove()
-    assert graphs() == 3  # one for a handle that is switched off
-    # The capture's own Python is not compiled, for it would be anew for every handle, up to a limit.
+    assert graphs() == 3  # one for enabled = False
+    # The hooks are not compiled: they would be recompiled for every handle, up to a limit.
     assert not [m for m in get_compilation_metrics() if "star_kernels" in m.co_filename]
 
 
@@ -96,7 +96,7 @@ def test_blocks_compiled_one_by_one_and_in_place_work():
 
 
 @pytest.mark.parametrize("checkpointed", mostly_exhaustive([False, True], [False]))
-def test_the_compiled_model_trains_the_same(checkpointed):
+def test_the_compiled_model_has_the_same_gradients(checkpointed):
     case, model, inputs = make("sd3.5")
     if checkpointed:
         model.enable_gradient_checkpointing()

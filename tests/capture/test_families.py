@@ -1,4 +1,4 @@
-"""Captured maps of every family are those of the definition, and capturing changes nothing."""
+"""Captured maps of every family equal those of the reference, and capturing leaves outputs and gradients unchanged."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from definition import expected_maps
+from reference_maps import expected_maps
 from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, TEXT, flux_inputs
 
 from star_kernels.capture import capture_maps
@@ -38,7 +38,7 @@ def test_maps_are_those_of_the_materialised_softmax(case):
     assert maps.value.dtype == torch.float32
     torch.testing.assert_close(maps.value, expected, rtol=0, atol=1e-5)
     assert expected[:, 0].flatten(1).std(dim=1).min() > 1e-3  # the maps are not flat
-    assert not maps.value[1, 1].any()  # an empty group
+    assert not maps.value[1, 1].any()  # an empty phrase
 
 
 def test_outputs_and_gradients_are_those_without_capture(case):
@@ -83,7 +83,7 @@ def test_the_model_is_as_it_was_after_an_exception(case):
 
 
 @torch.no_grad()
-def test_chosen_blocks_alone_make_the_maps():
+def test_maps_are_the_mean_over_the_chosen_blocks():
     case = CASES["flux"]
     model, inputs = case.make()
     for blocks in ([0], [2], [1, -3]):
@@ -108,7 +108,7 @@ def test_coarse_levels_of_a_unet_keep_their_own_grid():
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["flux", "flux2"])
-def test_tokens_of_reference_images_are_cut(family):
+def test_tokens_of_reference_images_are_dropped(family):
     case = CASES[family]
     model, inputs = case.make()
     references = torch.randn(BATCH, 20, 4)
@@ -128,7 +128,7 @@ def test_tokens_of_reference_images_are_cut(family):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_ids_that_are_written_to_between_passes_give_the_new_grid(mode):
+def test_ids_that_are_modified_between_passes_give_the_new_grid(mode):
     case = CASES["flux"]
     model, inputs = case.make()
     with mode(), capture_maps(model, case.selection) as maps:
@@ -140,7 +140,7 @@ def test_ids_that_are_written_to_between_passes_give_the_new_grid(mode):
         assert maps.value.shape[2:] == (ROWS, COLUMNS)
         ids[:, 1], ids[:, 2] = torch.arange(IMAGE) // ROWS, torch.arange(IMAGE) % ROWS  # portrait
         model(**inputs)
-        ids.zero_()  # written to again before the maps are read
+        ids.zero_()  # modified again before the maps are read
         assert maps.value.shape[2:] == (COLUMNS, ROWS)
 
 
@@ -168,7 +168,7 @@ def test_rows_and_grid_can_be_chosen():
 
 
 @torch.no_grad()
-def test_no_map_depends_on_padding_of_the_text():
+def test_padding_of_the_text_has_no_attention():
     case = CASES["qwen-image"]
     model, inputs = case.make()
     padding = case.selection.shift(TEXT - 1 - 3)  # the last token, where the second prompt is padded
@@ -179,12 +179,12 @@ def test_no_map_depends_on_padding_of_the_text():
 
 
 @torch.no_grad()
-def test_frames_of_a_video_are_refused():
-    """A sequence of several frames has no one grid."""
+def test_several_frames_are_an_error():
+    """Maps have one grid, that of one frame."""
     model, inputs = CASES["qwen-image"].make()
     inputs["img_shapes"] = [[(2, ROWS // 2, COLUMNS)]] * BATCH
     with (
-        pytest.raises(ValueError, match="img_shapes must be of images, one frame each, got 2 frames"),
+        pytest.raises(ValueError, match="img_shapes must be shapes of images, with one frame each, got 2 frames"),
         capture_maps(model, CASES["qwen-image"].selection, cfg=None),
     ):
         model(**inputs)
@@ -193,5 +193,5 @@ def test_frames_of_a_video_are_refused():
 def test_a_unets_resolution_follows_from_the_number_of_its_queries():
     assert _at_resolution((9, 6), 54) == (9, 6)
     assert _at_resolution((9, 6), 15) == (5, 3)  # odd sides are rounded up
-    with pytest.raises(ValueError, match="a latent of 9 x 6 has no resolution with 16 positions"):
+    with pytest.raises(ValueError, match="a UNet with a latent of 9 x 6 has no resolution of 16 positions"):
         _at_resolution((9, 6), 16)

@@ -1,4 +1,4 @@
-"""Which half of a batch a selection is for, and that finding out does not wait for a device."""
+"""Which part of a batch a selection is for, decided without a wait for the device."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("diffusers")
 
-from definition import expected_maps
+from reference_maps import expected_maps
 from tiny_models import CASES
 
 from star_kernels import TokenSelection
 from star_kernels.capture import attach_maps, capture_maps
 
 DOUBLING = ["sd3", "pixart", "sd", "sdxl"]
-LOOKS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero")
+HOST_READS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero")
 
 
 def latent_name(inputs):
@@ -21,7 +21,7 @@ def latent_name(inputs):
 
 
 def guided(inputs):
-    """As pipelines concatenate: other text first, the latents twice."""
+    """Inputs as pipelines concatenate them: other text first, the latents twice."""
 
     def twice(name, value):
         if isinstance(value, dict):
@@ -34,7 +34,7 @@ def guided(inputs):
 
 
 def repeated(inputs):
-    """As num_images_per_prompt=2 does: [A, A, B, B], each with noise of its own."""
+    """Inputs of num_images_per_prompt=2: [A, A, B, B], each with its own noise."""
     batch = {name: value.repeat_interleave(2, dim=0) for name, value in inputs.items()}
     name = latent_name(inputs)
     return {**batch, name: batch[name] + torch.linspace(0, 1, 4).view(-1, 1, 1, 1)}
@@ -42,7 +42,7 @@ def repeated(inputs):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", DOUBLING)
-def test_a_batch_doubled_for_guidance_and_one_that_is_not_are_told_apart(family):
+def test_batches_with_and_without_guidance_are_distinguished(family):
     case = CASES[family]
     model, inputs = case.make()
     expected = expected_maps(model, inputs, case, case.selection)
@@ -53,13 +53,14 @@ def test_a_batch_doubled_for_guidance_and_one_that_is_not_are_told_apart(family)
 
 
 @torch.no_grad()
-def test_several_images_of_each_prompt_are_no_guidance():
+def test_several_images_of_each_prompt_are_not_taken_for_guidance():
     case = CASES["sd3"]
     model, inputs = case.make()
     inputs = repeated(inputs)
     with capture_maps(model, case.selection) as maps:
         with pytest.raises(
-            ValueError, match=r"batch of 4 for a selection of 2 is taken as doubled .*several images.*select for every"
+            ValueError,
+            match=r"batch of 4 for a selection of 2 is assumed to be doubled .*images.*an entry for every",
         ):
             model(**inputs)
         assert not maps.ready
@@ -70,7 +71,7 @@ def test_several_images_of_each_prompt_are_no_guidance():
 
 
 @torch.no_grad()
-def test_two_images_of_one_prompt_are_no_guidance():
+def test_two_images_of_one_prompt_are_not_taken_for_guidance():
     case = CASES["sd3"]
     model, inputs = case.make()
     inputs["encoder_hidden_states"][1] = inputs["encoder_hidden_states"][0]
@@ -86,7 +87,7 @@ def test_a_batch_of_a_family_that_does_not_double_it_is_never_halved(family):
     model, inputs = case.make()
     one = TokenSelection(case.selection.index[:1], case.selection.weight[:1])
     name = latent_name(inputs)
-    inputs[name] = inputs[name][:1].expand_as(inputs[name])  # equal halves mean nothing here
+    inputs[name] = inputs[name][:1].expand_as(inputs[name])  # equal halves are no evidence of guidance here
     with (
         capture_maps(model, one, **case.options),
         pytest.raises(ValueError, match=r"batch of 1, the selection's \(.* needs cfg='last' or 'first'\), got 2"),
@@ -95,7 +96,7 @@ def test_a_batch_of_a_family_that_does_not_double_it_is_never_halved(family):
 
 
 @torch.no_grad()
-def test_another_batch_is_an_error():
+def test_any_other_batch_size_is_an_error():
     case = CASES["sd3"]
     model, inputs = case.make()
     with (
@@ -106,7 +107,7 @@ def test_another_batch_is_an_error():
 
 
 @torch.no_grad()
-def test_a_run_that_diverged_is_not_another_error():
+def test_nan_in_the_latents_is_not_an_error():
     case = CASES["sd3"]
     model, inputs = case.make()
     inputs["hidden_states"][0, 0, 0, 0] = torch.nan
@@ -115,41 +116,41 @@ def test_a_run_that_diverged_is_not_another_error():
     assert maps.ready
 
 
-class Looks(TorchDispatchMode):
-    """Counts where the host reads a value, and so would wait for the device that it lies on."""
+class HostReads(TorchDispatchMode):
+    """Records operators that read a value on the host, and so wait for the device of the tensor."""
 
     def __init__(self):
         super().__init__()
         self.found = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().split(".")[0] in LOOKS:
+        if func.name().split(".")[0] in HOST_READS:
             self.found.append(func.name())
         return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("cfg", "most"), [("last", 0), ("first", 0), ("auto", 1)])
-def test_a_captured_pass_waits_for_no_device_but_to_compare_latents(cfg, most):
+def test_a_captured_pass_waits_for_the_device_only_to_compare_latents(cfg, most):
     case = CASES["sd3"]
     model, inputs = case.make()
     inputs, selection = guided(inputs), case.selection
-    with Looks() as plain:
+    with HostReads() as plain:
         model(**inputs)
-    with Looks() as looks:
+    with HostReads() as reads:
         handle = attach_maps(model, selection, cfg=cfg)
         handle.selection = selection.to("cpu").shift(0)
         model(**inputs)
         handle.take()
     handle.remove()
-    assert len(looks.found) == len(plain.found) + most
+    assert len(reads.found) == len(plain.found) + most
 
 
-def test_a_selection_moves_and_grows_without_a_wait():
+def test_shift_to_and_among_empty_do_not_wait_for_the_device():
     selection = TokenSelection.from_positions([[3, 5], [4]])
-    with Looks() as looks:
+    with HostReads() as reads:
         moved = selection.shift(7).to("meta").among_empty(1, 2).shift(-10)
-    assert not looks.found
+    assert not reads.found
     assert (moved.first, moved.last, moved.batch) == (0, 2, 5)
     grown = selection.among_empty(1, 2)
     assert grown.index.tolist() == [[-1, -1], [3, 5], [4, -1], [-1, -1], [-1, -1]]

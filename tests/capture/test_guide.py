@@ -1,4 +1,4 @@
-"""The adapter of docs/adding-a-model.md works as it stands there."""
+"""The adapter in docs/adding-a-model.md works as written."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from definition import expected_maps
+from reference_maps import expected_maps
 from tiny_models import IMAGE, Case, hunyuan_image, hunyuan_image_inputs
 
 from star_kernels.capture import capture_maps, family
@@ -17,7 +17,7 @@ GUIDE = Path(__file__).parents[2] / "docs/adding-a-model.md"
 
 
 @torch.no_grad()
-def test_the_adapter_of_the_guide_gives_the_maps_of_the_definition(monkeypatch):
+def test_the_adapter_of_the_guide_gives_the_maps_of_the_reference(monkeypatch):
     adapter = re.search(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL).group(1)
     assert len(adapter.splitlines()) <= 30
     monkeypatch.setattr(family, "FAMILIES", dict(family.FAMILIES))
@@ -30,13 +30,13 @@ def test_the_adapter_of_the_guide_gives_the_maps_of_the_definition(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_module_without_the_rows_is_named_as_the_guide_says():
+def test_a_module_without_the_given_rows_is_named():
     case = Case(hunyuan_image, hunyuan_image_inputs, (0, IMAGE), IMAGE)
     model, inputs = case.make()
     options = {"rows": (0, IMAGE), "grid": (6, 10), "cfg": None}
     with (
         pytest.raises(
-            ValueError, match=r"context_embedder\.\S+attn attends .* choose other rows, or blocks without it"
+            ValueError, match=r"context_embedder\.\S+attn has .* choose other rows, or leave the module out of blocks"
         ),
         capture_maps(model, case.selection, **options),
     ):

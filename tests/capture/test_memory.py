@@ -1,4 +1,4 @@
-"""What capture holds, at the block dimensions of SD3.5-M and 1024²."""
+"""Memory of a capture, with the block dimensions of SD3.5-M at 1024²."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_capture_adds_less_than_one_percent_of_the_attention_of_a_block(peak_mem
         qk_norm="rms_norm",
     ).eval()
     block = model.transformer_blocks[0]
-    block.ff = torch.nn.Identity()  # which takes more memory than attention, and would hide more
+    block.ff = torch.nn.Identity()  # it needs more memory than attention, and would hide that of the capture
     inputs = {
         "hidden_states": torch.randn(1, 16, 2 * GRID, 2 * GRID),
         "encoder_hidden_states": torch.randn(1, TEXT, 64),

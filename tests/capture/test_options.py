@@ -1,4 +1,4 @@
-"""Options of a capture, the handle that stays, and errors that say what is accepted."""
+"""Options of a capture, handles without a context, and error messages."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from torch import nn
 
 pytest.importorskip("diffusers")
 
-from definition import expected_maps
+from reference_maps import expected_maps
 from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, aura_flow, hunyuan_image
 
 from star_kernels import TokenSelection
@@ -42,14 +42,14 @@ def test_one_half_of_a_doubled_batch_is_captured(model_and_inputs, cfg):
 
 
 @torch.no_grad()
-def test_a_handle_follows_its_selection_and_touches_no_processor(model_and_inputs):
+def test_setting_the_selection_of_a_handle_changes_no_processor(model_and_inputs):
     model, inputs = model_and_inputs
     selections = CASE.selection, other_selection()
     expected = [expected_maps(model, inputs, CASE, selection) for selection in selections]
     handle = attach_maps(model, cfg=None)
     processors = [block.attn.processor for block in model.transformer_blocks]
     model(**inputs)
-    with pytest.raises(RuntimeError, match=r"no maps yet: 0 of 3 chosen blocks have run; .* with a selection set"):
+    with pytest.raises(RuntimeError, match=r"no maps yet: 0 of 3 chosen blocks have run; set a selection"):
         _ = handle.value
     for selection, value in zip(selections, expected, strict=True):
         handle.selection = selection
@@ -83,7 +83,7 @@ def test_maps_are_of_the_latest_captured_pass(model_and_inputs):
 
 
 @torch.no_grad()
-def test_a_pass_that_fails_leaves_no_maps_and_the_next_is_whole(model_and_inputs):
+def test_a_pass_that_fails_leaves_no_maps_and_the_next_is_complete(model_and_inputs):
     model, inputs = model_and_inputs
     with capture_maps(model, CASE.selection, cfg=None) as maps:
         model(**inputs)
@@ -102,16 +102,16 @@ def test_a_pass_that_fails_leaves_no_maps_and_the_next_is_whole(model_and_inputs
 @torch.no_grad()
 def test_a_grid_must_fit_the_rows(model_and_inputs):
     model, inputs = model_and_inputs
-    with pytest.raises(ValueError, match="grid must hold the 6 positions of rows, got 2 x 4"):
+    with pytest.raises(ValueError, match="grid must have the 6 positions of rows, got 2 x 4"):
         attach_maps(model, rows=(4, 6), grid=(2, 4))
     with capture_maps(model, CASE.selection, cfg=None, grid=(ROWS + 1, COLUMNS)) as maps:
         model(**inputs)
-    with pytest.raises(ValueError, match="grid must hold at most the 60 image rows, got 7 x 10"):
+    with pytest.raises(ValueError, match="grid must have at most 60 positions, the image rows, got 7 x 10"):
         _ = maps.value
 
 
 @torch.no_grad()
-def test_a_backend_set_meanwhile_stays_set():
+def test_a_backend_set_during_the_capture_is_kept():
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
     case = CASES["flux"]
@@ -119,7 +119,7 @@ def test_a_backend_set_meanwhile_stays_set():
     active = registry.get_active_backend()[0]
     try:
         with capture_maps(model, case.selection, cfg=None):
-            model.set_attention_backend("_native_math")  # PyTorch's own: captured
+            model.set_attention_backend("_native_math")  # computed by PyTorch: captured
             model(**inputs)
             model.set_attention_backend("flex")
             with pytest.raises(RuntimeError, match=r"no maps from transformer_blocks\.0\.attn, .*backend: flex"):
@@ -153,7 +153,7 @@ def test_bad_options_are_named(model_and_inputs):
             with pytest.raises(ValueError, match=f"{name} must be a pair of integers of at least 0"):
                 enter(model, selection, **{name: pair})
     assert not model._forward_pre_hooks
-    assert not hasattr(model.transformer_blocks[0].attn.processor, "_star_block")
+    assert not hasattr(model.transformer_blocks[0].attn.processor, "_star_attention")
 
 
 @torch.no_grad()
@@ -167,7 +167,7 @@ def test_options_may_be_integers_of_numpy_and_lists(model_and_inputs):
 
 
 @pytest.mark.parametrize(("family", "missing"), [("flux", "img_ids"), ("qwen-image", "img_shapes")])
-def test_a_pass_without_what_the_capture_reads_is_named(family, missing):
+def test_a_missing_argument_that_the_capture_reads_is_named(family, missing):
     case = CASES[family]
     model, inputs = case.make()
     del inputs[missing]
@@ -175,7 +175,7 @@ def test_a_pass_without_what_the_capture_reads_is_named(family, missing):
         model(**inputs)
 
 
-def test_a_wrong_selection_is_refused_later_too(model_and_inputs):
+def test_setting_a_selection_of_the_wrong_type_is_an_error(model_and_inputs):
     model, _ = model_and_inputs
     selection = CASE.selection
     with attach_maps(model, selection, cfg=None) as handle:
@@ -204,7 +204,7 @@ def test_a_selection_on_another_device_is_an_error(model_and_inputs):
         model(**inputs)
 
 
-def test_a_model_is_captured_once(model_and_inputs):
+def test_a_block_is_captured_once(model_and_inputs):
     model, inputs = model_and_inputs
     with attach_maps(model, CASE.selection, cfg=None, blocks=[0]) as first:
         with pytest.raises(ValueError, match=r"captured already, at transformer_blocks\.0\.attn: .*detach_maps"):
@@ -217,7 +217,7 @@ def test_a_model_is_captured_once(model_and_inputs):
 
 def test_captures_without_a_handle_can_be_removed(model_and_inputs):
     model, inputs = model_and_inputs
-    wrapped = torch.compile(model, backend="eager")  # as it is called does not matter
+    wrapped = torch.compile(model, backend="eager")  # the wrapper does not matter
     before = [block.attn.processor for block in model.transformer_blocks]
     attach_maps(model, CASE.selection, blocks=[0])
     attach_maps(model, other_selection(), blocks=[1, 2])
@@ -232,8 +232,8 @@ def test_captures_without_a_handle_can_be_removed(model_and_inputs):
 
 
 @torch.no_grad()
-def test_processors_put_back_after_a_capture_are_inert(model_and_inputs):
-    """As unfuse_qkv_projections does, after fuse_qkv_projections within the capture."""
+def test_recording_processors_set_again_after_the_capture_record_nothing(model_and_inputs):
+    """unfuse_qkv_projections sets them again if fuse_qkv_projections ran within the capture."""
     model, inputs = model_and_inputs
     output = model(**inputs).sample
     expected = expected_maps(model, inputs, CASE, CASE.selection)
@@ -248,14 +248,14 @@ def test_processors_put_back_after_a_capture_are_inert(model_and_inputs):
     torch.testing.assert_close(maps.value, expected, rtol=0, atol=1e-5)
 
 
-def test_an_unknown_model_says_what_was_found():
+def test_an_unknown_model_is_named_with_its_attention_processors():
     with pytest.raises(
         TypeError,
-        match=r"a HunyuanImageTransformer2DModel, which is not known; known are SD3Transformer2DModel, .*"
-        r"AttnProcessor2_0 \(1\), HunyuanImageAttnProcessor \(2\)\. Give rows=.* and grid=.*docs/adding-a-model.md",
+        match=r"transformer must be one of SD3Transformer2DModel, .*, got HunyuanImageTransformer2DModel\..*"
+        r"AttnProcessor2_0 \(1\), HunyuanImageAttnProcessor \(2\)\. Pass rows=.* and grid=.*docs/adding-a-model.md",
     ):
         attach_maps(hunyuan_image())
-    with pytest.raises(TypeError, match=r"is a Linear, .*It has no attention processors.*docs/adding-a-model.md"):
+    with pytest.raises(TypeError, match=r"got Linear\. It has no attention processors.*docs/adding-a-model.md"):
         attach_maps(nn.Linear(1, 1), rows=(0, 1), grid=(1, 1))
     with pytest.raises(TypeError, match="AuraFlowAttnProcessor2_0"):
         attach_maps(aura_flow(), rows=(0, 1))

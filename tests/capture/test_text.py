@@ -1,11 +1,11 @@
-"""A selection is of text in the pass that it is used on, or the pass is an error."""
+"""A pass in which selected positions are not text is an error."""
 
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 
-from definition import expected_maps
+from reference_maps import expected_maps
 from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, TEXT
 
 from star_kernels import TokenSelection
@@ -40,7 +40,7 @@ def test_positions_beyond_the_text_are_an_error(family):
     case = CASES[family]
     stop = case.text + TEXT
     inside = [[case.text, stop - 1]] * BATCH
-    message = rf"selection\.index must hold positions of text, in this pass {case.text} to {stop - 1}, got"
+    message = rf"selection\.index must be positions of text, {case.text} to {stop - 1} in this pass, got"
     refused(case, TokenSelection.from_positions([[case.text], [stop]]), message)
     model, inputs = case.make()
     with torch.no_grad(), capture_maps(model, TokenSelection.from_positions(inside)) as maps:
@@ -49,12 +49,12 @@ def test_positions_beyond_the_text_are_an_error(family):
 
 
 def test_a_selection_for_fewer_image_tokens_is_an_error():
-    """Its positions are those of image tokens here."""
-    refused(CASES["sd3"], TokenSelection.from_positions([[16], [17]]), "in this pass 60 to 66, got 16 to 17")
+    """Its positions are image tokens in this pass."""
+    refused(CASES["sd3"], TokenSelection.from_positions([[16], [17]]), "60 to 66 in this pass, got 16 to 17")
 
 
 @pytest.mark.parametrize("image_tokens", [IMAGE - 2, IMAGE + 2])
-def test_a_selection_made_for_another_size_of_image_is_an_error_where_its_positions_are_text_too(image_tokens):
+def test_a_selection_made_for_another_image_size_is_an_error_even_if_its_positions_are_text(image_tokens):
     region = TextRegion("words", Words(), TEXT, after_image=True)
     selection, _ = select_tokens(["a b c d e"] * BATCH, [region], source=["c", "d"], image_tokens=image_tokens)
     assert selection.first >= IMAGE
@@ -65,7 +65,7 @@ def test_a_selection_made_for_another_size_of_image_is_an_error_where_its_positi
 
 
 @torch.no_grad()
-def test_a_selection_made_for_this_size_is_taken():
+def test_a_selection_made_for_this_image_size_is_accepted():
     region = TextRegion("words", Words(), TEXT, after_image=True)
     selection, _ = select_tokens(["a b c", "c b a"], [region], source=["c"], image_tokens=IMAGE)
     model, inputs = CASES["sd3"].make()
@@ -81,11 +81,11 @@ def test_a_selection_of_text_padded_on_the_left_to_another_length_is_an_error():
     assert selection.last < TEXT
     refused(CASES["flux2"], selection, "made for 6 tokens of text .* in this pass 7 tokens .*max_sequence_length")
     right, _ = select_tokens(["a b c"] * BATCH, [TextRegion("words", Words(), TEXT - 1)], source=["c"])
-    assert right.text == (0, None)  # the same positions in a text of any length
+    assert right.text == (0, None)  # the positions do not depend on the length of the text
 
 
 @torch.no_grad()
-def test_nothing_selected_is_no_error():
+def test_an_empty_selection_is_accepted():
     model, inputs = CASES["sd3"].make()
     with capture_maps(model, TokenSelection.from_positions([[], []])) as maps:
         model(**inputs)
@@ -95,7 +95,7 @@ def test_nothing_selected_is_no_error():
 
 @torch.no_grad()
 def test_a_model_without_an_adapter_is_not_checked():
-    """Where its text stands is not known: its keys may be the text alone."""
+    """The position of its text is unknown: the keys may be the text only."""
     case = CASES["any-joint"]
     model, inputs = case.make()
     with capture_maps(model, TokenSelection.from_positions([[0], [1]]), **case.options) as maps:

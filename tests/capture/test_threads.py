@@ -1,4 +1,4 @@
-"""A capture follows one thread at a time: no thread reads another's map."""
+"""A capture records one thread at a time: no thread reads another's maps."""
 
 import copy
 import threading
@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("diffusers")
 
-from definition import expected_maps
+from reference_maps import expected_maps
 from tiny_models import CASES
 
 from star_kernels.capture import capture_maps
@@ -57,7 +57,7 @@ def test_every_thread_has_its_own_maps_or_an_error(model_and_inputs):
             torch.testing.assert_close(value, own, rtol=0, atol=1e-5)
 
 
-def test_a_pass_that_begins_during_another_threads_is_an_error_and_disturbs_nothing(model_and_inputs):
+def test_a_pass_that_begins_during_another_threads_is_an_error_and_leaves_that_one_intact(model_and_inputs):
     model, inputs = model_and_inputs
     expected = expected_maps(model, inputs, CASE, CASE.selection)
 
@@ -65,9 +65,9 @@ def test_a_pass_that_begins_during_another_threads_is_an_error_and_disturbs_noth
         hook.remove()
         with pytest.raises(RuntimeError, match=r"runs a captured pass in another thread \(MainThread\).* copy"):
             elsewhere(model, **{**inputs, "hidden_states": -inputs["hidden_states"]})
-        block = model.transformer_blocks[2]  # called by itself it is not of this pass
+        block = model.transformer_blocks[2]  # called on its own it is not part of this pass
         elsewhere(block.attn, torch.ones(2, 60, 32), torch.ones(2, 7, 32))
-        assert capture._blocks[2].maps is None
+        assert capture._modules[2].maps is None
 
     hook = model.transformer_blocks[1].register_forward_pre_hook(interrupt)
     with capture_maps(model, CASE.selection) as capture:
@@ -88,15 +88,15 @@ def test_maps_that_another_threads_pass_replaced_cannot_be_read(model_and_inputs
         maps.take()
 
 
-def test_a_thread_that_runs_no_pass_reads_those_of_the_one_that_does(model_and_inputs):
-    """As where a pipeline runs in a worker."""
+def test_a_thread_that_runs_no_pass_reads_the_maps_of_the_one_that_does(model_and_inputs):
+    """For example the main thread, if a pipeline runs in a worker."""
     model, inputs = model_and_inputs
     with capture_maps(model, CASE.selection) as maps:
         elsewhere(model, **inputs)
     torch.testing.assert_close(maps.value, expected_maps(model, inputs, CASE, CASE.selection), rtol=0, atol=1e-5)
 
 
-def test_a_thread_that_died_in_a_pass_blocks_nobody(model_and_inputs):
+def test_a_thread_that_died_in_a_pass_does_not_block_others(model_and_inputs):
     model, inputs = model_and_inputs
 
     def interrupted(module, arguments):
@@ -111,8 +111,8 @@ def test_a_thread_that_died_in_a_pass_blocks_nobody(model_and_inputs):
     assert maps.ready
 
 
-def test_copies_of_the_model_are_captured_side_by_side(model_and_inputs):
-    """What the error advises."""
+def test_copies_of_the_model_are_captured_in_parallel(model_and_inputs):
+    """As the error message advises."""
     model, inputs = model_and_inputs
     together = threading.Barrier(2)
 
@@ -133,8 +133,8 @@ def test_copies_of_the_model_are_captured_side_by_side(model_and_inputs):
 
 
 @torch.no_grad()
-def test_replicas_of_a_captured_model_are_plain(model_and_inputs):
-    """As DataParallel makes them for other devices, which run in threads: they share hooks and processors."""
+def test_replicas_of_a_captured_model_are_not_captured(model_and_inputs):
+    """DataParallel makes replicas that run in other threads and share hooks and processors with the model."""
     model, inputs = model_and_inputs
     output = model(**inputs).sample
     with capture_maps(model, CASE.selection) as maps:
@@ -156,8 +156,8 @@ def replicated(module: nn.Module) -> nn.Module:
     return replica
 
 
-def test_a_checkpointed_block_is_computed_again_in_the_thread_of_the_backward_pass(model_and_inputs):
-    """As on a GPU, where autograd has threads of its own; meanwhile this one runs another pass."""
+def test_a_checkpointed_block_is_recomputed_in_the_thread_of_the_backward_pass(model_and_inputs):
+    """On a GPU autograd has its own threads. This thread runs another pass at the same time."""
     model, inputs = model_and_inputs
     latent = inputs["hidden_states"].requires_grad_()
     (expected,) = torch.autograd.grad(model(**inputs).sample.square().mean(), latent)

@@ -1,4 +1,4 @@
-"""What trainers do to a model works under capture: checkpointing, LoRA, sharding, quantised layers, losses on maps."""
+"""Capture works with checkpointing, LoRA, sharding, quantised layers, and losses on maps."""
 
 import copy
 import io
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("diffusers")
 
-from definition import expected_maps
+from reference_maps import expected_maps
 from tiny_models import CASES
 
 from star_kernels import TokenSelection
@@ -48,7 +48,7 @@ def plain(case):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_checkpointed_blocks_count_once_and_give_the_same_gradients(family):
+def test_checkpointed_blocks_are_recorded_once_and_give_the_same_gradients(family):
     case = CASES[family]
     model, inputs, expected, expected_maps = plain(case)
     model.enable_gradient_checkpointing()
@@ -62,8 +62,8 @@ def test_checkpointed_blocks_count_once_and_give_the_same_gradients(family):
 
 
 @pytest.mark.parametrize("family", ["sd3.5", "sd"])
-def test_a_checkpointed_block_is_computed_again_as_it_was(family):
-    """After the capture is over, and after the selection has changed, as a trainer's loop over steps may do."""
+def test_a_checkpointed_block_is_recomputed_as_it_ran_first(family):
+    """Even after the capture was removed or the selection has changed."""
     case = CASES[family]
     model, inputs, expected, expected_maps = plain(case)
     model.enable_gradient_checkpointing()
@@ -73,7 +73,7 @@ def test_a_checkpointed_block_is_computed_again_as_it_was(family):
         taken = maps.take()
         first.backward(retain_graph=True)
         assert_same(gradients(model), expected)
-        with pytest.raises(RuntimeError, match="no maps yet"):  # those of a block computed again are not taken
+        with pytest.raises(RuntimeError, match="no maps yet"):  # a recomputed block records none
             _ = maps.value
         maps.selection = longer
         second = loss_of(model, inputs)
@@ -87,7 +87,7 @@ def test_a_checkpointed_block_is_computed_again_as_it_was(family):
     assert torch.equal(maps.value, later)
 
 
-def test_a_pass_that_fails_leaves_checkpointing_as_it_was():
+def test_a_pass_that_fails_restores_the_checkpointing_function():
     case = CASES["sd3.5"]
     model, inputs = case.make()
     model.enable_gradient_checkpointing()
@@ -99,7 +99,7 @@ def test_a_pass_that_fails_leaves_checkpointing_as_it_was():
         assert model._gradient_checkpointing_func is function
 
 
-def test_captures_of_different_blocks_leave_checkpointing_as_it_was():
+def test_captures_of_different_blocks_restore_the_checkpointing_function():
     case = CASES["sd3.5"]
     model, inputs, expected, _ = plain(case)
     model.enable_gradient_checkpointing()
@@ -132,7 +132,7 @@ def test_checkpoint_wrappers_of_pytorch_work_inside_the_context():
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("family", ["sd3.5", "flux", "sd"])
 def test_maps_are_differentiable_on_request(family, checkpointed):
-    """As attend-and-excite needs: the gradient of a loss on the maps with respect to the latent."""
+    """The gradient of a loss on the maps with respect to the latent, as Attend-and-Excite needs it."""
     case = CASES[family]
     model, inputs = case.make()
     name = "sample" if "sample" in inputs else "hidden_states"
@@ -141,8 +141,8 @@ def test_maps_are_differentiable_on_request(family, checkpointed):
     def guidance(maps):
         return (1 - maps[:, 0].flatten(1).amax(dim=1)).sum() + maps[0, 1].square().sum()
 
-    definition = guidance(expected_maps(model, inputs, case, case.selection))
-    (expected,) = torch.autograd.grad(definition, latent)
+    reference = guidance(expected_maps(model, inputs, case, case.selection))
+    (expected,) = torch.autograd.grad(reference, latent)
     if checkpointed:
         model.enable_gradient_checkpointing()
     with capture_maps(model, case.selection, cfg=None, detach=False) as maps:
@@ -153,7 +153,7 @@ def test_maps_are_differentiable_on_request(family, checkpointed):
 
 
 def reentrant(model, wrapped):
-    """Checkpointing as PyTorch once did it: the first time without gradients."""
+    """Reentrant checkpointing, which runs the first forward pass without gradients."""
     from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrappers
 
     if not wrapped:
@@ -164,7 +164,7 @@ def reentrant(model, wrapped):
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["diffusers", "PyTorch"])
-def test_maps_of_reentrant_checkpointing_are_never_constant_without_a_word(wrapped):
+def test_differentiable_maps_under_reentrant_checkpointing_are_an_error(wrapped):
     case = CASES["sd3.5"]
     model, inputs, expected, expected_maps = plain(case)
     reentrant(model, wrapped)
@@ -173,7 +173,7 @@ def test_maps_of_reentrant_checkpointing_are_never_constant_without_a_word(wrapp
         pytest.raises(ValueError, match=r"transformer_blocks\.0\..*attn runs without gradients .*use_reentrant=False"),
     ):
         model(**inputs)
-    with capture_maps(model, case.selection) as maps:  # detached, they are as ever
+    with capture_maps(model, case.selection) as maps:  # detached maps are supported
         loss_of(model, inputs).backward()
     torch.testing.assert_close(maps.value, expected_maps, rtol=0, atol=1e-6)
     found = gradients(model)
@@ -208,7 +208,7 @@ def test_lora_gradients_are_those_without_capture(family):
 
 
 @torch.no_grad()
-def test_a_reference_pass_leaves_the_maps_alone():
+def test_a_pass_of_the_reference_model_keeps_the_maps():
     case = CASES["sd3.5"]
     model, inputs = case.make()
     reference = expected_maps(model, inputs, case, case.selection)
@@ -230,7 +230,7 @@ def test_a_reference_pass_leaves_the_maps_alone():
 
 
 class Int8Linear(nn.Module):
-    """A linear layer of another type, with a scale for each output."""
+    """A quantised linear layer with a scale for each output."""
 
     def __init__(self, linear):
         super().__init__()
@@ -262,7 +262,7 @@ def one_process(tmp_path):
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("gloo is not here")
+        pytest.skip("gloo is not available")
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -284,7 +284,7 @@ def test_a_sharded_model_works(one_process):
     assert_same({name: gradient.full_tensor() for name, gradient in gradients(model).items()}, expected)
 
 
-def test_a_wrapper_for_data_parallelism_works(one_process):
+def test_distributed_data_parallel_works(one_process):
     case = CASES["flux"]
     model, inputs, _, expected = plain(case)
     parallel = nn.parallel.DistributedDataParallel(model)
@@ -294,8 +294,8 @@ def test_a_wrapper_for_data_parallelism_works(one_process):
 
 
 @torch.no_grad()
-def test_a_copy_of_a_captured_model_is_plain():
-    """As an exponential moving average makes it."""
+def test_a_copy_of_a_captured_model_is_not_captured():
+    """For example the copy of an exponential moving average."""
     case = CASES["flux"]
     model, inputs = case.make()
     processor = type(model.transformer_blocks[0].attn.processor)
@@ -323,4 +323,4 @@ def test_a_captured_model_is_saved_without_its_capture():
     loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
     assert type(loaded.transformer_blocks[0].attn.processor) is processor
     assert torch.equal(loaded(**inputs).sample, output)
-    assert b"star_kernels" not in file.getvalue()  # which loading does not need
+    assert b"star_kernels" not in file.getvalue()  # loading does not need the library

@@ -1,4 +1,4 @@
-"""Forward-mode differentiation and torch.func of a captured model: PyTorch's derivatives, or an error."""
+"""Forward-mode differentiation and torch.func transforms of a captured model: PyTorch's derivatives, or an error."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CASE = CASES["sd3"]
 
 @pytest.fixture
 def problem():
-    """A model, a function of the latent, a latent and a direction, with attention that PyTorch can differentiate."""
+    """A model, its velocity as a function of the latent, a latent and a direction; attention has second derivatives."""
     model, inputs = CASE.make()
     model.requires_grad_(False)
     latent = inputs.pop("hidden_states")
@@ -84,7 +84,10 @@ def test_the_gradients_of_torch_func_are_those_without_capture(problem):
 
 def test_a_pass_under_vmap_is_an_error_that_names_it(problem):
     model, velocity, latent, _ = problem
-    with capture_maps(model, CASE.selection), pytest.raises(ValueError, match=r"runs under torch\.vmap .*no maps"):
+    with (
+        capture_maps(model, CASE.selection),
+        pytest.raises(ValueError, match=r"runs under torch\.vmap .*do not support"),
+    ):
         torch.func.vmap(velocity)(latent[None])
 
 

@@ -1,4 +1,4 @@
-"""A tiny random model of every family, its inputs, and what its attention calls look like from outside."""
+"""A tiny random model of every family, its inputs, and the layout of its attention calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JOINT = IMAGE + TEXT
 
 @dataclass(frozen=True)
 class Case:
-    """One family. ``keys`` and ``queries`` tell its captured attention calls from others."""
+    """One family. ``keys`` distinguishes its captured attention calls from others."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]

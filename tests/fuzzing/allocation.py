@@ -1,4 +1,4 @@
-"""Random calls of the allocation."""
+"""Random calls of allocate."""
 
 from __future__ import annotations
 
@@ -50,37 +50,37 @@ def written(
     layout: str = "bp",
     step_signal: Tensor | None = None,
 ) -> Tensor:
-    """The formula in float64, map by map; the factor of capped weights by bisection."""
+    """The formula in float64 for each map; the factor of capped weights is found by bisection."""
     size = math.prod(maps.shape[-2:]) if over == "trajectory" else maps.shape[-1]
     weights = []
-    for number, row in enumerate(maps.double().reshape(-1, size)):
+    for number, values in enumerate(maps.double().reshape(-1, size)):
         if step_signal is None:
-            relative = _relative(row)
+            relative = _relative(values)
         else:
-            steps = row.view(maps.shape[-2:])
+            steps = values.view(maps.shape[-2:])
             relative = torch.cat([_relative(step) for step in steps])
             relative = relative * _relative(step_signal[number].double()).repeat_interleave(maps.shape[-1])
         weight = (1 - strength) + strength * relative
         if cap is not None:
-            low, high = 0.0, 700.0  # of the factor's logarithm
+            low, high = 0.0, 700.0  # bounds of the logarithm of the factor
             for _ in range(60):
                 middle = (low + high) / 2
                 enough = float((math.exp(middle) * weight).clamp(max=cap).mean()) >= 1
                 low, high = (low, middle) if enough else (middle, high)
             weight = (math.exp(high) * weight).clamp(max=cap)
-            left = size - float(weight.sum())
-            if left > 1e-6 * size:  # all of the mass is at the cap
-                weight = torch.where(weight == 0, left / max(1, int((weight == 0).sum())), weight)
+            excess = size - float(weight.sum())
+            if excess > 1e-6 * size:  # all positive weights are at the cap
+                weight = torch.where(weight == 0, excess / max(1, int((weight == 0).sum())), weight)
         weights.append(weight)
     return torch.stack(weights).reshape(maps.shape)
 
 
-def _relative(row: Tensor) -> Tensor:
-    """A row over its mean, ones where it is degenerate."""
-    bad = not bool(row.isfinite().all()) or bool((row < 0).any()) or not bool(row.any())
+def _relative(values: Tensor) -> Tensor:
+    """Values divided by their mean, or ones if they are degenerate."""
+    bad = not bool(values.isfinite().all()) or bool((values < 0).any()) or not bool(values.any())
     if bad:
-        return torch.ones_like(row)
-    return row / row.max() / (row / row.max()).mean()
+        return torch.ones_like(values)
+    return values / values.max() / (values / values.max()).mean()
 
 
 def allocation(draw: Draw) -> None:
@@ -91,5 +91,5 @@ def allocation(draw: Draw) -> None:
     exact = written(**arguments)
     assert bool((weights >= 0).all())
     error = (weights.double() - exact).abs()
-    least = 2e-5 if arguments["cap"] is None else 2e-4  # what a cap leaves to the others is a small difference
+    least = 2e-5 if arguments["cap"] is None else 2e-4  # the weights below a cap come from a small difference
     assert bool((error <= 2e-5 * exact + least).all()), f"weights: error {float(error.max()):.3g}"

@@ -1,4 +1,4 @@
-"""The tensors are small: more threads only wait for each other."""
+"""One thread for every test: the tensors are too small for more."""
 
 from collections.abc import Callable
 

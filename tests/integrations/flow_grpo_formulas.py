@@ -1,4 +1,4 @@
-"""Flow-GRPO's published arithmetic, eager and in float32, and rollouts in the layouts of its training scripts."""
+"""Flow-GRPO's formulas as published, in eager float32, and rollouts in the layouts of its training scripts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYOUTS = {  # latents at 128 or 256 pixels
 
 
 def scheduler(layout: str = "sd3", steps: int = 10) -> FlowMatchEulerDiscreteScheduler:
-    """The schedule of each family's pipeline: SD3's shift 3, the others' shift by the length of the sequence."""
+    """The schedule of a family's pipeline: shift 3 for SD3 and Wan, else a shift by the sequence length."""
     if layout in ("sd3", "wan"):
         made = FlowMatchEulerDiscreteScheduler(shift=3.0)
         made.set_timesteps(steps)
@@ -56,7 +56,7 @@ def written_step(
     noise: Tensor | None = None,
     prev: Tensor | None = None,
 ) -> Written:
-    """One step from noise or to a given latent, with the scheduler's own search for the timestep."""
+    """One step from noise or to a given latent, with the scheduler's own index_for_timestep."""
     index = torch.tensor([made.index_for_timestep(t) for t in timestep])
     shape = (-1, *[1] * (x.ndim - 1))
     sigma, following = made.sigmas[index].view(shape), made.sigmas[index + 1].view(shape)
@@ -89,7 +89,7 @@ def written_loss(
     reference: Written | None = None,
     old_mean: Tensor | None = None,
 ) -> Tensor:
-    """The scripts' block from log-probabilities to the loss; with the rollout's mean GRPO-Guard's, per sample."""
+    """The loss of the scripts from log-probabilities; with ``old_mean`` GRPO-Guard's, for each sample."""
     log_ratio = new.log_prob_mean - old_log_prob
     if old_mean is not None:
         scale = (new.sqrt_dt * new.std_dev_t).flatten()
@@ -110,7 +110,7 @@ def written_loss(
 
 @dataclass
 class Rollout:
-    """One step of a batch, drawn by the formulas from an old model, and a new model's velocity."""
+    """One step of a batch, sampled by the formulas with an old model, and the velocity of a new model."""
 
     made: Any
     timestep: Tensor
@@ -154,7 +154,7 @@ def rollout(
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    """Of one shape, and equal relative to the size of the whole tensor: of both, each rounded to float32."""
+    """Asserts equal shapes and a small error relative to the norm of the whole tensor."""
     assert got.shape == expected.shape
     assert bool(got.isfinite().all())
     got, expected = got.detach().double(), expected.detach().double()

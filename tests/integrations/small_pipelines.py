@@ -1,4 +1,4 @@
-"""Pipelines of SD3 and FLUX with small random transformers and real tokenizers; text embeddings are drawn."""
+"""Pipelines of SD3 and FLUX with small random transformers and real tokenizers; text embeddings are random."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZE = 16  # rows and columns of SD3's latents
 
 
 def _tokenizers() -> Any:
-    """The tokenizers of the prompts' tests."""
+    """The tokenizers of tests/prompts."""
     path = Path(__file__).resolve().parents[1] / "prompts" / "local_tokenizers.py"
     spec = importlib.util.spec_from_file_location("local_tokenizers_of_prompts", path)
     assert spec is not None
@@ -32,8 +32,8 @@ def _tokenizers() -> Any:
     return module
 
 
-def _alive(model: nn.Module) -> nn.Module:
-    """With weights that attend clearly, and let text reach every output: a fresh model's start at zero in places."""
+def _randomised(model: nn.Module) -> nn.Module:
+    """Random weights that give distinct maps and let text affect all outputs; some are zero at initialisation."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.3)
@@ -51,7 +51,7 @@ def sd3_pipeline() -> Any:
         pos_embed_max_size=16,
     )  # fmt: skip
     return StableDiffusion3Pipeline(
-        transformer=_alive(transformer), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=None,
+        transformer=_randomised(transformer), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=None,
         text_encoder=None, tokenizer=made.clip_tokenizer(), text_encoder_2=None, tokenizer_2=made.clip_tokenizer(),
         text_encoder_3=None, tokenizer_3=made.t5_tokenizer(),
     )  # fmt: skip
@@ -67,11 +67,11 @@ def flux_pipeline(channels: int = 16) -> Any:
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=None, text_encoder=None,
         tokenizer=made.clip_tokenizer(), text_encoder_2=None, tokenizer_2=made.t5_tokenizer(),
-        transformer=_alive(transformer),
+        transformer=_randomised(transformer),
     )  # fmt: skip
 
 
 def embeddings(batch: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Text embeddings [B, TEXT, 32] and pooled ones [B, 16]."""
+    """Text embeddings [B, TEXT, 32] and pooled embeddings [B, 16]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, TEXT, 32, generator=generator), torch.randn(batch, 16, generator=generator)

@@ -1,4 +1,4 @@
-"""The diffs and the example of docs/flow-grpo.md do what the page says, on small pipelines."""
+"""The diffs and the example in docs/flow-grpo.md work as described, on small pipelines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def blocks(language: str) -> list[str]:
 
 
 class SD3:
-    """What scripts/train_sd3.py has in its scope."""
+    """The variables of scripts/train_sd3.py."""
 
     def __init__(self) -> None:
         self.pipeline = sd3_pipeline()
@@ -49,7 +49,7 @@ class SD3:
 
 
 class Flux:
-    """What scripts/train_flux.py has in its scope."""
+    """The variables of scripts/train_flux.py."""
 
     def __init__(self) -> None:
         self.pipeline = flux_pipeline()
@@ -73,7 +73,7 @@ SCRIPTS = {"sd3": SD3, "flux": Flux}
 
 
 class Script:
-    """A training script of Flow-GRPO with the lines of the guide in it, from one rollout to one update."""
+    """A training script of Flow-GRPO with the lines of the guide, for one rollout and one update."""
 
     def __init__(self, name: str, beta: float = 0.2, *, star: bool = True) -> None:
         lines = re.findall(r"^\+(?!\+)(.*)$", blocks("diff")[list(SCRIPTS).index(name)], re.MULTILINE)
@@ -98,7 +98,7 @@ class Script:
         for line in self.lines:
             if line.startswith("from "):
                 exec(line, self.scope)
-        # The pipeline's file imports the step under its old name.
+        # The file of the pipeline imports the step under its original name.
         assert self.lines[-1].endswith(" as sde_step_with_logprob")
         self.step = self.scope.pop("sde_step_with_logprob")
 
@@ -107,7 +107,7 @@ class Script:
         return found
 
     def pipeline_with_logprob(self) -> tuple[Any, ...]:
-        """The denoising loop of Flow-GRPO's pipelines, which passes one timestep for SD3 and one each for FLUX."""
+        """The denoising loop of Flow-GRPO's pipelines: one timestep for all samples in SD3, one for each in FLUX."""
         scheduler, latents = self.model.pipeline.scheduler, self.model.latents
         scheduler.set_timesteps(**self.model.schedule)
         generator = torch.Generator().manual_seed(4)
@@ -143,7 +143,7 @@ class Script:
         }
         if self.star:
             samples |= eval("{" + self.line('"weights"').split("#")[0] + "}", scope)
-        perm = torch.tensor([1, 0])  # the scripts shuffle, and cut into batches
+        perm = torch.tensor([1, 0])  # the scripts shuffle the samples and split them into batches
         samples = {k: v[perm].reshape(-1, BATCH, *v.shape[1:])[0] for k, v in samples.items()}
         self.reorder(perm)
         return samples
@@ -155,7 +155,7 @@ class Script:
         self.model.embeds, self.model.pooled_embeds = map(reordered, (self.model.embeds, self.model.pooled_embeds))
 
     def loss(self, sample: dict[str, Tensor], j: int, drift: float = 0.0) -> Tensor:
-        """The loss lines; the reference is the model before its weights drift."""
+        """The lines of the loss; the reference model has the weights before the drift."""
         scope = self.scope | {"sample": sample, "j": j}
         name = re.match(r"return (\w+)", self.line("^return ")).group(1)
 
@@ -163,8 +163,8 @@ class Script:
             local = {
                 name: self.model.velocity(transformer, sample["latents"][:, j], sample["timesteps"][:, j], rest[-1])
             }
-            exec(f"def answer({name}):\n    {self.line('^return ')}", local)
-            return local["answer"](local[name])
+            exec(f"def returned({name}):\n    {self.line('^return ')}", local)
+            return local["returned"](local[name])
 
         scope["compute_log_prob"] = compute_log_prob
         with torch.no_grad():
@@ -209,13 +209,13 @@ def test_without_the_starred_lines_the_losses_are_flow_grpos(name: str, beta: fl
             torch.autograd.grad(result, parameters, retain_graph=True, allow_unused=True) for result in (loss, expected)
         )
         ours, theirs = (torch.cat([g.flatten() for g in found if g is not None]) for found in gradients)
-        close(ours, theirs, 1e-5)  # through the model, whose backward pass rounds too
+        close(ours, theirs, 1e-5)  # the backward pass of the model rounds, too
     assert ("kl_loss" in script.scope["info"]) == (beta > 0)
     assert len(script.scope["info"]["loss"]) == 2
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_with_the_starred_lines_the_loss_is_allocated_by_the_prompt_s_words(name: str) -> None:
+def test_with_the_starred_lines_the_loss_has_weights_from_the_maps(name: str) -> None:
     script = Script(name)
     sample = script.rollout()
     weights = sample["weights"]
@@ -228,8 +228,8 @@ def test_with_the_starred_lines_the_loss_is_allocated_by_the_prompt_s_words(name
     assert float(script.loss(sample, 2).detach()) != starred
 
 
-def test_a_first_update_moves_the_model_by_the_weighted_advantage() -> None:
-    """At the ratio of one the starred lines' gradient is that of -A mean_p W_p log p."""
+def test_the_gradient_of_the_first_update_is_that_of_the_weighted_advantage() -> None:
+    """At a ratio of one the gradient of the starred lines is that of -A mean_p W_p log p."""
     script = Script("sd3", beta=0.0)
     sample = script.rollout()
     loss = script.loss(sample, 1)

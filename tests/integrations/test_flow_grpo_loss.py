@@ -1,4 +1,4 @@
-"""The loss and its gradient are those of Flow-GRPO's scripts, and of GRPO-Guard's."""
+"""The loss and its gradient equal those of Flow-GRPO's scripts, and of GRPO-Guard's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from star_kernels.integrations.flow_grpo import (
 )
 
 SAMPLERS = ["sde", "cps"]
-WIDE = {"clip_range": 0.05}  # some of the ratios lie beyond it, some within
+WIDE = {"clip_range": 0.05}  # some ratios are outside, some inside
 
 
 def leaf(problem: Rollout) -> Tensor:
@@ -37,7 +37,7 @@ def arguments(problem: Rollout, v: Tensor, old_log_prob: Tensor | None = None) -
 
 
 def both(problem: Rollout, options: dict[str, Any], written: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], dict]:
-    """Loss and gradient of the formulas and of the fused loss, and the latter's metrics."""
+    """Loss and gradient of the formulas and of the fused loss, and the metrics of the fused loss."""
     v = leaf(problem)
     expected = written_loss(problem.written(v), problem.old.log_prob_mean, problem.advantages, **written)
     expected.backward()
@@ -59,11 +59,11 @@ def test_without_weights_loss_and_gradient_are_flow_grpos(layout: str, sde_type:
         assert 0 < outside < 1 if clip == WIDE else outside == 1
         moving = got[1].flatten(1).any(dim=1)
         assert bool(moving.any())
-        assert not bool(moving.all())  # where the clip acts, nothing moves
+        assert not bool(moving.all())  # clipped samples have no gradient
 
 
 def test_after_a_small_step_of_training_it_is_as_exact_as_flow_grpo() -> None:
-    """There both are limited by float32: neither is further from float64 than twice the other."""
+    """Compared with float64, the error of the fused loss is at most twice that of eager float32."""
     problem = rollout(drift=0.02)
     exact, eager, fused = (leaf(problem) for _ in range(3))
     wide = replace(
@@ -95,8 +95,8 @@ def test_the_kl_penalty_is_flow_grpos(layout: str, sde_type: str) -> None:
     close(0.4 * metrics["kl_loss"], expected[0] - without[0], 1e-5)
 
 
-def test_without_beta_a_reference_is_not_read() -> None:
-    """Flow-CPS's last step has no noise, and so no KL penalty that is a number."""
+def test_without_beta_the_reference_is_ignored() -> None:
+    """The KL penalty of Flow-CPS's last step, which has no noise, would be NaN."""
     problem = rollout(sde_type="cps", steps=(9, 9, 9, 9))
     loss, metrics = policy_loss(*arguments(problem, problem.new_v), ref_model_output=problem.ref_v, **problem.settings)
     assert bool(loss.isfinite())
@@ -113,7 +113,7 @@ def test_at_the_start_every_ratio_is_one() -> None:
             assert float(metrics["clipfrac"]) == 0
 
 
-def test_the_rollout_s_own_log_probabilities_start_at_a_ratio_of_one() -> None:
+def test_log_probabilities_of_the_rollout_give_a_ratio_of_one() -> None:
     problem = rollout()
     drawn = sde_step_with_logprob(problem.made, problem.old_v, problem.timestep, problem.sample)
     problem = replace(problem, old=replace(problem.old, prev_sample=drawn[0]))
@@ -121,7 +121,7 @@ def test_the_rollout_s_own_log_probabilities_start_at_a_ratio_of_one() -> None:
     close(metrics["ratio_max"], torch.tensor(1.0))
 
 
-def test_dense_old_log_probabilities_serve_without_weights() -> None:
+def test_dense_old_log_probabilities_are_accepted_without_weights() -> None:
     problem = rollout("flux")
     dense = dense_sde_step_with_logprob(*arguments(problem, problem.old_v)[:4], prev_sample=problem.old.prev_sample)[1]
     loss, _ = policy_loss(*arguments(problem, problem.new_v, dense), **WIDE)
@@ -130,10 +130,10 @@ def test_dense_old_log_probabilities_serve_without_weights() -> None:
 
 
 @pytest.mark.parametrize("layout", ["sd3", "flux"])
-def test_weights_of_one_change_nothing_and_others_are_the_library_s(layout: str) -> None:
+def test_weights_are_those_of_weighted_policy_loss_and_ones_change_nothing(layout: str) -> None:
     problem = rollout(layout)
     dense = dense_sde_step_with_logprob(*arguments(problem, problem.old_v)[:4], prev_sample=problem.old.prev_sample)[1]
-    grid = (8, 8) if layout == "sd3" else (16, 16)  # of SD3's patches, of FLUX's sequence
+    grid = (8, 8) if layout == "sd3" else (16, 16)  # patches of SD3, sequence of FLUX
     loss, _ = policy_loss(*arguments(problem, problem.new_v, dense), weights=torch.ones(BATCH, *grid), **WIDE)
     plain, _ = policy_loss(*arguments(problem, problem.new_v), **WIDE)
     close(loss, plain)
@@ -159,7 +159,7 @@ def test_guard_is_the_published_normalisation_of_each_sample(layout: str, given:
     clip = {"clip_range": 2e-4}
     expected, got, _ = both(problem, {**clip, given: old}, {**clip, "old_mean": problem.old.mean})
     for a, b in zip(got, expected, strict=True):
-        close(a, b, 1e-5)  # the drift is a difference of means: their rounding is 1e-7 of 20 drifts
+        close(a, b, 1e-5)  # the drift is a difference of means, 20 times larger, rounded to 1e-7
 
 
 def test_guard_at_the_start_has_a_ratio_of_one() -> None:
@@ -174,19 +174,19 @@ def config(**train: Any) -> SimpleNamespace:
 
 
 def batch(problem: Rollout) -> dict[str, Tensor]:
-    """The scripts' dictionary, [B, Steps, ...]; only step 1 is a good one."""
+    """The dictionary of the scripts, [B, Steps, ...]; step 0 is NaN."""
     step = {
         "latents": problem.sample,
         "next_latents": problem.old.prev_sample,
         "timesteps": problem.timestep,
         "log_probs": problem.old.log_prob_mean,
-        "advantages": problem.advantages.double(),  # as numpy makes them
+        "advantages": problem.advantages.double(),  # as computed with numpy
     }
     return {name: torch.stack([torch.full_like(t, torch.nan), t], dim=1) for name, t in step.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_script_s_batch_and_config_give_its_loss(layout: str) -> None:
+def test_the_batch_and_config_of_a_script_give_its_loss(layout: str) -> None:
     problem = rollout(layout)
     info: dict[str, list[Tensor]] = defaultdict(list)
     v, w = leaf(problem), leaf(problem)
@@ -207,7 +207,7 @@ def test_a_script_s_batch_and_config_give_its_loss(layout: str) -> None:
     close(info["clipfrac"][0], ((log_ratio.exp() - 1).abs() > 0.05).float().mean())
 
 
-def test_a_script_s_batch_brings_weights_and_guard() -> None:
+def test_the_batch_of_a_script_may_have_weights_and_old_means() -> None:
     problem = rollout(steps=(2, 5, 7, 4))
     dense = dense_sde_step_with_logprob(*arguments(problem, problem.old_v)[:4], prev_sample=problem.old.prev_sample)[1]
     weights = torch.rand(BATCH, 8, 8, generator=torch.Generator().manual_seed(2)) * 2
@@ -224,7 +224,7 @@ def test_a_script_s_batch_brings_weights_and_guard() -> None:
     close(step_loss(problem.made, problem.new_v, sample, 1, settings), expected)
 
 
-def test_a_script_s_sampler_and_options_are_taken() -> None:
+def test_the_sampler_of_a_script_and_options_are_used() -> None:
     problem = rollout(sde_type="cps")
     settings = config()
     settings.sample = SimpleNamespace(noise_level=0.8, sde_type="cps")
@@ -232,7 +232,7 @@ def test_a_script_s_sampler_and_options_are_taken() -> None:
     close(step_loss(problem.made, problem.new_v, batch(problem), 1, settings, clip_range=0.5), expected)
 
 
-def test_half_precision_velocities_have_the_loss_of_their_values() -> None:
+def test_half_precision_velocities_give_the_loss_of_their_float32_values() -> None:
     problem = rollout("flux")
     half = replace(problem, new_v=problem.new_v.bfloat16())
     widened = replace(problem, new_v=half.new_v.float())
@@ -242,7 +242,7 @@ def test_half_precision_velocities_have_the_loss_of_their_values() -> None:
     )
 
 
-def test_tempflow_s_noise_weighting_is_a_step_weight() -> None:
+def test_the_noise_weighting_of_tempflow_is_a_step_weight() -> None:
     problem = rollout(steps=(3, 3, 3, 3))
     new = problem.written(problem.new_v)
     weight = 2.25 * new.std_dev_t.flatten()
@@ -254,9 +254,9 @@ def test_tempflow_s_noise_weighting_is_a_step_weight() -> None:
 def test_errors_name_the_argument() -> None:
     problem = rollout()
     good = arguments(problem, problem.new_v)
-    with pytest.raises(ValueError, match=r"ref_model_output must be given where beta is not 0, got None and beta 0.1"):
+    with pytest.raises(ValueError, match=r"ref_model_output must be given if beta is not 0, got None with beta=0.1"):
         policy_loss(*good, beta=0.1)
-    with pytest.raises(ValueError, match=r"old_prev_sample_mean must be None where old_model_output is given"):
+    with pytest.raises(ValueError, match=r"old_prev_sample_mean must be None if old_model_output is given"):
         policy_loss(*good, old_model_output=problem.old_v, old_prev_sample_mean=problem.old.mean)
     with pytest.raises(ValueError, match=r"old_log_prob must have shape .* without weights"):
         policy_loss(*good, weights=torch.ones(BATCH, 8, 8))
@@ -276,8 +276,8 @@ def test_an_old_mean_is_not_broadcast() -> None:
         policy_loss(*arguments(problem, problem.new_v), old_prev_sample_mean=problem.old.mean[:1], **problem.settings)
 
 
-def test_written_step_is_what_it_was_drawn_with() -> None:
-    """The formulas of these tests agree with themselves: a latent drawn from noise has the noise's density."""
+def test_the_formulas_score_a_sampled_latent_with_its_density() -> None:
+    """The formulas of these tests are consistent: the log-probability of a sampled latent is that of its noise."""
     problem = rollout()
     again = written_step(problem.made, problem.old_v, problem.timestep, problem.sample, prev=problem.old.prev_sample)
     std = again.std_dev_t * again.sqrt_dt

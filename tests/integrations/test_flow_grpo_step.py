@@ -1,4 +1,4 @@
-"""The step has Flow-GRPO's numbers, in every layout, at every timestep."""
+"""The step equals Flow-GRPO's in every layout and at every timestep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLERS = ["sde", "cps"]
 
 @pytest.mark.parametrize("sde_type", SAMPLERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_drawn_step_is_flow_grpos(layout: str, sde_type: str) -> None:
+def test_a_sampled_step_equals_flow_grpos(layout: str, sde_type: str) -> None:
     problem = rollout(layout, sde_type)
     noise = torch.randn(LAYOUTS[layout], generator=torch.Generator().manual_seed(3))
     expected = written_step(
@@ -79,7 +79,7 @@ def test_every_timestep_of_a_schedule_is_found(sde_type: str) -> None:
     close(sqrt_dt, expected.sqrt_dt)
 
 
-def test_one_timestep_serves_the_batch() -> None:
+def test_one_timestep_applies_to_the_whole_batch() -> None:
     problem = rollout(steps=(4, 4, 4, 4))
     one = problem.made.timesteps[4]
     generators = [torch.Generator().manual_seed(1) for _ in range(4)]
@@ -104,7 +104,7 @@ def test_dense_log_probabilities_average_to_flow_grpos() -> None:
             close(dense.flatten(1).mean(dim=1), scalar)
 
 
-def test_a_drawn_step_is_differentiable_where_its_velocity_is() -> None:
+def test_a_sampled_step_is_differentiable_if_its_velocity_is() -> None:
     problem = rollout()
     v = problem.old_v.clone().requires_grad_()
     prev, log_prob, _, _ = sde_step_with_logprob(
@@ -117,7 +117,7 @@ def test_a_drawn_step_is_differentiable_where_its_velocity_is() -> None:
     close(gradient, expected)
 
 
-def test_a_list_of_generators_draws_each_sample_from_its_own() -> None:
+def test_a_list_of_generators_has_one_for_each_sample() -> None:
     problem = rollout()
     seeds = [5, 6, 5, 7]
     prev = sde_step_with_logprob(
@@ -147,7 +147,7 @@ def test_without_noise_it_is_the_ode(sde_type: str) -> None:
         assert float(log_prob.abs().max()) < 1e-12
 
 
-def test_half_precision_is_widened_as_in_flow_grpo() -> None:
+def test_half_precision_is_converted_to_float32_as_in_flow_grpo() -> None:
     problem = rollout()
     v, x = problem.old_v.bfloat16(), problem.sample.bfloat16()
     got = sde_step_with_logprob(problem.made, v, problem.timestep, x, prev_sample=problem.old.prev_sample.bfloat16())
@@ -179,9 +179,9 @@ def test_errors_name_the_argument() -> None:
         sde_step_with_logprob(*arguments, sde_type="dance")
     with pytest.raises(ValueError, match=r"noise_level must be positive and finite, got -1"):
         sde_step_with_logprob(*arguments, noise_level=-1)
-    with pytest.raises(ValueError, match=r"timestep must be one number, or one for each of the 4 samples, got \[3\]"):
+    with pytest.raises(ValueError, match=r"timestep must have one element or 4, one for each sample, got shape \[3\]"):
         sde_step_with_logprob(problem.made, problem.old_v, problem.timestep[:3], problem.sample)
-    with pytest.raises(ValueError, match=r"generator must be one, or a list .* 4 samples, got 2"):
+    with pytest.raises(ValueError, match=r"generator must be one generator or a list of 4, one for each sample, got 2"):
         sde_step_with_logprob(*arguments, generator=[torch.Generator(), torch.Generator()])
     with pytest.raises(ValueError, match=r"model_output must be packed .* got \[4, 16\]"):
         sde_step_with_logprob(problem.made, torch.zeros(4, 16), problem.timestep, problem.sample)
@@ -196,8 +196,8 @@ def test_latents_are_not_broadcast(name: str) -> None:
         sde_step_with_logprob(problem.made, problem.new_v, problem.timestep, **latents)
 
 
-def test_channels_may_stand_elsewhere() -> None:
-    """A packed latent with its channels first, [B, C, S]."""
+def test_the_channel_dimension_can_be_chosen() -> None:
+    """A packed latent with channels first, [B, C, S]."""
     problem = rollout("flux", "sde")
     first = [t.transpose(1, 2) for t in (problem.new_v, problem.sample, problem.old.prev_sample)]
     results = [

@@ -1,4 +1,4 @@
-"""Neither the step nor the loss looks at a value of a tensor: nothing in them can wait for a device."""
+"""Neither the step nor the loss reads a value of a tensor on the host, so they cause no host sync."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from flow_grpo_formulas import rollout, scheduler
 
 from star_kernels.integrations.flow_grpo import policy_loss, sde_step_with_logprob
 
-LOOKS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero")
+HOST_READS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero")
 
 
-class NoLooking(TorchDispatchMode):
-    """Raises where the host would read a value, and so wait for the device that it lies on."""
+class NoHostReads(TorchDispatchMode):
+    """Raises if the host reads a value of a tensor."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name().split(".")[0] in LOOKS:
-            raise AssertionError(f"the host looks at a value: {func.name()}")
+        if func.name().split(".")[0] in HOST_READS:
+            raise AssertionError(f"the host reads a value: {func.name()}")
         return func(*args, **(kwargs or {}))
 
 
 def loop(made: Any, device: str = "cpu", backend: str = "auto") -> None:
-    """A rollout and an update over all steps of a schedule that train, by both samplers, with and without weights."""
+    """A rollout and an update of all trained steps of a schedule, with both samplers, with and without weights."""
     x = torch.randn(2, 4, 8, 8, device=device)
     v = torch.randn(2, 4, 8, 8, device=device)
     advantages, weights = torch.randn(2, device=device), torch.ones(2, 4, 4, device=device)
@@ -51,33 +51,33 @@ def loop(made: Any, device: str = "cpu", backend: str = "auto") -> None:
             x = drawn
 
 
-def test_the_loop_looks_at_no_value() -> None:
+def test_the_loop_reads_no_value() -> None:
     made = scheduler()
-    loop(made)  # the first round computes the schedule's coefficients; on a CPU they are checked, once
-    with NoLooking():
+    loop(made)  # computes the coefficients of the schedule, which are checked once on a CPU
+    with NoHostReads():
         loop(made)
 
 
-def test_not_even_the_schedule_s_coefficients_are_looked_at_on_a_device() -> None:
+def test_the_coefficients_of_the_schedule_are_not_read_on_a_device() -> None:
     made = scheduler()
     made.timesteps, made.sigmas = made.timesteps.to("meta"), made.sigmas.to("meta")  # tensors without values
     loop(made, "meta", "naive")
 
 
-def test_the_mode_of_these_tests_notices_a_look() -> None:
+def test_no_host_reads_detects_reads() -> None:
     made = scheduler()
-    for look in (
+    for read in (
         lambda: made.timesteps[0].item(),
         lambda: bool(made.timesteps[0] > 0),
         lambda: made.index_for_timestep(made.timesteps[1]),
     ):
-        with NoLooking(), pytest.raises(AssertionError, match="looks at a value"):
-            look()
+        with NoHostReads(), pytest.raises(AssertionError, match="reads a value"):
+            read()
     with pytest.raises(RuntimeError):
         torch.zeros(1, device="meta").item()
 
 
-def test_flow_grpo_s_own_search_looks() -> None:
+def test_flow_grpos_own_step_reads_values() -> None:
     problem = rollout()
-    with NoLooking(), pytest.raises(AssertionError, match="looks at a value"):
+    with NoHostReads(), pytest.raises(AssertionError, match="reads a value"):
         problem.written(problem.new_v)

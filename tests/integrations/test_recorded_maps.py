@@ -1,4 +1,4 @@
-"""A rollout's maps are recorded pass by pass, and give weights of mean one."""
+"""record_maps stores the maps of each forward pass, and computes weights with mean one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_pass_is_recorded_as_it_is_captured() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("over", ["step", "trajectory"])
-def test_weights_are_the_allocation_of_all_groups_together(over: str) -> None:
+def test_weights_are_the_allocation_of_the_sum_over_phrases(over: str) -> None:
     model, inputs, selection = sd3()
     with record_maps(model, selection) as recorded:
         for seed in range(3):
@@ -70,14 +70,14 @@ def test_weights_are_the_allocation_of_all_groups_together(over: str) -> None:
 
 
 @torch.no_grad()
-def test_a_model_under_peft_and_its_own_hooks_is_recorded_and_left_as_it_was() -> None:
+def test_a_model_wrapped_by_peft_is_recorded_and_restored() -> None:
     peft = pytest.importorskip("peft")
     model, inputs, selection = sd3()
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["attn.to_q"]))
     before = adapted(**inputs(0))[0]
     with record_maps(adapted, selection) as recorded:
         torch.testing.assert_close(adapted(**inputs(0))[0], before, rtol=0, atol=1e-5)
-        model(**inputs(0))  # by whichever name the pipeline calls it
+        model(**inputs(0))  # with or without the wrapper
     assert len(recorded.maps) == 2
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
@@ -105,7 +105,7 @@ def test_a_pass_that_fails_after_its_blocks_is_not_recorded() -> None:
     assert recorded.maps == []
 
 
-def test_nothing_recorded_is_said() -> None:
+def test_weights_without_recorded_maps_are_an_error() -> None:
     model, _, selection = sd3()
     with record_maps(model, selection) as recorded:
         pass

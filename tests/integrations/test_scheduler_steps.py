@@ -1,4 +1,4 @@
-"""Timesteps find their step, and what is kept of a schedule goes with it."""
+"""Steps are found by timestep, and the coefficients cached for a schedule are freed with it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_step_has_the_coefficients_of_its_sampler() -> None:
     assert torch.equal(cps.std_dev_t, cps.transition.std)
 
 
-def test_a_schedule_set_anew_is_read_anew() -> None:
+def test_a_new_schedule_is_used() -> None:
     made = scheduler(steps=10)
     before = step_at(made, made.timesteps[2], LATENTS)
     made.set_timesteps(40)
@@ -42,7 +42,7 @@ def test_a_schedule_set_anew_is_read_anew() -> None:
     assert float(after.sqrt_dt) < float(before.sqrt_dt)
 
 
-def test_sigmas_changed_in_place_are_read_anew() -> None:
+def test_sigmas_changed_in_place_are_used() -> None:
     made = scheduler()
     step_at(made, made.timesteps[2], LATENTS)
     made.sigmas[3] -= 0.01
@@ -50,7 +50,7 @@ def test_sigmas_changed_in_place_are_read_anew() -> None:
     torch.testing.assert_close(step_at(made, made.timesteps[2], LATENTS).sqrt_dt, expected[None])
 
 
-def test_sigmas_set_without_timesteps_are_read_anew() -> None:
+def test_sigmas_replaced_without_timesteps_are_used() -> None:
     made = scheduler()
     step_at(made, made.timesteps[2], LATENTS)
     made.sigmas = made.sigmas * 0.9
@@ -66,7 +66,7 @@ def test_a_timestep_of_another_schedule_gives_nan() -> None:
     assert step.sqrt_dt.isnan().tolist() == [False, True, False]
 
 
-def test_of_equal_timesteps_the_second_counts_as_in_diffusers() -> None:
+def test_of_equal_timesteps_the_second_is_used_as_in_diffusers() -> None:
     sigmas = torch.tensor([0.9, 0.6, 0.6, 0.3, 0.0])
     made = FlowMatchEulerDiscreteScheduler()
     made.sigmas, made.timesteps = sigmas, torch.tensor([900.0, 600.0, 600.0, 300.0])
@@ -76,7 +76,7 @@ def test_of_equal_timesteps_the_second_counts_as_in_diffusers() -> None:
     torch.testing.assert_close(step.sqrt_dt, torch.tensor([0.25]).sqrt())
 
 
-def test_what_is_kept_goes_with_the_schedule() -> None:
+def test_cached_coefficients_are_freed_with_the_schedule() -> None:
     made = scheduler()
     step_at(made, made.timesteps[2], LATENTS)
     kept = weakref.ref(schedule._schedules[made.timesteps])
@@ -85,7 +85,7 @@ def test_what_is_kept_goes_with_the_schedule() -> None:
     assert kept() is None
 
 
-def test_schedules_of_inference_mode_serve() -> None:
+def test_schedules_of_inference_mode_are_supported() -> None:
     with torch.inference_mode():
         made = scheduler()
         inside = step_at(made, made.timesteps[2], LATENTS).transition.coefficients.clone()
@@ -95,8 +95,8 @@ def test_schedules_of_inference_mode_serve() -> None:
 
 def test_a_scheduler_without_a_schedule_is_named() -> None:
     with pytest.raises(
-        ValueError, match=r"scheduler must hold timesteps \[N\] .* set_timesteps.*\[1000\] and \[1000\]"
+        ValueError, match=r"scheduler must have timesteps \[N\] .* set_timesteps.*\[1000\] and \[1000\]"
     ):
         step_at(FlowMatchEulerDiscreteScheduler(), 1.0, LATENTS)
-    with pytest.raises(TypeError, match=r"scheduler must hold tensors timesteps and sigmas.* got SimpleNamespace"):
+    with pytest.raises(TypeError, match=r"scheduler must have tensors timesteps and sigmas.* got SimpleNamespace"):
         step_at(SimpleNamespace(timesteps=[1.0]), 1.0, LATENTS)

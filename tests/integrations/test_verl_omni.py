@@ -1,4 +1,4 @@
-"""The loss for VeRL-Omni: its own losses' numbers without weights, the library's with them."""
+"""The loss for VeRL-Omni equals VeRL-Omni's losses without weights, and the library's loss with weights."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from verl_omni_contract import World, actor_config, dispatch, micro_batch, own_l
 from star_kernels import TokenSelection, allocate, flow_cps, flow_sde
 from star_kernels.capture import capture_maps
 from star_kernels.integrations.flow_grpo import dense_sde_step_with_logprob, policy_loss
+from star_kernels.integrations.layout import map_layout
 from star_kernels.integrations.verl_omni import (
     StarGuardLoss,
     StarLoss,
@@ -79,7 +80,7 @@ def test_without_weights_it_is_verl_omnis_flow_grpo(verl_omni: World, layout: st
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_weights_it_is_verl_omnis_guard(verl_omni: World, layout: str) -> None:
     register("grpo_guard", StarGuardLoss)
-    problem = rollout(layout, steps=(4, 4, 4, 4))  # of one timestep: VeRL-Omni takes the batch's mean scale
+    problem = rollout(layout, steps=(4, 4, 4, 4))  # one timestep: VeRL-Omni uses the mean scale of the batch
     batch = micro_batch(problem)
     loss, gradient, _ = run(verl_omni, problem, batch, "grpo_guard")
     expected, expected_gradient = own(problem, batch, guard=True)
@@ -90,11 +91,11 @@ def test_without_weights_it_is_verl_omnis_guard(verl_omni: World, layout: str) -
 @pytest.mark.parametrize("sde_type", ["sde", "cps"])
 @pytest.mark.parametrize("layout", ["sd3", "flux"])
 @pytest.mark.parametrize("ratio", ["sample", "location"])
-def test_with_weights_it_is_the_loss_from_velocities(verl_omni: World, layout: str, sde_type: str, ratio: str) -> None:
+def test_with_weights_it_is_the_velocity_loss(verl_omni: World, layout: str, sde_type: str, ratio: str) -> None:
     register(sde_type=sde_type, ratio=ratio)
     problem = rollout(layout, sde_type)
     maps = torch.rand(BATCH, *((8, 8) if layout == "sd3" else (16, 16)), generator=torch.Generator().manual_seed(1))
-    weights = allocate(maps.flatten(1)).view_as(maps)
+    weights = allocate(maps, layout="bhw")
     step = (problem.made, problem.old_v, problem.timestep, problem.sample)
     old = dense_sde_step_with_logprob(*step, prev_sample=problem.old.prev_sample, **problem.settings)[1]
     v = problem.new_v.clone().requires_grad_()
@@ -112,7 +113,14 @@ def test_with_weights_it_is_the_loss_from_velocities(verl_omni: World, layout: s
     assert abs(float(plain - expected.detach())) > 1e-5
 
 
-def test_a_transition_of_means_is_the_transition_of_velocities() -> None:
+def test_maps_are_allocated_in_the_layout_of_their_grid() -> None:
+    for shape, layout in {(2, 64): "bp", (2, 8, 8): "bhw", (2, 3, 8, 8): "bfhw"}.items():
+        assert map_layout(torch.ones(shape)) == layout
+    with pytest.raises(ValueError, match=r"maps must have shape \[B, P\], \[B, h, w\] or \[B, F, h, w\], got \[2\]"):
+        map_layout(torch.ones(2))
+
+
+def test_mean_transition_has_the_coefficients_of_the_sampler() -> None:
     sigma, following = torch.tensor([1.0, 0.7, 0.2]), torch.tensor([0.9, 0.6, 0.0])
     sde = flow_sde(sigma, following, noise_level=0.7, sigma_max=0.9)
     root = torch.sqrt(sigma - following)
@@ -125,7 +133,7 @@ def test_a_transition_of_means_is_the_transition_of_velocities() -> None:
 
 
 @pytest.mark.parametrize("sde_type", ["sde", "cps"])
-def test_the_kl_penalty_from_means_is_that_from_velocities(sde_type: str) -> None:
+def test_the_kl_penalty_from_means_equals_that_from_velocities(sde_type: str) -> None:
     problem = rollout("flux", sde_type)
     step = (problem.made, problem.new_v, problem.timestep, problem.sample, problem.old.prev_sample)
     expected, _ = policy_loss(
@@ -146,7 +154,7 @@ def test_the_kl_penalty_from_means_is_that_from_velocities(sde_type: str) -> Non
 
 
 @pytest.mark.parametrize("sde_type", ["sde", "cps"])
-def test_the_ratio_of_means_is_that_of_the_formulas(sde_type: str) -> None:
+def test_the_ratio_of_means_equals_the_formulas(sde_type: str) -> None:
     problem = rollout("qwen_image", sde_type)
     v, w = (problem.new_v.clone().requires_grad_() for _ in range(2))
     new, expected = problem.written(v), problem.written(w)
@@ -162,7 +170,7 @@ def test_the_ratio_of_means_is_that_of_the_formulas(sde_type: str) -> None:
     close(v.grad, w.grad)
 
 
-def test_the_ratio_of_means_with_weights_is_allocated() -> None:
+def test_the_ratio_of_means_applies_weights() -> None:
     problem = rollout("flux")
     new = problem.written(problem.new_v)
     arguments = (new.mean, problem.old.prev_sample, new.std_dev_t, new.sqrt_dt)
@@ -180,7 +188,7 @@ def test_the_ratio_of_means_of_an_unchanged_model_is_one_with_guard_too() -> Non
     close(ratio, torch.ones(BATCH))
 
 
-def test_a_ratio_of_means_takes_no_option_of_the_loss_alone() -> None:
+def test_the_ratio_of_means_rejects_options_of_the_loss() -> None:
     old = rollout("flux").old
     arguments = (old.mean, old.prev_sample, old.std_dev_t, old.sqrt_dt)
     for name in ("adv_clip_max", "step_weights", "beta", "clip_range"):
@@ -204,10 +212,10 @@ def test_the_registered_class_is_a_verl_omni_loss(verl_omni: World) -> None:
     loss = verl_omni.registry["flow_grpo"]
     assert type(loss) is made
     assert isinstance(loss, StarLoss)
-    assert loss.prepare_actor_batch("batch") == "batch"  # what VeRL-Omni's own base class brings
+    assert loss.prepare_actor_batch("batch") == "batch"  # inherited from VeRL-Omni's base class
 
 
-def test_the_engine_is_changed_once_and_not_where_it_has_no_loss(verl_omni: World) -> None:
+def test_the_engine_is_patched_once_and_unchanged_without_a_loss(verl_omni: World) -> None:
     register()
     changed = verl_omni.engine.forward_step
     register("grpo_guard", StarGuardLoss)
@@ -220,8 +228,8 @@ def test_the_engine_is_changed_once_and_not_where_it_has_no_loss(verl_omni: Worl
     close(output["model_output"]["prev_sample_mean"], problem.written(problem.new_v).mean)
 
 
-class Sequence(torch.nn.Module):
-    """The engine's velocities from a transformer, which guidance runs a second time, on another text."""
+class GuidedTransformer(torch.nn.Module):
+    """Guided velocities from a transformer that runs twice, with different texts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,17 +256,17 @@ class Sequence(torch.nn.Module):
         return negative + 2.0 * (positive - negative)
 
 
-def test_maps_of_the_conditional_pass_reach_the_loss(verl_omni: World) -> None:
+def test_maps_of_the_conditional_pass_are_passed_to_the_loss(verl_omni: World) -> None:
     selection = TokenSelection.from_positions([[1, 2]] * BATCH)
     seen: list[dict[str, Tensor]] = []
 
-    class Looking(StarLoss):
+    class Recording(StarLoss):
         def __call__(self, *, config: Any, model_output: Any, data: Any) -> Any:
             seen.append(data)
             return super().__call__(config=config, model_output=model_output, data=data)
 
-    register(loss=Looking, select=lambda micro_batch: selection)
-    problem, model = rollout("flux"), Sequence()
+    register(loss=Recording, select=lambda micro_batch: selection)
+    problem, model = rollout("flux"), GuidedTransformer()
     engine = verl_omni.engine(model, problem.made, "sde", 0.7)
     loss_function = dispatch(verl_omni, actor_config("flow_grpo", CLIP))
     batch = micro_batch(problem)
@@ -267,15 +275,15 @@ def test_maps_of_the_conditional_pass_reach_the_loss(verl_omni: World) -> None:
     with capture_maps(model.module, selection, cfg=None) as capture, torch.no_grad():
         model.module(hidden_states=problem.sample, encoder_hidden_states=model.texts[0], **model.inputs)
     close(seen[0]["star_maps"], capture.value[:, 0])
-    register(loss=Looking)  # without select
+    register(loss=Recording)  # without select
     engine.forward_step(batch, loss_function=loss_function, forward_only=False, step=1)
     assert "star_maps" not in seen[1]
 
 
-def test_what_the_batch_lacks_is_named(verl_omni: World) -> None:
+def test_missing_tensors_are_named(verl_omni: World) -> None:
     loss = register()()
     full = dict.fromkeys(loss.required_model_output_keys)
-    with pytest.raises(KeyError, match=r"'mine' lacks sqrt_dt, prev_sample: prev_sample comes with .*feed_latents"):
+    with pytest.raises(KeyError, match=r"'mine' lacks sqrt_dt, prev_sample: prev_sample is added by .*feed_latents"):
         loss.validate_inputs(
             loss_name="mine",
             model_output={key: None for key in full if key != "sqrt_dt"},
@@ -294,7 +302,7 @@ def test_what_the_batch_lacks_is_named(verl_omni: World) -> None:
 def test_errors_name_the_argument() -> None:
     problem = rollout()
     arguments = (problem.old.mean, problem.old.prev_sample, torch.ones(4), torch.ones(4), problem.advantages)
-    with pytest.raises(ValueError, match=r"old_prev_sample_mean must be given where old_log_prob is None, got None"):
+    with pytest.raises(ValueError, match=r"old_prev_sample_mean must be given if old_log_prob is None, got None"):
         policy_loss_of_means(*arguments)
     with pytest.raises(ValueError, match=r"old_prev_sample_mean must be given with guard=True, got None"):
         policy_loss_of_means(*arguments, old_log_prob=torch.zeros(4), guard=True)
@@ -302,13 +310,13 @@ def test_errors_name_the_argument() -> None:
         mean_transition(torch.ones(4), torch.ones(4), sde_type="ode")
 
 
-def test_it_imports_without_verl_omni_and_register_says_what_is_missing() -> None:
+def test_the_module_imports_without_verl_omni_and_register_names_it() -> None:
     program = (
         "from star_kernels.integrations import flow_grpo, verl_omni\n"
         "import sys\n"
         "assert not {'diffusers', 'verl_omni', 'transformers'} & set(sys.modules)\n"
         "try:\n    verl_omni.register()\n"
-        "except ImportError as error:\n    assert 'register() needs VeRL-Omni' in str(error), error\n"
+        "except ImportError as error:\n    assert 'register() requires VeRL-Omni' in str(error), error\n"
         "else:\n    raise AssertionError\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

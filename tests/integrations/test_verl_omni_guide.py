@@ -1,4 +1,4 @@
-"""The examples of docs/verl-omni.md run as they stand, against stand-ins of the trainers."""
+"""The examples in docs/verl-omni.md run unchanged, with stand-ins for the trainers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_plugin_registers_and_select_turns_maps_on(verl_omni: World) -> None
 
 
 class GRPOGuardTrainer:
-    """Flow-Factory's trainer, as far as the subclass meets it."""
+    """The parts of Flow-Factory's trainer that the subclass uses."""
 
     def __init__(self, pipeline: Any, problem: Rollout, inputs: dict[str, Any]) -> None:
         self.adapter = SimpleNamespace(pipeline=pipeline, trajectory_component_order=("image",))
@@ -82,7 +82,7 @@ class GRPOGuardTrainer:
         return self._guard_ratio(output, replay, old_state_mean, 0), output  # type: ignore[attr-defined]
 
 
-def test_flow_factorys_subclass_gives_the_allocated_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flow_factory_subclass_returns_the_weighted_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("flow_factory", "flow_factory.trainers", "flow_factory.trainers.rl", "flow_factory.trainers.rl.grpo"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules["flow_factory.trainers.rl.grpo"].GRPOGuardTrainer = GRPOGuardTrainer  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ def test_flow_factorys_subclass_gives_the_allocated_ratio(monkeypatch: pytest.Mo
     selection, _ = select_tokens(PROMPTS, regions_of(pipeline))
     with capture_maps(pipeline.transformer, selection, cfg=None) as maps, torch.no_grad():
         pipeline.transformer(hidden_states=problem.sample, **inputs)
-    weights = allocate(maps.value[:, 0].flatten(1))
+    weights = allocate(maps.value[:, 0], layout="bhw").flatten(1)
     change = (output.log_prob - problem.old.log_prob).mean(dim=-1)
     close(ratio, (weights * change).mean(dim=1).exp(), 1e-5)
     assert float((ratio - change.mean(dim=1).exp()).detach().abs().max()) > 2e-4

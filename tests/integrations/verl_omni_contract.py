@@ -1,6 +1,6 @@
-"""The part of VeRL-Omni that a diffusion loss meets: registry, engine, loss dispatch, and its own two losses.
+"""A stand-in for the parts of VeRL-Omni around a diffusion loss: registry, engine, loss dispatch and two losses.
 
-A stand-in written from its documented contract. The micro-batch and the loss's data are plain dictionaries.
+Written from its documented interface. The micro-batch and the loss's data are plain dictionaries.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DiffusionLossFn(ABC):
 
 @dataclass
 class World:
-    """A process of VeRL-Omni: what is registered, and its engine."""
+    """The state of VeRL-Omni in a process: registered losses, and the engine class."""
 
     registry: dict[str, Any]
     engine: type[Any]
@@ -49,7 +49,7 @@ class World:
 
 def make_engine() -> type[Any]:
     class PPODiffusersFSDPEngine:
-        """Runs one step of a micro-batch; the "module" is a function that gives a velocity."""
+        """Runs one step of a micro-batch; ``module`` is a function from latents to velocities."""
 
         def __init__(
             self, module: Callable[[Tensor], Tensor], scheduler: Any, sde_type: str, noise_level: float
@@ -83,7 +83,7 @@ def make_engine() -> type[Any]:
 
 @pytest.fixture
 def verl_omni(monkeypatch: pytest.MonkeyPatch) -> World:
-    """VeRL-Omni installed, for the length of a test."""
+    """Installs the stand-in for VeRL-Omni for one test."""
     world = World({}, make_engine())
 
     def register_diffusion_loss(name: str) -> Callable[[type], type]:
@@ -109,7 +109,7 @@ def actor_config(loss_mode: str, clip_ratio: float = 0.05) -> SimpleNamespace:
 
 
 def dispatch(world: World, config: Any) -> Callable[..., tuple[Tensor, dict]]:
-    """The loss function that the engine is given: looks the loss up, validates, calls."""
+    """The loss function of the engine: looks up the loss, validates its inputs, and calls it."""
 
     def diffusion_loss(*, model_output: dict, data: dict, dp_group: Any) -> tuple[Tensor, dict]:
         name = config.diffusion_loss.loss_mode
@@ -124,7 +124,7 @@ def dispatch(world: World, config: Any) -> Callable[..., tuple[Tensor, dict]]:
 
 
 def own_loss(model_output: dict, data: dict, clip: float, *, guard: bool) -> Tensor:
-    """VeRL-Omni's FlowGRPOLoss and GRPOGuardLoss, as its documentation writes them."""
+    """VeRL-Omni's FlowGRPOLoss and GRPOGuardLoss, according to its documentation."""
     advantages = data["advantages"].clamp(-5, 5)
     log_ratio = model_output["log_probs"] - data["old_log_probs"]
     if guard:
@@ -140,7 +140,7 @@ def own_loss(model_output: dict, data: dict, clip: float, *, guard: bool) -> Ten
 
 
 def micro_batch(problem: Rollout) -> dict[str, Tensor]:
-    """[B, Steps, ...]: a step of NaN, then the problem's."""
+    """[B, Steps, ...]: a step of NaN, then the step of the problem."""
 
     def second(t: Tensor) -> Tensor:
         return torch.stack([torch.full_like(t, torch.nan), t], dim=1)

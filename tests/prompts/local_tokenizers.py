@@ -1,4 +1,4 @@
-"""Tokenizers of the three kinds that text encoders use, built on the spot: CLIP's, T5's and Qwen's."""
+"""Small tokenizers of the three kinds that text encoders use, trained here: CLIP, T5 and Qwen."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHAT_ENDS = ("<|im_start|>", "<|im_end|>")
 
 @cache
 def clip_tokenizer() -> Any:
-    """Lower-cases, joins spaces, byte-level BPE with an end of word, framed by two special tokens; 77 positions."""
+    """Byte-level BPE with end-of-word marks and lower-casing; a special token before and after; 77 positions."""
     kind = CLIPTokenizerFast().backend_tokenizer
     merges = _bpe_merges(kind.normalizer, kind.pre_tokenizer, end_of_word="</w>")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -33,9 +33,9 @@ def clip_tokenizer() -> Any:
 
 @cache
 def t5_tokenizer() -> Any:
-    """Unigram pieces with a mark for the space before a word, compatibility forms replaced, one special token after.
+    """Unigram with NFKC normalisation and a mark for the space before a word; a special token after the text.
 
-    As in T5's vocabulary no piece mixes letters and punctuation.
+    As in T5's vocabulary, no piece mixes letters and punctuation.
     """
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
@@ -58,7 +58,7 @@ def t5_tokenizer() -> Any:
 
 @cache
 def qwen_tokenizer(padding_side: str = "right") -> Any:
-    """Byte-level BPE whose tokens carry the space before them; no special tokens of its own, but those of a chat."""
+    """Byte-level BPE whose tokens include the space before a word; special tokens come from the chat template only."""
     kind = Qwen2TokenizerFast().backend_tokenizer
     merges = _bpe_merges(kind.normalizer, kind.pre_tokenizer)
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges), END, *CHAT_ENDS]

@@ -1,4 +1,4 @@
-"""Prompts in the formats of GenEval and of Flow-GRPO's OCR task: a few written here, and the files where they are."""
+"""Prompts in the formats of GenEval and of Flow-GRPO's OCR task: examples, and the full files if available."""
 
 from __future__ import annotations
 
@@ -68,17 +68,17 @@ def ocr_file() -> list[str]:
 
 
 def compose(metadata: dict[str, Any]) -> tuple[str, list[list[tuple[int, int]]]]:
-    """A prompt by GenEval's templates and the spans of its objects and relation, from the metadata alone."""
+    """A prompt from GenEval's templates, and the spans of its objects and relation."""
     text, spans = "a photo of", []
 
     def write(*words: str) -> list[tuple[int, int]]:
         nonlocal text
-        places = []
+        written = []
         for word in words:
             text += " "
-            places.append((len(text), len(text) + len(word)))
+            written.append((len(text), len(text) + len(word)))
             text += word
-        return places
+        return written
 
     def write_object(item: dict[str, Any]) -> list[tuple[int, int]]:
         if item["count"] > 1:

@@ -1,4 +1,4 @@
-"""Content words: what a word is in any script, and which words count."""
+"""Content words in any script."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from star_kernels.prompts import content_words
-from star_kernels.prompts.words import BEFORE_OF, FUNCTION_WORDS, word_spans
+from star_kernels.prompts.sources.words import BEFORE_OF, FUNCTION_WORDS, word_spans
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from star_kernels.prompts.words import BEFORE_OF, FUNCTION_WORDS, word_spans
         ("", []),
     ],
 )
-def test_function_words_and_what_leads_to_an_of_do_not_count(prompt: str, phrases: list[str]) -> None:
+def test_function_words_and_nouns_before_of_are_not_content_words(prompt: str, phrases: list[str]) -> None:
     assert list(content_words(prompt).names) == phrases
 
 
@@ -43,11 +43,11 @@ def test_function_words_and_what_leads_to_an_of_do_not_count(prompt: str, phrase
         ("🏳️‍🌈flag 👩🏽‍🚀", ["🏳️‍🌈", "flag", "👩🏽‍🚀"]),
     ],
 )
-def test_words_of_every_script_count(prompt: str, words: list[str]) -> None:
+def test_words_of_every_script_are_content_words(prompt: str, words: list[str]) -> None:
     assert list(content_words(prompt).words) == words
 
 
-def test_equal_phrases_are_one_and_keep_every_word() -> None:
+def test_equal_phrases_are_one_with_all_occurrences() -> None:
     core = content_words("a red owl and a Red  owl")
     assert core.names == ("red owl",)
     assert core.words == ("red", "owl", "Red", "owl")
@@ -55,7 +55,7 @@ def test_equal_phrases_are_one_and_keep_every_word() -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_words_are_apart_and_miss_no_letter_or_digit(text: str) -> None:
+def test_words_are_disjoint_and_cover_all_letters_and_digits(text: str) -> None:
     spans = word_spans(text)
     assert all(start < stop for start, stop in spans)
     assert all(before[1] <= after[0] for before, after in pairwise(spans))
@@ -65,11 +65,11 @@ def test_words_are_apart_and_miss_no_letter_or_digit(text: str) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.sampled_from([*sorted(FUNCTION_WORDS)[:40], "owl", "Bench", "rain"]), max_size=12))
-def test_the_words_kept_are_those_outside_the_list(words: list[str]) -> None:
+def test_content_words_are_the_words_outside_the_list(words: list[str]) -> None:
     kept = [word for word in words if word not in FUNCTION_WORDS]
     assert list(content_words(" ".join(words)).words) == kept
 
 
-def test_the_lists_are_lower_case_and_apart() -> None:
+def test_the_word_lists_are_lower_case_and_disjoint() -> None:
     assert all(word == word.casefold() for word in FUNCTION_WORDS | BEFORE_OF)
     assert not FUNCTION_WORDS & BEFORE_OF

@@ -1,4 +1,4 @@
-"""The sources of core content: explicit phrases, the user's function, and the choice among them."""
+"""core_content: given phrases, a function of the user, and the choice of the source."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def test_scripts_without_spaces_have_no_word_boundaries() -> None:
     assert phrases("고양이가 의자에", ["고양이"]).spans == ((0, 3),)
 
 
-def test_a_letter_is_not_cut_from_its_mark() -> None:
-    with pytest.raises(ValueError, match="'cafe' does not"):
+def test_a_letter_is_not_separated_from_its_combining_mark() -> None:
+    with pytest.raises(ValueError, match="got 'cafe' for"):
         phrases("a cafe\u0301", ["cafe"])
-    with pytest.raises(ValueError, match="'ส' does not"):
+    with pytest.raises(ValueError, match="got 'ส' for"):
         phrases("แมวสีแดง", ["ส"])
 
 
@@ -46,9 +46,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize(("prompt", "phrase", "span"), SPELLINGS.values(), ids=SPELLINGS)
-def test_a_phrase_is_found_whatever_its_quotes_and_its_normal_form(
-    prompt: str, phrase: str, span: tuple[int, int]
-) -> None:
+def test_a_phrase_is_found_with_other_quotes_and_normal_forms(prompt: str, phrase: str, span: tuple[int, int]) -> None:
     core = phrases(prompt, [phrase])
     assert core.spans == (span,)
     assert core.names == (phrase,)
@@ -64,8 +62,8 @@ def test_a_phrase_is_found_whatever_its_quotes_and_its_normal_form(
         ("\u1112\u1161\u11ab", "\ud558"),
     ],
 )
-def test_a_part_of_a_character_is_no_phrase(prompt: str, phrase: str) -> None:
-    with pytest.raises(ValueError, match="must stand in the prompt"):
+def test_a_part_of_a_character_is_not_a_phrase(prompt: str, phrase: str) -> None:
+    with pytest.raises(ValueError, match="must occur in the prompt"):
         phrases(prompt, [phrase])
 
 
@@ -75,13 +73,13 @@ def test_spellings_of_one_name_are_one_phrase() -> None:
     assert core.words == ("dog\u2019s", "dog's", "caf\u00e9")
 
 
-def test_a_phrase_is_text_and_no_pattern() -> None:
+def test_a_phrase_is_matched_literally() -> None:
     assert phrases("a (red) r.d owl", ["(red)", "r.d"]).words == ("(red)", "r.d")
 
 
 @pytest.mark.parametrize("absent", ["bench red", "ench", "green"])
 def test_an_absent_phrase_is_named(absent: str) -> None:
-    with pytest.raises(ValueError, match=f"phrases must stand in the prompt, '{absent}' does not"):
+    with pytest.raises(ValueError, match=f"phrases must occur in the prompt, got '{absent}'"):
         phrases(PROMPT, ["red bench", absent])
 
 
@@ -113,7 +111,7 @@ def test_the_spans_of_a_phrase_are_its_words(words: list[str], data: st.DataObje
     assert list(phrases("  ".join(words), [" ".join(wanted).upper()]).spans) == expected
 
 
-def test_auto_is_metadata_then_quotes_then_content_words() -> None:
+def test_auto_prefers_metadata_then_quotes_then_content_words() -> None:
     metadata = {"include": [{"class": "bench", "count": 1}]}
     assert core_content(PROMPT, metadata=metadata).words == ("bench",)
     assert core_content(PROMPT, metadata={}).words == ("Redbench",)
@@ -138,23 +136,23 @@ def test_a_function_returns_phrases_spans_or_a_core() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "error", "message"),
+    ("result", "error", "message"),
     [
         ("mast", TypeError, "source must return a list"),
         (None, TypeError, "source must return a list"),
-        ([3], TypeError, "got 3 among them"),
-        ([(1, 2, 3)], TypeError, r"got \(1, 2, 3\) among them"),
-        (["green"], ValueError, "'green' does not"),
+        ([3], TypeError, "got a list with 3"),
+        ([(1, 2, 3)], TypeError, r"got a list with \(1, 2, 3\)"),
+        (["green"], ValueError, "got 'green' for"),
         ([(5, 5)], ValueError, r"0 <= start < stop <= \d+.*got \(5, 5\)"),
         ([(-1, 5)], ValueError, "0 <= start"),
         ([(0, 5000)], ValueError, "0 <= start"),
         ([(0.0, 5)], TypeError, "pairs of integers"),
-        (Core("another"), ValueError, "got one of 'another'"),
+        (Core("another"), ValueError, "got that of 'another'"),
     ],
 )
-def test_a_function_that_returns_something_else_is_an_error(answer: Any, error: type[Exception], message: str) -> None:
+def test_a_function_that_returns_anything_else_is_an_error(result: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        core_content(PROMPT, lambda prompt: answer)
+        core_content(PROMPT, lambda prompt: result)
 
 
 def test_unknown_sources_and_missing_metadata_are_errors() -> None:
@@ -167,14 +165,14 @@ def test_unknown_sources_and_missing_metadata_are_errors() -> None:
         core_content(nothing)
 
 
-def test_a_core_is_checked_and_cannot_change() -> None:
+def test_a_core_is_validated_and_frozen() -> None:
     core = Core("a red owl", (Phrase("owl", ((6, 9),)), Phrase("red owl", ((2, 5), (6, 9)))))
     assert core.words == ("red", "owl")
     assert hash(core) == hash(Core("a red owl", core.phrases))
     changed: Any = core
     with pytest.raises(AttributeError):
         changed.prompt = "x"
-    with pytest.raises(ValueError, match="'owl' has none"):
+    with pytest.raises(ValueError, match="got none for 'owl'"):
         Core("a red owl", (Phrase("owl", ()),))
     with pytest.raises(ValueError, match=r"got \(6, 10\)"):
         Core("a red owl", (Phrase("owl", ((6, 10),)),))
@@ -194,17 +192,17 @@ def test_a_core_is_checked_and_cannot_change() -> None:
         ("\u200fק\u05d8ה אדומה\u200f", "קטה", "קטה"),
     ],
 )
-def test_a_phrase_is_found_however_it_is_spelt(prompt: str, wanted: str, found: str) -> None:
+def test_a_phrase_is_found_in_other_spellings(prompt: str, wanted: str, found: str) -> None:
     assert core_content(prompt, [wanted]).words == (found,)
 
 
 @pytest.mark.parametrize(("prompt", "wanted"), [("a ﬁx", "ix"), ("a café", "cafe"), ("a cat", "\u200b"), ("", "a")])
-def test_a_phrase_that_is_part_of_a_character_or_none_is_refused(prompt: str, wanted: str) -> None:
+def test_phrases_of_parts_of_characters_or_without_characters_are_errors(prompt: str, wanted: str) -> None:
     with pytest.raises(ValueError, match="phrases must"):
         core_content(prompt, [wanted])
 
 
-def test_one_phrase_in_two_spellings_is_one() -> None:
+def test_two_spellings_are_one_phrase() -> None:
     assert len(core_content("“café” and “cafe\u0301”").phrases) == 1
 
 

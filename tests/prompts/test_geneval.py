@@ -1,4 +1,4 @@
-"""The core content of GenEval's prompts: what the metadata names, where the prompt says it."""
+"""The core content of GenEval prompts: the spans of the words in the metadata."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check(metadata: dict[str, Any], prompt: str) -> None:
     assert text == prompt
     core = geneval(prompt, metadata)
     assert [list(phrase.spans) for phrase in core.phrases] == spans
-    assert list(core.names) == [" ".join(text[a:b] for a, b in group) for group in spans]
+    assert list(core.names) == [" ".join(text[a:b] for a, b in phrase) for phrase in spans]
 
 
 @pytest.mark.parametrize("metadata", prompt_data.OBJECTS, ids=lambda m: prompt_data.compose(m)[0])
@@ -45,7 +45,7 @@ def test_other_plurals_numbers_and_orders_are_found(prompt: str, item: dict[str,
     assert geneval(prompt, {"include": [item]}).names == (name,)
 
 
-def test_each_word_serves_one_object() -> None:
+def test_each_word_belongs_to_one_object() -> None:
     metadata = {"include": [{"class": "orange"}, {"class": "van", "color": "orange"}]}
     assert [phrase.spans for phrase in geneval("an orange van, an orange", metadata).phrases] == [
         ((18, 24),),
@@ -55,20 +55,20 @@ def test_each_word_serves_one_object() -> None:
     assert geneval("a van, red, and a bus, also red", metadata).spans == ((2, 5), (7, 10), (18, 21), (28, 31))
 
 
-def test_a_single_object_is_not_the_plural_beside_it() -> None:
+def test_a_singular_and_a_plural_of_one_class_are_distinguished() -> None:
     include = [{"class": "bench", "count": 1}, {"class": "bench", "count": 2, "position": ["right of", 0]}]
     core = geneval("two benches right of a bench", {"include": include})
     assert core.names == ("bench", "two benches", "right of")
     assert core.phrases[0].spans == ((23, 28),)
 
 
-def test_words_are_found_however_they_are_spelt() -> None:
+def test_words_are_found_in_other_spellings() -> None:
     metadata = {"include": [{"class": "café", "count": 1, "color": "rosé"}, {"class": "chef's knife", "count": 2}]}
     prompt = "a photo of a rose\u0301 cafe\u0301 and two chef\u2019s knives"
     assert geneval(prompt, metadata).names == ("rose\u0301 cafe\u0301", "two chef\u2019s knives")
 
 
-def test_excluded_objects_are_no_core_content() -> None:
+def test_excluded_objects_are_not_core_content() -> None:
     metadata = {"include": [{"class": "owl", "count": 1}], "exclude": [{"class": "barn", "count": 1}]}
     assert geneval("an owl in a barn", metadata).words == ("owl",)
 
@@ -83,7 +83,7 @@ def test_excluded_objects_are_no_core_content() -> None:
     ],
 )
 def test_a_word_that_the_prompt_lacks_is_named(item: dict[str, Any], missing: str) -> None:
-    with pytest.raises(ValueError, match=f"metadata names {missing}"):
+    with pytest.raises(ValueError, match=f"metadata must match the prompt, got {missing}"):
         geneval("an owl in a barn of concatenated planks", {"include": [item]})
 
 

@@ -73,7 +73,7 @@ def run(folder: Path, out: Path, *more: str) -> int:
     return maps.main(command)
 
 
-def test_the_command_writes_the_pictures_and_the_figures(folder: Path, tmp_path: Path) -> None:
+def test_the_command_writes_images_maps_and_statistics(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     assert run(folder, out, "--phrase", "red bench", "--phrase", "blue teapot", "--height", "64", "--width", "48") == 0
     assert sorted(p.name for p in out.iterdir()) == ["image.png", "maps.json", "maps.npy", "phrases.png", "strip.png"]
@@ -81,25 +81,26 @@ def test_the_command_writes_the_pictures_and_the_figures(folder: Path, tmp_path:
     values = np.load(out / "maps.npy")
     assert values.shape == (3, 2, 16, 12)
     record = json.loads((out / "maps.json").read_text())
-    assert record["groups"] == ["red bench", "blue teapot"]
+    assert record["phrases"] == ["red bench", "blue teapot"]
     assert record["shape"] == list(values.shape)
     assert [step["sigma"] for step in record["steps"]] == sorted((s["sigma"] for s in record["steps"]), reverse=True)
-    for step, groups in zip(record["steps"], values, strict=True):
-        for told, grid in zip(step["groups"], groups, strict=True):
-            assert told["mean"] == pytest.approx(grid.mean(), abs=1e-7)
-            assert 1 <= told["spread"] <= 16 * 12
+    for step, grids in zip(record["steps"], values, strict=True):
+        for summary, grid in zip(step["phrases"], grids, strict=True):
+            assert summary["mean"] == pytest.approx(grid.mean(), abs=1e-7)
+            assert summary["maximum"] == pytest.approx(grid.max(), abs=1e-7)
+            assert 1 <= summary["perplexity"] <= 16 * 12
 
 
-def test_the_core_content_is_followed_by_default(folder: Path, tmp_path: Path) -> None:
+def test_the_core_content_is_mapped_by_default(folder: Path, tmp_path: Path) -> None:
     assert run(folder, tmp_path, "--height", "64", "--width", "64") == 0
-    groups = json.loads((tmp_path / "maps.json").read_text())["groups"]
-    assert [word for word in ("red", "bench", "blue", "teapot") if word in " ".join(groups)] == [
+    phrases = json.loads((tmp_path / "maps.json").read_text())["phrases"]
+    assert [word for word in ("red", "bench", "blue", "teapot") if word in " ".join(phrases)] == [
         "red", "bench", "blue", "teapot",
     ]  # fmt: skip
 
 
 def test_the_maps_are_those_of_the_conditional_pass(pipeline: Any) -> None:
-    """At the first step, from the transformer itself, called as the pipeline calls it."""
+    """Compared at the first step with a call of the transformer as the pipeline makes it."""
     call = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, "guidance_scale": 5.0}
     drawing = maps.draw(pipeline, PROMPT, phrases=["red bench"], generator=torch.Generator().manual_seed(3), **call)
     embeddings = pipeline.encode_prompt(PROMPT, None, None, do_classifier_free_guidance=False)
@@ -125,7 +126,7 @@ def test_equal_seeds_draw_equal_maps(folder: Path, tmp_path: Path) -> None:
     assert not np.array_equal(first, third)
 
 
-def test_the_model_is_left_as_it_was(pipeline: Any) -> None:
+def test_the_model_is_restored(pipeline: Any) -> None:
     before = dict(pipeline.transformer.attn_processors)
     with pytest.raises(ValueError, match="green dog"):
         maps.draw(pipeline, PROMPT, phrases=["green dog"], num_inference_steps=1)
@@ -157,13 +158,13 @@ def test_bad_input_is_named(folder: Path, tmp_path: Path, capsys: pytest.Capture
         ("--height", "0", "must be an integer of at least 1, got '0'"),
         ("--width", "-8", "must be an integer of at least 1, got '-8'"),
         ("--seed", str(2**64), f"must be an integer of at least -{2**63} and at most {2**64 - 1}, got '{2**64}'"),
-        ("--device", "gpu", "must be a device of this machine, got 'gpu'"),
+        ("--device", "gpu", "must be a torch device available here, got 'gpu'"),
         ("--prompt", " ", "must not be blank, got ' '"),
         ("--prompt", "a \udce9 b", "must be Unicode text"),
         ("--phrase", "", "must not be blank, got ''"),
     ],
 )
-def test_a_value_that_cannot_be_used_is_refused_before_anything_is_loaded(
+def test_an_invalid_value_is_an_error_before_anything_is_loaded(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -177,24 +178,22 @@ def test_a_value_that_cannot_be_used_is_refused_before_anything_is_loaded(
     assert f"argument {option}: {message}" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(
+def test_an_unwritable_folder_is_an_error_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(maps, "load_pipeline", lambda *arguments: pytest.fail("the model is loaded"))
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "out"):
         assert run(tmp_path, out) == 2
-        assert f"--out must be a folder to write to, got '{out}'" in capsys.readouterr().err
+        assert f"--out must be a writable folder, got '{out}'" in capsys.readouterr().err
 
 
-def test_sizes_that_the_model_cannot_draw_are_named(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unsupported_image_sizes_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder, tmp_path, "--height", "63", "--width", "64") == 2
     assert "`height` and `width` have to be divisible by 4 but are 63 and 64" in capsys.readouterr().err
 
 
-def test_no_steps_give_no_drawing(pipeline: Any) -> None:
+def test_zero_steps_are_an_error(pipeline: Any) -> None:
     with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
         maps.draw(pipeline, PROMPT, num_inference_steps=0, height=SIZE, width=SIZE)
 
@@ -210,11 +209,11 @@ def test_a_missing_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert run(folder, tmp_path) == 2
-    assert "star_kernels.maps needs the extras diffusers and figures" in capsys.readouterr().err
+    assert "star_kernels.maps requires the extras diffusers and figures" in capsys.readouterr().err
 
 
 def test_only_pipelines_of_stable_diffusion_double_the_batch(pipeline: Any) -> None:
-    """FLUX has its guidance as an input, Qwen-Image as a pass of its own: every half counts there."""
+    """FLUX takes guidance as an input, and Qwen-Image runs a separate pass."""
 
     class FluxPipeline:
         pass

@@ -1,4 +1,4 @@
-"""The examples of docs/maps.md, run as they stand, on the small pipeline of the command's tests."""
+"""The examples in docs/maps.md, run unchanged on the small pipeline of the tests of the command."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def test_the_examples_run(pipeline: Any, tmp_path: Path, monkeypatch: pytest.Mon
     names["timestep"] = torch.tensor([900.0])
     exec(compile(guidance, str(PAGE), "exec"), names)
     first = float(names["neglected"].detach())
-    names["latents"] = names["latents"] - 500 * names["gradient"]  # a model with random weights attends faintly
+    names["latents"] = names["latents"] - 500 * names["gradient"]  # random weights give small attention probabilities
     exec(compile(guidance, str(PAGE), "exec"), names)
     assert float(names["neglected"].detach()) < first

@@ -1,4 +1,4 @@
-"""Quoted text: which marks quote, and which are apostrophes, inches or strays."""
+"""Quoted text: marks that quote, and marks that are apostrophes, inches or unpaired."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_text_between_double_quotes_is_the_core(prompt: str) -> None:
 
 def test_every_prompt_of_the_file_gives_its_quoted_text() -> None:
     prompts = prompt_data.ocr_file()
-    assert len(prompts) in (1017, 1018)  # the last line has no newline, so that some counts miss it
+    assert len(prompts) in (1017, 1018)  # the last line has no newline, so some tools do not count it
     for prompt in prompts:
         assert quoted_text(prompt).words == between_double_quotes(prompt), prompt
 
@@ -53,7 +53,7 @@ def test_straight_and_typographic_quotes(prompt: str, quoted: list[str]) -> None
         'nothing "" and "  " and \'\' here',
     ],
 )
-def test_apostrophes_inches_strays_and_empty_quotes_quote_nothing(prompt: str) -> None:
+def test_apostrophes_inches_unpaired_marks_and_empty_quotes_are_not_quotations(prompt: str) -> None:
     assert quoted_text(prompt).words == ()
 
 
@@ -66,7 +66,7 @@ def test_apostrophes_inches_strays_and_empty_quotes_quote_nothing(prompt: str) -
         ("«a «b» c» d", ["a «b» c"]),
     ],
 )
-def test_the_outermost_quotes_count(prompt: str, quoted: list[str]) -> None:
+def test_the_outermost_quotes_are_used(prompt: str, quoted: list[str]) -> None:
     assert list(quoted_text(prompt).words) == quoted
 
 
@@ -99,11 +99,11 @@ def test_doubled_marks_are_quotes(prompt: str, quoted: list[str]) -> None:
         (r"a 5\" print beside a 7\" print, don\'t", []),
     ],
 )
-def test_backslashes_before_marks_are_no_text(prompt: str, quoted: list[str]) -> None:
+def test_backslashes_before_marks_are_not_part_of_the_text(prompt: str, quoted: list[str]) -> None:
     assert list(quoted_text(prompt).names) == quoted
 
 
-def test_an_escaped_text_stands_between_its_marks() -> None:
+def test_the_span_of_an_escaped_quotation_excludes_its_marks() -> None:
     assert quoted_text(r"a sign \" Hello \" here").spans == ((10, 15),)
 
 
@@ -121,11 +121,11 @@ def test_marks_of_other_languages_and_of_two_kinds(prompt: str, quoted: list[str
     assert list(quoted_text(prompt).words) == quoted
 
 
-def test_a_mark_that_another_opening_follows_is_a_stray() -> None:
+def test_an_opening_mark_followed_by_another_is_unpaired() -> None:
     assert quoted_text('a sign "Open and a door "Closed" shut').words == ("Closed",)
 
 
-def test_space_inside_the_quotes_is_left_out() -> None:
+def test_whitespace_inside_the_quotes_is_stripped() -> None:
     assert quoted_text('a " Wide Sign " here').spans == ((4, 13),)
 
 
@@ -141,7 +141,7 @@ MARKS = st.sampled_from(['""', "“”", "«»", "「」", "''"])
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(WORDS, MARKS, WORDS), max_size=4))
-def test_what_is_put_in_quotes_comes_out(parts: list[tuple[list[str], str, list[str]]]) -> None:
+def test_text_put_in_quotes_is_found(parts: list[tuple[list[str], str, list[str]]]) -> None:
     prompt, expected = "", []
     for outside, marks, inside in parts:
         text = " ".join(inside)

@@ -1,4 +1,4 @@
-"""Regions: positions are those of the pipelines' own ``encode_prompt``, with encoders that pass token ids through."""
+"""Regions agree with the pipelines' own ``encode_prompt``, tested with encoders that return token ids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGE = 16
 
 
 class Encoder(nn.Module):
-    """A text encoder whose hidden states are token ids; its first output may be pooled, as that of SD3's CLIP is."""
+    """A text encoder whose hidden states are token ids; the first output may be pooled, as in SD3's CLIP."""
 
     def __init__(self, width: int = 1, pooled_first: bool = False) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def qwen_image(side: str) -> tuple[Any, Callable[[Any, list[str]], Tensor]]:
     parts = {"scheduler": None, "vae": None, "transformer": None}
     pipeline = diffusers.QwenImagePipeline(text_encoder=Encoder(), tokenizer=qwen_tokenizer(side), **parts)
     before = pipeline.prompt_template_encode.partition("{}")[0]
-    # 34 with Qwen's own vocabulary; the local one splits the template into other tokens.
+    # 34 with the vocabulary of Qwen; the local tokenizer splits the template differently.
     pipeline.prompt_template_encode_start_idx = len(pipeline.tokenizer(before)["input_ids"])
     return pipeline, lambda p, prompts: p.encode_prompt(prompts, "cpu", max_sequence_length=512)[0]
 
@@ -115,7 +115,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_the_pipelines_embeddings_at_the_selected_positions_are_the_words(family: str) -> None:
+def test_the_embeddings_at_the_selected_positions_are_those_of_the_words(family: str) -> None:
     pipeline, encode = FAMILIES[family]()
     embeddings = encode(pipeline, PROMPTS)  # [B, L, channels] of token ids
     regions = regions_of(pipeline)
@@ -143,7 +143,7 @@ def test_sd3_has_77_clip_positions_shared_by_two_encoders_then_256_of_t5() -> No
     assert regions_of(pipeline, max_sequence_length=128)[2].length == 128
 
 
-def test_sd3_without_t5_has_zeros_in_its_place_and_no_region() -> None:
+def test_sd3_without_t5_has_zeros_and_no_region() -> None:
     pipeline, encode = sd3(t5=False)
     assert [region.name for region in regions_of(pipeline)] == ["clip_l", "clip_g"]
     embeddings = encode(pipeline, PROMPTS)
@@ -159,7 +159,7 @@ def test_encoders_can_be_chosen() -> None:
             regions_of(pipeline, encoders=encoders)
 
 
-def test_other_lengths_are_the_pipelines_own() -> None:
+def test_default_lengths_are_those_of_the_pipelines() -> None:
     for family in ("flux", "flux2", "flux2 klein", "qwen-image"):
         pipeline, encode = FAMILIES[family]()
         (region,) = regions_of(pipeline)
@@ -169,7 +169,7 @@ def test_other_lengths_are_the_pipelines_own() -> None:
         assert regions_of(pipeline, max_sequence_length=64)[0].length == 64
 
 
-def test_a_long_prompt_is_cut_where_the_pipeline_cuts_it() -> None:
+def test_a_long_prompt_is_truncated_as_in_the_pipeline() -> None:
     prompt = "owl " * 600 + "lamp"
     for family in FAMILIES:
         pipeline, encode = FAMILIES[family]()
@@ -186,11 +186,11 @@ def test_a_long_prompt_is_cut_where_the_pipeline_cuts_it() -> None:
 
 def test_a_prompt_that_the_pipeline_would_change_is_an_error() -> None:
     pipeline, _ = flux2("right")
-    with pytest.raises(ValueError, match=r"prompt must not hold '\[IMG\]'"):
+    with pytest.raises(ValueError, match=r"prompt must not contain '\[IMG\]'"):
         select_tokens(["a [IMG] bench"], regions_of(pipeline))
 
 
-def test_a_chat_template_that_strips_the_prompt_is_noticed() -> None:
+def test_a_chat_template_that_strips_the_prompt_is_detected() -> None:
     pipeline, encode = flux2_klein("right")
     tokenizer = qwen_tokenizer.__wrapped__()
     tokenizer.chat_template = tokenizer.chat_template.replace("message.content }}", "message.content | trim }}")
@@ -203,12 +203,12 @@ def test_a_chat_template_that_strips_the_prompt_is_noticed() -> None:
     assert tokenizer.decode([int(ids[p]) for p in selection.index[0]]) == " red"
 
 
-def test_a_chat_template_that_leaves_the_prompt_out_is_an_error() -> None:
+def test_a_chat_template_without_the_prompt_is_an_error() -> None:
     pipeline, _ = flux2_klein("right")
     tokenizer = qwen_tokenizer.__wrapped__()
     tokenizer.chat_template = "{{ messages[0].content | length }}"
     pipeline.tokenizer = tokenizer
-    with pytest.raises(ValueError, match="the chat template must hold the prompt as it is"):
+    with pytest.raises(ValueError, match="the chat template must contain the prompt unchanged"):
         regions_of(pipeline)
 
 
@@ -236,7 +236,7 @@ def test_a_tokenizer_adds_no_special_tokens_to_a_chat() -> None:
     assert pipeline.tokenizer.decode([int(encode(pipeline, ["red bench"])[0, 0, 0])]) == "red"
 
 
-def test_subclasses_and_variants_are_known_and_other_pipelines_are_not() -> None:
+def test_subclasses_and_variants_are_supported_and_other_pipelines_are_not() -> None:
     class Mine(diffusers.FluxPipeline):
         pass
 
@@ -250,13 +250,13 @@ def test_subclasses_and_variants_are_known_and_other_pipelines_are_not() -> None
             regions_of(type(name, (), {})())
 
 
-def test_every_variant_that_is_named_exists() -> None:
+def test_every_listed_variant_exists_in_diffusers() -> None:
     from star_kernels.prompts.regions import _FAMILIES
 
     assert [name for names, _ in _FAMILIES for name in names if not hasattr(diffusers, name)] == []
 
 
-def test_a_region_of_ones_own_serves_other_models() -> None:
+def test_a_custom_region_describes_another_model() -> None:
     region = TextRegion("mine", qwen_tokenizer(), 32, start=5, prefix=CHAT_ENDS[0])
     selection, _ = select_tokens(["red"], [region])
     assert selection.index.tolist()[0][0] == 6

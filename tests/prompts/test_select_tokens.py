@@ -1,4 +1,4 @@
-"""The whole way: prompts and regions to a TokenSelection."""
+"""select_tokens: from prompts and regions to a TokenSelection."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def positions(selection: Any, b: int, g: int = 0) -> list[int]:
 
 
 def words_at(positions: list[int], prompt: str) -> list[str]:
-    """What SD3's encoders read at positions of the joint sequence."""
+    """The text that SD3's encoders have at positions of the joint sequence."""
     clip = clip_tokenizer()(prompt, padding="max_length", max_length=77)["input_ids"]
     t5 = t5_tokenizer()(prompt, padding="max_length", max_length=256)["input_ids"]
     text = [p - IMAGE for p in positions]
@@ -45,14 +45,14 @@ def test_clip_and_t5_positions_of_each_word_are_selected_after_the_image() -> No
     assert set(selection.weight.unique().tolist()) <= {0.0, 1.0}
 
 
-def test_a_position_that_two_encoders_share_counts_once() -> None:
+def test_a_position_shared_by_two_encoders_is_selected_once() -> None:
     alone, _ = select_tokens(["a red bench"], sd3()[:1], image_tokens=IMAGE)
     both, _ = select_tokens(["a red bench"], sd3()[:2], image_tokens=IMAGE)
     assert torch.equal(alone.index, both.index)
     assert torch.equal(alone.weight, both.weight)
 
 
-def test_where_the_shared_encoders_disagree_either_ones_tokens_count() -> None:
+def test_positions_shared_by_different_tokenizers_are_the_union_of_both() -> None:
     a, b = TextRegion("a", clip_tokenizer(), 77), TextRegion("b", t5_tokenizer(), 77)
     joined = {p for r in (a, b) for p in positions(select_tokens(["a red bench"], [r])[0], 0)}
     assert set(positions(select_tokens(["a red bench"], [a, b])[0], 0)) == joined
@@ -67,9 +67,9 @@ def test_every_occurrence_of_a_word_is_selected() -> None:
     assert t5.lower().replace(" ", "") == "benchbenchbench"
 
 
-def test_a_group_for_each_phrase_with_empty_ones_where_a_prompt_has_fewer() -> None:
+def test_prompts_with_fewer_phrases_have_empty_ones() -> None:
     prompts = ["a red bench and a blue teapot under the sky", "a bench"]
-    selection, names = select_tokens(prompts, flux_regions(t5_tokenizer()), groups="phrase")
+    selection, names = select_tokens(prompts, flux_regions(t5_tokenizer()), per_phrase=True)
     assert names == [("red bench", "blue teapot", "sky"), ("bench",)]
     assert selection.weight.shape[:2] == (2, 3)
     ids = [t5_tokenizer()(prompt)["input_ids"] for prompt in prompts]
@@ -79,29 +79,29 @@ def test_a_group_for_each_phrase_with_empty_ones_where_a_prompt_has_fewer() -> N
     assert not selection.weight[1, 1:].any()
 
 
-def test_a_token_of_two_phrases_is_in_both_groups_and_once_in_the_whole() -> None:
+def test_a_token_of_two_phrases_is_in_both_and_counts_once_in_their_union() -> None:
     core = Core("a red bench", (Phrase("red bench", ((2, 5), (6, 11))), Phrase("bench", ((6, 11),))))
-    by_phrase, _ = select_tokens([core], flux_regions(t5_tokenizer()), groups="phrase")
+    by_phrase, _ = select_tokens([core], flux_regions(t5_tokenizer()), per_phrase=True)
     whole, _ = select_tokens([core], flux_regions(t5_tokenizer()))
     assert set(positions(by_phrase, 0, 1)) < set(positions(by_phrase, 0, 0))
     assert positions(whole, 0) == positions(by_phrase, 0, 0)
     assert whole.weight.max() == 1
 
 
-def test_phrase_weights_share_one_among_a_phrases_tokens() -> None:
+def test_phrase_weights_sum_to_one() -> None:
     prompt = 'a "wooden zyxwvutsrq cart" and "red"'
     regions = flux_regions(t5_tokenizer())
-    by_phrase, _ = select_tokens([prompt], regions, groups="phrase", weight="phrase")
+    by_phrase, _ = select_tokens([prompt], regions, per_phrase=True, weight="phrase")
     torch.testing.assert_close(by_phrase.weight.sum(dim=-1), torch.ones(1, 2))
     whole, _ = select_tokens([prompt], regions, weight="phrase")
     torch.testing.assert_close(whole.weight.sum(), torch.tensor(2.0))
     torch.testing.assert_close(whole.weight, by_phrase.weight.sum(dim=1, keepdim=True))
 
 
-def test_an_empty_core_takes_all_tokens_of_the_prompt_with_one_warning() -> None:
+def test_an_empty_core_selects_all_tokens_of_the_prompt_with_one_warning() -> None:
     prompts = ["of the and", "a red bench", "by the"]
     with pytest.warns(
-        UserWarning, match="no core content, .* all tokens of the prompt count: 'of the and', 'by the'$"
+        UserWarning, match="no core content, .* all tokens of the prompt are selected: 'of the and', 'by the'$"
     ) as w:
         selection, names = select_tokens(prompts, sd3(), source="words", image_tokens=IMAGE)
     assert len(w) == 1
@@ -117,7 +117,7 @@ def test_an_empty_prompt_selects_nothing() -> None:
     assert names == [("",)]
 
 
-def test_a_word_that_only_t5_can_still_see_is_selected_there_in_silence() -> None:
+def test_a_word_truncated_by_clip_is_selected_in_t5_without_a_warning() -> None:
     prompt = "the " * 90 + "bench"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -125,14 +125,15 @@ def test_a_word_that_only_t5_can_still_see_is_selected_there_in_silence() -> Non
     assert min(positions(selection, 0)) >= IMAGE + 77
 
 
-def test_a_word_beyond_every_limit_is_left_out_with_one_warning() -> None:
+def test_a_word_truncated_in_every_region_is_omitted_with_one_warning() -> None:
     prompt = "red " + "owl " * 400 + "bench"
-    with pytest.warns(UserWarning, match="left out") as caught:
+    with pytest.warns(UserWarning, match="not selected") as caught:
         selection, names = select_tokens(
-            [prompt] * 2, sd3(), source=["red", "bench"], groups="phrase", image_tokens=IMAGE
+            [prompt] * 2, sd3(), source=["red", "bench"], per_phrase=True, image_tokens=IMAGE
         )
     assert [str(w.message) for w in caught] == [
-        "'bench': no token within the limits (77 of clip_l, 77 of clip_g, 256 of t5); left out"
+        "'bench': truncated in every region (77 tokens of clip_l, 77 tokens of clip_g, 256 tokens of t5), "
+        "so not selected"
     ]
     assert caught[0].filename == __file__
     assert names[0] == ("red", "bench")
@@ -140,28 +141,28 @@ def test_a_word_beyond_every_limit_is_left_out_with_one_warning() -> None:
     assert not positions(selection, 0, 1)
 
 
-def test_a_core_that_truncation_takes_away_is_an_empty_one() -> None:
+def test_a_core_that_is_truncated_entirely_counts_as_empty() -> None:
     prompt = "owl " * 400 + "bench"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         selection, _ = select_tokens([prompt], sd3(), source=["bench"], image_tokens=IMAGE)
     assert [str(w.message).partition(":")[0] for w in caught] == [
         "'bench'",
-        "no core content, so that all tokens of the prompt count",
+        "no core content, so all tokens of the prompt are selected",
     ]
     assert len(positions(selection, 0)) == 75 + 255
 
 
-def test_metadata_and_cores_are_each_prompts_own() -> None:
+def test_each_prompt_may_have_its_own_metadata_or_core() -> None:
     lines = [line for line in prompt_data.OBJECTS if line["tag"] == "position"][:2]
     prompts = [prompt_data.compose(line)[0] for line in lines]
-    _, names = select_tokens(prompts, sd3(), metadata=lines, groups="phrase", image_tokens=IMAGE)
+    _, names = select_tokens(prompts, sd3(), metadata=lines, per_phrase=True, image_tokens=IMAGE)
     assert names == [("igloo", "lantern", "left of"), ("fly", "butter fly", "below")]
     _, names = select_tokens([phrases("a red owl", ["owl"]), "a red owl"], sd3(), image_tokens=IMAGE)
     assert names == [("owl",), ("red owl",)]
 
 
-def test_the_selection_can_be_captured_with() -> None:
+def test_samples_of_one_prompt_have_equal_selections() -> None:
     selection, _ = select_tokens(["a red bench"] * 2, sd3(), image_tokens=IMAGE)
     assert selection.batch == 2
     assert selection.index.dtype == torch.int32
@@ -174,7 +175,7 @@ def test_the_selection_can_be_captured_with() -> None:
     [
         ({"prompts": "a red owl"}, ValueError, "prompts must be a non-empty list"),
         ({"prompts": []}, ValueError, "prompts must be a non-empty list"),
-        ({"prompts": ["a", 3]}, TypeError, r"prompts\[1\] is int"),
+        ({"prompts": ["a", 3]}, TypeError, r"got int as prompts\[1\]"),
         ({"regions": []}, TypeError, "regions must be a non-empty list of TextRegion"),
         ({"regions": [3]}, TypeError, "regions must be a non-empty list of TextRegion"),
         (
@@ -182,13 +183,13 @@ def test_the_selection_can_be_captured_with() -> None:
             ValueError,
             "metadata must be a list with an entry for each of the 1 prompts, got 2",
         ),
-        ({"groups": "word"}, ValueError, "groups must be 'all' or 'phrase', got 'word'"),
+        ({"per_phrase": "word"}, TypeError, "per_phrase must be True or False, got 'word'"),
         ({"weight": 1.0}, ValueError, "weight must be 'token' or 'phrase', got 1.0"),
         ({"source": "nouns"}, ValueError, "source must be one of"),
         (
             {"image_tokens": None},
             ValueError,
-            "image_tokens must be .* as clip_l, clip_g, t5 follow the image, got None",
+            "image_tokens must be .* because the text of clip_l, clip_g, t5 follows the image, got None",
         ),
         ({"image_tokens": 0}, ValueError, "image_tokens must be an integer of at least 1"),
         ({"image_tokens": 1.5}, ValueError, "image_tokens must be"),
@@ -213,7 +214,7 @@ def test_the_default_dtype_and_device_do_not_matter() -> None:
     assert torch.equal(selection.weight, expected.weight)
 
 
-def test_image_tokens_do_not_matter_where_the_text_comes_first() -> None:
+def test_image_tokens_do_not_matter_if_the_text_comes_first() -> None:
     first, _ = select_tokens(["a red owl"], flux_regions(t5_tokenizer()))
     again, _ = select_tokens(["a red owl"], flux_regions(t5_tokenizer()), image_tokens=4096)
     assert torch.equal(first.index, again.index)

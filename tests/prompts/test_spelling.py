@@ -1,4 +1,4 @@
-"""Texts that look alike have one plain spelling."""
+"""Texts that look alike have the same canonical spelling."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ ALIKE = [
 
 
 @pytest.mark.parametrize("texts", ALIKE, ids=lambda texts: texts[0])
-def test_what_looks_alike_is_spelt_alike(texts: tuple[str, ...]) -> None:
+def test_texts_that_look_alike_have_one_spelling(texts: tuple[str, ...]) -> None:
     assert len({plain(text) for text in texts}) == 1
 
 
 @pytest.mark.parametrize(("one", "other"), [("cafe", "café"), ("o", "0"), ("a b", "ab"), ("l", "1"), ("猫", "犬")])
-def test_what_differs_for_a_reader_stays_apart(one: str, other: str) -> None:
+def test_texts_that_differ_visibly_have_different_spellings(one: str, other: str) -> None:
     assert plain(one) != plain(other)
 
 
 @given(st.text(max_size=12))
-def test_a_plain_text_stays_as_it_is(text: str) -> None:
+def test_the_canonical_spelling_is_idempotent(text: str) -> None:
     assert plain(plain(text)) == plain(text)
 
 
 @given(st.text(st.sampled_from("aBé\u0301ﬁ½\u00ad\uff2f“가\u1100\u1161\u11a8 "), max_size=8))
-def test_each_plain_character_comes_from_where_it_stands(text: str) -> None:
-    spelled, places = located(text)
-    assert len(spelled) == len(places)
-    assert places == sorted(places)
-    for start, stop in set(places):
-        part = "".join(c for c, place in zip(spelled, places, strict=True) if place == (start, stop))
+def test_each_canonical_character_has_the_span_it_comes_from(text: str) -> None:
+    spelled, spans = located(text)
+    assert len(spelled) == len(spans)
+    assert spans == sorted(spans)
+    for start, stop in set(spans):
+        part = "".join(c for c, span in zip(spelled, spans, strict=True) if span == (start, stop))
         assert part == plain(text[start:stop])

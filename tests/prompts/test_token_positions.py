@@ -1,4 +1,4 @@
-"""Token positions: exact through tokenizers that lower-case, join spaces, prefix them, or split characters."""
+"""Token positions are exact for tokenizers that lower-case, normalise, merge spaces or split characters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from local_tokenizers import KINDS, clip_tokenizer, qwen_tokenizer, t5_tokenizer
 
 from star_kernels.prompts import Core, TextRegion, geneval, phrases, quoted_text, token_positions
 
-LONG = 2048  # no prompt here is cut
+LONG = 2048  # no prompt here is truncated
 FORM = {"clip": "NFC", "t5": "NFKC", "qwen": "NFC"}
 SPECIAL_BEFORE = {"clip": 1, "t5": 0, "qwen": 0}
 kinds = pytest.mark.parametrize("kind", list(KINDS))
@@ -28,15 +28,15 @@ def decoded(kind: str, prompt: str, positions: list[int]) -> str:
 
 
 def normal(kind: str, text: str) -> str:
-    """A text as the tokenizer sees it, without space."""
+    """A text as normalised by the tokenizer, without whitespace."""
     text = "".join(unicodedata.normalize(FORM[kind], text).split())
     return text.lower() if kind == "clip" else text
 
 
 def is_core(kind: str, core: Core, text: str) -> bool:
-    """Whether a text is the core's words, or these with punctuation that stands right at them in the prompt.
+    """Whether a text is the words of the core, with or without adjacent punctuation.
 
-    Tokenizers may join such punctuation with a word's own: ``Back!"`` has the tokens ``back`` and ``!"``.
+    Tokenizers may merge adjacent punctuation with that of the word: ``Back!"`` has the tokens ``back`` and ``!"``.
     """
     pattern = ""
     for start, stop in core.spans:
@@ -52,12 +52,12 @@ def is_core(kind: str, core: Core, text: str) -> bool:
 
 
 def joined(kind: str, cores: list[Core]) -> int:
-    """How many cores end in a mark that these vocabularies join with the closing quote."""
+    """The number of cores that end in a mark that the vocabulary merges with the closing quote."""
     return sum(core.words[-1].endswith("!") for core in cores) if kind != "t5" else 0
 
 
 def check(kind: str, cores: list[Core]) -> int:
-    """How many cores come back with nothing but their words."""
+    """The number of cores whose tokens decode to exactly their words."""
     exact = 0
     for core in cores:
         text = decoded(kind, core.prompt, token_positions(KINDS[kind](), core.prompt, core.spans, length=LONG))
@@ -93,8 +93,8 @@ def test_the_tokens_of_every_quoted_text_of_the_file_decode_to_it(kind: str) -> 
 @kinds
 @settings(deadline=None, max_examples=100)
 @given(st.data())
-def test_positions_are_those_that_counting_the_words_tokens_gives(kind: str, data: st.DataObject) -> None:
-    """Independent of offsets: each of these tokenizers splits at spaces, so that words' tokens can be counted."""
+def test_positions_agree_with_counting_the_tokens_of_words(kind: str, data: st.DataObject) -> None:
+    """Without offsets: these tokenizers split at spaces, so the tokens of each word can be counted."""
     tokenizer = KINDS[kind]()
     words = data.draw(st.lists(st.sampled_from(["red", "bench", "Zyx", "naïve", "猫", "🐱", "3", "é"]), min_size=1))
     chosen = data.draw(st.sets(st.integers(0, len(words) - 1)))
@@ -115,7 +115,7 @@ def test_positions_are_those_that_counting_the_words_tokens_gives(kind: str, dat
 
 @kinds
 @pytest.mark.parametrize("word", ["猫", "🐱", "👩🏽‍🚀", "ш", "ी", "ﬁ", "½"])
-def test_all_tokens_of_a_split_character_are_taken(kind: str, word: str) -> None:
+def test_all_tokens_of_a_split_character_are_selected(kind: str, word: str) -> None:
     prompt = f"a {word} b"
     positions = token_positions(KINDS[kind](), prompt, [(2, 2 + len(word))], length=LONG)
     ids = KINDS[kind]()(prompt)["input_ids"]
@@ -126,20 +126,20 @@ def test_all_tokens_of_a_split_character_are_taken(kind: str, word: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["clip", "qwen"])
-def test_a_token_that_a_word_shares_with_its_neighbour_belongs_to_it(kind: str) -> None:
+def test_a_token_shared_with_adjacent_punctuation_belongs_to_the_word(kind: str) -> None:
     core = quoted_text('it says "Stop!" twice')
     positions = token_positions(KINDS[kind](), core.prompt, core.spans, length=LONG)
     assert decoded(kind, core.prompt, positions) == normal(kind, 'Stop!"')
 
 
-def test_spaces_are_no_part_of_a_word() -> None:
+def test_whitespace_is_not_part_of_a_word() -> None:
     tokenizer = qwen_tokenizer()
     assert token_positions(tokenizer, "red bench", [(0, 4)], length=9) == token_positions(
         tokenizer, "red bench", [(0, 3)], length=9
     )
 
 
-def test_composed_and_lowered_characters_keep_their_place() -> None:
+def test_normalised_and_lower_cased_characters_keep_their_offsets() -> None:
     prompt = "İzmir  cafe\u0301 RED"
     for wanted in ("İzmir", "cafe\u0301", "RED"):
         core = phrases(prompt, [wanted])
@@ -147,7 +147,7 @@ def test_composed_and_lowered_characters_keep_their_place() -> None:
 
 
 @kinds
-def test_a_cut_word_keeps_its_first_tokens(kind: str) -> None:
+def test_a_partly_truncated_word_keeps_its_first_tokens(kind: str) -> None:
     tokenizer, prompt = KINDS[kind](), "red zyxwvut"
     whole = token_positions(tokenizer, prompt, [(4, 11)], length=LONG)
     assert len(whole) > 3
@@ -159,10 +159,10 @@ def test_a_cut_word_keeps_its_first_tokens(kind: str) -> None:
 
 
 @kinds
-def test_a_word_beyond_the_limit_is_left_out_with_one_warning(kind: str) -> None:
+def test_truncated_words_are_omitted_with_one_warning(kind: str) -> None:
     prompt = "red zyxwvut bench " + "lamp " * 40
     spans = [(0, 3), (12, 17), (prompt.rindex("lamp"), prompt.rindex("lamp") + 4)]
-    with pytest.warns(UserWarning, match=r"'bench', 'lamp': no token among the 4 of") as caught:
+    with pytest.warns(UserWarning, match=r"'bench', 'lamp': truncated to 4 tokens by") as caught:
         positions = token_positions(KINDS[kind](), prompt, spans, length=4)
     assert [warning.filename for warning in caught] == [__file__]
     assert positions == token_positions(KINDS[kind](), prompt, spans[:1], length=4)
@@ -178,7 +178,7 @@ def test_left_padding_moves_the_positions() -> None:
     assert unpadded == 1
 
 
-def test_a_template_shifts_and_dropping_shifts_back() -> None:
+def test_a_prefix_shifts_positions_and_dropped_tokens_shift_them_back() -> None:
     tokenizer = qwen_tokenizer()
     (plain,) = token_positions(tokenizer, "a red bench", [(2, 5)], length=32)
     before = "<|im_start|>user\n"
@@ -197,13 +197,13 @@ def test_the_same_word_in_the_template_is_not_selected() -> None:
     assert sum(b - a for a, b in region.characters("red")) == 3
 
 
-def test_a_stripping_template_keeps_the_prompts_own_characters() -> None:
+def test_a_stripping_template_keeps_offsets_in_the_prompt() -> None:
     region = TextRegion("x", qwen_tokenizer(), 16, prefix="user\n", strips=True)
     prompt = "  red bench "
     assert "".join(prompt[a:b] for a, b in region.characters(prompt)) == "red bench"
 
 
-def test_special_and_padding_tokens_stand_for_no_characters() -> None:
+def test_special_and_padding_tokens_have_empty_spans() -> None:
     for tokenizer in (clip_tokenizer(), t5_tokenizer()):
         ids = tokenizer("red", padding="max_length", max_length=8)["input_ids"]
         characters = TextRegion("x", tokenizer, 8).characters("red")

@@ -268,7 +268,7 @@ def test_a_prompt_that_loses_all_phrases_to_truncation_is_left_out(
     trainer = trainer_of(config)
     long = Prompt("and " * 100 + PAIR.text, PAIR.metadata)
     shape = trainer.policy.latent_shape(None)
-    with pytest.warns(UserWarning, match="no token within the limits"):
+    with pytest.warns(UserWarning, match="truncated in every region"):
         selection = rollout.select(trainer.policy, [long, PAIR], Allocation(credit="phrase"), shape)
     shares = phrase_shares(selection, config.allocation)
     assert shares[0].tolist() == [0.0] * 3
@@ -285,7 +285,7 @@ def test_columns_of_the_reward_and_groups_of_tokens_are_the_same_phrases(
     both = rollout.select(trainer.policy, [PAIR], config.allocation, shape)
     names = core_content(PAIR.text, metadata=PAIR.metadata).names
     assert names == ("blue square", "red circle", "left of")
-    assert check(torch.zeros(1, 3, 32, 32), [PAIR.metadata]).phrases.shape == (1, both.groups)
+    assert check(torch.zeros(1, 3, 32, 32), [PAIR.metadata]).phrases.shape == (1, both.phrases)
     for place, name in enumerate(names):
         only = Prompt(PAIR.text, {"include": [{"class": name}]})
         alone = rollout.select(trainer.policy, [only], config.allocation, shape)

@@ -1,4 +1,4 @@
-"""Maps from a materialised softmax over the queries and keys that reach PyTorch's attention inside a model."""
+"""Reference maps: a materialised softmax over the queries and keys of the attention calls in a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chosen block without maps: passes that skip layers are left alone, other causes are named."""
+"""A chosen block without maps: passes that skip layers are not captured, other causes are errors that name them."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def model_and_inputs():
 
 
 @torch.no_grad()
-def test_a_pass_that_skips_layers_is_left_alone(model_and_inputs):
+def test_a_pass_that_skips_layers_is_not_captured(model_and_inputs):
     """As pipelines run it for skip-layer guidance, after the pass for classifier-free guidance."""
     model, inputs = model_and_inputs
     skipped = model(**inputs, skip_layers=[1]).sample
@@ -39,7 +39,7 @@ def test_a_pass_that_skips_layers_is_left_alone(model_and_inputs):
 
 
 @torch.no_grad()
-def test_a_recording_keeps_passes_that_were_captured_alone(model_and_inputs):
+def test_a_recording_keeps_only_passes_that_were_captured(model_and_inputs):
     model, inputs = model_and_inputs
     with record_maps(model, CASE.selection) as recorded:
         model(**inputs)
@@ -54,15 +54,15 @@ def fails(model, inputs, message):
 
 
 @torch.no_grad()
-def test_an_exchanged_processor_is_named(model_and_inputs):
+def test_a_replaced_processor_is_named(model_and_inputs):
     model, inputs = model_and_inputs
     output = model(**inputs).sample
     with capture_maps(model, CASE.selection):
         model.fuse_qkv_projections()
         with pytest.raises(
             RuntimeError,
-            match=r"no maps from transformer_blocks\.0\.attn, .*: its attention processor was exchanged during the "
-            r"capture, for a FusedJointAttnProcessor2_0; fuse_qkv_projections",
+            match=r"no maps from transformer_blocks\.0\.attn, .*: its attention processor was replaced during the "
+            r"capture by a FusedJointAttnProcessor2_0; fuse_qkv_projections",
         ):
             model(**inputs)
     with capture_maps(model, CASE.selection) as maps:
@@ -71,7 +71,7 @@ def test_an_exchanged_processor_is_named(model_and_inputs):
     one = model.transformer_blocks[0].attn
     with capture_maps(model, CASE.selection):
         model.transformer_blocks[1].attn.processor = one.processor
-        with pytest.raises(RuntimeError, match=r"from transformer_blocks\.1\.attn: .* is another module's"):
+        with pytest.raises(RuntimeError, match=r"from transformer_blocks\.1\.attn: .* belongs to another module"):
             model(**inputs)
 
 
@@ -98,7 +98,7 @@ def test_hooks_that_reuse_an_earlier_output_are_named():
     assert maps.ready
 
 
-def test_a_cache_of_blocks_is_named():
+def test_a_block_cache_is_named():
     case = CASES["flux"]
     model, inputs = case.make()
     model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1e6))
@@ -108,7 +108,7 @@ def test_a_cache_of_blocks_is_named():
             model(**inputs)
 
 
-def test_a_block_that_the_model_leaves_out_is_named(model_and_inputs):
+def test_a_block_that_the_model_skips_is_named(model_and_inputs):
     model, inputs = model_and_inputs
     model.transformer_blocks[1].forward = lambda hidden_states, encoder_hidden_states, **_: (
         encoder_hidden_states,
@@ -125,4 +125,8 @@ def test_another_attention_backend_is_named(model_and_inputs):
             return hidden_states, encoder_hidden_states
 
     model.transformer_blocks[1].attn.processor = JointAttnProcessor2_0()
-    fails(model, inputs, r"\.1\.attn: the attention there did not go through .*set_attention_backend\(\"native\"\)")
+    fails(
+        model,
+        inputs,
+        r"\.1\.attn: its attention was not computed by .*set_attention_backend\(\"native\"\)",
+    )

@@ -1,13 +1,13 @@
-"""Quoted text: what an image is asked to show in writing.
+"""Core content from quoted text: the text that is to be written in the image.
 
-Straight quotes ("..." and '...'), typographic ones, and those of LaTeX (``...''). The outermost pair counts, with
-whatever quotes stand inside it. Doubled marks (''...'', ""..."") and escaped ones (\\"...\\") are quotes as well.
-If the matching mark is missing, another kind of double (or single) quote may close the text.
+Recognised are straight quotes ("..." and '...'), typographic quotes, and those of LaTeX (``...''). Of nested quotes the
+outermost pair counts. Doubled marks (''...'', ""..."") and escaped marks (\\"...\\") are quotes as well. If the
+matching mark is missing, another kind of double (or single) quote may close the text.
 
-A mark without a partner is no quotation, nor is a straight double one before the next that opens. A straight double
-quote right after a digit opens nothing (it means inches). A single one neither opens after a letter or digit nor closes
-before one (it is an apostrophe: "the farmer's stall", "the kids' menu"), and does not open before a decade or an
-elision ("'90s", "'n'").
+A mark without a partner is not a quotation, nor is a straight double quote that is followed by another opening one. A
+straight double quote right after a digit does not open a quotation (it means inches). A straight single quote does not
+open one after a letter or digit and does not close one before a letter or digit (it is an apostrophe: "the farmer's
+stall", "the kids' menu"), and it does not open one before a decade or an elision ("'90s", "'n'").
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 from typing import NamedTuple
 
 from star_kernels.prompts.core import Core, Span, check_prompt, core_of
-from star_kernels.prompts.words import is_letter
+from star_kernels.prompts.sources.words import is_letter
 
 _CLOSING = {
     '"': '"',
@@ -34,23 +34,23 @@ _CLOSING = {
     "\u201b": "\u2019",
     "\u00ab": "\u00bb",  # French, Russian
     "\u00bb": "\u00ab",  # German, Danish
-    "\u2039": "\u203a",  # the same within
+    "\u2039": "\u203a",  # the same, nested
     "\u203a": "\u2039",
     "\u300c": "\u300d",  # Chinese, Japanese
-    "\u300e": "\u300f",  # the same within
+    "\u300e": "\u300f",  # the same, nested
     "\uff62": "\uff63",  # half width
 }
-_DOUBLED = {'"': '"', "'": "'", "`": "`'"}  # marks that are also written twice or more
+_DOUBLED = {'"': '"', "'": "'", "`": "`'"}  # marks that may be written twice or more
 _DOUBLE = frozenset('"\u201c\u201d\u201e\u201f\uff02')
 _SINGLE = frozenset("'`\u00b4\u2018\u2019\u201a\u201b\uff07")
-_STRAIGHT = frozenset("'`\u00b4\uff07")  # single marks that open and close alike
-_AFTER_NO_LETTER = frozenset("\u201d\u00bb\u203a")  # marks that close in most languages
+_STRAIGHT = frozenset("'`\u00b4\uff07")  # single marks that both open and close
+_NOT_AFTER_LETTER = frozenset("\u201d\u00bb\u203a")  # closing marks in most languages
 _NO_OPENING = re.compile(r"['`\u00b4\uff07](?:\d0s|n|til|tis|twas|em)\b", re.IGNORECASE)
 _MARK = re.compile(rf"(\\*)([{''.join({*_CLOSING, *''.join(_CLOSING.values())})}])")
 
 
 class _Mark(NamedTuple):
-    """A sign and the backslashes before it."""
+    """A quotation mark and the backslashes before it."""
 
     sign: str
     start: int
@@ -59,9 +59,9 @@ class _Mark(NamedTuple):
 
 
 def quoted_text(prompt: str) -> Core:
-    """The quoted parts of a prompt, without their quotes and the space around them; each text is one phrase.
+    """The quoted texts in a prompt, each a phrase, without the quotes and the whitespace inside them.
 
-    The name of a phrase is without the backslashes before quotes inside it.
+    Backslashes before quotes within the text are removed from the name of the phrase.
     """
     check_prompt(prompt)
     marks = [_Mark(m[2], m.start(), m.end(), len(m[1])) for m in _MARK.finditer(prompt)]
@@ -82,7 +82,7 @@ def quoted_text(prompt: str) -> Core:
 
 
 def _pair(prompt: str, marks: list[_Mark], first: int) -> tuple[int, int, int] | None:
-    """Where the text that a mark opens starts and stops, and the mark after it."""
+    """The start and stop of the text that a mark opens, and the index of the mark that follows its closing mark."""
     count = _run(marks, first)
     last = marks[first + count - 1]
     if count > 1 and _opens(prompt, marks[first], last.stop) and not prompt[last.stop : last.stop + 1].isspace():
@@ -103,7 +103,7 @@ def _pair(prompt: str, marks: list[_Mark], first: int) -> tuple[int, int, int] |
 
 
 def _run(marks: list[_Mark], first: int) -> int:
-    """How many equal marks stand side by side from this one on."""
+    """The number of equal adjacent marks, beginning with this one."""
     stop = first + 1
     while stop < len(marks) and marks[stop] == _next(marks[stop - 1]):
         stop += 1
@@ -111,12 +111,12 @@ def _run(marks: list[_Mark], first: int) -> int:
 
 
 def _next(mark: _Mark) -> _Mark:
-    """The same mark once more, right after itself."""
+    """The same mark, repeated right after itself."""
     return mark._replace(start=mark.stop, stop=mark.stop + mark.escapes + 1)
 
 
 def _opens(prompt: str, mark: _Mark, stop: int) -> bool:
-    """Whether a mark, or a run of marks up to ``stop``, may open a text."""
+    """Whether a mark, or a run of marks up to ``stop``, may open a quotation."""
     before, after = prompt[mark.start - 1 : mark.start], prompt[stop : stop + 1]
     if mark.sign == '"':
         return not before.isdigit()
@@ -124,13 +124,13 @@ def _opens(prompt: str, mark: _Mark, stop: int) -> bool:
         unit = prompt[: mark.start].rstrip(mark.sign)[-1:].isdigit()  # feet and inches
         elision = _NO_OPENING.match(prompt, stop - 1)
         return not (unit or (before and is_letter(before)) or after.isspace() or elision)
-    if mark.sign in _AFTER_NO_LETTER:
+    if mark.sign in _NOT_AFTER_LETTER:
         return not (before and is_letter(before)) and bool(after) and not after.isspace()
     return mark.sign in _CLOSING
 
 
 def _find_escaped_alike(prompt: str, marks: list[_Mark], first: int) -> int | None:
-    """The mark that closes among those behind as many backslashes; pairs of others are part of the text."""
+    """The closing mark among those with equally many backslashes; pairs of other marks are part of the text."""
     level = marks[first].escapes
     alike = [i for i in range(first, len(marks)) if marks[i].escapes == level]
     if len(alike) == len(marks) - first:
@@ -158,7 +158,7 @@ def _find_close(prompt: str, marks: list[_Mark], first: int) -> int | None:
 
 
 def _find_other_kind(prompt: str, marks: list[_Mark], first: int) -> int | None:
-    """The mark that closes in place of the right one, as in \u201cOpen" and \u2018Open'."""
+    """A closing mark of another kind than the opening one, as in \u201cOpen" and \u2018Open'."""
     kind = next((kind for kind in (_DOUBLE, _SINGLE) if marks[first].sign in kind), frozenset[str]())
     for at in range(first + 1, len(marks)):
         if marks[at].sign in kind:
@@ -179,6 +179,6 @@ def _closes(prompt: str, mark: _Mark) -> bool:
 
 
 def _ends(prompt: str, start: int, stop: int) -> bool:
-    """Whether what stands there follows a word, and no word follows it."""
+    """Whether the mark from start to stop comes right after a word, and not right before one."""
     after = prompt[stop : stop + 1]
     return not prompt[start - 1].isspace() and not (after and is_letter(after))

@@ -1,4 +1,4 @@
-"""Phrases that the user names."""
+"""Core content given by the user as a list of phrases."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from functools import lru_cache
 from itertools import pairwise
 
 from star_kernels.prompts.core import Core, Span, check_prompt, core_of
+from star_kernels.prompts.sources.words import is_boundary
 from star_kernels.prompts.spelling import located, plain
-from star_kernels.prompts.words import is_boundary
 
 
 def phrases(prompt: str, wanted: Sequence[str]) -> Core:
-    """Every occurrence of each wanted phrase, as whole words and whatever the spelling.
+    """All occurrences of each wanted phrase in the prompt, as whole words, in any spelling.
 
-    Capitals, the spaces between words, the kind of apostrophes and dashes, and how accents are encoded make no
-    difference (:func:`star_kernels.prompts.spelling.plain`).
-
-    Scripts that set no spaces between words (Chinese, Japanese, Thai, ...) have no word boundaries to respect.
+    Differences in capitals, in the whitespace between words, in the kind of apostrophes and dashes and in the encoding
+    of accents are ignored (:func:`star_kernels.prompts.spelling.plain`). In scripts without spaces between words
+    (Chinese, Japanese, Thai, ...) phrases may begin and end at any character.
 
     Raises:
-        TypeError: wanted is not a list of strings.
-        ValueError: a phrase is blank, or the prompt does not hold it.
+        TypeError: ``wanted`` is not a list of strings.
+        ValueError: a phrase is blank, or the prompt does not contain it.
     """
     check_prompt(prompt)
     if isinstance(wanted, str) or not isinstance(wanted, Sequence) or not all(isinstance(w, str) for w in wanted):
@@ -31,7 +30,7 @@ def phrases(prompt: str, wanted: Sequence[str]) -> Core:
 
 
 def occurrences(prompt: str, phrase: str) -> list[Span]:
-    """Where a phrase stands as whole words."""
+    """The spans at which a phrase occurs as whole words."""
     text, places, edges = _located(prompt)
     pattern = _pattern(phrase)
     spans = []
@@ -45,18 +44,18 @@ def occurrences(prompt: str, phrase: str) -> list[Span]:
     return spans
 
 
-@lru_cache(maxsize=64)  # many phrases are looked for in one prompt
+@lru_cache(maxsize=64)  # many phrases are searched in one prompt
 def _located(prompt: str) -> tuple[str, list[Span], set[int]]:
-    """A prompt's plain spelling, the place of each character, and where phrases may begin and end.
+    """The canonical spelling of a prompt, the span of each of its characters, and where phrases may begin and end.
 
-    A ligature is several characters of the text at one place: whole, or no part of a phrase.
+    A ligature becomes several characters with one span; a phrase contains all of them or none.
     """
     text, places = located(prompt)
     edges = {0, len(places), *(i for i, (before, after) in enumerate(pairwise(places), 1) if before != after)}
     return text, places, edges
 
 
-@lru_cache(maxsize=4096)  # GenEval's classes in all their forms are more than re itself keeps
+@lru_cache(maxsize=4096)  # GenEval's classes in all forms exceed the cache of re
 def _pattern(phrase: str) -> re.Pattern[str]:
     return re.compile(r"\s+".join(map(re.escape, plain(phrase).split())))
 
@@ -66,5 +65,5 @@ def _present(prompt: str, phrase: str) -> list[Span]:
         raise ValueError(f"phrases must not be blank, got {phrase!r}")
     spans = occurrences(prompt, phrase)
     if not spans:
-        raise ValueError(f"phrases must stand in the prompt, {phrase!r} does not: {prompt!r}")
+        raise ValueError(f"phrases must occur in the prompt, got {phrase!r} for {prompt!r}")
     return spans

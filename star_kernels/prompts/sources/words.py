@@ -1,13 +1,12 @@
-"""The words of a text in any script, and the rule for content words.
+"""Core content from content words: the words of a prompt in any script, without function words.
 
-A *word* is a run of letters, digits and combining marks, or one of pictographs (emoji). Apostrophes, hyphens, soft ones
-too, and zero-width joiners within a run belong to it ("wizard's", "wi-fi"), points and commas between digits as well
-("3.5").
-Scripts without spaces give one word from punctuation to punctuation.
+A *word* is a run of letters, digits and combining marks, or a run of pictographs (emoji). It includes apostrophes,
+hyphens (also soft hyphens) and zero-width joiners between them ("wizard's", "wi-fi"), and points and commas between
+digits ("3.5"). In scripts without spaces, everything between two punctuation marks is one word.
 
 A *content word* is a word that is neither an English function word (`FUNCTION_WORDS`: articles, prepositions,
-conjunctions, pronouns, auxiliaries) nor a word that leads to an "of" (`BEFORE_OF`: "a photo of", "left of", "on top
-of"). Number words are content. Words of other languages and scripts all count: there is no list for them.
+conjunctions, pronouns, auxiliaries) nor one of `BEFORE_OF` before "of" ("a photo of", "left of", "on top of"). Number
+words are content words, and so are all words of other languages: there are no lists of function words for them.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ _LETTER, _PICTOGRAPH = "letter", "pictograph"
 
 
 def content_words(prompt: str) -> Core:
-    """The content words, by the rule of this module; words with only spaces between them are one phrase.
+    """The content words of a prompt; words separated by whitespace only are one phrase.
 
     Example:
-        "a red bicycle against a yellow wall" is about "red bicycle" and "yellow wall".
+        "a red bicycle against a yellow wall" gives "red bicycle" and "yellow wall".
     """
     check_prompt(prompt)
     runs: list[list[Span]] = []
@@ -57,7 +56,7 @@ def content_words(prompt: str) -> Core:
 
 
 def word_spans(text: str) -> list[Span]:
-    """Where the words of a text stand."""
+    """The spans of the words of a text."""
     spans: list[Span] = []
     start, kind = 0, None
     for i, character in enumerate(text):
@@ -72,7 +71,7 @@ def word_spans(text: str) -> list[Span]:
 
 
 def is_boundary(text: str, at: int) -> bool:
-    """Whether a word may start or end between the characters before and at ``at``."""
+    """Whether a word may start or end right before the character at index ``at``."""
     if not 0 < at < len(text):
         return True
     left, right = text[at - 1], text[at]
@@ -82,7 +81,7 @@ def is_boundary(text: str, at: int) -> bool:
 
 
 def is_letter(character: str) -> bool:
-    """A letter, a digit or a mark that combines with one."""
+    """Whether a character is a letter, a digit or a combining mark."""
     return unicodedata.category(character)[0] in "LNM"
 
 
@@ -103,13 +102,13 @@ def _kind(character: str, before: str | None) -> str | None:
     category = unicodedata.category(character)
     if category[0] == "M":
         return before or _LETTER
-    if category == "So" or "\U0001f3fb" <= character <= "\U0001f3ff":  # the latter are skin tones
+    if category == "So" or "\U0001f3fb" <= character <= "\U0001f3ff":  # skin tones
         return _PICTOGRAPH
     return _LETTER if category[0] in "LN" else None
 
 
 def _joins(text: str, at: int, kind: str | None) -> bool:
-    """Whether a character that is no part of a word by itself is one here, within a run of a kind."""
+    """Whether a joiner, such as a hyphen, continues a run of the given kind."""
     if kind is None or at + 1 == len(text):
         return False
     if text[at] in _NUMBER_JOINERS:
@@ -118,5 +117,5 @@ def _joins(text: str, at: int, kind: str | None) -> bool:
 
 
 def _is_unspaced(character: str) -> bool:
-    """Of a script that sets no space between words, or joins particles to them."""
+    """Whether a character is of a script without spaces between words, or with particles joined to them."""
     return unicodedata.name(character, "").startswith(_UNSPACED)

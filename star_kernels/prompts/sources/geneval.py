@@ -1,8 +1,8 @@
-"""The core content of GenEval's prompts, from their metadata.
+"""The core content of GenEval prompts, from their metadata.
 
-GenEval (Ghosh et al., 2023, arXiv 2310.11513) writes its prompts by template: "a photo of" and objects, each a count or
-an article, a colour, a class; two objects are joined by "and" or by a relation. Its plurals add "s" or "es" to whatever
-word ("benchs", "knifes", "sheeps"); the regular ones are accepted as well.
+GenEval prompts (Ghosh et al., 2023, arXiv 2310.11513) follow a template: "a photo of" and objects, each with a count or
+an article, perhaps a colour, and a class; two objects are joined by "and" or a relation. GenEval forms plurals by
+adding "s" or "es" to any word ("benchs", "knifes", "sheeps"); regular plurals are accepted as well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 from star_kernels.prompts.core import Core, Phrase, Span, check_prompt
-from star_kernels.prompts.phrases import occurrences
+from star_kernels.prompts.sources.phrases import occurrences
 from star_kernels.prompts.spelling import plain
 
 _NUMBER_WORDS = """
@@ -34,7 +34,7 @@ class _Object:
     relation: str | None
 
     def parts(self) -> list[list[str]]:
-        """What the prompt says of the object, in this order; each part in all its forms, the likeliest first."""
+        """The words for the object in the order of the prompt; for each all accepted forms, the most likely first."""
         counts = [[_NUMBERS[self.count] if self.count < len(_NUMBERS) else str(self.count), str(self.count)]]
         colors = [[self.color]] if self.color else []
         nouns = _forms(self.noun)
@@ -45,22 +45,22 @@ def geneval(prompt: str, metadata: Mapping[str, Any]) -> Core:
     """The objects of a GenEval prompt with their counts and colours, then the words of the relations.
 
     Args:
-        prompt: a prompt by GenEval's template, or another one that holds the same words.
-        metadata: a line of GenEval's file: "include" lists the objects as {"class", "count", "color", "position"}.
-            "exclude" tells the evaluation what must not be seen and is no core content.
+        prompt: a GenEval prompt, or any other prompt that contains the same words.
+        metadata: a line of a GenEval prompt file, whose "include" lists the objects as {"class", "count", "color",
+            "position"}. "exclude" (objects that must not be in the image) is ignored.
 
     Returns:
-        A phrase for each object, in the order of "include" ("red bench", "two clocks"), then one for each relation
+        A phrase for each object in the order of "include" ("red bench", "two clocks"), then a phrase for each relation
         ("left of").
 
     Raises:
-        TypeError, ValueError: metadata is not in that format, or names a word that the prompt does not hold.
+        TypeError, ValueError: metadata is not in this format, or names a word that the prompt does not contain.
     """
     check_prompt(prompt)
     objects = _read(metadata)
     taken: list[Span] = []
     found: dict[int, list[Span]] = {}
-    # "hot dog" takes its words before "dog" looks for one, and "orange bus" before "orange".
+    # Longer names first: "hot dog" before "dog", and "orange bus" before "orange".
     for i in sorted(range(len(objects)), key=lambda i: -len(f"{objects[i].color or ''} {objects[i].noun}")):
         found[i] = _find(prompt, objects[i], taken)
         taken += found[i]
@@ -75,7 +75,7 @@ def geneval(prompt: str, metadata: Mapping[str, Any]) -> Core:
 
 
 def _find(prompt: str, item: _Object, taken: list[Span]) -> list[Span]:
-    """The object's words side by side, else each where it is first free."""
+    """The words of the object next to each other, else the first free occurrence of each."""
     for words in product(*item.parts()):
         for start, stop in occurrences(prompt, " ".join(words)):
             if not _overlaps((start, stop), taken):
@@ -87,7 +87,7 @@ def _find(prompt: str, item: _Object, taken: list[Span]) -> list[Span]:
 
 
 def _split(prompt: str, start: int, words: tuple[str, ...]) -> list[Span]:
-    """Spans of words that follow each other from ``start``."""
+    """Spans of consecutive words that begin at ``start``."""
     spans = []
     for word in words:
         span = next(span for span in occurrences(prompt, word) if span[0] >= start)
@@ -102,7 +102,7 @@ def _free(prompt: str, forms: list[str], taken: list[Span], item: _Object) -> Sp
             if not _overlaps(span, taken):
                 return span
     name = item.noun if item.noun in forms else forms[-1]
-    raise ValueError(f"metadata names {name!r} for {item.noun!r}, which the prompt does not hold: {prompt!r}")
+    raise ValueError(f"metadata must match the prompt, got {name!r} for {item.noun!r}, which is not in {prompt!r}")
 
 
 def _overlaps(span: Span, others: list[Span]) -> bool:
@@ -110,7 +110,7 @@ def _overlaps(span: Span, others: list[Span]) -> bool:
 
 
 def _forms(noun: str) -> list[str]:
-    """A class name's plurals, GenEval's among them, and the name itself."""
+    """The plurals of a class name, including GenEval's, and the name itself."""
     head, last = noun[: noun.rfind(" ") + 1], noun[noun.rfind(" ") + 1 :]
     plurals = [last + "es", last + "s"]
     if last.endswith("y"):
@@ -139,8 +139,8 @@ def _read_object(entry: Mapping[str, Any]) -> _Object:
     good = good and (position is None or (isinstance(position, list | tuple) and _is_word(next(iter(position), None))))
     if not good:
         raise ValueError(
-            'metadata must describe an object by a "class", a "count" of at least 1, and perhaps a "color" and a '
-            f'"position" of [relation, index], got {dict(entry)!r}'
+            'metadata must describe an object by a "class", a "count" of at least 1, and optionally a "color" and a '
+            f'"position" [relation, index], got {dict(entry)!r}'
         )
     return _Object(str(noun), count, color, position[0] if position else None)
 
