@@ -45,7 +45,7 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
 
 @pytest.mark.parametrize("name", CALLS)
 def test_the_missing_library_is_told_at_the_callers_line(name: str, nothing_compiled: None) -> None:
-    with pytest.warns(UserWarning, match="star_kernels runs on PyTorch alone") as caught:
+    with pytest.warns(UserWarning, match="star_kernels is falling back to PyTorch operations") as caught:
         CALLS[name]()
     assert [warning.filename for warning in caught] == [__file__]
 
