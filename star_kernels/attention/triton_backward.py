@@ -168,14 +168,14 @@ def query_kernel(
         p_mask += o_b * keys
     o_lse = (o_b * tl.num_programs(1) + o_h) * queries + o_row
 
-    p_q += o_b * stride_qb + o_h * stride_qh
     p_do += o_b * stride_dob + o_h * stride_doh
-    p_out += o_b * stride_ob + o_h * stride_oh
     b_do = load_rows(p_do, stride_dos, o_row, m_m, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+    p_out += o_b * stride_ob + o_h * stride_oh
     b_out = load_rows(p_out, stride_os, o_row, m_m, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1)
     if p_grad_lse is not None:
         b_delta -= tl.load(p_grad_lse + o_lse, mask=m_m, other=0.0)
+    p_q += o_b * stride_qb + o_h * stride_qh
     b_q = load_rows(p_q, stride_qs, o_row, m_m, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
     b_lse = tl.load(p_lse + o_lse, mask=m_m, other=float("inf"))
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)  # a row without any key: P is 0, not NaN
@@ -287,8 +287,8 @@ def key_value_kernel(
     p_q += o_b * stride_qb + o_h * stride_qh
     p_do += o_b * stride_dob + o_h * stride_doh
     p_k += o_b * stride_kb + o_h * stride_kh
-    p_v += o_b * stride_vb + o_h * stride_vh
     b_k = load_rows(p_k, stride_ks, o_key, m_n, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+    p_v += o_b * stride_vb + o_h * stride_vh
     b_v = load_rows(p_v, stride_vs, o_key, m_n, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
     selected = 0.0
     if p_table is not None:
