@@ -8,7 +8,7 @@ from importlib import metadata
 import torch
 
 from star_kernels import native
-from star_kernels.attention import choose_backend, tuning, vendor
+from star_kernels.attention import dispatch, vendor
 from star_kernels.policy.backends import choose_backend as choose_policy_backend
 
 _PACKAGES = ("star-kernels", "torch", "triton", "apache-tvm-ffi", "diffusers", "transformers")
@@ -36,12 +36,12 @@ def report() -> list[tuple[str, str]]:
 def _attention(device: str, dtype: torch.dtype) -> list[tuple[str, str]]:
     """The backends that "auto" selects; on a GPU for common head dimensions, and the length of a 1024² image."""
     if device == "cpu":
-        return [("", choose_backend(device, dtype, head_dim=64))]
+        return [("", dispatch.choose_backend(device, dtype, head_dim=64))]
     lines = []
     for head_dim in (64, 128):
-        value = choose_backend(device, dtype, head_dim)
+        value = dispatch.choose_backend(device, dtype, head_dim)
         if value == "auto":
-            plan = tuning.plan(torch.device(device), dtype, head_dim, 4429, 4429)
+            plan = dispatch.plan(torch.device(device), dtype, head_dim, 4429, 4429)
             source = "measured" if plan.measured else "not measured on this device"
             value = f"{plan.forward} forward, {plan.backward} backward ({source})"
             if "flash" in (plan.forward, plan.backward):

@@ -9,11 +9,11 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from star_kernels.operators import WATCH
+from star_kernels.torch_internals import WATCH
 
 
 def warn(message: str) -> None:
-    """A UserWarning of the line that called into star_kernels, however deep below it and on whichever way."""
+    """A UserWarning that points to the line outside star_kernels and torch from which this code was called."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("star_kernels", "torch"):
         frame, level = frame.f_back, level + 1
@@ -31,24 +31,22 @@ def check_number(name: str, value: float) -> None:
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """A tensor whose elements lie in memory, at strides. Called for each tensor this costs more than its condition,
-    which small calls therefore look at first."""
+    """Raises unless the tensor is strided. Small calls test the condition first, as the call takes longer than it."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         got = "a nested tensor" if tensor.is_nested else str(tensor.layout)
         raise TypeError(f"{name} must be a dense tensor (torch.strided), got {got}")
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether values can be looked at: not those of a GPU, which would be waited for, nor in a graph that is compiled
-    or under a transform of torch.func, where there are none yet."""
+    """Whether values can be read without waiting for a device; under compilation and torch.func there are none yet."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not WATCH.transformed()
 
 
 def repeats(tensor: Tensor) -> bool:
-    """Whether elements may share memory, as after expand or in windows that overlap."""
+    """Whether elements may share memory, as after ``expand`` or in overlapping windows."""
     if tensor.is_contiguous():
         return False
-    reach = 1  # past what the smaller strides reach
+    reach = 1  # the first offset past the elements of the smaller strides
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True), key=itemgetter(0)):
         if size > 1:
             if stride < reach:

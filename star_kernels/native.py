@@ -1,7 +1,7 @@
 """Loads the compiled libraries of csrc/, once, when they are first needed.
 
-The environment variable STAR_KERNELS_LIB names a folder to load them from instead of ``star_kernels/lib``, for builds
-that are compared or checked: those of the sanitizers, say.
+The environment variable STAR_KERNELS_LIB names a folder to load them from instead of ``star_kernels/lib``: a build with
+sanitizers, for example, or one to compare with.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ FUNCTIONS = {
 
 @cache
 def cpu() -> Any | None:
-    """The CPU kernels (see csrc/cpu/exports.cpp), or None with one warning where they are not there."""
+    """The CPU kernels (see csrc/cpu/exports.cpp), or None with one warning if they cannot be loaded."""
     library, problem = load("libstar_kernels_cpu.so")
     if library is None:
         warn(
-            f"star_kernels runs on PyTorch alone, which is slower: {problem}. Reinstall with a C++17 compiler on PATH "
-            "(pip install -v shows the build)."
+            f"star_kernels is falling back to PyTorch operations, which are slower: {problem}. Reinstall with a C++17 "
+            "compiler on PATH (pip install -v shows the build)."
         )
     return library
 
 
 @cache
 def cuda() -> Any | None:
-    """The CUDA kernels (see csrc/cuda), or None where they are not there."""
+    """The CUDA kernels (see csrc/cuda), or None if they cannot be loaded."""
     return load("libstar_kernels_cuda.so")[0]
 
 
 @torch.compiler.assume_constant_result
-def problem(device: str) -> str:
-    """What keeps the compiled kernels from a kind of device, if anything; a missing CPU library warns once."""
+def problem(device: str) -> str | None:
+    """What prevents the compiled kernels from running on a device, or None. A missing CPU library warns once."""
     if device not in ("cpu", "cuda"):
-        return f"they do not serve {device}"
+        return "CPU or CUDA tensors are required"
     found = cpu() if device == "cpu" else cuda()
-    return "" if found is not None else load(f"libstar_kernels_{device}.so")[1]
+    return None if found is not None else load(f"libstar_kernels_{device}.so")[1]
 
 
 @cache
-def load(name: str) -> tuple[Any | None, str]:
-    """A library of ``star_kernels/lib``, or None and what stands in the way."""
+def load(name: str) -> tuple[Any | None, str | None]:
+    """A library of ``star_kernels/lib`` and None, or None and what prevents its use."""
     path = FOLDER / name
     if not path.exists():
         return None, f"{path} was not built"
@@ -63,13 +63,13 @@ def load(name: str) -> tuple[Any | None, str]:
         return None, "the package apache-tvm-ffi is not installed"
     try:
         module = tvm_ffi.load_module(str(path))
-        # Looked up once: finding a function costs several times the call.
+        # Looked up once: finding a function takes several times as long as calling it.
         library = SimpleNamespace(**{function: getattr(module, function) for function in FUNCTIONS[name]})
         if "cpu" in name:
             library.isa()
-        return library, ""
+        return library, None
     except (OSError, RuntimeError, ValueError, AttributeError) as error:
-        return None, f"{path} does not load: {error}"
+        return None, f"{path} cannot be loaded: {error}"
 
 
 _counters: dict[tuple[torch.device, int], torch.Tensor] = {}
@@ -89,5 +89,5 @@ def zero_counter(device: torch.device) -> torch.Tensor:
 
 
 def threads() -> int:
-    """How many threads a CPU kernel may use: PyTorch's setting."""
+    """The number of threads that a CPU kernel may use: PyTorch's setting."""
     return torch.get_num_threads()

@@ -1,19 +1,21 @@
-"""Operators registered with torch.library, called without the dispatcher where nothing but the kernel wants to know."""
+"""Operators registered with torch.library, and called without the dispatcher if no mode or transform is active."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from star_kernels.torch_internals import WATCH
+
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class _Library(torch.library.Library):
-    """A library whose autograd kernels refuse what they would get wrong."""
+    """A library whose autograd kernels raise an error for what they cannot differentiate."""
 
     def impl(self, op_name: Any, fn: Any, dispatch_key: Any = "", **options: Any) -> None:
         super().impl(op_name, _guarded(op_name, fn) if dispatch_key == "Autograd" else fn, dispatch_key, **options)
@@ -25,19 +27,19 @@ _library = _Library("star_kernels", "DEF")
 class Operator:
     """An operator ``star_kernels::name``: schema, implementation, shapes and gradient.
 
-    Calling it means calling ``torch.ops.star_kernels.name``. On plain tensors, with no tracing, no dispatch mode, no
-    forward-mode differentiation and no transform of torch.func about, the implementation (or an autograd.Function
-    around it) is called directly: the round through the dispatcher and back into Python would cost twice what the rest
-    of a small call does.
+    A call is equivalent to a call of ``torch.ops.star_kernels.name``. If all tensors are plain ones and no tracing,
+    dispatch mode, forward-mode differentiation or transform of torch.func needs to see the call, the implementation (or
+    an autograd.Function around it) is called directly: the way through the dispatcher and back into Python would take
+    twice the time of the rest of a small call.
 
     Args:
         schema: as for ``torch.library.define``, without the namespace; tensors come before other arguments.
         implementation: for real tensors.
-        shapes: for fake ones.
-        check: raises unless arguments fit the implementation; run where the dispatcher calls it, for anyone may then
-            be the caller. The functions of star_kernels, which check more, come to the implementation without it.
-        setup_context, backward: the gradient, as for ``torch.library.register_autograd``; both or none. Whoever
-            differentiates an operator without one gets an error.
+        shapes: the implementation for fake tensors.
+        check: raises an error unless the arguments are valid. It runs when the dispatcher calls the implementation, as
+            then the caller may be any code; the functions of star_kernels, which check more, skip it.
+        setup_context, backward: the gradient, as for ``torch.library.register_autograd``; both or neither. An operator
+            without a gradient raises an error when it is differentiated.
         devices: dispatch keys of the implementation.
     """
 
@@ -80,7 +82,7 @@ class Operator:
 
 
 def constants(*tensors: Any) -> list[Any]:
-    """The tensors, or None, for a function that does not differentiate them, in no mode."""
+    """The tensors (or None) as constants: detached if any mode would differentiate them."""
     dual = WATCH.dual()
     return [t.detach() if t is not None and (dual or t.requires_grad) else t for t in tensors]
 
@@ -94,8 +96,11 @@ def _checked(check: Callable[..., None], implementation: Callable[..., Any]) -> 
 
 
 def _in_memory(tensors: list[Tensor]) -> bool:
-    """Whether the memory of all tensors holds their values: the dispatcher resolves negated views and zeros without
-    memory, which not all of PyTorch's own kernels do, and subclasses are its own."""
+    """Whether the values of all tensors are in their memory.
+
+    If not, the dispatcher is needed: it resolves negated views and zeros without memory, which not all of PyTorch's own
+    kernels do, and it calls the handlers of subclasses.
+    """
     if not _PLAIN.issuperset(map(type, tensors)) or any(map(Tensor.is_neg, tensors)):
         return False
     try:
@@ -105,8 +110,11 @@ def _in_memory(tensors: list[Tensor]) -> bool:
 
 
 def _function(name: str, implementation: Any, setup_context: Any, backward: Any) -> Any:
-    """The autograd.Function of an operator. It calls setup_context itself: PyTorch would bind the arguments by their
-    signature first, which costs more than all the rest of the call."""
+    """The autograd.Function of an operator.
+
+    Its forward method calls setup_context directly: PyTorch would first bind the arguments to the signature, which
+    takes longer than the rest of the call.
+    """
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         output = implementation(*arguments)
@@ -118,7 +126,7 @@ def _function(name: str, implementation: Any, setup_context: Any, backward: Any)
 
 
 def _transformable(name: str, operator: Any, setup_context: Any, backward: Any) -> Any:
-    """The same in the form that the transforms of torch.func take; ``operator`` runs below them."""
+    """The autograd.Function of an operator in the form that torch.func accepts; ``operator`` runs inside it."""
 
     def context(ctx: Any, inputs: Any, output: Any) -> None:
         setup_context(ctx, inputs, output)
@@ -137,7 +145,7 @@ def _transformable(name: str, operator: Any, setup_context: Any, backward: Any) 
 
 
 def _guarded(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """An autograd kernel, which knows nothing of tangents and of torch.func, with errors for both."""
+    """The autograd kernel with errors for tangents and torch.func, which it would ignore."""
 
     def guarded(keyset: Any, *arguments: Any) -> Any:
         tensors = [a for a in arguments if isinstance(a, Tensor)]
@@ -145,8 +153,8 @@ def _guarded(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
             _refuse_tangents(name)
         if torch.is_grad_enabled() and WATCH.differentiated() and any(t.requires_grad for t in tensors):
             raise NotImplementedError(
-                f"torch.ops.star_kernels.{name} cannot be differentiated by torch.func: call the function of "
-                "star_kernels, which can, or use torch.autograd"
+                f"torch.ops.star_kernels.{name} does not support differentiation by torch.func: call the function of "
+                "star_kernels, which does, or use torch.autograd"
             )
         return kernel(keyset, *arguments)
 
@@ -156,7 +164,7 @@ def _guarded(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 def _refuse_tangents(name: str) -> NoReturn:
     raise NotImplementedError(
         f"star_kernels::{name} has no forward-mode derivative (torch.func.jvp, torch.func.jacfwd, "
-        "torch.autograd.forward_ad): use reverse mode, or backend='naive' where the function has it"
+        "torch.autograd.forward_ad): use reverse mode, or backend='naive' if the function has that backend"
     )
 
 
@@ -172,47 +180,3 @@ def _no_derivative(name: str) -> Callable[..., NoReturn]:
         raise RuntimeError(f"star_kernels::{first} has no {which}")
 
     return backward
-
-
-class _Watch(NamedTuple):
-    """What private names of PyTorch tell, asked nowhere else."""
-
-    observed: Callable[[], bool]  # a dispatch mode (fake tensors, tracing, counters) or one of the two below is active
-    transformed: Callable[[], bool]  # a transform of torch.func
-    differentiated: Callable[[], bool]  # one that differentiates
-    vectorised: Callable[[], bool]  # torch.vmap
-    dual: Callable[[], bool]  # forward-mode differentiation
-    requires_grad: Callable[..., bool]  # whether one of the arguments does
-
-
-def _watch() -> _Watch:
-    """Where a torch lacks one of the names every call goes through the dispatcher: safe, and slower."""
-    try:
-        from torch._C import _any_requires_grad, _len_torch_dispatch_stack
-        from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
-
-        forward_ad._current_level + 0  # the number of open levels, less one
-        kinds, vmap = (TransformType.Grad, TransformType.Jvp), TransformType.Vmap
-    except (ImportError, AttributeError):
-        yes, no = (lambda: True), (lambda: False)
-        return _Watch(yes, no, no, no, yes, lambda *_: True)
-
-    def transformed() -> bool:
-        return peek_interpreter_stack() is not None
-
-    def dual() -> bool:
-        return forward_ad._current_level >= 0
-
-    def observed() -> bool:
-        return _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-    def differentiated() -> bool:
-        return any(interpreter.key() in kinds for interpreter in get_interpreter_stack() or ())
-
-    def vectorised() -> bool:
-        return any(interpreter.key() == vmap for interpreter in get_interpreter_stack() or ())
-
-    return _Watch(observed, transformed, differentiated, vectorised, dual, _any_requires_grad)
-
-
-WATCH = _watch()

@@ -35,8 +35,14 @@ TARGETS = {  # name -> file, test files, expression that selects tests
     "allocation": ("star_kernels/allocation.py", ["test_allocation"], ""),
     "attention": (
         "star_kernels/attention/naive.py",
-        ["test_maps", "test_attention", "test_attention_extremes"],
-        "naive or definition",
+        [
+            "test_maps",
+            "test_attention",
+            "test_attention_extremes",
+            "test_attention_gradients",
+            "test_attention_layouts",
+        ],
+        "naive or reference",
     ),
     "kernels": (
         "csrc/flow_policy.h",
@@ -60,19 +66,19 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "if nothing remains for position k, the cap remains for the position before it, which fits",
     (
         "star_kernels/attention/naive.py",
-        "scores = torch.matmul(_wide(query), _wide(key).transpose(-1, -2)) * scale",
+        "scores = torch.matmul(_wide(query), _wide(key).transpose(-1, -2)) * arguments.scale",
         "- ->  #2",
     ): "of four dimensions -2 is 2",
     (
         "star_kernels/attention/naive.py",
-        "scores = torch.matmul(dense, _wide(gathered.gather(2, slots)).transpose(-1, -2)) * scale",
+        "scores = torch.matmul(dense, _wide(gathered.gather(2, positions)).transpose(-1, -2)) * arguments.scale",
         "- ->  #2",
     ): "of four dimensions -2 is 2",
     (
         "star_kernels/attention/naive.py",
-        "normaliser = lse.gather(2, slots[..., 0])[:, :, None]",
+        "normaliser = lse.gather(2, positions[..., 0])[:, :, None]",
         "0 -> 1",
-    ): "slots are expanded along the last dimension; heads of one element, which have no second, come in tests/fuzz.py",
+    ): "positions are expanded along the last dimension; tests/fuzz.py draws heads of one element",
     (
         "star_kernels/policy/naive.py",
         "log_ratio = log_ratio - (old_log_prob if mask is None else old_log_prob.masked_fill(~mask, 0.0))",

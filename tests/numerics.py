@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONTRACT = [
     "tests/attention/test_attention.py",
     "tests/attention/test_attention_extremes.py",
+    "tests/attention/test_attention_gradients.py",
+    "tests/attention/test_attention_layouts.py",
     "tests/attention/test_maps.py",
     "tests/policy/test_nft_loss.py",
     "tests/policy/test_policy_extremes.py",
@@ -33,7 +35,7 @@ CONTRACT = [
     "tests/test_allocation.py",
 ]
 # Tests of compilation, operator schemas, peak memory and child processes do not depend on instructions or threads.
-NUMBERS = "not compile and not opcheck and not gradcheck and not held and not instruction_set"
+NUMBERS = "not compile and not opcheck and not gradcheck and not no_matrix and not instruction_set"
 CAPABILITIES = {"default": "baseline", "avx2": "avx2", "": ""}  # PyTorch's name -> the kernels' name; "" is the default
 THREADS = (1, 2, 4)
 

@@ -35,10 +35,13 @@ CONTRACT = [
     "tests/attention/test_maps.py",
     "tests/attention/test_attention.py",
     "tests/attention/test_attention_errors.py",
+    "tests/attention/test_attention_gradients.py",
+    "tests/attention/test_attention_layouts.py",
+    "tests/attention/test_attention_operators.py",
     "tests/attention/test_attention_extremes.py",
 ]
 # Tests of compilation and of peak memory are left out.
-NATIVE = "(native or auto or vendor or error or named) and not compile and not peak and not held"
+NATIVE = "(native or auto or vendor or error or named) and not compile and not peak and not no_matrix"
 
 
 def build_library() -> Path:

@@ -1,4 +1,4 @@
-"""``torch.ops.star_kernels`` and the compiled library, called with what no function of star_kernels would pass."""
+"""``torch.ops.star_kernels`` and the compiled library with arguments that the functions of star_kernels never pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from star_kernels import native
 def operator_arguments(name: str) -> dict[str, Any]:
     t = inputs()
     chosen = {"index": SELECTION.index, "weight": SELECTION.weight, "key_mask": None}
-    rows = {"start": 1, "rows": 3, "scale": 0.3, "reduce_heads": True}
+    rows = {"start": 1, "n_rows": 3, "scale": 0.3, "reduce_heads": True}
     coefficients = {"coefficients": TRANSITION.coefficients}
     latent = {n: t[n] for n in ("model_output", "sample", "prev_sample")}
     options = {"weights": t["weights"], "mask": t["mask"], "step_weights": t["step_weights"]}
@@ -63,7 +63,7 @@ OPERATORS = [
 
 
 def spoilt(value: Any) -> list[Any]:
-    """What would crash a kernel that took it."""
+    """Values that would crash a kernel."""
     if isinstance(value, Tensor):
         shapes = [value[None]]
         if value.ndim:
@@ -78,7 +78,7 @@ def spoilt(value: Any) -> list[Any]:
 
 @pytest.mark.native
 @pytest.mark.parametrize("name", OPERATORS)
-def test_an_operator_refuses_what_would_crash_it(name: str) -> None:
+def test_an_operator_rejects_arguments_that_would_crash_it(name: str) -> None:
     operator, arguments = getattr(torch.ops.star_kernels, name), operator_arguments(name)
     operator(*arguments.values())
     for argument, value in arguments.items():
@@ -91,7 +91,7 @@ def test_an_operator_refuses_what_would_crash_it(name: str) -> None:
 @pytest.mark.native
 @pytest.mark.parametrize("dimension", range(4))
 @pytest.mark.parametrize("name", OPERATORS)
-def test_an_operator_refuses_tensors_without_elements(name: str, dimension: int) -> None:
+def test_an_operator_rejects_tensors_without_elements(name: str, dimension: int) -> None:
     """All tensors of the latent's or the query's shape at once, so that they agree with one another."""
     arguments = operator_arguments(name)
     first = next(value for value in arguments.values() if isinstance(value, Tensor) and value.ndim == 4)
@@ -103,14 +103,14 @@ def test_an_operator_refuses_tensors_without_elements(name: str, dimension: int)
 
 
 @pytest.mark.parametrize(("name", "wrt"), [("attention", "query"), ("weighted_policy_loss", "model_output")])
-def test_torch_ops_under_torch_func_says_what_to_call(name: str, wrt: str) -> None:
+def test_torch_ops_under_torch_func_is_an_error_that_names_an_alternative(name: str, wrt: str) -> None:
     arguments = operator_arguments(name)
 
     def function(x: Tensor) -> Tensor:
         return getattr(torch.ops.star_kernels, name)(*{**arguments, wrt: x}.values())[0]
 
     x = arguments[wrt]
-    with pytest.raises(NotImplementedError, match=f"{name} cannot be differentiated by torch.func: call the function"):
+    with pytest.raises(NotImplementedError, match=f"{name} does not support differentiation by torch.func: call"):
         torch.func.grad(lambda x: function(x).sum())(x)
     with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
         torch.func.jvp(function, (x,), (x,))
@@ -135,7 +135,7 @@ def test_the_library_refuses_a_number_of_threads_that_is_none(threads: int) -> N
 
 @pytest.mark.native
 @pytest.mark.parametrize("start", [-1, 5, 2**63 - 1, 2**63 - 5])
-def test_the_library_refuses_rows_past_the_sequence(start: int) -> None:
+def test_the_library_rejects_rows_past_the_sequence(start: int) -> None:
     t, maps = inputs(), torch.empty(2, 2, 5)
     chosen = (SELECTION.index, SELECTION.weight, None)
     with pytest.raises(ValueError, match="rows must lie within the sequence"):
@@ -144,7 +144,7 @@ def test_the_library_refuses_rows_past_the_sequence(start: int) -> None:
 
 @pytest.mark.native
 @pytest.mark.parametrize("dimension", [1, 3], ids=["heads", "head dimension"])
-def test_the_library_refuses_tensors_without_elements_or_memory(dimension: int) -> None:
+def test_the_library_rejects_tensors_without_elements_or_memory(dimension: int) -> None:
     library, t = native.cpu(), inputs()
     chosen = (SELECTION.index, SELECTION.weight, None)
     empty = [t[name].narrow(dimension, 0, 0) for name in ("query", "key")]

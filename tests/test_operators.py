@@ -1,4 +1,4 @@
-"""The public functions under what PyTorch does with tensors: derivatives, views and layouts of every kind."""
+"""The public functions with every kind of derivative, transform, view and layout of PyTorch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from star_kernels import (
     flow_sde,
     operators,
     sample_transition,
+    torch_internals,
     total_variation,
     weighted_nft_loss,
     weighted_policy_loss,
@@ -95,7 +96,7 @@ def tangent(function: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) 
 
 
 @pytest.mark.parametrize(("name", "wrt"), DIFFERENTIABLE)
-def test_forward_mode_is_an_error_of_the_kernels_and_right_in_the_definition(name: str, wrt: str) -> None:
+def test_forward_mode_is_an_error_of_the_kernels_and_right_in_the_reference(name: str, wrt: str) -> None:
     function, x = of_one(name, wrt, "naive")
     direction = torch.full_like(x, 0.5)
     expected = torch.func.jvp(function, (x,), (direction,))[1]
@@ -120,7 +121,7 @@ def test_forward_mode_is_an_error_of_the_kernels_and_right_in_the_definition(nam
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "wrt"), CONSTANT)
-def test_what_is_not_differentiated_is_so_in_every_mode(name: str, wrt: str, backend: str) -> None:
+def test_constant_inputs_have_no_derivative_in_any_mode(name: str, wrt: str, backend: str) -> None:
     function, x = of_one(name, wrt, backend)
     assert not function(x.clone().requires_grad_()).requires_grad
     assert tangent(function, x, torch.ones_like(x)) is None
@@ -166,7 +167,7 @@ def test_a_transition_is_differentiated_in_every_mode() -> None:
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize(("name", "wrt"), DIFFERENTIABLE)
-def test_the_transforms_of_torch_func_give_what_autograd_gives(name: str, wrt: str) -> None:
+def test_the_transforms_of_torch_func_agree_with_autograd(name: str, wrt: str) -> None:
     function, x = of_one(name, wrt, "auto")
     leaf = x.clone().requires_grad_()
     upstream = torch.linspace(-1, 1, function(x).numel()).view_as(function(x))
@@ -223,7 +224,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tensor_counts_by_its_values_not_by_its_memory(kind: str, backend: str) -> None:
+def test_results_depend_on_values_and_not_on_memory(kind: str, backend: str) -> None:
     for name, wrt in EVERY:
         function, x = of_one(name, wrt, backend)
         unusual = KINDS[kind](x)
@@ -234,7 +235,7 @@ def test_a_tensor_counts_by_its_values_not_by_its_memory(kind: str, backend: str
 
 
 @pytest.mark.parametrize("kind", ["negated", "zero"])
-def test_an_upstream_gradient_counts_by_its_values_too(kind: str) -> None:
+def test_gradients_depend_on_upstream_values_and_not_on_memory(kind: str) -> None:
     for name, wrt in DIFFERENTIABLE:
         function, x = of_one(name, wrt, "auto")
         leaf = x.clone().requires_grad_()
@@ -248,7 +249,7 @@ def test_an_upstream_gradient_counts_by_its_values_too(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["sparse", "mkldnn", "nested", "jagged"])
-def test_a_tensor_without_strides_is_named(kind: str, backend: str) -> None:
+def test_a_tensor_without_strides_is_an_error_that_names_it(kind: str, backend: str) -> None:
     make: dict[str, Callable[[Tensor], Tensor]] = {
         "sparse": Tensor.to_sparse,
         "mkldnn": Tensor.to_mkldnn,
@@ -264,10 +265,12 @@ def test_a_tensor_without_strides_is_named(kind: str, backend: str) -> None:
             function(make[kind](x))
 
 
-def test_without_private_names_of_pytorch_every_call_takes_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_private_names_of_pytorch_calls_go_through_the_dispatcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     expected = {name: function(inputs(), "auto") for name, (function, *_) in FUNCTIONS.items()}
     monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
-    monkeypatch.setattr(operators, "WATCH", operators._watch())
+    monkeypatch.setattr(operators, "WATCH", torch_internals.watch())
     assert operators.WATCH.observed()
     for name, (function, *_) in FUNCTIONS.items():
         torch.testing.assert_close(function(inputs(), "auto"), expected[name])

@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from star_kernels.attention import triton_backward, triton_forward, triton_maps
+from star_kernels.attention import triton_backward, triton_forward, triton_maps, triton_tiles
 from star_kernels.attention.triton_config import (
     Tile,
     backward_config,
@@ -109,15 +109,11 @@ def build(variant: Variant) -> Any:
     reduces = variant.maps and variant.reduce_heads
     constants: dict[str, Any] = {
         "HEAD_DIM": variant.width,
-        "BLOCK_D": triton_maps.padded(variant.width),
+        "BLOCK_D": triton_tiles.padded(variant.width),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "BLOCK_G": triton_maps.group_tile(variant.groups),
-        "MAPS": variant.maps,
-        "REDUCE": reduces,
-        "HAS_MASK": variant.masked,
+        "BLOCK_G": triton_maps.phrase_tile(variant.groups),
         "EVEN": variant.even,
-        "GRAD_LSE": variant.grad_lse,
         "TOKEN_LSE": variant.text_to_image,
         "EARLY": loads_tokens_early(variant.architecture, variant.width, DTYPES[variant.dtype], tile),
         "ONE_CHUNK": True,
@@ -130,6 +126,8 @@ def build(variant: Variant) -> Any:
         constants |= dict.fromkeys(rows)
     if not reduces:
         constants["p_counter"] = None
+    if not variant.masked:
+        constants["p_mask"] = None
     if not variant.grad_lse:
         constants["p_grad_lse"] = None
     signature, aligned = {}, {}

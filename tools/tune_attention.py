@@ -22,7 +22,8 @@ from benchmarks.reporting import environment
 from benchmarks.timing.clocks import Clock, kernel_clock
 from benchmarks.timing.harness import Budget, Figure, Variant, interleave
 from benchmarks.variants.attention import FLUX_1024, SD35_512, SD35_1024, Inputs, Shape, make_inputs
-from star_kernels.attention import naive, ops, tuning, vendor
+from star_kernels.attention import dispatch, naive, ops, tuning, vendor
+from star_kernels.attention.arguments import MapArguments
 from star_kernels.attention.triton_config import BackwardConfig, Tile, architecture, backward_config, forward_config
 
 SHAPES = (
@@ -88,16 +89,14 @@ def forward_candidates(x: Inputs) -> list[Candidate]:
     """Attention with maps by every kernel that supports the inputs."""
     from star_kernels.attention import triton_forward
 
-    rows, selection, scale = x.shape.rows, x.selection, x.scale
+    arguments = map_arguments(x)
 
     def ours(tile: Tile) -> Run:
-        return lambda: triton_forward.attention(
-            x.query, x.key, x.value, selection.index, selection.weight, None, rows, scale, True, config=tile
-        )
+        return lambda: triton_forward.attention(x.query, x.key, x.value, arguments, config=tile)
 
     dtype, width = x.query.dtype, x.shape.head_dim
     found = [Candidate(kernel, lambda kernel=kernel: forward(x, kernel)) for kernel in supported_kernels(dtype, width)]
-    if tuning.obstacle("triton", dtype, width) is None:
+    if dispatch.kernel_obstacle("triton", dtype, width) is None:
         default = forward_config(architecture(x.query.device), width, dtype)
         tiles = [Candidate("triton", ours(tile), tile) for tile in forward_tiles(default)]
         found = [tiles[0], *found, *tiles[1:]]
@@ -113,17 +112,16 @@ def backward_candidates(x: Inputs) -> list[Candidate]:
 
     def ours(tiles: BackwardConfig) -> Run:
         return lambda: triton_backward.attention_backward(
-            upstream, None, None, x.query, x.key, x.value, out, lse, None, None, None, x.shape.rows, x.scale, True,
-            config=tiles,
-        )  # fmt: skip
+            upstream, None, None, x.query, x.key, x.value, out, lse, map_arguments(x), config=tiles
+        )
 
     def theirs(kernel: str) -> Run:
-        arguments = (x.selection.index, x.selection.weight, None, *x.shape.rows, x.scale, True, kernel)
-        return lambda: ops.attention_backward(upstream, None, None, x.query, x.key, x.value, out, lse, *arguments)
+        flat = (*map_arguments(x)[:-1], kernel)
+        return lambda: ops.attention_backward(upstream, None, None, x.query, x.key, x.value, out, lse, *flat)
 
     dtype, width = x.query.dtype, x.shape.head_dim
     found = [Candidate(kernel, theirs(kernel)) for kernel in supported_kernels(dtype, width)]
-    if tuning.obstacle("triton", dtype, width) is None:
+    if dispatch.kernel_obstacle("triton", dtype, width) is None:
         default = backward_config(architecture(x.query.device), width, dtype)
         tiles = [Candidate("triton", ours(tiles), tiles) for tiles in backward_tiles(default)]
         found = [tiles[0], *found, *tiles[1:]]
@@ -132,12 +130,17 @@ def backward_candidates(x: Inputs) -> list[Candidate]:
 
 def supported_kernels(dtype: torch.dtype, head_dim: int) -> list[str]:
     """PyTorch's kernels that support the dtype and the head dimension."""
-    return [kernel for kernel in vendor.KERNELS if vendor.limits(kernel, dtype, head_dim) is None]
+    return [kernel for kernel in vendor.KERNELS if dispatch.kernel_obstacle(kernel, dtype, head_dim) is None]
 
 
 def forward(x: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (x.selection.index, x.selection.weight, None, *x.shape.rows, x.scale, True, backend)
-    return ops.attention(x.query, x.key, x.value, *arguments)
+    return ops.attention(x.query, x.key, x.value, *map_arguments(x)[:-1], backend)
+
+
+def map_arguments(x: Inputs, batch: slice = slice(None)) -> MapArguments:
+    """The arguments of the maps of some samples."""
+    index, weight = x.selection.index[batch], x.selection.weight[batch]
+    return MapArguments(index, weight, None, *x.shape.rows, x.scale, reduce_heads=True)
 
 
 def upstream_of(x: Inputs) -> Tensor:
@@ -154,11 +157,10 @@ def as_models_lay_out(x: Inputs) -> Inputs:
 
 def reference_forward(x: Inputs) -> tuple[Tensor, ...]:
     """Output, maps and log-sum-exp of the last sample by the reference implementation, in float32, head by head."""
-    index, weight = x.selection.index[-1:], x.selection.weight[-1:]
-    heads = []
+    arguments, heads = map_arguments(x, slice(-1, None)), []
     for h in range(x.shape.heads):
         query, key, value = (t[-1:, h : h + 1].float() for t in (x.query, x.key, x.value))
-        heads.append(naive.attention(query, key, value, index, weight, None, x.shape.rows, x.scale, True))
+        heads.append(naive.attention(query, key, value, arguments))
     outs, maps, lses = zip(*heads, strict=True)
     return torch.cat(outs, dim=1), torch.stack(maps).mean(dim=0), torch.cat(lses, dim=1)
 
@@ -166,9 +168,8 @@ def reference_forward(x: Inputs) -> tuple[Tensor, ...]:
 def reference_backward(x: Inputs) -> tuple[Tensor, ...]:
     """Gradients of the first head of the last sample by the reference implementation, in float32."""
     leaves = [t[-1:, :1].float().requires_grad_() for t in (x.query, x.key, x.value)]
-    index, weight = x.selection.index[-1:], x.selection.weight[-1:]
     with torch.enable_grad():
-        out = naive.attention(*leaves, index, weight, None, x.shape.rows, x.scale, True)[0]
+        out = naive.attention(*leaves, map_arguments(x, slice(-1, None)))[0]
         return torch.autograd.grad(out, leaves, upstream_of(x)[-1:, :1].float())
 
 

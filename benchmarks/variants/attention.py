@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing.harness import Extent, Variant
 from star_kernels import TokenSelection, attention, attention_maps
-from star_kernels.attention import choose_backend, naive, tuning
+from star_kernels.attention import dispatch, naive
+from star_kernels.attention.arguments import MapArguments
 
 SELECTED = 8
 VENDORS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -113,11 +114,11 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: in
 
 def backend_of(inputs: Inputs) -> str:
     """The backend that ``backend="auto"`` uses; on a GPU the forward kernel that the tuned plan selects."""
-    backend = choose_backend(inputs.query.device.type, inputs.query.dtype, inputs.shape.head_dim)
+    backend = dispatch.choose_backend(inputs.query.device.type, inputs.query.dtype, inputs.shape.head_dim)
     if backend != "auto":
         return backend
     length = inputs.shape.sequence
-    return tuning.plan(inputs.query.device, inputs.query.dtype, inputs.shape.head_dim, length, length).forward
+    return dispatch.plan(inputs.query.device, inputs.query.dtype, inputs.shape.head_dim, length, length).forward
 
 
 def ours(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -129,9 +130,8 @@ def ours_without_maps(x: Inputs) -> Tensor:
     """Our Triton kernel without maps. Other backends without maps are PyTorch's own attention."""
     from star_kernels.attention import triton_forward
 
-    out: Tensor = triton_forward.attention(
-        x.query, x.key, x.value, None, None, None, x.shape.rows, x.scale, True
-    )[0]  # fmt: skip
+    arguments = MapArguments(x.selection.index, x.selection.weight, None, *x.shape.rows, x.scale, reduce_heads=True)
+    out: Tensor = triton_forward.attention(x.query, x.key, x.value, arguments, with_maps=False)[0]
     return out
 
 
@@ -238,9 +238,8 @@ def reference(x: Inputs) -> Tensor:
     heads = []
     for h in range(x.shape.heads):
         query, key, value = (t[:, h : h + 1].float() for t in (x.query, x.key, x.value))
-        _, maps, _ = naive.attention(
-            query, key, value, x.selection.index, x.selection.weight, None, x.shape.rows, x.scale, True
-        )
+        arguments = MapArguments(x.selection.index, x.selection.weight, None, *x.shape.rows, x.scale, reduce_heads=True)
+        _, maps, _ = naive.attention(query, key, value, arguments)
         heads.append(maps)
     return torch.stack(heads).mean(dim=0)
 

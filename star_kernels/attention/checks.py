@@ -1,4 +1,4 @@
-"""What the attention functions accept. Shapes are those of layout [B, H, S, D] unless an axis is given."""
+"""Validation of the arguments of attention, in layout [B, H, S, D] unless an axis is given."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from star_kernels.attention.arguments import MapArguments
 from star_kernels.checks import check_dense
 from star_kernels.selection import TokenSelection, check_selection_fields
 
@@ -15,9 +16,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def autocasted(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as ``F.scaled_dot_product_attention`` takes them: under ``torch.autocast`` in its dtype.
+    """The tensors, cast to the dtype of ``torch.autocast`` if it is active, as ``F.scaled_dot_product_attention`` does.
 
-    A model's norms may leave query and key in float32 there while value is in 16 bits.
+    Norms of a model may return query and key in float32 while value has 16 bits.
     """
     first = tensors[0]
     kind = first.device.type if isinstance(first, Tensor) else ""
@@ -31,7 +32,7 @@ def autocasted(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, sequence_axis: int) -> None:
-    """Query, key and value fit together; ``sequence_axis`` is 2, or 1 in layout "bshd"."""
+    """Raises unless query, key and value are valid and agree; ``sequence_axis`` is 2, or 1 in layout "bshd"."""
     names = "[B, H, S, D]" if sequence_axis == 2 else "[B, S, H, D]"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
@@ -59,14 +60,14 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, sequence_axis: int) -> 
 
 
 def check_selection(selection: TokenSelection, query: Tensor, *, length: int) -> None:
-    """The selection belongs to this batch and device, and lies within a sequence of ``length``."""
+    """Raises unless the selection has this batch size and device, and lies within a sequence of ``length``."""
     if not isinstance(selection, TokenSelection):
         raise TypeError(f"selection must be a TokenSelection, got {type(selection).__name__}")
     if selection.index.device != query.device:
         raise ValueError(f"selection must be on the device of query, {query.device}, got {selection.index.device}")
     if selection.index.shape[0] != query.shape[0]:
         raise ValueError(f"selection must have the batch of query, {query.shape[0]}, got {selection.index.shape[0]}")
-    # A compiled graph would be specialised to this number, so there the kernels alone check it.
+    # A compiled graph would be specialised to this number, so in a graph only the kernels check it.
     if not torch.compiler.is_compiling() and selection.last >= length:
         raise ValueError(f"selection.index must be below the length of the sequence, {length}, got {selection.last}")
 
@@ -76,7 +77,7 @@ def check_key_mask(key_mask: Tensor | None, query: Tensor, length: int) -> None:
         return
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
         got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
-        raise TypeError(f"key_mask must be a bool tensor, true where a key takes part, got {got}")
+        raise TypeError(f"key_mask must be a bool tensor, true for the keys that take part, got {got}")
     check_dense("key_mask", key_mask)
     if key_mask.shape != (query.shape[0], length):
         raise ValueError(f"key_mask must have shape [B, Sk] = [{query.shape[0]}, {length}], got {list(key_mask.shape)}")
@@ -129,42 +130,27 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def check_operator(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    key_mask: Tensor | None,
-    start: int,
-    rows: int,
-    *,
-    text_to_image: bool = False,
-) -> None:
-    """What the operators rely on, for callers of ``torch.ops.star_kernels``; the kernels look at positions."""
+def check_operator(query: Tensor, key: Tensor, value: Tensor, arguments: MapArguments) -> None:
+    """Checks for callers of ``torch.ops.star_kernels``; the kernels themselves check positions."""
     check_qkv(query, key, value, 2)
     if query.dtype == torch.float64:
         raise TypeError("query must be float32, float16 or bfloat16, got torch.float64")
-    check_selection_fields(index, weight)
+    index = arguments.index
+    check_selection_fields(index, arguments.weight)
     if index.shape[0] != query.shape[0] or index.device != query.device:
         raise ValueError(
             f"index must have the batch and the device of query, {query.shape[0]} on {query.device}, "
             f"got {list(index.shape)} on {index.device}"
         )
-    check_key_mask(key_mask, query, key.shape[2])
-    resolve_rows((start, rows), (key if text_to_image else query).shape[2])
+    check_key_mask(arguments.key_mask, query, key.shape[2])
+    resolve_rows((arguments.start, arguments.n_rows), (key if arguments.text_to_image else query).shape[2])
 
 
 def check_like(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, query: Tensor) -> None:
-    """A result or its gradient, of the device of query."""
+    """Raises unless a result or its gradient has this shape and dtype, and the device of query."""
     if tensor is None or (list(tensor.shape), tensor.dtype, tensor.device) == (list(shape), dtype, query.device):
         return
     raise ValueError(
         f"{name} must have shape {list(shape)} and be {dtype} on {query.device}, got {list(tensor.shape)}, "
         f"{tensor.dtype} on {tensor.device}"
     )
-
-
-def maps_shape(query: Tensor, weight: Tensor, rows: int, reduce_heads: bool) -> tuple[int, ...]:
-    batch, groups, _ = weight.shape
-    return (batch, groups, rows) if reduce_heads else (batch, groups, query.shape[1], rows)

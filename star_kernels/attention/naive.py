@@ -1,7 +1,7 @@
-"""The definitions of both attention operations, in plain differentiable PyTorch.
+"""The reference implementations of both attention operations, in plain differentiable PyTorch.
 
-Every kernel is tested against these functions. They hold the whole [S, S] matrix of probabilities; inputs are what
-``star_kernels.attention`` passes on after validation: layout [B, H, S, D], rows as (start, length).
+Every kernel is tested against these functions. They materialise the [Sq, Sk] matrix of probabilities. Inputs are those
+of ``star_kernels.attention`` after validation, in layout [B, H, S, D].
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from star_kernels.attention.arguments import MapArguments
 from star_kernels.selection import EMPTY
 
 
@@ -16,15 +17,11 @@ def attention(
     query: Tensor,  # [B, H, Sq, D]
     key: Tensor,  # [B, H, Sk, D]
     value: Tensor,  # [B, H, Sk, D]
-    index: Tensor,  # [B, T]
-    weight: Tensor,  # [B, G, T]
-    key_mask: Tensor | None,  # [B, Sk], true where a key takes part
-    rows: tuple[int, int],
-    scale: float,
-    reduce_heads: bool,
+    arguments: MapArguments,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax attention, its maps [B, G, R] (or [B, G, H, R] per head) and its natural log-sum-exp [B, H, Sq]."""
-    scores = torch.matmul(_wide(query), _wide(key).transpose(-1, -2)) * scale  # [B, H, Sq, Sk]
+    key_mask = arguments.key_mask
+    scores = torch.matmul(_wide(query), _wide(key).transpose(-1, -2)) * arguments.scale  # [B, H, Sq, Sk]
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None], float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
@@ -33,58 +30,49 @@ def attention(
         probability = probability.masked_fill((lse == float("-inf"))[..., None], 0.0)
     out = torch.matmul(probability, _wide(value)).to(query.dtype)
 
-    start, length = rows
-    slots = _slots(index)[:, None, None].expand(-1, query.shape[1], length, -1)
-    selected = probability[:, :, start : start + length].gather(3, slots)  # [B, H, R, T]
-    return out, _aggregate(selected, index, weight, reduce_heads), lse
+    start, n_rows = arguments.start, arguments.n_rows
+    positions = _positions(arguments.index)[:, None, None].expand(-1, query.shape[1], n_rows, -1)
+    selected = probability[:, :, start : start + n_rows].gather(3, positions)  # [B, H, R, T]
+    return out, _aggregate(selected, arguments), lse
 
 
 def attention_maps(
     query: Tensor,  # [B, H, Sq, D]
     key: Tensor,  # [B, H, Sk, D]
     lse: Tensor,  # [B, H, Sq]
-    index: Tensor,  # [B, T]
-    weight: Tensor,  # [B, G, T]
-    key_mask: Tensor | None,  # [B, Sk]
-    rows: tuple[int, int],
-    scale: float,
-    reduce_heads: bool,
-    text_to_image: bool,
+    arguments: MapArguments,
 ) -> Tensor:
-    """The maps alone, P = exp(scale * q k - lse), from an attention that returned its log-sum-exp.
-
-    Selected tokens are keys and rows are queries, or the reverse with ``text_to_image``.
-    """
-    start, length = rows
-    dense, gathered = (key, query) if text_to_image else (query, key)
-    dense = _wide(dense[:, :, start : start + length])  # [B, H, R, D]
-    slots = _slots(index)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    scores = torch.matmul(dense, _wide(gathered.gather(2, slots)).transpose(-1, -2)) * scale  # [B, H, R, T]
-    if text_to_image:
-        normaliser = lse.gather(2, slots[..., 0])[:, :, None]  # [B, H, 1, T]
-        attends = None if key_mask is None else key_mask[:, None, start : start + length, None]
+    """The maps from the log-sum-exp of an attention: P = exp(scale * q k - lse)."""
+    start, n_rows, key_mask = arguments.start, arguments.n_rows, arguments.key_mask
+    dense, gathered = (key, query) if arguments.text_to_image else (query, key)
+    dense = _wide(dense[:, :, start : start + n_rows])  # [B, H, R, D]
+    positions = _positions(arguments.index)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    scores = torch.matmul(dense, _wide(gathered.gather(2, positions)).transpose(-1, -2)) * arguments.scale
+    if arguments.text_to_image:
+        normaliser = lse.gather(2, positions[..., 0])[:, :, None]  # [B, H, 1, T]
+        attends = None if key_mask is None else key_mask[:, None, start : start + n_rows, None]
     else:
-        normaliser = lse[:, :, start : start + length, None]  # [B, H, R, 1]
-        attends = None if key_mask is None else key_mask.gather(1, _slots(index))[:, None, None]
-    exponent = scores - normaliser
-    if attends is not None:  # before the exponential: a masked score is not bounded by the log-sum-exp
+        normaliser = lse[:, :, start : start + n_rows, None]  # [B, H, R, 1]
+        attends = None if key_mask is None else key_mask.gather(1, _positions(arguments.index))[:, None, None]
+    exponent = scores - normaliser  # [B, H, R, T]
+    if attends is not None:  # before the exponential: the log-sum-exp is no bound of a masked score
         exponent = exponent.masked_fill(~attends, float("-inf"))
-    return _aggregate(torch.exp(exponent), index, weight, reduce_heads)
+    return _aggregate(torch.exp(exponent), arguments)
 
 
-def _aggregate(selected: Tensor, index: Tensor, weight: Tensor, reduce_heads: bool) -> Tensor:
+def _aggregate(selected: Tensor, arguments: MapArguments) -> Tensor:
     """sum_t weight[b, g, t] * selected[b, h, r, t], as [B, G, R] or [B, G, H, R]."""
-    selected = selected.masked_fill((index == EMPTY)[:, None, None], 0.0)
-    equation = "bhrt,bgt->bgr" if reduce_heads else "bhrt,bgt->bghr"
-    maps = torch.einsum(equation, selected, weight.to(selected.dtype))
-    return maps / selected.shape[1] if reduce_heads else maps
+    selected = selected.masked_fill((arguments.index == EMPTY)[:, None, None], 0.0)
+    equation = "bhrt,bgt->bgr" if arguments.reduce_heads else "bhrt,bgt->bghr"
+    maps = torch.einsum(equation, selected, arguments.weight.to(selected.dtype))
+    return maps / selected.shape[1] if arguments.reduce_heads else maps
 
 
-def _slots(index: Tensor) -> Tensor:
-    """Positions that can be gathered: an empty slot reads position 0 and is dropped afterwards."""
+def _positions(index: Tensor) -> Tensor:
+    """Positions for ``gather``: 0 for an empty slot, whose result is dropped afterwards."""
     return index.clamp(min=0).long()
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """The dtype of the arithmetic: float32, or float64 as given."""
+    """The tensor in the dtype of the arithmetic: float64 for float64 inputs, otherwise float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,11 +1,11 @@
 """Tile and launch parameters of the Triton kernels, by architecture, head dim and dtype; nothing is tuned at run time.
 
-How the defaults follow from the hardware. A program keeps query rows and accumulators in registers and streams the rest
-through shared memory, so it wants the largest tile that does not spill; two resident programs on a multiprocessor hide
-one another's softmax behind matrix products, so 8 warps are held to 128 registers and 4 warps to 168 where they fit.
-Other limits keep the compiler from spending free registers on the maps. With warp-group products (sm_90, sm_100)
-operands stay in shared memory; on sm_80 they take registers, and tiles shrink. tests/attention/test_triton_compile.py
-holds them to what they promise; `python -m tools.compile_report` prints the outcome.
+How the defaults follow from the hardware: a program keeps query rows and accumulators in registers and streams keys and
+values through shared memory, so the largest tile that does not spill is the fastest. Two programs resident on a
+multiprocessor overlap the softmax of one with the matrix products of the other, so 8 warps are limited to 128 registers
+and 4 warps to 168 if the kernel fits. Other limits keep the compiler from using more registers with maps than without.
+With warp-group products (sm_90, sm_100) operands stay in shared memory; on sm_80 they use registers, and tiles are
+smaller. tests/attention/test_triton_compile.py checks registers and occupancy; python -m tools.compile_report prints them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of one step, warps, depth of the load pipeline, and a limit on registers of a thread.
+    """Queries and keys in one step, warps, stages of the load pipeline, and a limit on the registers of a thread.
 
-    ``descriptors``: the forward kernel reads its tiles through tensor descriptors (docs/hopper.md); slower on an H200.
+    With ``descriptors`` the forward kernel loads its tiles through tensor descriptors (docs/hopper.md); slower on an
+    H200.
     """
 
     block_m: int
@@ -35,14 +36,14 @@ class Tile:
 
     @property
     def launch(self) -> dict[str, int]:
-        """Options of a Triton launch. Fused multiply-adds are asked for: versions differ in their default."""
+        """Options of a Triton launch. Fused multiply-adds are explicit, as their default differs between versions."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """The two launches of the backward pass: one owns rows of queries, the other rows of keys."""
+    """The two launches of the backward pass: one over tiles of queries, the other over tiles of keys."""
 
     query: Tile
     key_value: Tile
@@ -50,7 +51,7 @@ class BackwardConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All kernels of one architecture and head dim."""
+    """The kernels of one architecture and head dim."""
 
     forward: Tile
     query: Tile
@@ -58,7 +59,7 @@ class Config:
 
 
 def _triton() -> tuple[int, ...]:
-    """Major and minor version of triton, which this file does without."""
+    """Major and minor version of triton, which this file does not import."""
     try:
         return tuple(int(number) for number in version("triton").split(".")[:2])
     except PackageNotFoundError:
@@ -66,9 +67,9 @@ def _triton() -> tuple[int, ...]:
 
 
 _SINCE_3_9 = _triton() >= (3, 9)
-_QUERY_128 = Tile(128, 64, 8, 2, 200 if _SINCE_3_9 else 192)  # newer compilers need more, with and without maps
+_QUERY_128 = Tile(128, 64, 8, 2, 200 if _SINCE_3_9 else 192)  # newer compilers use more, with and without maps
 
-_CONFIGS = {  # by the widest head dim that a line serves; tiles are as wide as the next power of two
+_CONFIGS = {  # by the largest head dim of a line; tiles are as wide as the next power of two
     "sm_80": {  # at most 99 KiB of shared memory, so that sm_86, sm_89 and sm_120 can run them
         32: Config(Tile(128, 64, 8, 3, 120), Tile(64, 32, 4, 3, 120), Tile(32, 64, 4, 3, 128)),
         64: Config(Tile(128, 32, 4, 3, 168), Tile(64, 32, 4, 3, 168), Tile(32, 128, 8, 3, 200)),
@@ -77,7 +78,7 @@ _CONFIGS = {  # by the widest head dim that a line serves; tiles are as wide as 
     "sm_90": {
         32: Config(Tile(128, 64, 4, 3, 168), Tile(128, 64, 8, 3, 120), Tile(64, 64, 4, 3)),
         64: Config(Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 3)),
-        127: Config(Tile(128, 64, 8, 3), _QUERY_128, Tile(32, 128, 8, 2, 216)),  # masks of the padding take registers
+        127: Config(Tile(128, 64, 8, 3), _QUERY_128, Tile(32, 128, 8, 2, 216)),  # masks of the padding use registers
         128: Config(Tile(128, 64, 8, 3), _QUERY_128, Tile(64, 128, 8, 2)),
     },
     "sm_100": {
@@ -86,18 +87,18 @@ _CONFIGS = {  # by the widest head dim that a line serves; tiles are as wide as 
         127: Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2, 248), Tile(64, 128, 8, 2, 160)),
         128: Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2, 144), Tile(64, 128, 8, 2, 160)),
     },
-    "gfx9": {  # 64 KiB of local memory, no limit on registers to set
+    "gfx9": {  # 64 KiB of local memory; a limit on registers cannot be set
         32: Config(Tile(128, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)),
         64: Config(Tile(128, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)),
         128: Config(Tile(128, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)),
     },
 }
-_FLOAT32 = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1, 176)}  # products without tensor cores, in full float32
-_MASK_REGISTERS = {"sm_80": 48, "sm_100": 48}  # more than the limit, as a spill costs more than a neighbour
+_FLOAT32 = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1, 176)}  # full float32 products, without tensor cores
+_MASK_REGISTERS = {"sm_80": 48, "sm_100": 48}  # added to the limit: a spill costs more than a lost resident block
 
 
 def architecture(device: torch.device) -> str:
-    """The family of configurations for a device; the interpreter on a CPU takes that of the smallest GPU."""
+    """The architecture whose configurations a device uses; for the interpreter on a CPU, that of the smallest GPU."""
     if device.type != "cuda":
         return "sm_80"
     return _architecture(device.index if device.index is not None else torch.cuda.current_device())
@@ -113,7 +114,7 @@ def _architecture(device: int) -> str:
 
 @cache
 def forward_config(architecture: str, head_dim: int, dtype: torch.dtype, masked: bool = False) -> Tile:
-    """The tile of the forward kernel; ``masked`` where a key mask is given.
+    """The tile of the forward kernel; ``masked`` if there is a key mask.
 
     Raises:
         ValueError: a head dim above 128.
@@ -123,7 +124,7 @@ def forward_config(architecture: str, head_dim: int, dtype: torch.dtype, masked:
 
 @cache
 def backward_config(architecture: str, head_dim: int, dtype: torch.dtype, masked: bool = False) -> BackwardConfig:
-    """The tiles of the backward kernels; ``masked`` where a key mask is given.
+    """The tiles of the backward kernels; ``masked`` if there is a key mask.
 
     Raises:
         ValueError: a head dim above 128.
@@ -136,9 +137,10 @@ def backward_config(architecture: str, head_dim: int, dtype: torch.dtype, masked
 
 
 def descriptor_tiles(head_dim: int) -> tuple[Tile, ...]:
-    """Tiles of the forward kernel on sm_90 that read through descriptors, to compare with the one of pointers.
+    """Tiles of the forward kernel on sm_90 with descriptors, to compare with the default tile.
 
-    Without registers for addresses 128 keys fit into a step at head dim 128, as the tensor cores like best.
+    Without registers for addresses, a step of 128 keys fits at head dim 128, which is the fastest width for the tensor
+    cores.
     """
     if not 64 < head_dim <= 128:
         return ()
@@ -148,17 +150,18 @@ def descriptor_tiles(head_dim: int) -> tuple[Tile, ...]:
 def loads_tokens_early(architecture: str, head_dim: int, dtype: torch.dtype, tile: Tile) -> bool:
     """Whether the forward kernel loads the selected tokens' keys before its loop and writes the output after the maps.
 
-    On an H200 that halves what maps cost at head dim 128, from 8.6 to 3.9 % of the kernel, where one block is resident
-    on a multiprocessor and waits for itself; at head dim 64 the other block fills the wait, and the order only costs.
+    On an H200 this order halves the cost of maps at head dim 128, from 8.6 to 3.9 % of the kernel: only one block is
+    resident on a multiprocessor, so nothing overlaps its waits for memory. At head dim 64 a second block does, and the
+    order makes the kernel slower.
     """
     return architecture == "sm_90" and head_dim > 64 and dtype != torch.float32 and not tile.descriptors
 
 
 def maps_config(head_dim: int, dtype: torch.dtype, simple: bool) -> Tile:
-    """The tile of the kernel that takes maps from a log-sum-exp: small, since it only waits for memory.
+    """The tile of the kernel for maps from a log-sum-exp: small, as the kernel is bound by memory latency.
 
-    Three of its blocks fit on a multiprocessor. In ``simple`` calls, with one group and no key mask, there are also
-    registers for the addresses of the next head's rows.
+    Three of its blocks fit on a multiprocessor. In ``simple`` calls, with one phrase and no key mask, there are also
+    registers to prefetch the rows of the next head.
     """
     if dtype == torch.float32:
         return Tile(32 if head_dim <= 128 else 16, 16, 4, 1, 168)

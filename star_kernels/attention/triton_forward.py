@@ -1,9 +1,9 @@
 """Flash attention (Dao, arXiv 2307.08691) that also returns token-aggregated attention maps.
 
-A program owns a tile of query rows of one head. After its loop over the keys it knows the rows' log-sum-exp, and the
-maps cost one narrow matrix product with the selected keys: no second launch, no work in the loop.
+A program computes a tile of query rows of one head. The maps are computed after its loop over the keys, from the
+log-sum-exp of the rows and one narrow matrix product with the selected keys: no second launch, no work in the loop.
 
-With tensor descriptors the tiles come by bulk copies (TMA on sm_90 and later), which need neither registers for
+With tensor descriptors tiles are loaded by bulk copies (TMA on sm_90 and later), which require neither registers for
 addresses nor masks: see docs/hopper.md.
 """
 
@@ -15,25 +15,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from star_kernels.attention.arguments import MapArguments
+from star_kernels.attention.layouts import dense_rows, result_like
 from star_kernels.attention.triton_config import Tile, architecture, forward_config, loads_tokens_early
-from star_kernels.attention.triton_maps import (
-    LOG2E,
-    SIZES,
-    dense_rows,
-    finished,
-    group_tile,
-    load_rows,
-    load_tokens,
-    map_buffers,
-    mask_argument,
-    padded,
-    result_like,
-    store_maps,
-    store_rows,
-)
+from star_kernels.attention.triton_maps import finished, map_buffers, phrase_tile, store_maps
+from star_kernels.attention.triton_tiles import LOG2E, SIZES, load_rows, load_tokens, mask_bytes, padded, store_rows
 
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below any score but finite: -inf less the maximum of a row without keys is no NaN
+LOWEST = tl.constexpr(-3.0e38)  # below any score but finite: (-inf) - LOWEST is -inf, and (-inf) - (-inf) would be NaN
 
 
 @triton.jit
@@ -55,12 +44,11 @@ def _attend_tile(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """One step of the online softmax: the keys at p_k, of which ``remaining`` are left if this is the LAST tile.
+    """One step of the online softmax: a tile of keys, of which only ``remaining`` exist if this is the LAST tile.
 
-    With descriptors they are the keys from position ``o_first``; what is past the end comes as zeros.
+    They are loaded from p_k and p_v, or with descriptors from position ``o_first``, with zeros past the end.
     """
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < remaining
@@ -69,12 +57,12 @@ def _attend_tile(
     else:
         b_k = d_k.load([tl.program_id(2), tl.program_id(1), o_first, 0]).reshape([BLOCK_N, BLOCK_D])
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-    if HAS_MASK:
+    if p_mask is not None:
         if LAST:
             m_n = tl.load(p_mask + o_n, mask=m_n, other=0) != 0
         else:
             m_n = tl.load(p_mask + o_n) != 0
-    if HAS_MASK or LAST:
+    if p_mask is not None or LAST:
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
     b_new_max = tl.maximum(b_max, tl.max(b_s, axis=1) * scale_log2)
     b_p = tl.exp2(b_s * scale_log2 - b_new_max[:, None])
@@ -93,9 +81,9 @@ def forward_kernel(
     p_q, p_k, p_v, d_q, d_k, d_v, p_out, p_lse, p_index, p_weight, p_mask, p_maps, p_partial, p_counter,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os,
-    queries, keys, row_start, row_length, tokens, groups, scale_log2,
+    queries, keys, row_start, n_rows, slots, phrases, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
-    MAPS: tl.constexpr, REDUCE: tl.constexpr, EARLY: tl.constexpr, HAS_MASK: tl.constexpr, EVEN: tl.constexpr,
+    EARLY: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     o_b = tl.program_id(2).to(tl.int64)
     o_h = tl.program_id(1).to(tl.int64)
@@ -105,53 +93,57 @@ def forward_kernel(
     m_m = o_m < queries
     p_k += o_b * stride_kb + o_h * stride_kh
     p_v += o_b * stride_vb + o_h * stride_vh
-    p_mask += o_b * keys
+    if p_mask is not None:
+        p_mask += o_b * keys
 
     if d_q is None:
-        b_q = load_rows(p_q + o_b * stride_qb + o_h * stride_qh, stride_qs, o_row, m_m, HEAD_DIM, BLOCK_D, True)
+        p_q += o_b * stride_qb + o_h * stride_qh
+        b_q = load_rows(p_q, stride_qs, o_row, m_m, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
     else:
         b_q = d_q.load([tl.program_id(2), tl.program_id(1), first, 0]).reshape([BLOCK_M, BLOCK_D])
     b_index, m_t, b_gathered = None, None, None
-    if MAPS and EARLY:  # see loads_tokens_early
-        b_index, m_t, b_gathered = load_tokens(
-            p_k, stride_ks, p_index + o_b * tokens, 0, tokens, keys, HEAD_DIM, BLOCK_D
-        )  # fmt: skip
+    if p_index is not None and EARLY:  # see loads_tokens_early
+        b_index, m_t, b_gathered = load_tokens(p_k, stride_ks, p_index + o_b * slots, 0, slots, keys, HEAD_DIM, BLOCK_D)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     full = keys // BLOCK_N
-    if not EVEN:  # first, where no accumulator takes registers yet; after the loop ptxas would serialise its products
+    if not EVEN:  # first, while no accumulator uses registers; after the loop ptxas would serialise its products
         o_last = full * BLOCK_N
         last = o_last.to(tl.int64)
+        p_last_mask = p_mask
+        if p_mask is not None:
+            p_last_mask += last
         b_acc, b_max, b_sum = _attend_tile(
-            b_acc, b_max, b_sum, b_q, p_k + last * stride_ks, p_v + last * stride_vs, d_k, d_v, p_mask + last,
-            stride_ks, stride_vs, o_last, keys - o_last, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, True,
+            b_acc, b_max, b_sum, b_q, p_k + last * stride_ks, p_v + last * stride_vs, d_k, d_v, p_last_mask,
+            stride_ks, stride_vs, o_last, keys - o_last, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, LAST=True,
         )  # fmt: skip
     p_k_tile, p_v_tile, p_mask_tile = p_k, p_v, p_mask
     for tile in range(0, full):
         b_acc, b_max, b_sum = _attend_tile(
             b_acc, b_max, b_sum, b_q, p_k_tile, p_v_tile, d_k, d_v, p_mask_tile, stride_ks, stride_vs,
-            tile * BLOCK_N, BLOCK_N, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_MASK, False,
+            tile * BLOCK_N, BLOCK_N, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, LAST=False,
         )  # fmt: skip
         p_k_tile += BLOCK_N * stride_ks
         p_v_tile += BLOCK_N * stride_vs
-        p_mask_tile += BLOCK_N
+        if p_mask is not None:
+            p_mask_tile += BLOCK_N
 
     b_lse = b_max + tl.log2(b_sum)
     tl.store(p_lse + (o_b * tl.num_programs(1) + o_h) * queries + o_row, b_lse * LN2, mask=m_m)
-    if HAS_MASK:  # a row without any key attends to nothing
+    if p_mask is not None:  # a row without any key attends to nothing
         b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     p_out += o_b * stride_ob + o_h * stride_oh
     if not EARLY:
         store_rows(b_acc / b_sum[:, None], p_out, stride_os, o_row, m_m, HEAD_DIM, BLOCK_D)
-    if MAPS:
-        if (first < row_start + row_length) & (first + BLOCK_M > row_start):
+    if p_index is not None:
+        if (first < row_start + n_rows) & (first + BLOCK_M > row_start):
             store_maps(
                 b_q, b_lse, b_index, m_t, b_gathered, p_k, stride_ks, p_index, p_weight, p_mask, p_maps, p_partial,
-                p_counter, o_b, row_start, row_length, tokens, keys, groups, scale_log2,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G, REDUCE, HAS_MASK, EARLY,
+                p_counter, o_b, row_start, n_rows, slots, keys, phrases, scale_log2,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G,
             )  # fmt: skip
-    if EARLY:  # last, since the maps' arrival counter waits for all stores before it
+    if EARLY:  # last, as the maps' arrival counter waits for all earlier stores
         store_rows(b_acc / b_sum[:, None], p_out, stride_os, o_row, m_m, HEAD_DIM, BLOCK_D)
 
 
@@ -159,13 +151,9 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    index: Tensor | None,
-    weight: Tensor | None,
-    key_mask: Tensor | None,
-    rows: tuple[int, int],
-    scale: float,
-    reduce_heads: bool,
+    arguments: MapArguments,
     *,
+    with_maps: bool = True,
     config: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Softmax attention, its maps and its log-sum-exp, in one launch.
@@ -174,63 +162,58 @@ def attention(
         query: ``[B, H, Sq, D]``, float32, float16 or bfloat16, any strides.
         key: ``[B, H, Sk, D]``, any strides.
         value: ``[B, H, Sk, D]``, any strides.
-        index: int32 ``[B, T]``, selected keys; -1 is an empty slot. None: the same kernel without maps.
-        weight: float32 ``[B, G, T]``, or None with ``index``.
-        key_mask: bool ``[B, Sk]``, true where a key takes part, or None.
-        rows: (start, length) of the queries that get a map.
-        scale: factor of the scores.
-        reduce_heads: whether the maps are the mean over heads.
+        arguments: of the maps, and the key mask and scale of the attention.
+        with_maps: if False, the same kernel without maps, to measure their cost.
         config: tile and launch parameters; by default those of the device.
 
     Returns:
-        The output in the layout of ``query``; maps, float32 ``[B, G, R]``, or ``[B, G, H, R]`` per head (None without
-        ``index``); the natural log-sum-exp, float32 ``[B, H, Sq]``. A row without any key gives 0, 0 and -inf.
+        The output in the layout of ``query``; maps, float32 ``[B, G, R]``, or ``[B, G, H, R]`` per head, or None; the
+        natural log-sum-exp, float32 ``[B, H, Sq]``. For a row without any key they are 0, 0 and -inf.
     """
-    if scale < 0:  # the kernel takes the maximum before it scales
+    index, weight, key_mask, start, n_rows, scale, reduce_heads, _ = arguments
+    if scale < 0:  # the kernel takes row maxima before scaling
         query, scale = -query, -scale
-    scale = max(scale, 1e-30)  # zero would turn the -inf of a masked score into NaN
+    scale = max(scale, 1e-30)  # 0 * -inf, of a masked score, would be NaN
     out = result_like(query)
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
-    start, length = rows
     config = config or forward_config(architecture(query.device), head_dim, query.dtype, key_mask is not None)
     descriptors: tuple[TensorDescriptor | None, ...] = (None, None, None)
     if config.descriptors and query.dtype != torch.float32 and all(map(describable, (query, key, value))):
         tiles = ((query, config.block_m), (key, config.block_n), (value, config.block_n))
-        descriptors = tuple(describe(tensor, rows) for tensor, rows in tiles)
+        descriptors = tuple(describe(tensor, tile_rows) for tensor, tile_rows in tiles)
     grid = (triton.cdiv(queries, config.block_m), heads, batch)
     with torch.cuda.device_of(query):
         lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
-        maps = partial = counter = None
-        groups = tokens = 1
-        if index is not None and weight is not None:
-            groups, tokens = weight.shape[1:]
-            maps, partial, counter = map_buffers(query, groups, length, reduce_heads, grid[0], heads)
-            index, weight = index.contiguous(), weight.contiguous()
-        mask = mask_argument(key_mask, query)
+        of_maps: tuple[Tensor | None, ...] = (None,) * 5  # index, weight, maps, partial maps, arrival counters
+        maps, phrases, slots = None, 1, 1
+        if with_maps:
+            _, phrases, slots = weight.shape
+            maps, partial, counter = map_buffers(query, arguments, tiles=grid[0], parts=heads)
+            of_maps = (index.contiguous(), weight.contiguous(), maps, partial, counter)
+        p_index, p_weight, *p_results = of_maps
         forward_kernel[grid](
-            query, key, value, *descriptors, out, lse, index, weight, mask, maps, partial, counter,
+            query, key, value, *descriptors, out, lse, p_index, p_weight, mask_bytes(key_mask), *p_results,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-            queries, keys, start, length, tokens, groups, scale * LOG2E.value,
+            queries, keys, start, n_rows, slots, phrases, scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_G=group_tile(groups), MAPS=maps is not None, REDUCE=counter is not None,
+            BLOCK_G=phrase_tile(phrases),
             EARLY=loads_tokens_early(architecture(query.device), head_dim, query.dtype, config),
-            HAS_MASK=key_mask is not None, EVEN=keys % config.block_n == 0,
-            **config.launch,
+            EVEN=keys % config.block_n == 0, **config.launch,
         )  # fmt: skip
     return out, None if maps is None else finished(maps, reduce_heads), lse
 
 
 def describable(tensor: Tensor) -> bool:
-    """Whether bulk copies can read a tensor of :func:`dense_rows`: rows in units of 16 bytes, no dimension expanded."""
+    """Whether bulk copies can read a tensor of ``dense_rows``: rows of a multiple of 16 bytes, nothing expanded."""
     return tensor.shape[-1] % 8 == 0 and all(
         [n == 1 or s > 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
     )
 
 
-def describe(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor of tiles of ``rows`` whole rows of one head; past the end of a sequence or a row they hold zeros."""
+def describe(tensor: Tensor, tile_rows: int) -> TensorDescriptor:
+    """A descriptor of tiles of ``tile_rows`` whole rows of one head, with zeros past the end of a sequence or row."""
     head_dim = tensor.shape[-1]
     strides = [head_dim if n == 1 else s for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, padded(head_dim)])
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, tile_rows, padded(head_dim)])

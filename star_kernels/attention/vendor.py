@@ -1,12 +1,12 @@
-"""PyTorch's own fused attention, with its log-sum-exp. The only file that touches these private operators.
+"""PyTorch's own fused attention, with its log-sum-exp. The only file that calls these private operators.
 
-A kernel is a pair of functions in layout [B, H, S, D]: the forward one gives the output and the natural log-sum-exp,
-the backward one takes a gradient of the output. The two in float32 throughout take one of the log-sum-exp too.
+A kernel is a pair of functions in layout [B, H, S, D]: the forward function returns the output and the natural
+log-sum-exp, the backward function takes the gradient of the output. The two backward functions that compute in float32
+take the gradient of the log-sum-exp too.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KERNELS = ("cudnn", "flash", "efficient")  # of CUDA
-LSE_ALIGNMENT = 32 if torch.version.hip is None else 1  # rows that the efficient kernel's log-sum-exp is padded to
+KERNELS = ("cudnn", "flash", "efficient")  # on CUDA
+LSE_ALIGNMENT = 32 if torch.version.hip is None else 1  # the efficient kernel pads its log-sum-exp to a multiple
 
 _CPU_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-# Arguments of the operators that are called by position, as torch 2.11 to 2.13 have them.
+# The operators are called by position. These are their arguments in torch 2.11 to 2.13.
 _ARGUMENTS = {
     "_scaled_dot_product_flash_attention": "query key value dropout_p is_causal return_debug_mask scale",
     "_scaled_dot_product_flash_attention_backward": "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q "
@@ -36,11 +36,15 @@ _ARGUMENTS = {
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention on a CPU: the output, like query, and its log-sum-exp, float32 [B, H, Sq]."""
+    """Attention on a CPU.
+
+    Returns:
+        The output, in the layout of query, and its log-sum-exp, float32 [B, H, Sq].
+    """
     if key_mask is None:
         return _CPU_FORWARD(query, key, value, scale=scale)
     out, lse = _CPU_FORWARD(query, key, value, attn_mask=_additive(key_mask, query.dtype), scale=scale)
-    # PyTorch gives 0 where no key takes part.
+    # PyTorch returns 0 for rows without any key.
     return out, lse.masked_fill(~key_mask.any(dim=1)[:, None, None], float("-inf"))
 
 
@@ -55,9 +59,10 @@ def backward(
     key_mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of both results on a CPU, float32, without a matrix of size [Sq, Sk].
+    """Gradients with respect to query, key and value on a CPU, in float32, from those of both results.
 
-    The arithmetic is float32 throughout: PyTorch's 16-bit backward on a CPU is several times slower and no more exact.
+    No [Sq, Sk] matrix is materialised. PyTorch's 16-bit backward pass on a CPU is several times slower than this one,
+    and no more exact.
     """
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     saved = _float32(grad_out, grad_lse, query, key, value, out, columns=1)
@@ -76,8 +81,11 @@ def cuda_float32_backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of both results by the efficient kernel, float32: 16 bits would round that of the log-sum-exp."""
-    saved = _float32(grad_out, grad_lse, query, key, value, out, columns=4)  # rows begin at 16 bytes
+    """Gradients with respect to query, key and value by the efficient kernel, from those of both results.
+
+    In float32, as 16 bits would round the gradient of the log-sum-exp.
+    """
+    saved = _float32(grad_out, grad_lse, query, key, value, out, columns=4)  # rows start at multiples of 16 bytes
     dq, dk, dv = cuda_backward("efficient", *saved, lse, scale)
     width = query.shape[-1]
     return dq[..., :width], dk[..., :width], dv[..., :width]
@@ -93,15 +101,15 @@ def _float32(
     *,
     columns: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What PyTorch's backward, which knows only the output, is given so that it forms the gradient of both results.
+    """Arguments with which PyTorch's backward pass, which takes only dO, computes the gradient of both results.
 
-    dS = P (dO V^T - rowsum(dO O) + dlse), so dlse enters as one more column (of ``columns``, the others 0):
-    dO' = [dO, 1], V' = [V, 0], O' = [O, -dlse].
+    dS = P (dO V^T - rowsum(dO O) + dlse), so dlse is passed as the first of ``columns`` additional columns (the others
+    are 0): dO' = [dO, 1], V' = [V, 0], O' = [O, -dlse].
     """
     query, key, value, out = query.float(), key.float(), value.float(), out.float()
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.float()
     if grad_lse is not None:
-        # Contiguous: heads of one element may look to F.pad like channels, which it then puts last in memory.
+        # F.pad takes heads of one element for an image with channels last, and would return that layout.
         query, key, value = (F.pad(t, (0, columns)).contiguous() for t in (query, key, value))
         out = F.pad(torch.cat([out, -grad_lse[..., None]], dim=-1), (0, columns - 1))
         grad_out = F.pad(grad_out, (0, columns), value=1.0)
@@ -109,7 +117,11 @@ def _float32(
 
 
 def cuda_forward(kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention by one of KERNELS: the output, in a layout of its own, and its log-sum-exp, float32 [B, H, Sq]."""
+    """Attention by one of KERNELS.
+
+    Returns:
+        The output, in a layout that the kernel chooses, and its log-sum-exp, float32 [B, H, Sq].
+    """
     results: Any
     query, scale = _positive_scale(query, scale)
     if kernel == "flash":
@@ -119,7 +131,7 @@ def cuda_forward(kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: 
     else:
         results = _operator("efficient_attention")(query, key, value, None, True, 0.0, False, scale=scale)
     out, lse = results[:2]
-    if lse.ndim == 4:  # cuDNN's has one column
+    if lse.ndim == 4:  # cuDNN returns [B, H, Sq, 1]
         lse = lse.squeeze(-1)
     return out, lse.narrow(2, 0, query.shape[2])
 
@@ -127,7 +139,7 @@ def cuda_forward(kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: 
 def cuda_backward(
     kernel: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the output by one of KERNELS, whichever kernel gave output and log-sum-exp."""
+    """Gradients with respect to query, key and value by one of KERNELS; any of them may have computed out and lse."""
     if scale <= 0:
         turned, positive = _positive_scale(query, scale)
         grad_query, *grads = cuda_backward(kernel, grad_out, turned, key, value, out, lse, positive)
@@ -146,8 +158,8 @@ def cuda_backward(
             *saved, out, lse, *random, None, None, None, *lengths, 0.0, False, scale=scale
         )
     else:
-        out = out.transpose(1, 2).contiguous().transpose(1, 2)  # the kernel takes its strides for those of [B, S, H, D]
-        lse = F.pad(lse, (0, -lse.shape[2] % LSE_ALIGNMENT), value=float("inf"))  # as its own forward pass leaves them
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)  # the kernel assumes the strides of [B, S, H, D]
+        lse = F.pad(lse, (0, -lse.shape[2] % LSE_ALIGNMENT), value=float("inf"))  # as in the efficient forward pass
         wanted = [True, True, True, False]
         results = _operator("efficient_attention_backward")(
             *saved, None, out, lse.contiguous(), *random, 0.0, wanted, False, scale=scale
@@ -155,60 +167,32 @@ def cuda_backward(
     return results[0], results[1], results[2]
 
 
-def limits(kernel: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What keeps one of KERNELS from these inputs, if anything."""
-    narrow = dtype in (torch.float16, torch.bfloat16)
-    if kernel != "efficient" and not narrow:
-        return "it takes float16 and bfloat16"
-    multiple = 8 if narrow else 4
-    if head_dim % multiple:
-        return f"its head dimension is a multiple of {multiple}"
-    most = {"cudnn": 128, "flash": 256, "efficient": 65536}[kernel]
-    if head_dim > most:
-        return f"its head dimension goes up to {most}"
-    return cudnn_problem() if kernel == "cudnn" else None
-
-
-@cache
-def cudnn_problem() -> str | None:
-    """What keeps this cuDNN from use, if anything.
-
-    Before 9.15.1 its attention is wrong at lengths that are no multiple of 128: PyTorch leaves it alone too (#169849).
-    """
-    version = torch.backends.cudnn.version()
-    if version is not None and version <= 91500:
-        return f"its results before cuDNN 9.15.1 are wrong at some lengths, and this PyTorch has cuDNN {version}"
-    if os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") == "1":
-        return "TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1 lays its log-sum-exp out in another way"
-    return None
-
-
 def flash_implementation() -> str:
-    """Which flash attention PyTorch runs: FA2, or what ``activate_flash_attention_impl`` (torch 2.13) put there."""
+    """Which flash attention PyTorch runs: FA2, or the one set by ``activate_flash_attention_impl`` (torch 2.13)."""
     current: Callable[[], str | None] | None = getattr(torch.nn.attention, "current_flash_attention_impl", None)
     return (current() if current is not None else None) or "FA2"
 
 
 @cache
 def _operator(name: str) -> Any:
-    """A private operator, whose signature is the one that it is called with.
+    """A private operator, after a check of its signature.
 
     Raises:
-        RuntimeError: this torch has another.
+        RuntimeError: this version of torch has another signature.
     """
     name = f"_scaled_dot_product_{name}"
     operator = getattr(torch.ops.aten, name).default
     arguments = " ".join(argument.name for argument in operator._schema.arguments)
     if arguments != _ARGUMENTS[name]:
         raise RuntimeError(
-            f"torch {torch.__version__} has another {name} than star_kernels knows: it takes {arguments}, expected "
-            f"{_ARGUMENTS[name]}; use backend='triton'"
+            f"{name} of torch {torch.__version__} must take the arguments {_ARGUMENTS[name]}, got {arguments}; use "
+            "backend='triton'"
         )
     return operator
 
 
 def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
-    """The same scores with a scale above zero: the kernels take the maximum of a row before they scale it."""
+    """Query and scale with the same scores and a positive scale: the kernels take row maxima before scaling."""
     if scale < 0:
         query, scale = -query, -scale
     return query, max(scale, 1e-30)
@@ -216,14 +200,14 @@ def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
 
 @cache
 def _no_dropout(device: torch.device, kernel: str) -> tuple[Tensor, Tensor]:
-    """The state of a random generator that is not used, in the dtype of the kernel's own."""
+    """The state of a random generator, which is not used, in the dtype that the kernel requires."""
     if kernel == "flash":
         return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.uint64, device=device)
     return torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)
 
 
 def _additive(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask as PyTorch's kernels take it: [B, 1, 1, Sk], 0 or -inf."""
+    """The mask that PyTorch's kernels add to the scores: [B, 1, 1, Sk], 0 or -inf."""
     if key_mask is None:
         return None
     zeros = torch.zeros(key_mask.shape, dtype=dtype, device=key_mask.device)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from star_kernels.checks import warn
-from star_kernels.operators import WATCH
+from star_kernels.torch_internals import WATCH
 
 
 def backend_for(name: str, *tensors: Tensor) -> str:

@@ -99,13 +99,13 @@ def ids(rows: list) -> list[str]:
 
 
 @pytest.mark.parametrize(("changed", "error", "message"), SHARED + ATTENTION, ids=ids(SHARED + ATTENTION))
-def test_bad_input_to_attention_is_named(changed: dict, error: Any, message: str) -> None:
+def test_bad_input_to_attention_is_an_error_that_names_it(changed: dict, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         attention(**{"query": Q, "key": K, "value": K, "selection": SELECTION, **changed})
 
 
 @pytest.mark.parametrize(("changed", "error", "message"), SHARED + MAPS, ids=ids(SHARED + MAPS))
-def test_bad_input_to_attention_maps_is_named(changed: dict, error: Any, message: str) -> None:
+def test_bad_input_to_attention_maps_is_an_error_that_names_it(changed: dict, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         attention_maps(**{"query": Q, "key": K, "lse": LSE, "selection": SELECTION, **changed})
 
@@ -116,14 +116,14 @@ def test_good_input_is_accepted() -> None:
     attention_maps(Q, K, LSE, SELECTION, direction="text_to_image", rows=(8, 1))
 
 
-def test_an_index_past_the_sequence_is_caught_below_the_checks_as_well() -> None:
+def test_the_kernel_rejects_an_index_past_the_sequence_too() -> None:
     far = TokenSelection.from_positions([[1], [9]])
     with pytest.raises((ValueError, IndexError, RuntimeError), match=r"selection\.index|out of bounds"):
         torch.ops.star_kernels.attention(Q, K, K, far.index, far.weight, None, 0, 7, 0.3, True, "vendor")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_definition_refuses_an_index_past_the_sequence_by_the_same_name(dtype: torch.dtype) -> None:
+def test_the_reference_rejects_an_index_past_the_sequence_with_the_same_error(dtype: torch.dtype) -> None:
     query, key, far = Q.to(dtype), K.to(dtype), TokenSelection.from_positions([[1], [9]])
     with pytest.raises(ValueError, match=r"selection\.index must be below the length of the sequence, 9, got 9"):
         attention(query, key, key, far, backend="naive")
@@ -131,14 +131,14 @@ def test_the_definition_refuses_an_index_past_the_sequence_by_the_same_name(dtyp
         attention_maps(query, key, LSE.to(dtype), far, backend="naive")
 
 
-def test_an_operator_refuses_rows_outside_the_sequence() -> None:
+def test_an_operator_rejects_rows_outside_the_sequence() -> None:
     arguments = (Q, K, LSE, SELECTION.index, SELECTION.weight, None)
-    for start, rows in ((5, 3), (-1, 3)):
+    for start, n_rows in ((5, 3), (-1, 3)):
         with pytest.raises((ValueError, RuntimeError), match=r"rows|size|range"):
-            torch.ops.star_kernels.attention_maps(*arguments, start, rows, 0.3, True, False)
+            torch.ops.star_kernels.attention_maps(*arguments, start, n_rows, 0.3, True, False)
 
 
-def test_a_long_head_is_served_or_named() -> None:
+def test_heads_longer_than_the_native_limit_run_in_pytorch() -> None:
     long = torch.randn(1, 1, 3, 2048)
     selection = TokenSelection.from_positions([[1]])
     maps = attention(long, long, long, selection).maps

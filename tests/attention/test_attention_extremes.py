@@ -1,4 +1,4 @@
-"""Attention and its maps at the ends of their ranges, and with numbers that are none in one sample."""
+"""Attention and its maps with extreme values, and with NaN or infinity in one sample."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ORDER = torch.tensor([2, 0, 1])
 
 
 class Inputs:
-    """Queries, keys and values, and tokens of both in two groups."""
+    """Queries, keys and values, and selected tokens of both in two phrases."""
 
     def __init__(self, device: str, size: float = 1.0) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -57,7 +57,7 @@ class Inputs:
 
 
 def broken(tensor: Tensor, value: float) -> Tensor:
-    """The tensor with a value in its second sample."""
+    """The tensor with one element of its second sample replaced."""
     spoilt = tensor.clone()
     spoilt[1].view(-1)[5] = value
     return spoilt
@@ -68,7 +68,7 @@ def equal(got: tuple[Tensor, ...], want: tuple[Tensor, ...], samples: list[int])
 
 
 @pytest.mark.parametrize("value", BROKEN, ids=str)
-def test_a_broken_sample_reaches_no_other(value: float, attention_backend: tuple[str, str]) -> None:
+def test_nan_or_infinity_in_a_sample_affects_no_other(value: float, attention_backend: tuple[str, str]) -> None:
     inputs = Inputs(attention_backend[1])
     clean = inputs.attention(attention_backend[0])
     for name in ("query", "key", "value"):
@@ -79,7 +79,7 @@ def test_a_broken_sample_reaches_no_other(value: float, attention_backend: tuple
 
 @pytest.mark.parametrize("value", BROKEN, ids=str)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_broken_sample_reaches_no_other_sample_of_the_maps(
+def test_nan_or_infinity_in_a_sample_affects_maps_of_no_other(
     direction: str, value: float, maps_backend: tuple[str, str]
 ) -> None:
     inputs = Inputs(maps_backend[1])
@@ -89,7 +89,7 @@ def test_a_broken_sample_reaches_no_other_sample_of_the_maps(
         assert equal(results, clean, OTHERS), name
 
 
-def test_a_broken_row_reaches_no_other_row_of_the_maps(maps_backend: tuple[str, str]) -> None:
+def test_nan_in_a_row_affects_maps_of_no_other_row(maps_backend: tuple[str, str]) -> None:
     inputs = Inputs(maps_backend[1])
     clean = inputs.maps(maps_backend[0], "image_to_text")[0]
     query = inputs.query.clone()
@@ -106,7 +106,7 @@ def test_logits_of_ten_thousand_give_the_softmax(size: float, attention_backend:
     everything = TokenSelection.from_mask(torch.ones(BATCH, KEYS, dtype=torch.bool))
     assert float(inputs.lse.abs().max()) > size
     out, maps, lse, *gradients = inputs.attention(attention_backend[0], selection=everything)
-    # A float32 score of that size is off by some of its last digits, and so is the logarithm of its probability.
+    # The rounding error of a float32 score of that size is also that of the logarithm of its probability.
     error = 4 * size * torch.finfo(torch.float32).eps * WIDTH**0.5
     exact = torch.matmul(inputs.probability, inputs.value.double())
     torch.testing.assert_close(out.double().cpu(), exact, rtol=0, atol=error)
@@ -162,27 +162,27 @@ def test_attention_with_an_empty_selection_is_attention(attention_backend: tuple
     torch.testing.assert_close(results[0].double().cpu(), exact, rtol=0, atol=1e-5)
 
 
-def test_maps_are_shares_that_groups_add_up_to(attention_backend: tuple[str, str]) -> None:
-    """Between 0 and the sum of the weights; over all keys, in any number of groups, they sum to one."""
+def test_maps_of_all_keys_sum_to_one_over_phrases(attention_backend: tuple[str, str]) -> None:
+    """Between 0 and the sum of the weights; over all keys, in any number of phrases, they sum to one."""
     inputs = Inputs(attention_backend[1])
     maps = inputs.attention(attention_backend[0])[1].cpu()
     used = inputs.selection.weight * (inputs.selection.index >= 0)[:, None]
     assert bool((maps >= 0).all())
     assert bool((maps <= used.sum(dim=2)[..., None] * (1 + 1e-5)).all())
-    groups = [[list(range(g, KEYS, 4)) for g in range(4)]] * BATCH
-    maps = inputs.attention(attention_backend[0], selection=TokenSelection.from_positions(groups))[1]
+    phrases = [[list(range(g, KEYS, 4)) for g in range(4)]] * BATCH
+    maps = inputs.attention(attention_backend[0], selection=TokenSelection.from_positions(phrases))[1]
     torch.testing.assert_close(maps.sum(dim=1), torch.ones_like(maps[:, 0]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_samples_do_not_know_of_one_another(direction: str, maps_backend: tuple[str, str]) -> None:
+def test_samples_are_independent(direction: str, maps_backend: tuple[str, str]) -> None:
     inputs = Inputs(maps_backend[1])
     results = inputs.maps(maps_backend[0], direction)
     chosen = inputs.selection
     moved = {name: getattr(inputs, name)[ORDER] for name in ("query", "key", "lse")}
     selection = TokenSelection(chosen.index[ORDER], chosen.weight[ORDER])
     for got, want in zip(inputs.maps(maps_backend[0], direction, selection=selection, **moved), results, strict=True):
-        if maps_backend[0] == "naive":  # a product of matrices may take another order for another sample
+        if maps_backend[0] == "naive":  # the order of a sum in a matrix product may depend on the sample
             torch.testing.assert_close(got, want[ORDER], rtol=1e-6, atol=1e-7)
         else:
             torch.testing.assert_close(got, want[ORDER], rtol=0, atol=0)

@@ -1,59 +1,57 @@
-"""Which backend "auto" takes, and what the operators promise of it before anything runs."""
-
-import sys
+"""Which backend "auto" selects, why others cannot run, and the shapes that the operators promise."""
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from star_kernels import TokenSelection, attention
-from star_kernels.attention import choose_backend, obstacle, ops, tuning
+from star_kernels.attention import dispatch, ops
+from star_kernels.attention.dispatch import choose_backend, obstacle
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_auto_takes_the_fused_kernels_of_the_device(dtype):
+def test_auto_selects_the_fused_kernels_of_the_device(dtype):
     assert choose_backend("cpu", dtype, 64) == "vendor"
     pytest.importorskip("triton")
-    assert choose_backend("cuda", dtype, 128) == "auto"  # the operator looks up the sizes
+    assert choose_backend("cuda", dtype, 128) == "auto"  # the operator's choice depends on the lengths
 
 
 def test_a_compiled_call_may_name_its_backend():
     def f(x):
         return x + 1 if obstacle("triton", "cuda", torch.float32, x.shape[-1]) is None else x
 
-    tuning.triton_problem.cache_clear()
+    dispatch.triton_problem.cache_clear()
     torch.compile(f, fullgraph=True, backend="eager")(torch.ones(16))
 
 
-def test_float64_runs_the_definition():
+def test_float64_runs_the_reference():
     assert choose_backend("cpu", torch.float64, 64) == choose_backend("cuda", torch.float64, 64) == "naive"
 
 
-def test_a_gpu_without_triton_takes_the_vendors(monkeypatch, recwarn):
-    monkeypatch.setattr(tuning, "triton_problem", lambda: "the package triton is missing")
+def test_a_gpu_without_triton_runs_pytorchs_kernels(monkeypatch, recwarn):
+    monkeypatch.setattr(dispatch, "triton_problem", lambda: "the package triton is missing")
     assert choose_backend("cuda", torch.bfloat16, 64) == "auto"
     assert not recwarn.list
-    assert choose_backend("cuda", torch.bfloat16, 64, masked=True) == "naive"  # they take no mask
+    assert choose_backend("cuda", torch.bfloat16, 64, masked=True) == "naive"  # not supported by PyTorch's kernels
     assert "a key_mask" in str(recwarn.pop().message)
 
 
-def test_a_mask_on_heads_that_triton_does_not_take_runs_the_definition(recwarn):
-    assert choose_backend("cuda", torch.bfloat16, 2 * tuning.TRITON_HEAD_DIM, masked=True) == "naive"
-    assert choose_backend("cuda", torch.bfloat16, 2 * tuning.TRITON_HEAD_DIM) == "auto"
+def test_a_mask_on_heads_too_wide_for_triton_runs_the_reference(recwarn):
+    assert choose_backend("cuda", torch.bfloat16, 2 * dispatch.TRITON_HEAD_DIM, masked=True) == "naive"
+    assert choose_backend("cuda", torch.bfloat16, 2 * dispatch.TRITON_HEAD_DIM) == "auto"
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_the_choice_knows_of_a_mask(masked, monkeypatch):
+def test_the_choice_of_the_backend_depends_on_the_mask(masked, monkeypatch):
     asked = []
-    module = sys.modules["star_kernels.attention"]  # the package has a function of this name
-    monkeypatch.setattr(module, "choose_backend", lambda *arguments: asked.append(arguments) or "naive")
+    monkeypatch.setattr(dispatch, "choose_backend", lambda *arguments: asked.append(arguments) or "naive")
     query, mask = torch.randn(1, 1, 4, 16), torch.ones(1, 4, dtype=torch.bool)
     attention(query, query, query, TokenSelection.from_positions([[1]]), key_mask=mask if masked else None)
     assert asked == [("cpu", torch.float32, 16, masked)]
 
 
-def test_a_gpu_that_must_take_the_definition_says_so_once(monkeypatch, recwarn):
-    monkeypatch.setattr(tuning, "triton_problem", lambda: "the package triton is missing")
+def test_a_gpu_that_falls_back_to_the_reference_warns_once(monkeypatch, recwarn):
+    monkeypatch.setattr(dispatch, "triton_problem", lambda: "the package triton is missing")
     assert choose_backend("cuda", torch.bfloat16, 61) == "naive"
     assert choose_backend("cuda", torch.bfloat16, 61) == "naive"
     messages = [str(w.message) for w in recwarn]
@@ -66,25 +64,25 @@ def test_a_gpu_that_must_take_the_definition_says_so_once(monkeypatch, recwarn):
     [
         ("triton", "cpu", 64, "CUDA"),
         ("flash", "cpu", 64, "CUDA"),
-        ("triton", "cuda", 1000, f"{tuning.TRITON_HEAD_DIM}"),
+        ("triton", "cuda", 1000, f"{dispatch.TRITON_HEAD_DIM}"),
         ("cudnn", "cuda", 256, "128"),
         ("flash", "cuda", 61, "multiple of 8"),
     ],
 )
-def test_a_backend_that_cannot_run_says_why(backend, device, head_dim, reason):
+def test_an_obstacle_names_its_reason(backend, device, head_dim, reason):
     pytest.importorskip("triton")
     assert reason in obstacle(backend, device, torch.bfloat16, head_dim)
 
 
 @pytest.mark.parametrize("backend", ["vendor", "cudnn", "flash", "efficient"])
-def test_the_vendors_take_no_key_mask_on_a_gpu(backend):
+def test_a_key_mask_on_a_gpu_is_an_obstacle_of_pytorchs_kernels(backend):
     pytest.importorskip("triton")
     assert obstacle(backend, "cuda", torch.bfloat16, 64) is None
     assert "key_mask" in obstacle(backend, "cuda", torch.bfloat16, 64, masked=True)
     assert obstacle("vendor", "cpu", torch.float32, 64, masked=True) is None
 
 
-def test_every_head_dimension_that_some_kernel_takes_is_served():
+def test_auto_has_no_obstacle_if_one_kernel_supports_the_head_dimension():
     pytest.importorskip("triton")
     assert obstacle("auto", "cuda", torch.bfloat16, 512) is None  # efficient
     assert obstacle("auto", "cuda", torch.bfloat16, 513) is not None

@@ -1,4 +1,4 @@
-"""The contract of ``attention_maps``, in both directions, and of the path without a compiled library."""
+"""The contract of ``attention_maps``, in both directions, and without the compiled library."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SLOTS = [1, 3, 40]
 class Inputs:
     """Random tensors of a case, with the log-sum-exp of all keys, and the same in float64."""
 
-    def __init__(self, case: tuple, dtype: torch.dtype, device: str, direction: str, slots: int = 3, groups: int = 2):
+    def __init__(self, case: tuple, dtype: torch.dtype, device: str, direction: str, slots: int = 3, phrases: int = 2):
         (batch, heads, queries, keys, width), rows, masked, layout, reduce_heads, scale = case
         generator = torch.Generator().manual_seed(0)
         query, key = (torch.randn(batch, heads, n, width, generator=generator).to(dtype) for n in (queries, keys))
@@ -62,9 +62,9 @@ class Inputs:
         if slots > 2:
             index[0, 1] = index[0, 0]  # a repeated token
             index[-1] = -1  # an empty sequence
-        weight = torch.rand(batch, groups, slots, generator=generator)
-        if groups > 1:
-            weight[:, 1] = 0  # an empty group
+        weight = torch.rand(batch, phrases, slots, generator=generator)
+        if phrases > 1:
+            weight[:, 1] = 0  # an empty phrase
         if layout == "bshd":
             query, key = query.transpose(1, 2).contiguous(), key.transpose(1, 2).contiguous()
         self.tensors = tuple(t.to(device) for t in (query, key, self.lse.to(torch.float32)))
@@ -123,13 +123,13 @@ def test_maps_are_within_1e5_of_the_materialised_softmax(
 
 
 @pytest.mark.parametrize("slots", SLOTS)
-@pytest.mark.parametrize("groups", [1, 5])
+@pytest.mark.parametrize("phrases", [1, 5])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_any_number_of_tokens_and_groups(
-    direction: str, groups: int, slots: int, maps_backend: tuple[str, str], poisoned: None
+def test_any_number_of_tokens_and_phrases(
+    direction: str, phrases: int, slots: int, maps_backend: tuple[str, str], poisoned: None
 ) -> None:
     backend, device = maps_backend
-    inputs = Inputs(CASES["mask"], torch.float32, device, direction, slots, groups)
+    inputs = Inputs(CASES["mask"], torch.float32, device, direction, slots, phrases)
     exact = inputs.textbook(*(t.double() for t in inputs.tensors))
     torch.testing.assert_close(inputs.run(backend).double(), exact, rtol=0, atol=1e-5)
 
@@ -147,7 +147,7 @@ def test_maps_from_the_lse_are_those_of_attention(wide: str, maps_backend: tuple
 
 def test_text_to_image_rows_of_a_query_sum_to_one(maps_backend: tuple[str, str]) -> None:
     backend, device = maps_backend
-    inputs = Inputs(CASES["mask"], torch.float32, device, "text_to_image", groups=1)
+    inputs = Inputs(CASES["mask"], torch.float32, device, "text_to_image", phrases=1)
     inputs.selection = TokenSelection.from_positions([[4], [9]]).to(device)
     torch.testing.assert_close(inputs.run(backend).sum(dim=-1), torch.ones(2, 1, device=device), rtol=0, atol=1e-5)
 
@@ -192,7 +192,7 @@ def test_gradients_are_as_exact_as_pytorch(
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("reduce_heads", [True, False])
 @pytest.mark.parametrize("masked", ["", "some", "all"])
-def test_gradcheck_of_the_definition(masked: str, reduce_heads: bool, direction: str) -> None:
+def test_gradcheck_of_the_reference(masked: str, reduce_heads: bool, direction: str) -> None:
     inputs = Inputs(((2, 2, 4, 5, 3), slice(1, 4), masked, "bhsd", reduce_heads, None), torch.float64, "cpu", direction)
     query, key, _ = inputs.tensors
     lse = inputs.lse.clamp(min=-10)  # a numerical derivative needs finite numbers; masked rows give 0 all the same
@@ -254,7 +254,9 @@ def test_compiles_to_one_graph_forward_and_backward(direction: str, maps_backend
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_no_matrix_of_size_s_by_s_is_held(direction: str, maps_backend: tuple[str, str], peak_memory: Callable) -> None:
+def test_no_matrix_of_size_s_by_s_is_materialised(
+    direction: str, maps_backend: tuple[str, str], peak_memory: Callable
+) -> None:
     backend, device = maps_backend
     if device != "cpu":
         pytest.skip("other devices have their own counters")
@@ -271,7 +273,7 @@ def test_no_matrix_of_size_s_by_s_is_held(direction: str, maps_backend: tuple[st
     assert peak_memory(step) < heads * length * length * 4 / 4
 
 
-def test_without_a_compiled_library_results_are_the_same_and_one_warning_says_so(
+def test_without_the_compiled_library_results_agree_and_there_is_one_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inputs = Inputs(CASES["mask"], torch.float32, "cpu", "image_to_text")

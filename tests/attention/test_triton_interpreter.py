@@ -38,7 +38,7 @@ if INTERPRETED:
 
     TILE = Tile(32, 32, 4, 1)
     BULK = Tile(32, 32, 4, 1, descriptors=True)
-    TALL = Tile(64, 16, 4, 1)  # rows and columns of a tile differ, so that one cannot pass for the other
+    TALL = Tile(64, 16, 4, 1)  # rows and columns differ, so that a mix-up shows
 
 
 @outer
@@ -49,7 +49,7 @@ def test_in_the_interpreter(tier: str) -> None:
 
 DTYPES = {torch.float32: list(CASES), torch.float16: ["plain", "cross", "head_dim_40", "head_dim_128", "mask_all"]}
 CASES_AND_DTYPES = [(name, dtype) for dtype in DTYPES for name in DTYPES[dtype]]
-QUICK = {"plain", "one", "cross_short", "groups", "mask_all"}
+QUICK = {"plain", "one", "cross_short", "phrases", "mask_all"}
 
 
 def quick(name: str, dtype: torch.dtype, wanted: str = "out maps lse") -> bool:
@@ -62,7 +62,7 @@ def test_results_are_as_exact_as_pytorch(
     name: str, dtype: torch.dtype, assert_as_exact: Callable, poisoned: None
 ) -> None:
     inputs = make(CASES[name], dtype)
-    out, maps, lse = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)
+    out, maps, lse = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
     exact_out, exact_maps, exact_lse = exact(inputs)
     assert out.dtype == dtype
     assert maps.dtype == lse.dtype == torch.float32
@@ -87,9 +87,9 @@ def kernel_gradients(inputs: Inputs, upstream: list[Tensor | None], config: Back
     grad_out, grad_maps, grad_lse = (
         None if g is None else g.to(d) for g, d in zip(upstream, (dtype, torch.float32, torch.float32), strict=True)
     )
-    out, _, lse = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)
+    out, _, lse = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
     return triton_backward.attention_backward(
-        grad_out, grad_maps, grad_lse, *inputs.tensors, out, lse, *inputs.arguments, config=config
+        grad_out, grad_maps, grad_lse, *inputs.tensors, out, lse, inputs.arguments, config=config
     )
 
 
@@ -102,7 +102,7 @@ def test_gradients_are_as_exact_as_pytorch(
     upstream = cotangents(inputs, wanted)
     got = kernel_gradients(inputs, upstream, BackwardConfig(TALL, TILE))
     reference = autograd(lambda *tensors: eager(*tensors, inputs), inputs, dtype, upstream)
-    truth = autograd(lambda *t: naive.attention(*t, *inputs.arguments), inputs, torch.float64, upstream)
+    truth = autograd(lambda *t: naive.attention(*t, inputs.arguments), inputs, torch.float64, upstream)
     for tensor, *grads in zip(("query", "key", "value"), got, reference, truth, strict=True):
         assert grads[0].dtype == dtype
         assert_as_exact(f"gradient of {tensor}", *grads, dtype)
@@ -111,7 +111,7 @@ def test_gradients_are_as_exact_as_pytorch(
 @inner
 @pytest.mark.parametrize("text_to_image", [False, True], ids=["image_to_text", "text_to_image"])
 @pytest.mark.parametrize(("name", "dtype"), mostly_exhaustive(CASES_AND_DTYPES, quick), ids=str)
-def test_maps_from_a_log_sum_exp_match_the_definition(
+def test_maps_from_a_log_sum_exp_match_the_reference(
     name: str, dtype: torch.dtype, text_to_image: bool, poisoned: None
 ) -> None:
     case = CASES[name]
@@ -124,16 +124,16 @@ def test_maps_from_a_log_sum_exp_match_the_definition(
         inputs.index = inputs.index.where(inputs.index < 0, inputs.index % query.shape[2])
     wide = [t.double() for t in inputs.tensors]
     lse = exact_lse(inputs)
-    arguments = (inputs.index, inputs.weight, inputs.key_mask, inputs.rows, case.scale, case.reduce_heads)
-    got = triton_maps.attention_maps(query, key, lse.float(), *arguments, text_to_image, config=TILE)
-    expected = naive.attention_maps(wide[0], wide[1], lse, *arguments, text_to_image)
+    arguments = inputs.arguments._replace(text_to_image=text_to_image)
+    got = triton_maps.attention_maps(query, key, lse.float(), arguments, config=TILE)
+    expected = naive.attention_maps(wide[0], wide[1], lse, arguments)
     torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=1e-5)
 
 
 @inner
 @pytest.mark.parametrize("change", mostly_exhaustive([bshd, packed, strided, misaligned], [strided]))
 def test_any_strides_give_the_same_results(change: Callable, poisoned: None) -> None:
-    inputs = make(Case((2, 3, 40, 50, 24), groups=2, masked="some"), torch.float32)
+    inputs = make(Case((2, 3, 40, 50, 24), phrases=2, masked="some"), torch.float32)
     upstream = cotangents(inputs, "out maps lse")
     other = replace(
         inputs,
@@ -142,10 +142,10 @@ def test_any_strides_give_the_same_results(change: Callable, poisoned: None) -> 
         weight=inputs.weight.transpose(1, 2).contiguous().transpose(1, 2),
         key_mask=inputs.key_mask.t().contiguous().t(),
     )
-    expected = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)
-    got = triton_forward.attention(*other.tensors, *other.arguments, config=TILE)
+    expected = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
+    got = triton_forward.attention(*other.tensors, other.arguments, config=TILE)
     if change is not strided:
-        assert got[0].stride() == torch.empty_like(other.tensors[0]).stride()  # what compiled callers are told
+        assert got[0].stride() == torch.empty_like(other.tensors[0]).stride()  # the layout that compiled callers expect
     config = BackwardConfig(TILE, TILE)
     expected += kernel_gradients(inputs, upstream, config)
     others = [g.expand(2, *g.shape)[1] if g.ndim < 4 else bshd(g) for g in upstream]
@@ -161,12 +161,12 @@ def test_any_strides_give_the_same_results(change: Callable, poisoned: None) -> 
     [("sm_80", 32), ("sm_80", 64), ("sm_80", 128), ("sm_90", 128)],
 )
 def test_the_shipped_configurations_give_the_same_results(architecture: str, width: int, poisoned: None) -> None:
-    inputs = make(Case((1, 2, 140, 133, width), groups=2), torch.float16)
+    inputs = make(Case((1, 2, 140, 133, width), phrases=2), torch.float16)
     upstream = cotangents(inputs, "out maps lse")
-    expected = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)
+    expected = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
     expected += kernel_gradients(inputs, upstream, BackwardConfig(TILE, TALL))
     forward, backward = (f(architecture, width, torch.float16) for f in (forward_config, backward_config))
-    got = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=forward)
+    got = triton_forward.attention(*inputs.tensors, inputs.arguments, config=forward)
     got += kernel_gradients(inputs, upstream, backward)
     for one, two in zip(expected, got, strict=True):
         torch.testing.assert_close(one, two, rtol=2e-3, atol=2e-3)
@@ -174,29 +174,30 @@ def test_the_shipped_configurations_give_the_same_results(architecture: str, wid
 
 @inner
 @pytest.mark.parametrize(
-    "case", [Case((2, 3, 70, 50, 32), groups=5, masked="some"), Case((1, 2, 20, 50, 16), tokens=37)]
+    "case", [Case((2, 3, 70, 50, 32), phrases=5, masked="some"), Case((1, 2, 20, 50, 16), slots=37)]
 )
 def test_tokens_loaded_early_give_the_same_maps(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make(case, torch.float16)
-    expected = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)
+    expected = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
     monkeypatch.setattr(triton_forward, "loads_tokens_early", lambda *_: True)
-    got = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)
+    got = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
     for one, two in zip(expected, got, strict=True):
         assert torch.equal(one, two)
 
 
 @inner
 @pytest.mark.parametrize("text_to_image", [False, True])
-@pytest.mark.parametrize(("programs", "tokens"), mostly_exhaustive([(1, 5), (1, 37), (10, 5), (10, 37)], [(1, 5)]))
-def test_maps_alone_may_add_up_heads_in_one_program(
-    programs: int, tokens: int, text_to_image: bool, poisoned: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("programs", "slots"), mostly_exhaustive([(1, 5), (1, 37), (10, 5), (10, 37)], [(1, 5)]))
+def test_the_maps_kernel_may_add_heads_in_one_program(
+    programs: int, slots: int, text_to_image: bool, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = make(Case((2, 5, 70, 70, 16), tokens=tokens, groups=2, masked="some"), torch.float32)
+    inputs = make(Case((2, 5, 70, 70, 16), slots=slots, phrases=2, masked="some"), torch.float32)
     wide = [t.double() for t in inputs.tensors]
     lse = exact_lse(inputs)
-    expected = naive.attention_maps(*wide[:2], lse, *inputs.arguments, text_to_image)
+    arguments = inputs.arguments._replace(text_to_image=text_to_image)
+    expected = naive.attention_maps(*wide[:2], lse, arguments)
     monkeypatch.setattr(triton_maps, "PROGRAMS", programs)
-    got = triton_maps.attention_maps(*inputs.tensors[:2], lse.float(), *inputs.arguments, text_to_image, config=TILE)
+    got = triton_maps.attention_maps(*inputs.tensors[:2], lse.float(), arguments, config=TILE)
     torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=1e-5)
 
 
@@ -207,26 +208,26 @@ BULK_CASES = ["plain", "one", "full_tiles", "cross", "cross_short", "head_dim_72
 @pytest.mark.parametrize("name", mostly_exhaustive(BULK_CASES, ["plain", "mask_all"]))
 def test_descriptors_give_the_same_results(name: str, assert_as_exact: Callable, poisoned: None) -> None:
     inputs = make(CASES[name], torch.float16)
-    out, maps, lse = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=BULK)
+    out, maps, lse = triton_forward.attention(*inputs.tensors, inputs.arguments, config=BULK)
     exact_out, exact_maps, exact_lse = exact(inputs)
     assert_as_exact("out", out, eager(*inputs.tensors, inputs)[0], exact_out, torch.float16)
     torch.testing.assert_close(maps.double(), exact_maps, rtol=0.0, atol=1e-5)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-5)
     others = tuple(map(bshd, inputs.tensors))
     for one, two in zip(
-        (out, maps, lse), triton_forward.attention(*others, *inputs.arguments, config=BULK), strict=True
+        (out, maps, lse), triton_forward.attention(*others, inputs.arguments, config=BULK), strict=True
     ):
         assert torch.equal(one, two)
 
 
 @inner
-def test_tensors_that_bulk_copies_cannot_read_are_read_by_pointers() -> None:
+def test_tensors_that_bulk_copies_cannot_read_are_loaded_by_pointers() -> None:
     odd = make(Case((1, 2, 20, 33, 13)), torch.float16)
     expanded = make(Case((2, 2, 20, 33, 16)), torch.float16)
     expanded.tensors = tuple(t[:1].expand(2, -1, -1, -1) for t in expanded.tensors)
     for inputs in (odd, expanded):
-        got = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=BULK)
-        expected = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)
+        got = triton_forward.attention(*inputs.tensors, inputs.arguments, config=BULK)
+        expected = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
         for one, two in zip(expected, got, strict=True):
             assert torch.equal(one, two)
 
@@ -234,18 +235,18 @@ def test_tensors_that_bulk_copies_cannot_read_are_read_by_pointers() -> None:
 @pytest.mark.exhaustive
 @inner
 def test_positions_past_the_sequence_are_empty_slots(poisoned: None) -> None:
-    """torch.compile checks no values, so the kernels must not read where such a position points."""
-    inputs = make(Case((2, 2, 40, 40, 32), tokens=5, groups=2), torch.float32)
+    """torch.compile does not check values, so the kernels must not read at such a position."""
+    inputs = make(Case((2, 2, 40, 40, 32), slots=5, phrases=2), torch.float32)
     upstream = cotangents(inputs, "out maps lse")
     lse = exact_lse(inputs).float()
 
     def everything(replacement: list[int]) -> list[Tensor]:
         inputs.index[:, 1:4] = torch.tensor(replacement, dtype=torch.int32)
-        results = [*triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)]
+        results = [*triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)]
         results += kernel_gradients(inputs, upstream, BackwardConfig(TILE, TILE))
         for text_to_image in (False, True):
-            arguments = (*inputs.tensors[:2], lse, *inputs.arguments, text_to_image)
-            results.append(triton_maps.attention_maps(*arguments, config=TILE))
+            arguments = inputs.arguments._replace(text_to_image=text_to_image)
+            results.append(triton_maps.attention_maps(*inputs.tensors[:2], lse, arguments, config=TILE))
         return results
 
     for one, two in zip(everything([-1, -1, -1]), everything([40, 2**31 - 1, -(2**31)]), strict=True):
@@ -254,14 +255,14 @@ def test_positions_past_the_sequence_are_empty_slots(poisoned: None) -> None:
 
 @inner
 def test_weights_that_cancel_still_have_their_gradient(assert_as_exact: Callable, poisoned: None) -> None:
-    inputs = make(Case((1, 2, 40, 40, 16), tokens=4), torch.float32)
+    inputs = make(Case((1, 2, 40, 40, 16), slots=4), torch.float32)
     inputs.index[:] = torch.tensor([1, 2, 3, 4])
     inputs.weight[:] = torch.tensor([1.0, -1.0, 0.5, -0.5])
     upstream = cotangents(inputs, "maps")
     got = kernel_gradients(inputs, upstream, BackwardConfig(TALL, TILE))
     arguments = inputs, torch.float32, upstream
     reference = autograd(lambda *tensors: eager(*tensors, inputs), *arguments)
-    truth = autograd(lambda *t: naive.attention(*t, *inputs.arguments), inputs, torch.float64, upstream)
+    truth = autograd(lambda *t: naive.attention(*t, inputs.arguments), inputs, torch.float64, upstream)
     assert truth[1].any()
     for tensor, *grads in zip(("query", "key", "value"), got, reference, truth, strict=True):
         assert_as_exact(f"gradient of {tensor}", *grads, torch.float32)
@@ -271,7 +272,7 @@ def test_weights_that_cancel_still_have_their_gradient(assert_as_exact: Callable
 @inner
 @pytest.mark.parametrize("reduce_heads", [True, False])
 def test_any_layout_of_the_gradient_of_maps_gives_the_same_results(reduce_heads: bool, poisoned: None) -> None:
-    inputs = make(Case((2, 3, 40, 50, 16), groups=2, rows=(5, 30), reduce_heads=reduce_heads), torch.float32)
+    inputs = make(Case((2, 3, 40, 50, 16), phrases=2, rows=(5, 30), reduce_heads=reduce_heads), torch.float32)
     upstream = cotangents(inputs, "out maps")
     maps = torch.randn(2, 2, *([] if reduce_heads else [3]), 1).expand(upstream[1].shape)  # as from a mean over rows
     config = BackwardConfig(TILE, TILE)
@@ -285,10 +286,10 @@ def test_any_layout_of_the_gradient_of_maps_gives_the_same_results(reduce_heads:
 @inner
 @pytest.mark.parametrize("reduce_heads", [True, False])
 def test_equal_calls_give_equal_bits(reduce_heads: bool) -> None:
-    inputs = make(Case((2, 5, 40, 40, 16), groups=2, tokens=20, reduce_heads=reduce_heads), torch.float32)
+    inputs = make(Case((2, 5, 40, 40, 16), phrases=2, slots=20, reduce_heads=reduce_heads), torch.float32)
     upstream = cotangents(inputs, "out maps lse")
     first, second = (
-        triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)
+        triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
         + kernel_gradients(inputs, upstream, BackwardConfig(TILE, TILE))
         for _ in range(2)
     )
@@ -297,35 +298,34 @@ def test_equal_calls_give_equal_bits(reduce_heads: bool) -> None:
 
 
 @inner
-def test_where_stores_may_arrive_late_the_mean_over_heads_is_a_step_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make(Case((2, 3, 40, 40, 16), groups=2), torch.float32)
+def test_on_amd_the_mean_over_heads_is_a_separate_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make(Case((2, 3, 40, 40, 16), phrases=2), torch.float32)
     lse = exact_lse(inputs).float()
-    expected = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)[1]
+    expected = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)[1]
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(triton_maps, "_arrival_counter", lambda *_: pytest.fail("a counter was asked for"))
-    arguments = (*inputs.tensors[:2], lse, *inputs.arguments, False)
+    monkeypatch.setattr(triton_maps, "_arrival_counter", lambda *_: pytest.fail("a counter was requested"))
     for maps in (
-        triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)[1],
-        triton_maps.attention_maps(*arguments, config=TILE),
+        triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)[1],
+        triton_maps.attention_maps(*inputs.tensors[:2], lse, inputs.arguments, config=TILE),
     ):
         torch.testing.assert_close(maps, expected, rtol=1e-5, atol=1e-6)
 
 
 @inner
 def test_rows_outside_the_range_write_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles without a row of the range do not even count as arrived, and no map is written twice."""
+    """Tiles without a row of the range do not increment the arrival counter, and no map is written twice."""
     inputs = make(Case((1, 3, 128, 40, 16), rows=(33, 20)), torch.float32)
     arrivals = torch.zeros(4, dtype=torch.int32)
     monkeypatch.setattr(triton_maps, "_arrival_counter", lambda device, size: arrivals.fill_(-1000))
-    triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)
+    triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
     assert arrivals.tolist() == [-1000, -997, -1000, -1000]
 
 
 @inner
-def test_without_a_selection_there_are_no_maps() -> None:
+def test_the_forward_kernel_without_maps_gives_the_same_output() -> None:
     inputs = make(Case((1, 2, 40, 40, 16)), torch.float32)
-    with_maps = triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)
-    out, maps, lse = triton_forward.attention(*inputs.tensors, None, None, *inputs.arguments[2:], config=TILE)
+    with_maps = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
+    out, maps, lse = triton_forward.attention(*inputs.tensors, inputs.arguments, with_maps=False, config=TILE)
     assert maps is None
     assert torch.equal(out, with_maps[0])
     assert torch.equal(lse, with_maps[2])
@@ -335,7 +335,7 @@ def test_without_a_selection_there_are_no_maps() -> None:
 def test_arrival_counters_are_left_at_zero() -> None:
     for shape in ((2, 3, 40, 40, 16), (4, 2, 100, 20, 16)):
         inputs = make(Case(shape), torch.float32)
-        triton_forward.attention(*inputs.tensors, *inputs.arguments, config=TILE)
+        triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
         counters = list(triton_maps._counters.values())
         assert counters
         assert not any(counter.any() for counter in counters)

@@ -1,4 +1,4 @@
-"""Which kernels a GPU takes: the table, the nearest entry, and what is said where there is none."""
+"""Which kernels a GPU runs: the table, its nearest entry, and the defaults without an entry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from star_kernels.attention import ops, triton_config, tuning, vendor
+from star_kernels.attention import dispatch, triton_config, tuning, vendor
 from star_kernels.attention.triton_config import BackwardConfig, Tile
 from star_kernels.attention.tuning import Plan
 
@@ -36,11 +36,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 def forget() -> None:
     tuning.table.cache_clear()
-    tuning._plan.cache_clear()
+    dispatch._plan.cache_clear()
 
 
 def plan(length: int = 1357, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> Plan:
-    return tuning.plan(torch.device("cuda", 0), dtype, head_dim, length, length)
+    return dispatch.plan(torch.device("cuda", 0), dtype, head_dim, length, length)
 
 
 def test_the_nearest_class_of_lengths_is_taken(gpu: Path) -> None:
@@ -51,7 +51,7 @@ def test_the_nearest_class_of_lengths_is_taken(gpu: Path) -> None:
     assert plan(4429) == plan(9000) == Plan("cudnn", "flash", measured=True)
 
 
-def test_float16_and_bfloat16_stand_for_one_another_and_float32_for_itself(gpu: Path) -> None:
+def test_float16_and_bfloat16_substitute_each_other_but_not_float32(gpu: Path) -> None:
     tuning.write_table(gpu, DEVICE, {}, [entry()])
     assert plan(dtype=torch.float16).measured
     assert not plan(dtype=torch.float32).measured
@@ -68,7 +68,7 @@ def test_tiles_of_an_entry_are_those_of_the_launch(gpu: Path) -> None:
     assert plan().backward_config == BackwardConfig(Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
 
 
-def test_an_entry_of_another_flash_attention_is_not_this_ones(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_for_another_flash_attention_does_not_apply(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuning.write_table(gpu, DEVICE, {}, [entry(forward="flash", flash="FA3"), entry(forward="cudnn", backward="cudnn")])
     assert plan().forward == "cudnn"
     monkeypatch.setattr(vendor, "flash_implementation", lambda: "FA3")
@@ -78,12 +78,12 @@ def test_an_entry_of_another_flash_attention_is_not_this_ones(gpu: Path, monkeyp
     assert not plan().measured
 
 
-def test_an_entry_whose_kernel_does_not_take_the_call_is_passed_over(gpu: Path) -> None:
+def test_an_entry_whose_kernel_does_not_support_the_call_is_skipped(gpu: Path) -> None:
     tuning.write_table(gpu, DEVICE, {}, [entry(dtype="float32", forward="cudnn")])
     assert not plan(dtype=torch.float32).measured
 
 
-def test_a_table_of_another_device_is_not_this_ones(gpu: Path) -> None:
+def test_a_table_of_another_device_does_not_apply(gpu: Path) -> None:
     tuning.write_table(gpu, "NVIDIA A100-SXM4-80GB", {}, [entry(forward="cudnn")])
     assert not plan().measured
 
@@ -105,57 +105,57 @@ def test_a_table_of_another_device_is_not_this_ones(gpu: Path) -> None:
 def test_without_a_table_the_stated_heuristic_holds(
     dtype: torch.dtype, head_dim: int, capability: tuple[int, int], kernel: str
 ) -> None:
-    assert tuning.default_plan(dtype, head_dim, capability) == Plan(kernel, kernel)
+    assert dispatch.default_plan(dtype, head_dim, capability) == Plan(kernel, kernel)
 
 
-def test_narrow_heads_on_hopper_go_back_through_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tuning.default_plan(torch.bfloat16, 64, HOPPER) == Plan("triton", "cudnn")
-    monkeypatch.setattr(vendor, "cudnn_problem", lambda: "too old")
-    assert tuning.default_plan(torch.bfloat16, 64, HOPPER) == Plan("triton", "triton")
+def test_narrow_heads_on_hopper_use_cudnn_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dispatch.default_plan(torch.bfloat16, 64, HOPPER) == Plan("triton", "cudnn")
+    monkeypatch.setattr(dispatch, "cudnn_problem", lambda: "too old")
+    assert dispatch.default_plan(torch.bfloat16, 64, HOPPER) == Plan("triton", "triton")
 
 
 def test_an_activated_flash_attention_comes_before_cudnn() -> None:
     for flash, kernel in (("FA2", "cudnn"), ("FA3", "flash"), ("FA4", "flash")):
-        assert tuning.default_plan(torch.bfloat16, 128, HOPPER, flash).forward == kernel
+        assert dispatch.default_plan(torch.bfloat16, 128, HOPPER, flash).forward == kernel
 
 
 def test_flash_has_no_backward_pass_of_wide_heads_on_small_gpus() -> None:
-    assert tuning.default_plan(torch.bfloat16, 256, (8, 9)) == Plan("flash", "efficient")
-    assert tuning.default_plan(torch.bfloat16, 256, AMPERE) == Plan("flash", "flash")
+    assert dispatch.default_plan(torch.bfloat16, 256, (8, 9)) == Plan("flash", "efficient")
+    assert dispatch.default_plan(torch.bfloat16, 256, AMPERE) == Plan("flash", "flash")
 
 
-def test_without_triton_the_vendors_take_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "triton_problem", lambda: "the package triton is not installed")
-    assert tuning.default_plan(torch.bfloat16, 64, HOPPER) == Plan("cudnn", "cudnn")
-    assert tuning.default_plan(torch.float32, 64, HOPPER) == Plan("efficient", "efficient")
+def test_without_triton_plans_have_only_pytorchs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "triton_problem", lambda: "the package triton is not installed")
+    assert dispatch.default_plan(torch.bfloat16, 64, HOPPER) == Plan("cudnn", "cudnn")
+    assert dispatch.default_plan(torch.float32, 64, HOPPER) == Plan("efficient", "efficient")
 
 
-def test_vendor_means_the_best_of_the_vendors() -> None:
+def test_vendor_selects_the_fastest_of_pytorchs_kernels() -> None:
     def best(chosen: Plan, dtype: torch.dtype, capability: tuple[int, int]) -> Plan:
-        return tuning.vendor_plan(chosen, dtype, 64, capability, "FA2")
+        return dispatch.vendor_plan(chosen, dtype, 64, capability, "FA2")
 
     assert best(Plan("triton", "flash"), torch.bfloat16, HOPPER) == Plan("cudnn", "flash")
     assert best(Plan("triton", "triton"), torch.bfloat16, AMPERE) == Plan("flash", "flash")
     assert best(Plan("triton", "triton"), torch.float32, HOPPER) == Plan("efficient", "efficient")
 
 
-def test_a_mask_takes_triton_whatever_the_table_says() -> None:
+def test_a_mask_selects_triton_whatever_the_table_says() -> None:
     query = torch.empty(1, 1, 4, 8)
-    assert ops._plan("auto", query, query, torch.ones(1, 4, dtype=torch.bool)) == Plan("triton", "triton")
-    assert ops._plan("cudnn", query, query, None) == Plan("cudnn", "cudnn")
+    assert dispatch.plan_of_call("auto", query, query, torch.ones(1, 4, dtype=torch.bool)) == Plan("triton", "triton")
+    assert dispatch.plan_of_call("cudnn", query, query, None) == Plan("cudnn", "cudnn")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no table of tune_attention.py"),
-        ('{"entries": 3}', "is no table of tune_attention.py"),
+        ("{", "must be a table written by"),
+        ('{"entries": 3}', "must be a table written by"),
         (json.dumps({"entries": [entry(forward="fast")]}), "entry 0 has forward = 'fast'"),
         (json.dumps({"entries": [entry(), entry(head_dim=None)]}), "entry 1 has head_dim = None"),
-        (json.dumps({"entries": [entry(tiles={"forward": [64]})]}), "is no table of tune_attention.py"),
+        (json.dumps({"entries": [entry(tiles={"forward": [64]})]}), "must be a table written by"),
     ],
 )  # fmt: skip
-def test_a_spoilt_table_is_an_error_that_names_it(gpu: Path, content: str, message: str) -> None:
+def test_an_invalid_table_is_an_error_that_names_it(gpu: Path, content: str, message: str) -> None:
     (gpu / f"{tuning.slug(DEVICE)}.json").write_text(content)
     with pytest.raises(ValueError, match=message) as error:
         plan()
@@ -173,7 +173,7 @@ def test_the_tables_that_ship_can_be_read() -> None:
     [((8, 0), "sm_80"), ((8, 6), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "sm_80")],
     ids=str,
 )
-def test_a_gpu_without_tiles_of_its_own_takes_those_that_fit_the_smallest(
+def test_a_gpu_without_its_own_tiles_uses_those_of_sm_80(
     capability: tuple[int, int], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
@@ -188,7 +188,7 @@ def test_a_gpu_without_tiles_of_its_own_takes_those_that_fit_the_smallest(
     assert triton_config.architecture(torch.device("cpu")) == "sm_80"  # the interpreter
 
 
-def test_no_tile_serves_a_wider_head() -> None:
+def test_a_head_wider_than_every_tile_is_an_error() -> None:
     with pytest.raises(ValueError, match="head_dim must be at most 128 for the Triton kernels, got 129"):
         triton_config.forward_config("sm_90", 129, torch.bfloat16)
     assert triton_config.descriptor_tiles(64) == triton_config.descriptor_tiles(129) == ()

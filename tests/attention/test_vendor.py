@@ -1,6 +1,6 @@
-"""PyTorch's fused attention of CUDA behind one interface, as far as a machine without a GPU can tell.
+"""PyTorch's fused CUDA attention behind one interface, tested without a GPU.
 
-The operators' shapes come from PyTorch's own fake tensors, their numbers from stand-ins with each one's conventions.
+Shapes come from PyTorch's own fake tensors, numbers from substitutes that follow each operator's conventions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from star_kernels.attention import naive, ops, tuning, vendor
+from star_kernels.attention import dispatch, layouts, naive, ops, vendor
+from star_kernels.attention.arguments import MapArguments
 from star_kernels.attention.tuning import Plan
 
 SHAPE = (2, 3, 50, 16)
@@ -35,7 +36,9 @@ def test_every_operator_has_the_signature_that_it_is_called_with(kernel: str) ->
 def test_an_operator_with_another_signature_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vendor._ARGUMENTS, "_scaled_dot_product_flash_attention", "query key")
     vendor._operator.cache_clear()
-    with pytest.raises(RuntimeError, match=r"another _scaled_dot_product_flash_attention than star_kernels knows"):
+    with pytest.raises(
+        RuntimeError, match=r"_scaled_dot_product_flash_attention .* must take the arguments query key, got"
+    ):
         vendor._operator("flash_attention")
 
 
@@ -48,15 +51,13 @@ def test_every_kernel_gives_an_output_and_a_log_sum_exp_for_each_row(kernel: str
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd", "sliced"])
-@pytest.mark.parametrize("kernel", ["cudnn", "flash"])  # efficient's output is copied, which no fake tensor can be here
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])  # efficient copies its output, which fake tensors cannot do here
 def test_shapes_and_layouts_are_those_that_the_operator_promises(
     kernel: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PyTorch's fake kernels in the operator's implementation, against the operator's own fake implementation."""
-    monkeypatch.setattr(ops, "_maps", lambda query, key, lse, index, weight, mask, start, rows, scale, reduce, text: (
-        ops._empty_maps(query, weight, rows, reduce)
-    ))  # fmt: skip
-    monkeypatch.setattr(ops, "_is_aligned", lambda tensor: tensor.stride(-1) == 1)  # a fake tensor has no address
+    monkeypatch.setattr(ops, "_maps", lambda query, key, lse, arguments: ops._empty_maps(query, arguments))
+    monkeypatch.setattr(layouts, "is_aligned", lambda tensor: tensor.stride(-1) == 1)  # a fake tensor has no address
     monkeypatch.setattr(vendor, "_no_dropout", fresh_state)
     with FakeTensorMode():
         query, key, value = tensors("cuda", "bhsd" if layout == "sliced" else layout, torch.bfloat16)
@@ -78,11 +79,11 @@ def test_shapes_and_layouts_are_those_that_the_operator_promises(
             assert (got.shape, got.stride(), got.dtype) == (expected.shape, expected.stride(), expected.dtype)
 
 
-fresh_state = vendor._no_dropout.__wrapped__  # not kept: it is fake here
+fresh_state = vendor._no_dropout.__wrapped__  # not cached: it is fake here
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    assert scale > 0  # the kernels take the maximum first
+    assert scale > 0  # the kernels take row maxima before scaling
     scores = query @ key.transpose(-1, -2) * scale
     return torch.softmax(scores, dim=-1) @ value, torch.logsumexp(scores, dim=-1)
 
@@ -90,14 +91,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[
 def gradients(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the log-sum-exp, as the kernels have them."""
+    """Gradients from the log-sum-exp, as in the kernels."""
     probability = torch.exp(query @ key.transpose(-1, -2) * scale - lse[..., None])
     delta = (grad_out * out).sum(dim=-1, keepdim=True)
     grad_scores = probability * (grad_out @ value.transpose(-1, -2) - delta) * scale
     return grad_scores @ key, grad_scores.transpose(-1, -2) @ query, probability.transpose(-1, -2) @ grad_out
 
 
-class Standin:
+class Substitute:
     """The six operators with their conventions: shapes of the log-sum-exp, order of arguments, layout of results."""
 
     def __call__(self, name: str) -> Any:
@@ -154,7 +155,7 @@ class Standin:
 def test_every_kernel_gives_output_log_sum_exp_and_gradients(
     kernel: str, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vendor, "_operator", Standin())
+    monkeypatch.setattr(vendor, "_operator", Substitute())
     leaves = [t.double().requires_grad_() for t in tensors()]
     upstream = torch.randn(SHAPE, dtype=torch.float64)
     scores = leaves[0] @ leaves[1].transpose(-1, -2) * scale
@@ -171,10 +172,10 @@ def test_every_kernel_gives_output_log_sum_exp_and_gradients(
 
 
 @pytest.mark.parametrize("wanted", ["out", "lse", "out and lse"])
-def test_the_efficient_kernel_takes_a_gradient_of_the_log_sum_exp_in_float32(
+def test_the_efficient_kernel_computes_the_gradient_of_the_log_sum_exp_in_float32(
     wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vendor, "_operator", Standin())
+    monkeypatch.setattr(vendor, "_operator", Substitute())
     leaves = [t.requires_grad_() for t in tensors()]
     scores = leaves[0] @ leaves[1].transpose(-1, -2) * 0.3
     out, lse = torch.softmax(scores, dim=-1) @ leaves[2], torch.logsumexp(scores, dim=-1)
@@ -189,61 +190,61 @@ def test_the_efficient_kernel_takes_a_gradient_of_the_log_sum_exp_in_float32(
 
 
 @pytest.mark.parametrize(("version", "good"), [(None, True), (91002, False), (91500, False), (91501, True)])
-def test_a_cudnn_that_is_wrong_at_some_lengths_is_not_taken(
+def test_a_cudnn_with_wrong_results_is_not_used(
     version: int | None, good: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
-    monkeypatch.setattr(vendor, "cudnn_problem", vendor.cudnn_problem.__wrapped__)
-    assert (vendor.limits("cudnn", torch.bfloat16, 64) is None) == good
-    assert vendor.limits("flash", torch.bfloat16, 64) is None
+    monkeypatch.setattr(dispatch, "cudnn_problem", dispatch.cudnn_problem.__wrapped__)
+    assert (dispatch.kernel_obstacle("cudnn", torch.bfloat16, 64) is None) == good
+    assert dispatch.kernel_obstacle("flash", torch.bfloat16, 64) is None
     monkeypatch.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
-    assert vendor.limits("cudnn", torch.bfloat16, 64) is not None
+    assert dispatch.kernel_obstacle("cudnn", torch.bfloat16, 64) is not None
 
 
 @pytest.mark.parametrize(
     ("kernel", "dtype", "head_dim", "reason"),
     [
-        ("flash", torch.float32, 64, "float16 and bfloat16"),
-        ("cudnn", torch.float32, 64, "float16 and bfloat16"),
+        ("flash", torch.float32, 64, "float16 or bfloat16"),
+        ("cudnn", torch.float32, 64, "float16 or bfloat16"),
         ("flash", torch.bfloat16, 264, "256"),
         ("cudnn", torch.bfloat16, 136, "128"),
         ("efficient", torch.float32, 30, "multiple of 4"),
         ("efficient", torch.float16, 36, "multiple of 8"),
     ],
 )
-def test_a_kernel_says_what_it_does_not_take(kernel: str, dtype: torch.dtype, head_dim: int, reason: str) -> None:
-    assert reason in vendor.limits(kernel, dtype, head_dim)
-    assert vendor.limits("efficient", torch.float32, 64) is None
+def test_an_obstacle_of_a_kernel_names_its_limit(kernel: str, dtype: torch.dtype, head_dim: int, reason: str) -> None:
+    assert reason in dispatch.kernel_obstacle(kernel, dtype, head_dim)
+    assert dispatch.kernel_obstacle("efficient", torch.float32, 64) is None
 
 
-def test_rows_that_do_not_begin_at_16_bytes_are_copied() -> None:
+def test_rows_that_are_not_aligned_to_16_bytes_are_copied() -> None:
     whole = torch.randn(2, 3, 50, 24)
     odd = whole[..., 1:17]
-    assert not ops._is_aligned(odd)
-    (copied,) = ops._aligned(odd)
-    assert ops._is_aligned(copied)
+    assert not layouts.is_aligned(odd)
+    (copied,) = layouts.aligned(odd)
+    assert layouts.is_aligned(copied)
     assert torch.equal(copied, odd)
-    assert ops._aligned(whole)[0] is whole
+    assert layouts.aligned(whole)[0] is whole
     shifted = torch.randn(whole.numel() + 1)[1:].view(whole.shape)  # contiguous, but not from 16 bytes on
-    assert ops._is_aligned(ops._aligned(shifted)[0])
+    assert layouts.is_aligned(layouts.aligned(shifted)[0])
     repeated = torch.randn(1, 3, 50, 16).expand(2, -1, -1, -1)
-    assert ops._aligned(repeated)[0].is_contiguous()
+    assert layouts.aligned(repeated)[0].is_contiguous()
 
 
-def test_results_are_brought_into_the_promised_layout() -> None:
+def test_results_are_copied_into_the_promised_layout() -> None:
     like, result = tensors(layout="bshd")[0], torch.randn(SHAPE)
-    moved = ops._laid_out(result, like)
+    moved = layouts.laid_out(result, like)
     assert moved.stride() == like.stride()
     assert torch.equal(moved, result)
-    assert ops._laid_out(moved, like) is moved
+    assert layouts.laid_out(moved, like) is moved
 
 
 @pytest.mark.parametrize("wanted", ["maps", "lse", "nothing but the output"])
-def test_only_a_gradient_of_the_output_alone_goes_to_a_vendor(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorchs_kernels_compute_only_the_gradient_of_the_output(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     triton_backward = pytest.importorskip("star_kernels.attention.triton_backward", reason="needs triton")
     taken = []
-    monkeypatch.setattr(ops, "_plan", lambda *arguments: Plan("flash", "flash"))
-    monkeypatch.setattr(ops, "_is_aligned", lambda tensor: True)
+    monkeypatch.setattr(dispatch, "plan_of_call", lambda *arguments: Plan("flash", "flash"))
+    monkeypatch.setattr(layouts, "is_aligned", lambda tensor: True)
     monkeypatch.setattr(vendor, "cuda_backward", lambda kernel, grad, q, k, v, *rest: taken.append(kernel) or (q, k, v))
     monkeypatch.setattr(
         triton_backward, "attention_backward", lambda *a, **k: taken.append("triton") or (a[3], a[4], a[5])
@@ -260,7 +261,7 @@ def test_only_a_gradient_of_the_output_alone_goes_to_a_vendor(wanted: str, monke
 
 
 class OnGpu(Tensor):
-    """A tensor of the CPU that says that it is CUDA's, so that the operators take the path of a GPU."""
+    """A CPU tensor with ``is_cuda``, so that the operators take the path for a GPU."""
 
     is_cuda = True
 
@@ -268,17 +269,17 @@ class OnGpu(Tensor):
 @pytest.mark.parametrize("wanted", ["out", "maps", "lse", "out maps lse"])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("kernel", vendor.KERNELS)
-def test_without_triton_the_vendors_give_maps_and_all_gradients(
+def test_without_triton_pytorchs_kernels_give_maps_and_all_gradients(
     kernel: str, layout: str, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The operators' own path of a GPU, on stand-ins for PyTorch's kernels."""
-    monkeypatch.setattr(tuning, "triton_problem", lambda: "the package triton is not installed")
-    monkeypatch.setattr(vendor, "_operator", Standin())
+    """The operators' CUDA path with substitutes for PyTorch's kernels."""
+    monkeypatch.setattr(dispatch, "triton_problem", lambda: "the package triton is not installed")
+    monkeypatch.setattr(vendor, "_operator", Substitute())
     leaves = [t.requires_grad_() for t in tensors(layout=layout)]
     index, weight = torch.tensor([[1, 49, -1], [7, 7, 0]], dtype=torch.int32), torch.rand(2, 2, 3)
     rest = (3, 40, -0.3, True)
-    defined = naive.attention(*leaves, index, weight, None, rest[:2], *rest[2:])
-    expected = dict(zip(("out", "maps", "lse"), defined, strict=True))
+    reference = naive.attention(*leaves, MapArguments(index, weight, None, *rest))
+    expected = dict(zip(("out", "maps", "lse"), reference, strict=True))
     upstream = {name: torch.randn_like(t) if name in wanted else None for name, t in expected.items()}
     loss = sum((t * upstream[name]).sum() for name, t in expected.items() if upstream[name] is not None)
     expected_grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
@@ -296,25 +297,25 @@ def test_without_triton_the_vendors_give_maps_and_all_gradients(
         assert grad.stride() == leaf.stride()
 
 
-def test_cudnn_says_that_a_single_query_or_key_is_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnn_requires_two_queries_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
         query, key = (torch.empty(1, 2, n, 64, dtype=torch.bfloat16, device="cuda") for n in (5, 1))
         index, weight = torch.empty(1, 1, dtype=torch.int32, device="cuda"), torch.empty(1, 1, 1, device="cuda")
         with pytest.raises(ValueError, match=r"'cudnn' cannot run here: .* two keys"):
             ops.attention(query, key, key, index, weight, None, 0, 5, 0.25, True, "cudnn")
-        monkeypatch.setattr(tuning, "plan", lambda *arguments: Plan("cudnn", "cudnn"))
-        assert ops._plan("auto", query, key, None) == Plan("efficient", "efficient")
-        assert ops._plan("auto", query, query, None) == Plan("cudnn", "cudnn")
+        monkeypatch.setattr(dispatch, "plan", lambda *arguments: Plan("cudnn", "cudnn"))
+        assert dispatch.plan_of_call("auto", query, key, None) == Plan("efficient", "efficient")
+        assert dispatch.plan_of_call("auto", query, query, None) == Plan("cudnn", "cudnn")
 
 
-def test_deterministic_algorithms_take_the_backward_pass_that_repeats_to_the_bit() -> None:
+def test_deterministic_algorithms_select_the_backward_pass_that_repeats_bit_for_bit() -> None:
     pytest.importorskip("triton")
     query = torch.empty(1, 1, 4, 64)
-    assert ops._plan("flash", query, query, None) == Plan("flash", "flash")
+    assert dispatch.plan_of_call("flash", query, query, None) == Plan("flash", "flash")
     torch.use_deterministic_algorithms(True)
     try:
-        assert ops._plan("flash", query, query, None) == Plan("flash", "triton")
-        wide = torch.empty(1, 1, 4, 2 * tuning.TRITON_HEAD_DIM)  # which Triton does not take
-        assert ops._plan("flash", wide, wide, None) == Plan("flash", "flash")
+        assert dispatch.plan_of_call("flash", query, query, None) == Plan("flash", "triton")
+        wide = torch.empty(1, 1, 4, 2 * dispatch.TRITON_HEAD_DIM)  # too wide for Triton
+        assert dispatch.plan_of_call("flash", wide, wide, None) == Plan("flash", "flash")
     finally:
         torch.use_deterministic_algorithms(False)

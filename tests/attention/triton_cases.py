@@ -1,4 +1,4 @@
-"""Inputs of the Triton kernels' tests, the definition in plain PyTorch, and its gradients."""
+"""Inputs of the Triton kernels' tests, the reference in plain PyTorch, and its gradients."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from star_kernels.attention import naive
+from star_kernels.attention.arguments import MapArguments
 
 
 @dataclass(frozen=True)
 class Case:
-    """Shape [B, H, Sq, Sk, D]; T tokens in G groups; ``masked``: "some" keys, or "all" of the last sequence."""
+    """Shape [B, H, Sq, Sk, D]; T slots, G phrases; ``masked``: "some" keys, or "all" of the last sequence."""
 
     shape: tuple[int, int, int, int, int] = (1, 2, 63, 63, 32)
-    tokens: int = 3
-    groups: int = 1
+    slots: int = 3
+    phrases: int = 1
     rows: tuple[int, int] | None = None
     masked: str = ""
     reduce_heads: bool = True
@@ -26,7 +27,7 @@ class Case:
 
 CASES = {
     "plain": Case(),
-    "one": Case((1, 1, 1, 1, 8), tokens=1),
+    "one": Case((1, 1, 1, 1, 8), slots=1),
     "full_tiles": Case((1, 2, 64, 64, 32)),
     "cross": Case((2, 3, 40, 70, 32)),
     "cross_short": Case((1, 2, 130, 5, 32), rows=(1, 128)),
@@ -35,13 +36,13 @@ CASES = {
     "head_dim_64": Case((1, 2, 33, 65, 64)),
     "head_dim_72": Case((1, 2, 33, 40, 72)),
     "head_dim_128": Case((1, 2, 33, 40, 128)),
-    "groups": Case(groups=3, tokens=5),
-    "six_groups_of_forty": Case(groups=6, tokens=40, masked="some"),
-    "per_head": Case((2, 2, 63, 63, 32), groups=2, reduce_heads=False),
+    "phrases": Case(phrases=3, slots=5),
+    "six_phrases_of_forty": Case(phrases=6, slots=40, masked="some"),
+    "per_head": Case((2, 2, 63, 63, 32), phrases=2, reduce_heads=False),
     "rows": Case((2, 3, 100, 40, 32), rows=(37, 30)),
     "one_row": Case((1, 20, 40, 40, 16), rows=(33, 1)),
     "mask_some": Case((2, 2, 63, 63, 32), masked="some"),
-    "mask_all": Case((2, 2, 40, 64, 32), groups=2, masked="all", reduce_heads=False),
+    "mask_all": Case((2, 2, 40, 64, 32), phrases=2, masked="all", reduce_heads=False),
     "scale_zero": Case(scale=0.0),
     "scale_negative": Case(scale=-0.3),
 }
@@ -57,16 +58,15 @@ class Inputs:
     case: Case
 
     @property
-    def arguments(self) -> tuple:
-        """All of naive.attention that follows query, key and value."""
-        return self.index, self.weight, self.key_mask, self.rows, self.case.scale, self.case.reduce_heads
+    def arguments(self) -> MapArguments:
+        return MapArguments(self.index, self.weight, self.key_mask, *self.rows, self.case.scale, self.case.reduce_heads)
 
 
 def make(case: Case, dtype: torch.dtype) -> Inputs:
     batch, heads, queries, keys, width = case.shape
     tensors = tuple(torch.randn(batch, heads, n, width).to(dtype) for n in (queries, keys, keys))
-    index = torch.randint(0, keys, (batch, case.tokens), dtype=torch.int32)  # may repeat
-    if case.tokens > 1:
+    index = torch.randint(0, keys, (batch, case.slots), dtype=torch.int32)  # may repeat
+    if case.slots > 1:
         index[0, 1] = -1
     key_mask = None
     if case.masked:
@@ -75,12 +75,12 @@ def make(case: Case, dtype: torch.dtype) -> Inputs:
         key_mask[0, index[0, :1].long()] = False  # a selected token among them
         if case.masked == "all":
             key_mask[-1] = False
-    weight = 0.1 + torch.rand(batch, case.groups, case.tokens)
+    weight = 0.1 + torch.rand(batch, case.phrases, case.slots)
     return Inputs(tensors, index, weight, key_mask, case.rows or (0, queries), case)
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition without its widening: plain PyTorch in the dtype of the inputs."""
+    """The reference in the dtype of the inputs, without its conversion to float32."""
     scores = torch.matmul(query, key.transpose(-1, -2)) * inputs.case.scale
     if inputs.key_mask is not None:
         some = inputs.key_mask.any(dim=1)[:, None, None, None]
@@ -90,15 +90,15 @@ def eager(query: Tensor, key: Tensor, value: Tensor, inputs: Inputs) -> tuple[Te
     if inputs.key_mask is not None:
         probability, lse = probability * some, lse.masked_fill(~some[..., 0], -torch.inf)
     start, length = inputs.rows
-    slots = inputs.index.clamp(min=0).long()[:, None, None].expand(-1, query.shape[1], length, -1)
-    selected = probability[:, :, start : start + length].gather(3, slots)
+    positions = inputs.index.clamp(min=0).long()[:, None, None].expand(-1, query.shape[1], length, -1)
+    selected = probability[:, :, start : start + length].gather(3, positions)
     selected = selected.masked_fill((inputs.index == -1)[:, None, None], 0.0)
     maps = torch.einsum("bhrt,bgt->bghr", selected, inputs.weight.to(query.dtype))
     return torch.matmul(probability, value), maps.mean(dim=2) if inputs.case.reduce_heads else maps, lse
 
 
 def exact(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    return naive.attention(*(t.double() for t in inputs.tensors), *inputs.arguments)
+    return naive.attention(*(t.double() for t in inputs.tensors), inputs.arguments)
 
 
 def cotangents(inputs: Inputs, wanted: str) -> list[Tensor | None]:

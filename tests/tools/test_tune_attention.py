@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.timing.clocks import Sample
 from benchmarks.variants.attention import Inputs, Shape, make_inputs
 from star_kernels.attention import naive, triton_config, tuning
+from star_kernels.attention.arguments import MapArguments
 from star_kernels.attention.triton_config import BackwardConfig, Tile
 from tools import tune_attention as tune
 
@@ -49,8 +50,8 @@ def inputs() -> Inputs:
 
 
 def whole_forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    index, weight = x.selection.index, x.selection.weight
-    return naive.attention(x.query, x.key, x.value, index, weight, None, x.shape.rows, x.scale, True)
+    arguments = MapArguments(x.selection.index, x.selection.weight, None, *x.shape.rows, x.scale, reduce_heads=True)
+    return naive.attention(x.query, x.key, x.value, arguments)
 
 
 def whole_backward(x: Inputs) -> tuple[Tensor, ...]:

@@ -1,0 +1,174 @@
+"""The public functions: validation, choice of the backend, and the call of the operator."""
+
+from __future__ import annotations
+
+from operator import index as index_of
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from star_kernels.attention import dispatch, naive, ops
+from star_kernels.attention.arguments import MapArguments
+from star_kernels.attention.checks import (
+    autocasted,
+    check_key_mask,
+    check_lse,
+    check_qkv,
+    check_selection,
+    resolve_rows,
+    resolve_scale,
+)
+from star_kernels.checks import check_flag
+from star_kernels.operators import constants
+from star_kernels.selection import TokenSelection
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+
+
+class AttentionOutput(NamedTuple):
+    """The results of :func:`attention`; ``lse`` is None unless ``return_lse`` is set."""
+
+    out: Tensor
+    maps: Tensor
+    lse: Tensor | None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: TokenSelection,
+    *,
+    rows: slice | tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    layout: str = "bhsd",
+    reduce_heads: bool = True,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> AttentionOutput:
+    """Softmax attention that also returns how much each row attends to the selected tokens, from the same pass.
+
+    ``out = softmax(scale * query key^T) value``, exactly as ``torch.nn.functional.scaled_dot_product_attention``, and
+    ``maps[b, g, r] = mean_h sum_t weight[b, g, t] * P[b, h, rows[r], index[b, t]]`` with P the softmax over all keys.
+    No [Sq, Sk] matrix is materialised, forward or backward. All results are differentiable with respect to query, key
+    and value, once and in reverse mode (``backend="naive"``: in every mode).
+
+    Args:
+        query: ``[B, H, Sq, D]`` (``[B, Sq, H, D]`` with layout "bshd"); float32, float16 or bfloat16, any strides.
+            float64 runs the reference implementation in plain PyTorch. Under ``torch.autocast`` query, key and value
+            are cast to its dtype first, as for SDPA.
+        key, value: ``[B, H, Sk, D]`` in the same layout, dtype and device.
+        selection: which keys are aggregated, and their weights in each of G phrases.
+        rows: the query positions with a map, as a slice or ``(start, length)``; all by default. Maps of other rows are
+            not computed.
+        key_mask: bool ``[B, Sk]``, true for the keys that take part. For a row without any key the output and the maps
+            are 0 and the log-sum-exp is -inf.
+        scale: factor of the scores, ``1 / sqrt(D)`` by default.
+        layout: "bhsd" or "bshd".
+        reduce_heads: average the maps over heads; if False, they are ``[B, G, H, R]``.
+        return_lse: also return the natural log-sum-exp of the scaled scores, float32 ``[B, H, Sq]``.
+        backend: "auto"; "vendor" (PyTorch's fused attention, followed by a map kernel that reads its log-sum-exp);
+            "triton" (CUDA only: maps in the epilogue of the flash attention kernel); "cudnn", "flash" or "efficient"
+            (CUDA only: one of PyTorch's kernels); or "naive" (the reference implementation, which materialises all
+            probabilities). On CUDA "auto" selects by measurement, see :mod:`star_kernels.attention.dispatch`;
+            PyTorch's kernels do not support ``key_mask`` there, and "flash" is the implementation set by
+            ``torch.nn.attention.activate_flash_attention_impl``.
+
+    Returns:
+        ``(out, maps, lse)``: out like query, maps float32 ``[B, G, R]``.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or range; the message names it.
+    """
+    axis = _sequence_axis(layout)
+    query, key, value = autocasted(query, key, value)
+    check_qkv(query, key, value, axis)
+    if axis == 1:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    check_selection(selection, query, length=key.shape[2])
+    check_key_mask(key_mask, query, key.shape[2])
+    start, n_rows = resolve_rows(rows, query.shape[2])
+    scale = resolve_scale(scale, query.shape[3])
+    check_flag("reduce_heads", reduce_heads)
+    check_flag("return_lse", return_lse)
+    if backend not in dispatch.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(dispatch.BACKENDS)}, got {backend!r}")
+    device, dtype, head_dim = query.device.type, query.dtype, index_of(query.shape[3])  # constant in a graph
+    if backend == "auto":
+        backend = dispatch.choose_backend(device, dtype, head_dim, key_mask is not None)
+    elif problem := dispatch.obstacle(backend, device, dtype, head_dim, key_mask is not None):
+        raise ValueError(
+            f"backend {backend!r} cannot run here: {problem}; got {dtype}, head dimension {head_dim}, on {device}"
+        )
+    (weight,) = constants(selection.weight)
+    arguments = MapArguments(selection.index, weight, key_mask, start, n_rows, scale, reduce_heads)
+    if backend == "naive":
+        out, maps, lse = naive.attention(query, key, value, arguments)
+    else:
+        out, maps, lse = ops.ATTENTION(query, key, value, *arguments[:-1], backend)
+    return AttentionOutput(out.transpose(1, 2) if axis == 1 else out, maps, lse if return_lse else None)
+
+
+def attention_maps(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    selection: TokenSelection,
+    *,
+    direction: str = "image_to_text",
+    rows: slice | tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    layout: str = "bhsd",
+    reduce_heads: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """The maps of :func:`attention`, computed from the log-sum-exp of any attention: P = exp(scale * q k - lse).
+
+    Args:
+        query, key, key_mask, scale, layout, reduce_heads: the arguments of the attention that returned ``lse``.
+        lse: natural log-sum-exp of the scaled scores over all keys, float32 ``[B, H, Sq]``.
+        direction: "image_to_text": selected tokens are keys and rows are queries, as in :func:`attention`;
+            "text_to_image": selected tokens are queries and rows are keys, so a map shows which positions those tokens
+            attend to.
+        rows: the positions with a map (queries, or keys with "text_to_image"); all by default.
+        backend: "auto" or "naive".
+
+    Returns:
+        float32 ``[B, G, R]``, or ``[B, G, H, R]`` without ``reduce_heads``; differentiable with respect to query, key
+        and lse.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or range; the message names it.
+    """
+    axis = _sequence_axis(layout)
+    query, key = autocasted(query, key)
+    check_qkv(query, key, key, axis)
+    if axis == 1:
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    text_to_image = direction == "text_to_image"
+    gathered, dense = (query, key) if text_to_image else (key, query)
+    check_selection(selection, query, length=gathered.shape[2])
+    check_lse(lse, query)
+    check_key_mask(key_mask, query, key.shape[2])
+    start, n_rows = resolve_rows(rows, dense.shape[2])
+    scale = resolve_scale(scale, query.shape[3])
+    check_flag("reduce_heads", reduce_heads)
+    if backend not in ("auto", "naive"):
+        raise ValueError(f"backend must be auto or naive, got {backend!r}")
+    (weight,) = constants(selection.weight)
+    arguments = MapArguments(selection.index, weight, key_mask, start, n_rows, scale, reduce_heads, text_to_image)
+    if backend == "naive" or query.dtype == torch.float64:
+        return naive.attention_maps(query, key, lse, arguments)
+    maps: Tensor = ops.ATTENTION_MAPS(query, key, lse, *arguments)
+    return maps
+
+
+def _sequence_axis(layout: str) -> int:
+    if layout not in ("bhsd", "bshd"):
+        raise ValueError(f"layout must be 'bhsd' or 'bshd', got {layout!r}")
+    return 2 if layout == "bhsd" else 1
