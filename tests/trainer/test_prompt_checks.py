@@ -15,7 +15,7 @@ from star_trainer import trainer
 from star_trainer.config import Config
 from star_trainer.prompt_checks import check_prompts
 from star_trainer.prompts import load_prompts
-from star_trainer.rewards.geneval import GenEval
+from star_trainer.rewards.geneval.reward import GenEval
 from star_trainer.rewards.ocr import Ocr
 from star_trainer.rewards.weighted import WeightedSum
 from star_trainer.scenes import SceneReward

@@ -16,7 +16,7 @@ from star_trainer.rewards.weighted import WeightedSum, check_weight
 
 BUILT_IN = {
     "scene": "star_trainer.scenes:SceneReward",
-    "geneval": "star_trainer.rewards.geneval:GenEval",
+    "geneval": "star_trainer.rewards.geneval.reward:GenEval",
     "ocr": "star_trainer.rewards.ocr:Ocr",
     "pickscore": "star_trainer.rewards.pickscore:PickScore",
     "clipscore": "star_trainer.rewards.clipscore:ClipScore",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from star_trainer.rewards.geneval_task import read_task
+from star_trainer.rewards.geneval.task import read_task
 from star_trainer.rewards.ocr import edit_distance
 from star_trainer.rewards.options import check_flag
 from star_trainer.scenes.detect import Detection, detect_letters, detect_shapes

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from star_trainer.rewards import Reward, build
 from star_trainer.rewards.clip import Clip
-from star_trainer.rewards.geneval import GenEval
-from star_trainer.rewards.geneval_colors import TEMPLATES, ColorClassifier, cut_out, middle
-from star_trainer.rewards.geneval_detector import MAX_INSTANCES, Mask2Former, instances
-from star_trainer.rewards.geneval_rules import Detection
-from star_trainer.rewards.geneval_task import COLORS
+from star_trainer.rewards.geneval.colors import TEMPLATES, ColorClassifier, cut_out, middle
+from star_trainer.rewards.geneval.detector import MAX_INSTANCES, Mask2Former, instances
+from star_trainer.rewards.geneval.reward import GenEval
+from star_trainer.rewards.geneval.rules import Detection
+from star_trainer.rewards.geneval.task import COLORS
 from star_trainer.rewards.images import to_pil
 
 pytest.importorskip("PIL")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from star_trainer.rewards.geneval_rules import Box, Detection, Objects, grade, judge, keep, overlap, relations
-from star_trainer.rewards.geneval_task import read_task
+from star_trainer.rewards.geneval.rules import Box, Detection, Objects, grade, judge, keep, overlap, relations
+from star_trainer.rewards.geneval.task import read_task
 
 MIDDLE: Box = (40, 40, 60, 60)
 LEFT: Box = (0, 40, 20, 60)

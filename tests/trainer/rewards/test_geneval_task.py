@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from star_trainer.rewards.geneval_rules import Detection, grade, judge
-from star_trainer.rewards.geneval_task import RELATIONS, Requirement, read_task
+from star_trainer.rewards.geneval.rules import Detection, grade, judge
+from star_trainer.rewards.geneval.task import RELATIONS, Requirement, read_task
 
 GENEVAL_FILE = Path(__file__).parents[4] / "shared" / "data" / "geneval_evaluation_metadata.jsonl"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from star_trainer.rewards.extras import require
-from star_trainer.rewards.geneval_rules import Detection
+from star_trainer.rewards.geneval.rules import Detection
 from star_trainer.rewards.images import slices
 from star_trainer.rewards.options import check_number, check_path, device_of
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from star_trainer.rewards import geneval_rules as rules
 from star_trainer.rewards.base import Metadata
 from star_trainer.rewards.clip import Clip
-from star_trainer.rewards.geneval_colors import ColorClassifier
-from star_trainer.rewards.geneval_detector import Mask2Former
-from star_trainer.rewards.geneval_task import Task, read_task
+from star_trainer.rewards.geneval import rules
+from star_trainer.rewards.geneval.colors import ColorClassifier
+from star_trainer.rewards.geneval.detector import Mask2Former
+from star_trainer.rewards.geneval.task import Task, read_task
 from star_trainer.rewards.images import to_pil
 from star_trainer.rewards.options import check_number, check_path
 
@@ -40,8 +40,8 @@ class GenEval:
         threshold: confidence that an object must exceed.
         counting_threshold: the same for tasks with the tag "counting".
         max_objects: the most objects of a class that count.
-        max_overlap: see :func:`geneval_rules.keep`.
-        position_threshold: see :func:`geneval_rules.relations`.
+        max_overlap: see :func:`star_trainer.rewards.geneval.rules.keep`.
+        position_threshold: see :func:`star_trainer.rewards.geneval.rules.relations`.
 
     Raises:
         TypeError, ValueError: an unknown ``score``, or an option of another type or out of range.

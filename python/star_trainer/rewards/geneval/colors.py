@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 
 from star_trainer.rewards.clip import Clip
 from star_trainer.rewards.extras import require
-from star_trainer.rewards.geneval_rules import Box, Detection
-from star_trainer.rewards.geneval_task import COLORS
+from star_trainer.rewards.geneval.rules import Box, Detection
+from star_trainer.rewards.geneval.task import COLORS
 
 if TYPE_CHECKING:
     from PIL.Image import Image

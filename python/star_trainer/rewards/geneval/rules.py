@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from star_trainer.rewards.geneval_task import Requirement, Task
+from star_trainer.rewards.geneval.task import Requirement, Task
 
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
