@@ -26,7 +26,7 @@ class Average:
 
     @torch.no_grad()
     def step(self, skipped: Tensor | float = 0.0) -> None:
-        """Counts an optimiser step. The decay is smaller in the first steps, to reduce the weight of the initial values.
+        """Counts an optimiser step. In the first steps the decay is smaller, to forget the initial values.
 
         Args:
             skipped: 1 leaves the average unchanged; a tensor may be on the device and is used without synchronisation.

@@ -146,7 +146,7 @@ def folder_name(epoch: int) -> str:
 
 
 def _hidden(path: Path) -> Path:
-    return path.withfolder_name(f".{path.name}.tmp")
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _room(snapshot: Snapshot, folder: Path) -> str:

@@ -116,7 +116,7 @@ def _check_number(name: str, value: Any, kind: Any, allowed: Range) -> None:
 
 
 def check(config: Config, processes: int) -> None:
-    """Raises TypeError or ValueError if settings are out of range or contradict each other; the message names the keys."""
+    """Raises TypeError or ValueError, naming the keys, if settings are out of range or contradict each other."""
     check_values(config)
     shares = config.train.updates * processes
     if config.samples % shares:
@@ -144,6 +144,6 @@ def check(config: Config, processes: int) -> None:
         raise ValueError(f"allocation.credit must be 'image' with allocation.method 'plain', got {credit!r}")
     if credit != "image" and config.allocation.source != "auto":
         raise ValueError(
-            f"allocation.source must be 'auto' with allocation.credit {credit!r} (rewards score the phrases that it finds), "
+            f"allocation.source must be 'auto' with allocation.credit {credit!r} (the phrases that rewards score), "
             f"got {config.allocation.source!r}"
         )

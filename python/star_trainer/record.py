@@ -33,7 +33,7 @@ class Record:
 
     Args:
         enabled: False on all but the first process: nothing is written.
-        resumed_at: number of completed epochs; lines of metrics.jsonl after it, from a run that was killed, are removed.
+        resumed_at: number of completed epochs; later lines of metrics.jsonl, from a run that was killed, are removed.
         folder: the run's folder; None is ``config.output.folder``.
 
     Attributes:

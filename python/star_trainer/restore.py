@@ -66,9 +66,9 @@ def restore(path: Path, live: Live) -> int:
         )
     if state.get("loaded", live.loaded) != live.loaded:
         warnings.warn(
-            f"the weights in model.path {live.config.model.path} changed after {path} was written: frozen weights (text "
-            "encoders, weights below adapters) differ from those of the epochs before. Restore the model if this is not "
-            "intended",
+            f"the weights in model.path {live.config.model.path} changed after {path} was written: frozen weights "
+            "(text encoders, weights below adapters) differ from those of earlier epochs. Restore the model if this is "
+            "not intended",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -81,7 +81,7 @@ class Signals:
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        """The handler that Python calls in the main thread, once it has returned from C++; it may interrupt any code."""
+        """The handler that Python calls in the main thread, after it returns from C++; it may interrupt any code."""
         self.stopped = True
 
     def _watch(self) -> None:

@@ -77,8 +77,8 @@ class Trainer:
         found = checkpoint.find(self.folder)
         if found and not config.output.resume:
             raise ValueError(
-                f"output.folder {self.folder} contains {found[-1].name} of another run: set output.resume to resume that "
-                "run, or choose another folder"
+                f"output.folder {self.folder} contains {found[-1].name} of another run: set output.resume to resume "
+                "that run, or choose another folder"
             )
         self.policy = Policy(config, self.accelerator.device)
         self.policy.latent_shape(config.rollout.resolution)
@@ -226,7 +226,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Rewards of images drawn with the averaged weights by ODE steps; prompts and initial noise are always the same."""
+        """Rewards of images of the averaged weights, drawn by ODE steps from always the same prompts and noise."""
         config, count = self.config, self.config.evaluation.prompts
         prompts = [self.eval_prompts[n % len(self.eval_prompts)] for n in range(count)]
         mine = list(range(self.accelerator.process_index, count, self.accelerator.num_processes))
