@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from star_trainer import checkpoint, record, trainer, update
 from star_trainer.command import parse
 from star_trainer.config import Config
+from star_trainer.restore import restore
 from star_trainer.trainer import Trainer
 
 # Where a process may be killed: an object and the name of a function on it.
@@ -108,7 +109,7 @@ def check(config: Config) -> None:
             Accelerator(cpu=True),
             progress=False,
         )
-        checkpoint.restore(path, made._live())
+        restore(path, made.saver.live)
     done = [line["epoch"] for line in record.read_metrics(Path(config.output.folder)) if line["event"] == "epoch"]
     last = int(found[-1].name.split("-")[1]) if found else 0
     assert last >= max(done, default=0) - 1, (last, done)

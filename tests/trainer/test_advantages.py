@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
-from star_trainer.advantages import group_advantages, phrase_advantages, split_advantages
+from star_trainer.credit import group_advantages, phrase_advantages, split_advantages
 
 
 def test_a_group_is_standardised_by_its_own_mean_and_deviation() -> None:

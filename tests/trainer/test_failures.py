@@ -83,7 +83,7 @@ def test_no_reward_at_all_stops(failing: Callable[..., Config], trainer_of: Call
     trainer = trainer_of(failing("hang", on_failure="skip"))
     with (
         pytest.warns(RuntimeWarning, match="failing"),
-        pytest.raises(RewardError, match="after epoch 0 all 4 samples are without a reward"),
+        pytest.raises(RewardError, match="after epoch 0 none of the 4 samples has a reward"),
     ):
         trainer.train_epoch()
 
@@ -149,11 +149,11 @@ def test_what_is_done_is_saved_as_soon_as_the_run_is_to_end(
     """By the thread of the signals, before this epoch ends: it may be killed first."""
     trainer = trainer_of(configure())
     trainer.train_epoch()
-    trainer._keep()
-    trainer._save_at_once("SIGTERM")
+    trainer.saver.keep(trainer.epoch)
+    trainer.saver.save_at_once("SIGTERM")
     assert [path.name for path in checkpoint.find(trainer.folder)] == ["checkpoint-000001"]
     assert f"Epoch 1 is saved in {trainer.folder}" in caplog.text
-    assert "if the process is killed before that, this epoch is lost" in caplog.text
+    assert "if the process is killed before, this epoch is lost" in caplog.text
 
 
 @pytest.fixture
@@ -172,15 +172,15 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(
 ) -> None:
     trainer = trainer_of(configure(train={"epochs": 3}))
     trainer.train_epoch()
-    trainer._keep()
-    trainer._save()
+    trainer.saver.keep(trainer.epoch)
+    trainer.saver.save()
     trainer.train_epoch()
-    trainer._keep()
+    trainer.saver.keep(trainer.epoch)
     file_size_limit(2000)
     with pytest.raises(
-        OSError, match=r"checkpoint-000002 cannot be written: .*I/O error.*it takes .* MB, .* MB are fr"
+        OSError, match=r"checkpoint-000002 cannot be written: .*I/O error.*it needs .* MB, .* MB are fr"
     ):
-        trainer._save()
+        trainer.saver.save()
     with pytest.raises(OSError, match=r"final cannot be written: .*I/O error"):
         trainer._export()
     assert [path.name for path in trainer.folder.glob("*checkpoint*")] == ["checkpoint-000001"]
@@ -242,7 +242,7 @@ def test_another_runs_folder_is_refused(
 ) -> None:
     trainer_of(configure()).run()
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match=r"holds checkpoint-000001 of another run: set output\.resume"):
+    with pytest.raises(ValueError, match=r"contains checkpoint-000001 of another run: set output\.resume"):
         trainer_of(configure())
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 

@@ -19,7 +19,8 @@ from star_trainer import checkpoint
 from star_trainer import trainer as module
 from star_trainer.config import Config
 from star_trainer.policy import Text
-from star_trainer.rollout import Batch, roll_out
+from star_trainer.rollout import roll_out
+from star_trainer.samples import Batch
 from star_trainer.small import SMALL
 from star_trainer.small.pipeline import build
 from star_trainer.trainer import Trainer
@@ -214,7 +215,7 @@ def _set_gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, value: flo
 
 
 def _everything(trainer: Trainer) -> dict[str, Tensor]:
-    snapshot = checkpoint.take(trainer._live(), 1)
+    snapshot = checkpoint.take(trainer.saver.live, 1)
     assert snapshot is not None
     return {f"{part}.{n}": v for part, values in snapshot.tensors.items() for n, v in values.items()}
 
