@@ -1,4 +1,4 @@
-"""Short runs of a tiny pipeline."""
+"""Fixtures for short runs of a tiny pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from star_trainer.trainer import Trainer
 
 @pytest.fixture
 def configure(pipeline_folder: Path, tmp_path: Path) -> Callable[..., Config]:
-    """A configuration of two groups of two samples, scored without a model; parts are changed by keyword."""
+    """Returns a configuration of two groups of two samples with a reward without a model; keywords change settings."""
 
     def make(**parts: dict[str, Any]) -> Config:
         config = Config(

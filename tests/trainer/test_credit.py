@@ -57,7 +57,7 @@ def gradient(trainer: Trainer, batch: Batch, advantages: Tensor) -> Tensor:
     mostly_exhaustive([{}, {"over": "trajectory"}, {"over": "total_variation"}, {"strength": 0.5, "cap": 2.0}], [{}]),
     ids=str,
 )
-def test_weights_of_a_phrase_are_those_of_its_map(
+def test_each_phrase_has_the_weights_of_its_own_map(
     by_phrase: Callable[..., Config],
     trainer_of: Callable[[Config], Trainer],
     method: dict[str, Any],

@@ -9,7 +9,7 @@ from harness import Budget
 
 
 @pytest.mark.exhaustive
-def test_both_arms_are_timed_and_weighed() -> None:
+def test_both_methods_are_measured() -> None:
     (case,) = epoch_overhead.measure(torch.device("cpu"), None, None, Budget(2, 1.0), extent="quick")
     assert set(case["times"]) == {"plain", "star"}
     assert case["ratios"]["star_memory"]["median"] > 0.5

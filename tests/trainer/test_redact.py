@@ -13,7 +13,7 @@ from star_trainer.rewards.remote import RemoteReward
 
 
 @pytest.mark.parametrize("written", [repr, json.dumps, quote, quote_plus, lambda text: quote(text, safe="")])
-def test_a_secret_is_hidden_however_it_is_escaped(written: Callable[[str], str]) -> None:
+def test_a_secret_is_hidden_in_any_encoding(written: Callable[[str], str]) -> None:
     secret = 'p@ss "w\u00f6rd"/\\x'
     remember_options({"password": secret, "pin": {"secret": 73519462}})
     assert redact(f"x {written(secret).strip(chr(34) + chr(39))} 73519462") == "x *** ***"

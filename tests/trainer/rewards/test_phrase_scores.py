@@ -13,7 +13,7 @@ from star_trainer.rewards import Pending, RewardError, RewardService, WeightedSu
 
 
 class ByPhrase(Brightness):
-    """A row of the phrases' scores for each of PROMPTS."""
+    """A reward with given scores of phrases, one row for each of PROMPTS."""
 
     def __init__(self, phrases: Tensor, name: str = "phrases") -> None:
         super().__init__(name=name)
@@ -33,7 +33,7 @@ def submit_phrases(service: RewardService, images: Tensor) -> Pending:
 
 
 @pytest.mark.parametrize("batch_size", [None, 3])
-def test_scores_of_phrases_are_summed_as_scores_are(images: Tensor, batch_size: int | None) -> None:
+def test_scores_of_phrases_have_the_same_weighted_sum(images: Tensor, batch_size: int | None) -> None:
     parts = {"one": ByPhrase(PHRASES), "other": ByPhrase(PHRASES**2), "shown": Brightness()}
     total = WeightedSum(parts, {"one": 2.0, "other": -0.5, "shown": 0.0})
     with RewardService(total, batch_size=batch_size) as service:
@@ -54,7 +54,7 @@ def test_scores_of_phrases_are_summed_as_scores_are(images: Tensor, batch_size: 
         (2, [0.0, torch.inf, 1.0, torch.nan], "returned inf"),
     ],
 )
-def test_a_sample_with_other_phrases_fails_alone(images: Tensor, row: int, change: list[float], message: str) -> None:
+def test_only_the_sample_with_other_phrases_fails(images: Tensor, row: int, change: list[float], message: str) -> None:
     wrong = PHRASES.clone()
     wrong[row] = torch.tensor(change)
     with RewardService(ByPhrase(wrong)) as service, pytest.raises(RewardError, match=f"sample {10 + row} .*{message}"):
@@ -70,7 +70,7 @@ def test_a_sample_with_other_phrases_fails_alone(images: Tensor, row: int, chang
 
 
 @pytest.mark.parametrize("answer", [torch.zeros(4), torch.zeros(3, 2), [[0.0]]], ids=["row", "rows", "list"])
-def test_scores_of_phrases_have_a_row_each(images: Tensor, answer: object) -> None:
+def test_scores_of_phrases_have_one_row_per_sample(images: Tensor, answer: object) -> None:
     reward = ByPhrase(PHRASES)
     reward.by_phrase = lambda images, *_: (images.mean((1, 2, 3)), answer)  # type: ignore[method-assign, return-value]
     with RewardService(reward) as service, pytest.raises(RewardError, match=r"for phrases, expected real numbers \["):

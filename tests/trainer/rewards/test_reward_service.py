@@ -140,7 +140,7 @@ def test_a_score_that_is_not_finite_is_a_failure_of_its_sample(images: Tensor, v
         (torch.zeros(1, dtype=torch.complex64), "complex64"),
     ],
 )
-def test_an_answer_of_the_wrong_kind_is_a_failure(images: Tensor, answer: Tensor, message: str) -> None:
+def test_a_result_of_the_wrong_type_or_shape_is_a_failure(images: Tensor, answer: Tensor, message: str) -> None:
     with RewardService(Brightness(lambda _: answer)) as service, pytest.raises(RewardError, match=message):
         submit(service, images).result()
 
