@@ -50,7 +50,7 @@ def without_models(kind: type, **attributes: Any) -> Any:
 
 def check(config: Config, *rewards: Any) -> None:
     """Checks prompts in the same way as a run."""
-    prompts = load_prompts(config.data.prompts)
+    prompts = load_prompts(config.data.prompts, core_source=config.allocation.source)
     held_out = load_prompts(config.data.eval_prompts or config.data.prompts, seed="evaluation")
     named = {f"r{n}": reward for n, reward in enumerate(rewards or [Plain()])}
     check_prompts(prompts, held_out, WeightedSum(named, dict.fromkeys(named, 1.0)), config)
@@ -96,9 +96,7 @@ def test_prompts_that_rewards_cannot_score_are_named_by_file_and_line(
     bad.write_text('a sign "one"\n\na sign\n')
     ocr = without_models(Ocr)
     check(configure(data={"prompts": str(good)}), ocr)
-    with pytest.raises(
-        ValueError, match=rf"{bad}, line 3: ocr requires metadata with a \"text\", or a prompt"
-    ):
+    with pytest.raises(ValueError, match=rf"{bad}, line 3: ocr requires metadata with a \"text\", or a prompt"):
         check(configure(data={"prompts": str(bad)}), Plain(), ocr)
     config = configure(data={"prompts": str(good), "eval_prompts": str(bad)}, evaluation={"every": 1})
     with pytest.raises(ValueError, match=rf"{bad}, line 3: ocr requires"):

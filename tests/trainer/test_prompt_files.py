@@ -15,7 +15,16 @@ def test_lines_of_text(tmp_path: Path) -> None:
     assert [p.text for p in load_prompts(str(path))] == ["a dog", 'a sign that says "open"']
 
 
-# What str.splitlines takes for the end of a line, and no text editor does.
+def test_prompts_have_the_core_content_of_their_source(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text('a sign that says "open"\n')
+    for source, names in (("auto", ("open",)), ("quoted", ("open",)), ("words", ("sign", "says", "open"))):
+        (prompt,) = load_prompts(str(path), core_source=source)
+        assert prompt.core.names == names
+        assert prompt.core is prompt.core  # found once
+
+
+# Characters at which str.splitlines ends a line, but text editors do not.
 NO_ENDS = ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
 
 
@@ -61,7 +70,7 @@ def test_another_suffix_is_refused(tmp_path: Path, name: str) -> None:
 def test_json_lines_in_a_text_file_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text('{a dog}\n{"prompt": "a dog"}\n')
-    with pytest.raises(ValueError, match=r"line 2, is a JSON object: the file's suffix must be \.jsonl or \.json"):
+    with pytest.raises(ValueError, match=r"line 2, is a JSON object: name the file \.jsonl or \.json"):
         load_prompts(str(path))
 
 
@@ -93,17 +102,20 @@ def test_json_lines_keep_their_metadata(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a b', "line 3, is not JSON"),
+        ('{"prompt": "a b', "line 3, is not valid JSON"),
         ('{"text": "a b"}', 'line 3, must be an object with a "prompt"'),
         ('{"prompt": " "}', 'line 3, must be an object with a "prompt"'),
         ('["a b"]', 'line 3, must be an object with a "prompt"'),
         ('{"prompt": "a \\ud800 b"}', r"line 3, must not contain half a surrogate pair, got \\ud800"),
         ('{"prompt": "a b", "text": ["\\udc00"]}', r"line 3, must not contain half a surrogate pair, got \\udc00"),
-        ('{"prompt": "a b", "prompt": "c"}', "line 3, is not JSON.*'prompt' appears twice"),
-        ('{"prompt": "a b", "include": [{"class": "a", "class": "b"}]}', "line 3, is not JSON.*'class' appears twice"),
+        ('{"prompt": "a b", "prompt": "c"}', "line 3, is not valid JSON.*'prompt' appears twice"),
+        (
+            '{"prompt": "a b", "include": [{"class": "a", "class": "b"}]}',
+            "line 3, is not valid JSON.*'class' appears twice",
+        ),
         ('{"prompt": "a b", "weight": NaN}', "line 3, is not valid JSON.*NaN is not a JSON number"),
         ('{"prompt": "a b", "weight": -1e999}', "line 3, is not valid JSON.*-1e999 is too large for a float"),
-        (f'{{"prompt": "a b", "n": {"[" * 100_000}', "line 3, is not JSON.*recursion"),
+        (f'{{"prompt": "a b", "n": {"[" * 100_000}', "line 3, is not valid JSON.*recursion"),
     ],
 )
 def test_an_invalid_line_is_an_error_that_names_it(tmp_path: Path, line: str, message: str) -> None:

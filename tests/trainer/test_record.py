@@ -71,8 +71,8 @@ def test_a_blocked_tensorboard_writer_does_not_block_the_run(
 ) -> None:
     """If the writer's thread has ended at an error, or is slow, its queue stays full."""
     told = threading.Event()
-    monkeypatch.setattr(RecordWriter, "write", lambda *arguments: told.wait(60))
     made = Record(configure(output={"tensorboard": True}), enabled=True)
+    monkeypatch.setattr(RecordWriter, "write", lambda *arguments: told.wait(60))
     many = {f"reward/{number}": 0.5 for number in range(100)}
     writing = threading.Thread(target=made.metrics, args=("epoch", 1, many), daemon=True)
     writing.start()

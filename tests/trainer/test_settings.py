@@ -368,7 +368,7 @@ def test_gradient_accumulation_of_accelerate_is_refused(
 ) -> None:
     """The variable is set by the file that ``accelerate config`` writes."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    with pytest.raises(ValueError, match=r"gradient_accumulation_steps must be 1, got 4: train\.batch and"):
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps must be 1, got 4: set train\.batch"):
         Trainer(configure(), Accelerator(cpu=True), progress=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import SD3Transformer2DModel
+from tiers import mostly_exhaustive
 from torch import Tensor
 
 from star_trainer import checkpoint
@@ -139,11 +141,11 @@ def test_strength_0_is_plain_flow_grpo_to_the_last_bit(
     for method in ("plain", "star"):
         config = configure(
             allocation={"method": method, "strength": 0.0},
-            train={"epochs": 2, "updates": 2, "ratio": ratio, "kl_coef": 0.01, "clip_range": 1e-3},
+            train={"updates": 2, "ratio": ratio, "kl_coef": 0.01, "clip_range": 1e-3},
             output={"folder": str(tmp_path / method)},
         )
         trainer_of(config).run()
-        written[method] = (tmp_path / method / "checkpoint-000002" / "weights.safetensors").read_bytes()
+        written[method] = (tmp_path / method / "checkpoint-000001" / "weights.safetensors").read_bytes()
     assert written["plain"] == written["star"]
 
 
@@ -183,8 +185,12 @@ def test_gradients_do_not_depend_on_the_batches(
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5 * float(found[0].abs().max()))
 
 
-@pytest.mark.parametrize("transition", ["flow_sde", "flow_cps", "dance_sde"])
-@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize(
+    ("transition", "lora_rank"),
+    mostly_exhaustive(
+        product(("flow_sde", "flow_cps", "dance_sde"), (0, 4)), [("flow_sde", 4), ("flow_cps", 0), ("dance_sde", 4)]
+    ),
+)
 def test_an_epoch_of_every_transition_changes_the_weights(
     configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], transition: str, lora_rank: int
 ) -> None:
@@ -267,7 +273,7 @@ def test_weights_that_are_not_finite_are_named_instead_of_a_reward(
     with torch.no_grad():
         next(iter(trainer.average.parameters.values())).fill_(torch.nan)
     for draw in (trainer.train_epoch, trainer.evaluate):
-        with pytest.raises(FloatingPointError, match="the weights after epoch 0 hold NaN or infinity in 1 of"):
+        with pytest.raises(FloatingPointError, match="the weights after epoch 0 contain NaN or infinity in 1 of"):
             draw()
         trainer.average.values.clear()  # the evaluation uses them
 

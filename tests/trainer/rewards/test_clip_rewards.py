@@ -123,18 +123,18 @@ def test_layers_are_ordered_by_number() -> None:
 
 
 def test_aesthetic_without_a_head_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs the option 'head': a safetensors file"):
+    with pytest.raises(ValueError, match="requires the option 'head': a safetensors file"):
         Aesthetic()
-    with pytest.raises(FileNotFoundError, match=r"no file .*absent.safetensors' \(the option 'head'\)"):
+    with pytest.raises(FileNotFoundError, match=r"head must be an existing file, got .*absent.safetensors'"):
         Aesthetic(head=tmp_path / "absent.safetensors")
 
 
 def test_a_head_of_another_shape_is_refused(head: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match="from 768 features to one number"):
+    with pytest.raises(ValueError, match="map 768 features to one number"):
         linear_chain(head, 768)
-    with pytest.raises(ValueError, match="from 24 features to one number"):
+    with pytest.raises(ValueError, match="map 24 features to one number"):
         linear_chain({**head, "layers.3.weight": torch.zeros(2, 4), "layers.3.bias": torch.zeros(2)}, 24)
-    with pytest.raises(ValueError, match="from 24 features"):
+    with pytest.raises(ValueError, match="map 24 features"):
         linear_chain({**head, "layers.2.weight": torch.zeros(4, 9)}, 24)
     for wrong in ({}, {**head, "other": torch.zeros(1)}, {k: v for k, v in head.items() if k != "layers.2.bias"}):
         with pytest.raises(ValueError, match=r"layers.N.weight and layers.N.bias"):

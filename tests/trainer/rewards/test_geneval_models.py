@@ -224,9 +224,7 @@ class _Found:
 
 
 def test_a_class_that_the_detector_does_not_have_is_refused(reward: GenEval, images: Tensor) -> None:
-    with pytest.raises(
-        ValueError, match=r"classes of the detector \(computer mouse, bench, clock\), got dragon"
-    ):
+    with pytest.raises(ValueError, match=r"classes of the detector \(computer mouse, bench, clock\), got dragon"):
         reward(images[:1], [""], [{"include": [{"class": "dragon", "count": 1}]}])
 
 

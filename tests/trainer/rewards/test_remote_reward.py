@@ -179,7 +179,7 @@ def test_a_wrong_setting_is_refused(setting: dict[str, Any], error: type[Excepti
 
 def test_metadata_that_json_cannot_represent_is_refused(server: Server, images: Tensor) -> None:
     for value in (object(), math.nan):
-        with pytest.raises(ValueError, match="metadata must be what JSON can hold"):
+        with pytest.raises(ValueError, match="metadata must be representable in JSON"):
             remote(server)(images, PROMPTS, [{"x": value}] * 4)
     assert server.bodies == []
 

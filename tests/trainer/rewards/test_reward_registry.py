@@ -106,7 +106,7 @@ def test_wrong_options_name_the_reward_and_its_signature() -> None:
         build({"mine:Constant": 1.0}, options={"mine:Constant": {"colour": 1}})
     with pytest.raises(ValueError, match="because it is an instance"):
         build({"mine:ready": 1.0}, options={"mine:ready": {"value": 1}})
-    with pytest.raises(ValueError, match=r"got some for \['ocr'\]"):
+    with pytest.raises(ValueError, match=r"got options for \['ocr'\]"):
         build({"mine:ready": 1.0}, options={"ocr": {}})
 
 
@@ -123,15 +123,15 @@ def test_wrong_options_of_an_address_do_not_show_its_query() -> None:
         ("jpeg-compressibility", {"divisor": math.nan}, "divisor must be a finite number, above 0, got nan"),
         ("ocr", {"threads": 0}, "threads must be an integer, at least 1, got 0"),
         ("ocr", {"params": ["x"]}, "params must be a mapping"),
-        ("clipscore", {"model": 3}, "model must be a name on the hub or a path, got 3"),
-        ("clipscore", {"device": "nowhere"}, "device must be one that torch knows, .* got 'nowhere'"),
+        ("clipscore", {"model": 3}, "model must be a name on the Hugging Face hub or a path, got 3"),
+        ("clipscore", {"device": "nowhere"}, "device must be a device of torch, .* got 'nowhere'"),
         ("pickscore", {"batch_size": "8"}, "batch_size must be an integer, got '8'"),
-        ("pickscore", {"processor": ""}, "processor must be a name on the hub or a path, got ''"),
+        ("pickscore", {"processor": ""}, "processor must be a name on the Hugging Face hub or a path, got ''"),
         ("aesthetic", {"head": 3}, "head must be"),
         ("geneval", {"score": "best"}, "score must be one of"),
         ("geneval", {"threshold": 2}, "threshold must be a finite number, at least 0 and at most 1, got 2"),
         ("geneval", {"max_objects": 1.5}, "max_objects must be an integer, got 1.5"),
-        ("geneval", {"resize": 800}, "resize must be a shortest and a longest edge, or None, got 800"),
+        ("geneval", {"resize": 800}, "resize must be a pair of the shortest and the longest edge, or None, got 800"),
         ("geneval", {"resize": [800, 0]}, "resize must be an integer, at least 1, got 0"),
         ("scene", {"strict": "no"}, "strict must be true or false, got 'no'"),
     ],
@@ -155,10 +155,10 @@ def test_an_error_of_a_constructor_names_the_reward(mine: types.ModuleType) -> N
 @pytest.mark.parametrize(
     ("weights", "options", "message"),
     [
-        (["scene"], None, "weights must be a mapping with strings for keys, got list"),
-        ({1: 1.0}, None, "weights must be a mapping with strings for keys"),
-        ({"scene": 1.0}, ["x"], "options must be a mapping with strings for keys, got list"),
-        ({"scene": 1.0}, {"scene": None}, "options of 'scene' must be a mapping with strings for keys, got NoneType"),
+        (["scene"], None, "weights must be a mapping with string keys, got list"),
+        ({1: 1.0}, None, "weights must be a mapping with string keys"),
+        ({"scene": 1.0}, ["x"], "options must be a mapping with string keys, got list"),
+        ({"scene": 1.0}, {"scene": None}, "options of 'scene' must be a mapping with string keys, got NoneType"),
     ],
 )
 def test_weights_and_options_are_mappings(weights: Any, options: Any, message: str) -> None:
@@ -167,11 +167,11 @@ def test_weights_and_options_are_mappings(weights: Any, options: Any, message: s
 
 
 def test_other_objects_are_not_rewards() -> None:
-    with pytest.raises(TypeError, match="must make a reward"):
+    with pytest.raises(TypeError, match="must return a reward"):
         build({"mine:nothing": 1.0})
     with pytest.raises(TypeError, match="must be a reward, a class"):
         build({"mine:number": 1.0})
-    with pytest.raises(ValueError, match="no 'absent' in the module 'mine'"):
+    with pytest.raises(ValueError, match="module 'mine' has no attribute 'absent'"):
         build({"mine:absent": 1.0})
     with pytest.raises(ModuleNotFoundError):
         build({"no_such_module_here:x": 1.0})

@@ -119,7 +119,7 @@ def judge(objects: Objects, task: Task, colors: Colors, *, position_threshold: f
         position_threshold: see :func:`relations`.
     """
     reasons: list[str] = []
-    groups: list[Sequence[Detection] | None] = []
+    fulfilled: list[Sequence[Detection] | None] = []
     for entry in task.include:
         found = list(objects.get(entry.noun, ()))[: entry.count]
         problem = None
@@ -130,8 +130,8 @@ def judge(objects: Objects, task: Task, colors: Colors, *, position_threshold: f
             if seen.count(entry.color) < entry.count:
                 problem = f"expected {entry.color} {entry.noun}>={entry.count}, found {_listed(seen)}"
         if problem is None and entry.relation is not None:
-            problem = _misplaced(found, entry, groups, position_threshold)
-        groups.append(found if problem is None else None)
+            problem = _misplaced(found, entry, fulfilled, position_threshold)
+        fulfilled.append(found if problem is None else None)
         reasons += [problem] if problem else []
     for noun, count in task.exclude:
         number = len(objects.get(noun, ()))
@@ -156,7 +156,7 @@ def grade(objects: Objects, task: Task, colors: Colors, *, position_threshold: f
     """
     reasons: list[str] = []
     terms: list[float] = []
-    groups: list[Sequence[Detection] | None] = []
+    fulfilled: list[Sequence[Detection] | None] = []
     for entry in task.include:
         found = list(objects.get(entry.noun, ()))
         problem = None
@@ -170,19 +170,19 @@ def grade(objects: Objects, task: Task, colors: Colors, *, position_threshold: f
             if seen.count(entry.color) != entry.count:
                 problem = f"expected {entry.color} {entry.noun}=={entry.count}, found {_listed(seen)}"
         if problem is None and entry.relation is not None:
-            problem = _misplaced(found, entry, groups, position_threshold)
+            problem = _misplaced(found, entry, fulfilled, position_threshold)
             terms += [0.0] if problem else []
-            terms += [1.0] if groups[entry.target] is not None else []
-        groups.append(found if problem is None else None)
+            terms += [1.0] if fulfilled[entry.target] is not None else []
+        fulfilled.append(found if problem is None else None)
         reasons += [problem] if problem else []
     return Verdict(not reasons, sum(terms) / len(terms) if terms else 0.0, tuple(reasons))
 
 
 def _misplaced(
-    found: Sequence[Detection], entry: Requirement, groups: Sequence[Sequence[Detection] | None], threshold: float
+    found: Sequence[Detection], entry: Requirement, fulfilled: Sequence[Sequence[Detection] | None], threshold: float
 ) -> str | None:
     """Why the position of an entry does not hold, or None."""
-    targets = groups[entry.target]
+    targets = fulfilled[entry.target]
     if targets is None:
         return f"no target for {entry.noun} to be {entry.relation}"
     for detection in found:
