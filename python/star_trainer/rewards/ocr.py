@@ -55,10 +55,10 @@ class Ocr:
         self._reader = rapidocr.RapidOCR(params={**settings, **(params or {})})
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
-        wanted = [target_text(prompt, record) for prompt, record in zip(prompts, metadata, strict=True)]
+        targets = [target_text(prompt, record) for prompt, record in zip(prompts, metadata, strict=True)]
         read = [self.read(image) for image in images]
         return torch.tensor(
-            [text_score(seen, text, normalize=self.normalize) for seen, text in zip(read, wanted, strict=True)]
+            [text_score(seen, text, normalize=self.normalize) for seen, text in zip(read, targets, strict=True)]
         )
 
     def check_prompt(self, prompt: str, metadata: Metadata) -> None:
@@ -88,7 +88,7 @@ def target_text(prompt: str, metadata: Metadata) -> str:
     return text
 
 
-def text_score(read: str, wanted: str, *, normalize: bool = True) -> float:
+def text_score(read: str, target: str, *, normalize: bool = True) -> float:
     """Flow-GRPO's score of a recognised text, in 0..1.
 
     With ``normalize``, both texts are normalised by :func:`star_kernels.prompts.spelling.plain` and white space is
@@ -99,14 +99,14 @@ def text_score(read: str, wanted: str, *, normalize: bool = True) -> float:
         ValueError: the target text is empty after normalisation.
     """
     if normalize:
-        read, wanted = ("".join(plain(text).split()) for text in (read, wanted))
+        read, target = ("".join(plain(text).split()) for text in (read, target))
     else:
-        read, wanted = (text.replace(" ", "").lower() for text in (read, wanted))
-    if not wanted:
-        raise ValueError("wanted must contain a visible character, got none")
-    if wanted in read:
+        read, target = (text.replace(" ", "").lower() for text in (read, target))
+    if not target:
+        raise ValueError("target must contain a visible character, got none")
+    if target in read:
         return 1.0
-    return 1 - min(edit_distance(read, wanted), len(wanted)) / len(wanted)
+    return 1 - min(edit_distance(read, target), len(target)) / len(target)
 
 
 def edit_distance(a: str, b: str) -> int:

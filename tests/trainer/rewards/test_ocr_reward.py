@@ -75,7 +75,7 @@ def test_texts_that_look_alike_are_equal_with_normalisation(read: str, wanted: s
 
 def test_an_invisible_target_text_is_refused() -> None:
     for normalize, wanted in ((True, "\u200b \t"), (False, " ")):
-        with pytest.raises(ValueError, match="wanted must contain a visible character"):
+        with pytest.raises(ValueError, match="target must contain a visible character"):
             text_score("x", wanted, normalize=normalize)
 
 
