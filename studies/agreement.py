@@ -40,12 +40,12 @@ from tqdm import tqdm
 
 from benchmarks.reporting import environment
 from star_kernels import weighted_policy_loss
-from star_trainer.advantages import phrase_advantages, split_advantages
 from star_trainer.command import parse as parse_settings
 from star_trainer.config import Config
+from star_trainer.credit import phrase_advantages, split_advantages
 from star_trainer.policy import Policy
 from star_trainer.prompts import Prompt, choose, load_prompts
-from star_trainer.rollout import Batch, Step
+from star_trainer.samples import Batch, Step
 from star_trainer.scenes import check
 from star_trainer.schedule import schedule_of
 from studies import allocations

@@ -18,8 +18,8 @@ from star_kernels.prompts import regions_of, select_tokens
 from star_trainer.config import Config
 from star_trainer.policy import Policy
 from star_trainer.prompts import Prompt
-from star_trainer.rollout import Batch
 from star_trainer.rollout import roll_out as plain_roll_out
+from star_trainer.samples import Batch
 from star_trainer.scenes.describe import COLORS
 from star_trainer.scenes.detect import color_masks
 from star_trainer.schedule import schedule_of

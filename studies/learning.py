@@ -33,7 +33,7 @@ from star_trainer.command import parse as parse_settings
 from star_trainer.config import Config
 from star_trainer.prompts import Prompt
 from star_trainer.record import read_metrics
-from star_trainer.rollout import Batch
+from star_trainer.samples import Batch
 from star_trainer.trainer import Trainer
 from studies import allocations
 
@@ -156,7 +156,7 @@ def train(unit: Unit, design: dict[str, Any], runs: Path, deadline: float) -> No
         "output.folder": str(folder),
         "output.resume": True,
         "output.tensorboard": False,
-        "output.pictures_every": 0,
+        "output.images_every": 0,
         "output.checkpoint_every": epochs,
         "output.keep": 1,
     }

@@ -25,8 +25,8 @@ from benchmarks.timing.progress import Progress
 from star_kernels import weighted_policy_loss
 from star_trainer.command import PRESETS
 from star_trainer.config import Config
+from star_trainer.credit import capture, select, weighted
 from star_trainer.prompts import choose
-from star_trainer.rollout import capture, select, weighted
 from star_trainer.schedule import schedule_of
 from star_trainer.trainer import Trainer
 
@@ -44,7 +44,7 @@ def measure(request: Request) -> Iterator[dict[str, Any]]:
         preset,
         rollout=replace(preset.rollout, **changes),
         evaluation=replace(preset.evaluation, every=0, prompts=1),
-        output=replace(preset.output, pictures_every=0, tensorboard=False),
+        output=replace(preset.output, images_every=0, tensorboard=False),
     )
     with tempfile.TemporaryDirectory() as folder:
         yield measure_case(config, request.device, request.budget, folder, quick)

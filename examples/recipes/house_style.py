@@ -1,8 +1,8 @@
-"""A house style as a reward: pictures in the colours of a brand.
+"""A house style as a reward: images in the colours of a brand.
 
     PYTHONPATH=recipes star-train --config recipes/house-style.yaml
 
-A start for a reward of one's own: a class with a ``name``, called with images, prompts and their metadata.
+A template for a reward of your own: a class with a ``name``, which is called with images, prompts and metadata.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 
 class HouseStyle:
-    """How near the pixels are to the nearest colour of a palette, 0..1. A plain picture of one such colour has 1.
+    """Similarity of the pixels to the nearest colour of a palette, 0..1. An image of one such colour scores 1.
 
     Args:
         palette: colours as "#rrggbb".
-        tolerance: distance in RGB, each channel 0..1, from which on a pixel counts nothing.
+        tolerance: distance in RGB, with channels in 0..1, from which on the score of a pixel is 0.
 
     Raises:
-        ValueError: an empty palette, a colour of another form, or a tolerance that is not positive.
+        ValueError: an empty palette, a colour in another format, or a tolerance that is not positive.
     """
 
     name = "house-style"
@@ -44,5 +44,5 @@ class HouseStyle:
 def _rgb(color: str) -> list[float]:
     digits = color.removeprefix("#")
     if len(color) != 7 or len(digits) != 6 or not all(digit in "0123456789abcdefABCDEF" for digit in digits):
-        raise ValueError(f'palette must hold colours as "#rrggbb", got {color!r}')
+        raise ValueError(f'palette must contain colours as "#rrggbb", got {color!r}')
     return [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]

@@ -1,4 +1,4 @@
-"""The moving average of the trained weights."""
+"""The exponential moving average of the trained weights."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class Average:
-    """``average += (1 - decay) (weights - average)``, at every so many optimiser steps, in float32.
+    """``average += (1 - decay) (weights - average)`` every ``interval`` optimiser steps, in float32.
 
     Args:
-        model: whose parameters that require grad are followed.
-        decay: 0 keeps no average, and the weights stand for it.
+        model: the average is of its parameters that require gradients.
+        decay: 0 keeps no average: the weights themselves are used instead.
         interval: optimiser steps between updates.
     """
 
@@ -26,10 +26,10 @@ class Average:
 
     @torch.no_grad()
     def step(self, skipped: Tensor | float = 0.0) -> None:
-        """Counts an optimiser step. Early on the decay is smaller, so that the start is soon forgotten.
+        """Counts an optimiser step. In the first steps the decay is smaller, to forget the initial values.
 
         Args:
-            skipped: 1 leaves the average as it is; it may be on the device, and is not waited for.
+            skipped: 1 leaves the average unchanged; a tensor may be on the device and is used without synchronisation.
         """
         self.steps += 1
         if self.steps % self.interval:
@@ -41,7 +41,7 @@ class Average:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The averaged weights in the model, for as long as the context lasts."""
+        """Puts the averaged weights into the model within the context."""
         if not self.values:
             yield
             return

@@ -1,9 +1,9 @@
-"""``star-train``: trains a text-to-image flow model by Flow-GRPO with STAR's allocation.
+"""``star-train``: post-trains a text-to-image flow model with Flow-GRPO and STAR's allocation.
 
-Settings come from a preset, then from YAML files (--config), then from options, wherever these stand; ``star-train
---help`` lists them all, ``--print_config`` prints the result.
+Options override YAML files (--config), and files override the preset, in any order on the command line. ``star-train
+--help`` lists all settings, ``--print_config`` prints their values.
 
-    star-train                                          the small model, minutes on two processor cores
+    star-train                                          the small model, a few minutes on two CPU cores
     star-train --preset sd35m-geneval                   Flow-GRPO's published settings for SD3.5-Medium
     accelerate launch --num_processes 8 -m star_trainer --preset sd35m-ocr --data.prompts prompts.txt
 """
@@ -30,7 +30,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command. Returns 0, 1 after an error, or 2 for settings that cannot be read."""
+    """Runs the command. Returns the exit status: 0, or 1 after an error; invalid settings exit with status 2."""
     config = parse(sys.argv[1:] if arguments is None else arguments)
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter("%(message)s"))
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         trainer = Trainer(config)
         trainer.run()
-    except KeyboardInterrupt:  # while it was being loaded
+    except KeyboardInterrupt:  # before the training loop
         return 130
     except (ValueError, OSError, ImportError, FloatingPointError, RewardError) as error:
         print(f"star-train: error: {redact(str(error))}", file=sys.stderr)
@@ -51,25 +51,25 @@ def main(arguments: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         print(f"star-train: error: {error}", file=sys.stderr)
         print("Resume (output.resume) with a smaller rollout.batch or train.batch, or with", file=sys.stderr)
-        print("model.gradient_checkpointing: these change results by rounding alone.", file=sys.stderr)
+        print("model.gradient_checkpointing: these change results by rounding errors only.", file=sys.stderr)
         return 1
     except Exception as error:
         print(redacted_traceback(error), end="", file=sys.stderr)
         return 1
     if trainer.accelerator.is_main_process:
-        with suppress(OSError):  # nobody reads it any more
+        with suppress(OSError):  # standard output is closed
             print(summary(trainer.folder))
     return 0
 
 
 def entry() -> NoReturn:
-    """What the shell runs: :func:`main`, then the end of the process.
+    """The console script: runs :func:`main` and ends the process.
 
-    A reward that hangs, or was still at work when an error ended the run, has a thread within C++, which Python's own
-    exit aborts (SIGABRT). Such a process leaves without that.
+    If a reward hangs, or is still computing when an error ends the run, its thread is within C++, and Python's normal
+    exit would abort (SIGABRT). Such a process exits without cleaning up.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not closed; a path may hold what the encoding cannot
+        if isinstance(stream, io.TextIOWrapper):  # not closed; paths may contain characters outside the encoding
             stream.reconfigure(errors="backslashreplace")
     redact_warnings()
     try:
@@ -90,18 +90,18 @@ def entry() -> NoReturn:
 
 
 def summary(folder: Path) -> str:
-    """The rewards that a run began and ended with, and where its pictures are."""
+    """The first and the last evaluation of a run, and the folder of its outputs."""
     from star_trainer.record import read_metrics
 
     found = [line for line in read_metrics(folder) if line["event"] == "evaluation"]
     lines = [
         f"evaluation after epoch {line['epoch']}: reward {line['reward']:.4f}" for line in (found[:1] + found[-1:])
     ]
-    return "\n".join([*dict.fromkeys(lines), f"metrics and pictures are in {folder}"])
+    return "\n".join([*dict.fromkeys(lines), f"metrics and images are in {folder}"])
 
 
 def parse(arguments: list[str]) -> Config:
-    """The configuration of a command line. Exits with status 2 and a message where it is wrong."""
+    """The configuration of a command line. Exits with status 2 and a message if it is invalid."""
     from jsonargparse import ArgumentError
 
     first = argparse.ArgumentParser(prog="star-train", add_help=False, allow_abbrev=False)
@@ -123,7 +123,7 @@ def parse(arguments: list[str]) -> Config:
 
 
 def build_parser(preset: str) -> Any:
-    """jsonargparse's parser of :class:`Config`, with a preset's values for defaults. It raises where it would exit.
+    """The parser of :class:`Config` with the values of a preset as defaults; it raises instead of exiting.
 
     Raises:
         ValueError: an unknown preset.
@@ -145,14 +145,16 @@ def build_parser(preset: str) -> Any:
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("--preset", default=preset, choices=names, help="settings to begin with (default: small)")
-    parser.add_argument("--config", action="config", help="a YAML file of settings, over the preset's; may be repeated")
+    parser.add_argument("--preset", default=preset, choices=names, help="base settings (default: small)")
+    parser.add_argument(
+        "--config", action="config", help="YAML file of settings that override the preset; may be repeated"
+    )
     parser.add_class_arguments(Config)
     return parser
 
 
 def merged(parser: Any, path: str, found: dict[str, Any], values: Any) -> Any:
-    """The values with a file's settings over them."""
+    """The values, overridden by the settings of a file."""
     from jsonargparse import ArgumentError
 
     try:
@@ -165,7 +167,7 @@ def config_of(parser: Any, values: Any) -> Config:
     """The configuration of parsed values.
 
     Raises:
-        ValueError: a setting without a value that must have one.
+        ValueError: a required setting is null.
     """
     for section, kind in get_type_hints(Config).items():
         for name, allowed in get_type_hints(kind).items():
@@ -176,12 +178,12 @@ def config_of(parser: Any, values: Any) -> Config:
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the command for wrong settings; an unknown option is shown with the nearest one that exists."""
+    """Exits with status 2 and a message; for an unknown option it suggests the most similar one."""
     unknown = re.match(r"unrecognized arguments: --([\w.]+)", message)
     if unknown:
         known = [f"{section}.{name}" for section, names in settings.SECTIONS.items() for name in names]
         message += settings.suggestion(unknown[1], known, before="--")
-    print(f"star-train: error: {redact(message)}\nstar-train --help explains every setting.", file=sys.stderr)
+    print(f"star-train: error: {redact(message)}\nstar-train --help describes all settings.", file=sys.stderr)
     raise SystemExit(2)
 
 

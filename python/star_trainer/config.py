@@ -1,4 +1,4 @@
-"""The settings of a training run. Every field is an option of ``star-train`` and a key of its YAML files."""
+"""The settings of a training run. Each field is an option of ``star-train`` and a key of its YAML files."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 @dataclass
 class Model:
-    """What is trained.
+    """The model to train.
 
     Args:
-        path: "small", the small Stable Diffusion 3 that ships with the package; a local folder of a
-            StableDiffusion3Pipeline; or the id of one on the hub.
-        dtype: of the frozen weights.
-        lora_rank: rank of the adapters on the attention projections; 0 trains all weights of the transformer.
-        lora_alpha: scale of the adapters, over their rank.
-        gradient_checkpointing: computes activations twice to keep fewer of them.
-        text_length: T5's tokens (max_sequence_length of diffusers' pipeline).
+        path: "small", the small Stable Diffusion 3 that ships with the package; a local folder with a
+            StableDiffusion3Pipeline; or the id of one on the Hugging Face hub.
+        dtype: dtype of the frozen weights.
+        lora_rank: rank of the LoRA adapters on the attention projections; 0 trains all weights of the transformer.
+        lora_alpha: LoRA scale; the adapters are multiplied by lora_alpha / lora_rank.
+        gradient_checkpointing: recomputes activations in the backward pass to save memory.
+        text_length: number of T5 tokens (max_sequence_length of the diffusers pipeline).
     """
 
     path: str = "small"
@@ -34,12 +34,13 @@ class Model:
 
 @dataclass
 class Data:
-    """Prompts.
+    """The prompts.
 
     Args:
-        prompts: a file (.txt, or without a suffix) with a prompt a line; or one (.jsonl, .json) of JSON lines with a
-            "prompt" and its metadata each (as GenEval's); or "scenes:composition" or "scenes:text", drawn anew.
-        eval_prompts: the same for evaluation; None takes prompts of ``prompts``.
+        prompts: a text file (.txt, or without a suffix) with one prompt per line; a file of JSON lines (.jsonl, .json),
+            each with a "prompt" and its metadata (GenEval's format); or "scenes:composition" or "scenes:text" for
+            prompts of random scenes.
+        eval_prompts: prompts for evaluation, in the same format; None evaluates on ``prompts``.
     """
 
     prompts: str = "scenes:composition"
@@ -55,18 +56,18 @@ class Rollout:
     """How samples are drawn.
 
     Args:
-        transition: the sampler: Flow-GRPO's, Flow-CPS's or DanceGRPO's.
-        noise_level: its noise (eta for "dance_sde").
-        steps: denoising steps.
-        guidance: scale of classifier-free guidance, in rollout and training; 1 is without.
-        resolution: rows and columns of the images; None is the model's own.
-        groups: prompts an epoch.
-        group_size: samples of each prompt, which are compared with each other.
-        batch: samples of a process in one forward pass.
-        window: noisy steps, of which there is a random run each epoch, the others being without noise (and not
-            trained); None makes all steps noisy and trains all but the last.
-        window_end: the window lies within so many first steps; None is all but the last.
-        shared_noise: starts the samples of a group from the same noise.
+        transition: the sampler: Flow-GRPO's "flow_sde", Flow-CPS's "flow_cps" or DanceGRPO's "dance_sde".
+        noise_level: noise level of the sampler (eta of "dance_sde").
+        steps: number of denoising steps.
+        guidance: scale of classifier-free guidance, in rollout and training; 1 disables it.
+        resolution: height and width of the images in pixels; None uses the model's default.
+        groups: number of prompts per epoch.
+        group_size: number of samples per prompt; their rewards are compared with each other.
+        batch: number of samples per process and forward pass.
+        window: number of consecutive SDE steps, placed at random each epoch; the others are ODE steps and are not
+            trained. None makes all steps SDE steps and trains all but the last.
+        window_end: the window lies within this number of first steps; None is all steps but the last.
+        shared_noise: samples of a group start from the same initial noise.
     """
 
     transition: Literal["flow_sde", "flow_cps", "dance_sde"] = "flow_sde"
@@ -84,25 +85,27 @@ class Rollout:
 
 @dataclass
 class Allocation:
-    """Where and when the advantage acts; ``method: plain`` is Flow-GRPO.
+    """Where and when the advantage acts.
 
     Args:
-        method: "star" by attention maps of the prompt's core content, "plain" everywhere alike.
-        strength: from 0 (as plain) to 1 (in proportion to the map).
-        over: mean one over the positions of each "step", or over all of the "trajectory", where a step's share is its
-            mass on the content; with "change" it is how much of its map moves until the next step.
-        cap: largest weight; None is without.
-        blocks: the transformer's blocks whose maps are averaged: "default", "all", or a list of indices.
-        source: core content: "auto", "geneval", "quoted" or "words", as star_kernels.prompts.core_content.
-        credit: "image", the advantage of the picture acts by the map of all core content; "split", by the same map, and
-            at each position each phrase's part of that advantage counts for the phrase's share of the attention there;
-            "phrase", each phrase has an advantage of its own instead, its part of the reward compared for itself, which
-            acts by its own map.
+        method: "star" weights the advantage by attention maps of the prompt's core content; "plain" is Flow-GRPO, with
+            uniform weights.
+        strength: from 0 (uniform weights) to 1 (weights in proportion to the map).
+        over: "step": weights have a mean of one over the positions of each step. "trajectory": over all positions and
+            steps, where the share of a step is its attention mass on the core content. "total_variation": as
+            "trajectory", but the share of a step is the total variation between its map and the next step's.
+        cap: maximum weight; None is unlimited.
+        blocks: transformer blocks whose maps are averaged: "default", "all", or a list of indices.
+        source: how core content is found: "auto", "geneval", "quoted" or "words" (star_kernels.prompts.core_content).
+        credit: "image": one advantage per image, weighted by the map of all core content. "split": the same, but each
+            phrase's part of that advantage is weighted by the phrase's share of the attention at each position.
+            "phrase": one advantage per phrase, computed from the phrase's part of the reward and weighted by the
+            phrase's own map.
     """
 
     method: Literal["star", "plain"] = "star"
     strength: float = 1.0
-    over: Literal["step", "trajectory", "change"] = "step"
+    over: Literal["step", "trajectory", "total_variation"] = "step"
     cap: float | None = None
     blocks: Literal["default", "all"] | list[int] = "default"
     source: Literal["auto", "geneval", "quoted", "words"] = "auto"
@@ -111,14 +114,14 @@ class Allocation:
 
 @dataclass
 class Reward:
-    """What samples are judged by.
+    """The rewards.
 
     Args:
-        weights: rewards by name, import path ("package.module:attribute") or URL, and their weights in the sum.
-        options: of a reward by name, its constructor's arguments; a text that begins with "~/" is a path.
-        timeout: seconds for one batch.
-        on_failure: "stop" the run, or "skip" the sample, when a reward raises, hangs or is not finite.
-        std: divides advantages by the standard deviation of the group, or of all samples of the epoch.
+        weights: weight of each reward in the sum, by name, import path ("package.module:attribute") or URL.
+        options: constructor arguments of each reward, by the same key; strings that begin with "~/" are paths.
+        timeout: maximum time for one call of a reward, in seconds.
+        on_failure: "stop" the run or "skip" the sample if a reward raises, times out or is not finite.
+        std: divide advantages by the standard deviation of the "group" or of all samples of the epoch ("global").
     """
 
     weights: dict[str, float] = field(default_factory=lambda: {"scene": 1.0})
@@ -136,23 +139,23 @@ class Train:
     """The update.
 
     Args:
-        epochs: rollouts and updates in all.
-        updates: optimiser steps an epoch, each on its share of the samples.
-        passes: times the samples of an epoch are gone through.
-        steps: noisy steps that are trained, a random choice each epoch; None is all of them.
-        batch: samples of a process in one forward pass; None is the rollout's.
-        learning_rate: of AdamW.
-        weight_decay: of AdamW.
-        max_grad_norm: gradients are clipped to this norm; 0 or None is without.
-        ratio: "sample", one ratio and one clip a sample, or "location", one at each latent position.
-        clip_range: the ratio is clipped to 1 - clip_range .. 1 + clip_range.
-        advantage_clip: advantages are clipped to this range.
-        ratio_norm: GRPO-Guard's normalisation of the ratio.
-        kl_coef: weight of the KL divergence from the model as it was.
-        ema: decay of the average of the trained weights, which is evaluated and exported; 0 is without.
-        ema_interval: optimiser steps between its updates.
-        mixed_precision: of the forward passes.
-        seed: of prompts, noise and adapters.
+        epochs: number of epochs; each is one rollout and its updates.
+        updates: number of optimiser steps per pass over the samples of an epoch.
+        passes: number of passes over the samples of an epoch.
+        steps: number of SDE steps to train, chosen at random each epoch; None trains all of them.
+        batch: number of samples per process and forward pass; None uses rollout.batch.
+        learning_rate: learning rate of AdamW.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: maximum gradient norm; 0 or None disables clipping.
+        ratio: "sample": one ratio and one clip per sample; "location": one per latent position.
+        clip_range: ratios are clipped to 1 - clip_range .. 1 + clip_range.
+        advantage_clip: advantages are clipped to -advantage_clip .. advantage_clip.
+        ratio_norm: enables GRPO-Guard's normalisation of the ratio.
+        kl_coef: weight of the KL divergence from the initial model.
+        ema: decay of the moving average of the trained weights, which is evaluated and exported; 0 disables it.
+        ema_interval: optimiser steps between updates of the moving average.
+        mixed_precision: precision of the forward passes.
+        seed: seed of prompts, noise and adapters.
     """
 
     epochs: int = 100
@@ -176,12 +179,12 @@ class Train:
 
 @dataclass
 class Evaluation:
-    """Samples of the averaged weights, without noise.
+    """Evaluation of the averaged weights, with ODE steps.
 
     Args:
-        every: epochs between evaluations; 0 is never.
-        prompts: how many.
-        steps: denoising steps.
+        every: epochs between evaluations; 0 disables them.
+        prompts: number of prompts, one image each.
+        steps: number of denoising steps.
     """
 
     every: int = 10
@@ -191,21 +194,21 @@ class Evaluation:
 
 @dataclass
 class Output:
-    """What a run leaves behind.
+    """The files of a run.
 
     Args:
-        folder: for all of it.
-        checkpoint_every: epochs between checkpoints; 0 is the last alone.
-        keep: checkpoints kept.
-        pictures_every: epochs between sample grids and allocation strips; 0 is never.
-        tensorboard: writes TensorBoard's files beside metrics.jsonl.
-        resume: goes on from the last checkpoint of the folder, if there is one.
+        folder: folder of the run.
+        checkpoint_every: epochs between checkpoints; 0 writes one after the last epoch only.
+        keep: number of checkpoints to keep.
+        images_every: epochs between allocation figures; 0 draws neither these nor the sample grids of evaluations.
+        tensorboard: writes TensorBoard files in addition to metrics.jsonl.
+        resume: resumes from the latest checkpoint in the folder, if there is one.
     """
 
     folder: str = "runs/star"
     checkpoint_every: int = 10
     keep: int = 2
-    pictures_every: int = 10
+    images_every: int = 10
     tensorboard: bool = True
     resume: bool = False
 
@@ -228,12 +231,12 @@ class Config:
 
     @property
     def samples(self) -> int:
-        """Of an epoch, over all processes."""
+        """Number of samples per epoch, over all processes."""
         return self.rollout.groups * self.rollout.group_size
 
 
 def _expanded(value: Any) -> Any:
-    """Paths of the home folder, within lists and mappings too, in full."""
+    """The value with "~/" expanded in all strings, also within lists and mappings."""
     if isinstance(value, str):
         return os.path.expanduser(value) if value.startswith("~/") else value
     if isinstance(value, list):

@@ -1,10 +1,10 @@
-"""What every number of the settings may be, and which values fit each other."""
+"""The range of each numeric setting, and checks of settings that depend on each other."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from star_trainer.config import Config
 from star_trainer.redact import redacted
@@ -12,13 +12,13 @@ from star_trainer.redact import redacted
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers between bounds, of which ``least`` and ``most`` belong to them."""
+    """An interval of numbers: ``least`` and ``most`` are inclusive bounds, ``above`` and ``below`` exclusive ones."""
 
     least: float = -math.inf
     above: float = -math.inf
     most: float = math.inf
     below: float = math.inf
-    infinite: bool = False  # whether infinity is one of them
+    infinite: bool = False  # whether infinity is accepted
 
     def __contains__(self, value: float) -> bool:
         if value == math.inf:
@@ -31,7 +31,7 @@ class Range:
 
 
 COUNT, ORDINAL, POSITIVE, SHARE = Range(least=0), Range(least=1), Range(above=0), Range(least=0, most=1)
-RANGES = {  # of every setting that is a number; the library's own where it has one
+RANGES = {  # of all numeric settings; equal to the library's range if it has one
     "model.lora_rank": COUNT,
     "model.lora_alpha": ORDINAL,
     "model.text_length": ORDINAL,
@@ -46,7 +46,7 @@ RANGES = {  # of every setting that is a number; the library's own where it has 
     "rollout.window_end": ORDINAL,
     "allocation.strength": SHARE,
     "allocation.cap": Range(above=1),
-    "reward.timeout": Range(above=0, most=10**9),  # a thread can wait no longer than some 300 years
+    "reward.timeout": Range(above=0, most=10**9),  # the maximum wait of a thread is about 300 years
     "train.epochs": ORDINAL,
     "train.updates": ORDINAL,
     "train.passes": ORDINAL,
@@ -66,12 +66,18 @@ RANGES = {  # of every setting that is a number; the library's own where it has 
     "evaluation.steps": ORDINAL,
     "output.checkpoint_every": COUNT,
     "output.keep": ORDINAL,
-    "output.pictures_every": COUNT,
+    "output.images_every": COUNT,
 }
 
 
 def check_values(config: Config) -> None:
-    """Raises TypeError or ValueError where a value is out of range; the message names the key."""
+    """Raises TypeError or ValueError if a setting is not one of the accepted values or out of range, naming its key."""
+    for section, kind in get_type_hints(Config).items():
+        for setting, hint in get_type_hints(kind).items():
+            value = getattr(getattr(config, section), setting)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                accepted = ", ".join(map(repr, get_args(hint)))
+                raise ValueError(f"{section}.{setting} must be one of {accepted}, got {value!r}")
     for name, allowed in RANGES.items():
         section, setting = name.split(".")
         part = getattr(config, section)
@@ -110,7 +116,7 @@ def _check_number(name: str, value: Any, kind: Any, allowed: Range) -> None:
 
 
 def check(config: Config, processes: int) -> None:
-    """Raises TypeError or ValueError where values are out of range or do not fit each other, naming the keys."""
+    """Raises TypeError or ValueError, naming the keys, if settings are out of range or contradict each other."""
     check_values(config)
     shares = config.train.updates * processes
     if config.samples % shares:
@@ -130,12 +136,14 @@ def check(config: Config, processes: int) -> None:
         raise ValueError(f"rollout.window must lie between 1 and {end}, got {config.rollout.window}")
     noisy = config.rollout.window or last
     if config.train.steps is not None and config.train.steps > noisy:
-        raise ValueError(f"train.steps must lie between 1 and the {noisy} noisy steps, got {config.train.steps}")
+        raise ValueError(
+            f"train.steps must lie between 1 and {noisy}, the number of SDE steps, got {config.train.steps}"
+        )
     credit = config.allocation.credit
     if credit != "image" and config.allocation.method == "plain":
         raise ValueError(f"allocation.credit must be 'image' with allocation.method 'plain', got {credit!r}")
     if credit != "image" and config.allocation.source != "auto":
         raise ValueError(
-            f"allocation.source must be 'auto' with allocation.credit {credit!r} (rewards score the phrases it finds), "
+            f"allocation.source must be 'auto' with allocation.credit {credit!r} (the phrases that rewards score), "
             f"got {config.allocation.source!r}"
         )

@@ -1,4 +1,4 @@
-"""One run in a folder: a lock that the system lets go when the process ends, however it ends."""
+"""Locks the folder of a run; the operating system releases the lock when the process ends for any reason."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from pathlib import Path
 from typing import IO
 
 NAME = ".lock"
-# By process and folder. A lock belongs to the process: a fork does not have its parent's, and a second trainer of one
-# process, as in a notebook, takes over. Closing any handle of the file would let the lock go, so there is only one.
+# By process and folder. A lock belongs to a process: a fork does not inherit it, and a second trainer in the same
+# process, as in a notebook, reuses it. Closing any handle of the file would release the lock, so there is only one.
 _held: dict[tuple[int, str], IO[str]] = {}
 
 
 def lock(folder: Path) -> None:
-    """Makes the folder and keeps other processes out of it, until :func:`unlock` or the end of this process.
+    """Creates the folder and locks it against other processes until :func:`unlock` or the end of this process.
 
-    Warns (RuntimeWarning) where the file system has no locks.
+    Warns:
+        RuntimeWarning: the file system does not support locks.
 
     Raises:
-        ValueError: the folder is in use by another process.
+        ValueError: another process uses the folder.
     """
     key = _key(folder)
     if key in _held:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / NAME).open("a+")  # not truncated: it says who holds the lock
+    file = (folder / NAME).open("a+")  # not truncated: it names the process that holds the lock
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -35,7 +36,7 @@ def lock(folder: Path) -> None:
         holder = file.read().strip() or "unknown"
         file.close()
         raise ValueError(
-            f"output.folder {folder} is in use by another run ({holder}): wait for its end, or choose another folder"
+            f"output.folder {folder} is in use by another run ({holder}): wait until it ends, or choose another folder"
         ) from None
     except OSError as error:
         file.close()
@@ -52,7 +53,7 @@ def lock(folder: Path) -> None:
 
 
 def unlock(folder: Path) -> None:
-    """Lets other processes in; nothing where the folder is not locked by this process."""
+    """Releases the lock; does nothing if this process has not locked the folder."""
     if file := _held.pop(_key(folder), None):
         file.close()
 

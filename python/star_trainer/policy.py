@@ -1,4 +1,4 @@
-"""The model that is trained: a Stable Diffusion 3 pipeline whose transformer predicts velocities with guidance."""
+"""The trained model: a Stable Diffusion 3 pipeline whose transformer predicts velocities, with guidance."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from star_kernels import pipelines
-from star_trainer.checkpoint import whole_weights
 from star_trainer.config import Config
+from star_trainer.weights import whole_weights
 
 SHIPPED = Path(__file__).parent / "assets" / "small-sd3"
-# Flow-GRPO's: the eight attention projections of a joint block.
+# The eight attention projections of a joint block, as in Flow-GRPO.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Text:
-    """Prompts as the transformer takes them: ``[B, L, D]`` and ``[B, P]``."""
+    """Text embeddings: ``tokens`` ``[B, L, D]`` and ``pooled`` ``[B, P]``."""
 
     tokens: Tensor
     pooled: Tensor
@@ -37,10 +37,10 @@ class Text:
 
 
 class Policy:
-    """The pipeline, its trained transformer, and what it was before training.
+    """The pipeline, its trained transformer and, for the KL term, the transformer before training.
 
     Attributes:
-        transformer: replaced by its distributed wrapper where there is one.
+        transformer: the transformer, or its wrapper in distributed training.
         loaded: fingerprint of the pipeline before training.
     """
 
@@ -72,7 +72,7 @@ class Policy:
         return self.pipeline.transformer
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        """One row for each prompt; each different one is encoded once."""
+        """One row per prompt; repeated prompts are encoded once."""
         unique = list(dict.fromkeys(prompts))
         with torch.no_grad():
             tokens, _, pooled, _ = self.pipeline.encode_prompt(
@@ -87,11 +87,13 @@ class Policy:
         return Text(tokens, pooled)[rows]
 
     def velocity(self, latents: Tensor, timestep: float, text: Text, *, reference: bool = False) -> Tensor:
-        """The guided velocity at latents ``[B, C, h, w]``, in the transformer's dtype; twice the batch goes in.
+        """The velocity at latents ``[B, C, h, w]`` after guidance, in the transformer's dtype.
+
+        With guidance, the transformer's batch is 2 B: the unconditional half, then the conditional half.
 
         Args:
             timestep: 1000 sigma.
-            reference: of the model as it was before training.
+            reference: use the model as it was before training (the KL reference model).
         """
         if reference and self._reference is not None:
             return self._guided(self._reference, latents, timestep, text)
@@ -109,7 +111,7 @@ class Policy:
         """Channels, rows and columns of one sample.
 
         Raises:
-            ValueError: a resolution that the model cannot have.
+            ValueError: the model does not support this resolution.
         """
         side = self.model.config.sample_size
         if resolution is not None:
@@ -120,9 +122,9 @@ class Policy:
         return self.model.config.in_channels, side, side
 
     def export(self, folder: Path, *, write: bool) -> None:
-        """Writes what was trained as diffusers loads it: a LoRA file, or the transformer's folder.
+        """Writes the trained weights in the format of diffusers: a LoRA file, or the folder of the transformer.
 
-        All processes call it, for the weights may lie in parts; the one with ``write`` writes.
+        All processes must call it, because weights may be sharded; only those with ``write`` write files.
         """
         state = whole_weights(self.transformer)
         if not write:
@@ -176,11 +178,11 @@ class Policy:
 
     @contextmanager
     def _adapters_off(self) -> Iterator[None]:
-        """By scale: peft's own switch also sets requires_grad, of whole parameters while FSDP2 trains the parts."""
+        """Sets the adapters' scale to zero: disabling them by peft also changes requires_grad, which breaks FSDP2."""
         from peft.tuners.lora import LoraLayer
 
         if not self.lora:
-            raise RuntimeError("a reference is kept only for train.kl_coef above 0")
+            raise RuntimeError("the KL reference model is kept only if train.kl_coef is above 0")
         layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         for layer in layers:
             layer.scale_layer(0.0)
@@ -192,7 +194,7 @@ class Policy:
 
 
 def fingerprint(pipeline: Any) -> str:
-    """Of a few values of each weight, in any order: libraries rename weights and change their order."""
+    """A digest of a few values of each weight, independent of the weights' names and order, which libraries change."""
     models = [model for model in pipeline.components.values() if isinstance(model, nn.Module)]
     found = []
     for parameter in chain.from_iterable(model.parameters() for model in models):
@@ -203,10 +205,10 @@ def fingerprint(pipeline: Any) -> str:
 
 
 def load_pipeline(path: str, dtype: torch.dtype) -> Any:
-    """A StableDiffusion3Pipeline; "small" is the one that ships.
+    """Loads a StableDiffusion3Pipeline; "small" is the one that ships with the package.
 
     Raises:
-        ValueError: nothing there, or a pipeline of another kind.
+        ValueError: the pipeline does not exist or is of another kind.
     """
     from diffusers.utils import logging
 

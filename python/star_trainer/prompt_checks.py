@@ -1,37 +1,36 @@
-"""All prompts of a run are checked before it begins: one that could not be used would end the run when it is drawn."""
+"""Checks all prompts before a run begins, because an unusable one would end the run when it is drawn."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 
-from star_kernels.prompts import core_content
-from star_trainer.config import Allocation, Config
+from star_trainer.config import Config
 from star_trainer.prompts import Prompt
 from star_trainer.rewards.base import PromptReward
 from star_trainer.rewards.weighted import WeightedSum
 
 Test = Callable[[Prompt], object]
-_NAMED = 5  # lines in a message
+_NAMED = 5  # maximum number of lines that a message names
 
 
 def check_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt], rewards: WeightedSum, config: Config) -> None:
-    """Finds the prompts without the core content that the allocation needs, or that a reward cannot score.
+    """Checks that each prompt has the core content that the allocation needs and that each reward can score it.
 
     Args:
         prompts: for training.
-        held_out: for evaluation, where only rewards look at them.
+        held_out: for evaluation; only checked against the rewards.
 
     Warns:
-        RuntimeWarning: of prompts that a reward cannot score, with ``reward.on_failure`` "skip".
+        RuntimeWarning: with ``reward.on_failure`` "skip", prompts that a reward cannot score.
 
     Raises:
-        ValueError: there are such prompts; the message names the file, the first of them and how many there are.
+        ValueError: a prompt fails; the message names the file, the first failing line and the number of failures.
     """
     allocation, data = config.allocation, config.data
     scored = [_scoring(reward) for reward in rewards.rewards.values() if isinstance(reward, PromptReward)]
     if allocation.method == "star":
-        found = failing(prompts, [lambda prompt: _find_core(prompt, allocation)])
+        found = failing(prompts, [_check_core])
         if found:
             raise ValueError(f"allocation.source {allocation.source!r}: {_describe(found, prompts, data.prompts)}")
     sources = [(data.prompts, prompts)]
@@ -47,7 +46,7 @@ def check_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt], rewards
 
 
 def failing(prompts: Sequence[Prompt], tests: Sequence[Test]) -> dict[int, Exception]:
-    """What each prompt that fails a test raised, by its place in the list."""
+    """The exception of each prompt that fails a test, by its index."""
     found: dict[int, Exception] = {}
     for place, prompt in enumerate(prompts):
         try:
@@ -62,10 +61,10 @@ def _scoring(reward: PromptReward) -> Test:
     return lambda prompt: reward.check_prompt(prompt.text, prompt.metadata)
 
 
-def _find_core(prompt: Prompt, allocation: Allocation) -> None:
-    # Quotes and content words are looked for, and may be none; GenEval's words must be there.
-    if allocation.source == "geneval" or "include" in prompt.metadata:
-        core_content(prompt.text, allocation.source, metadata=prompt.metadata)
+def _check_core(prompt: Prompt) -> None:
+    # Only GenEval's core content can be missing; without quotes or content words, all words of the prompt are used.
+    if prompt.core_source == "geneval" or "include" in prompt.metadata:
+        _ = prompt.core
 
 
 def _describe(found: dict[int, Exception], prompts: Sequence[Prompt], source: str) -> str:

@@ -1,4 +1,4 @@
-"""Prompt files, and which prompts an epoch takes."""
+"""Prompts: files of them, their core content, and the choice of an epoch's prompts."""
 
 from __future__ import annotations
 
@@ -7,41 +7,63 @@ import json
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from star_kernels.prompts import Core, core_content
+from star_kernels.prompts.content import Source
 from star_trainer.scenes import TASKS, sample_scene
 from star_trainer.textfile import read_lines
 
 TEXT = (".txt", "")
 JSON_LINES = (".jsonl", ".json")
 SCENES = "scenes:"
-_DRAWN = 4096  # prompts of a scene task
+_DRAWN = 4096  # number of prompts of a scene task
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what a reward has to know about it."""
+    """A prompt with its core content.
+
+    Attributes:
+        text: the prompt.
+        metadata: what rewards need to know about it, such as GenEval's "include".
+        line: line number in its file; None if it does not come from a file.
+        core_source: how its core content is found; see :func:`star_kernels.prompts.core_content`.
+    """
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    line: int | None = field(default=None, compare=False)  # of its file
+    line: int | None = field(default=None, compare=False)
+    core_source: Source = field(default="auto", hash=False)
+
+    @cached_property
+    def core(self) -> Core:
+        """The core content: the phrases that have maps and that rewards score.
+
+        Raises:
+            ValueError: the core source needs metadata that is missing or does not fit the prompt.
+        """
+        return core_content(self.text, self.core_source, metadata=self.metadata)
 
 
-def load_prompts(source: str, *, seed: str = "train", setting: str = "data.prompts") -> list[Prompt]:
-    """Prompts of a file, or of drawn scenes ("scenes:composition", "scenes:text").
+def load_prompts(
+    source: str, *, seed: str = "train", setting: str = "data.prompts", core_source: Source = "auto"
+) -> list[Prompt]:
+    """The prompts of a file or of random scenes.
 
     Args:
-        source: a file with a prompt a line (.txt, or no suffix); or of JSON lines (.jsonl, .json), each an object with
-            a "prompt", the rest being metadata.
-        seed: of drawn scenes; other seeds give other prompts.
-        setting: which names the source, for messages.
+        source: a text file with one prompt per line (.txt, or no suffix); a file of JSON lines (.jsonl, .json), each an
+            object with a "prompt", whose other keys are metadata; "scenes:composition" or "scenes:text".
+        seed: seed of random scenes.
+        setting: name of the setting, for error messages.
+        core_source: ``allocation.source``, for the prompts' core content.
 
     Raises:
-        ValueError: an unknown task or suffix, or a line that cannot be read; the message names file and line.
-        OSError: a file that cannot be read.
+        ValueError: an unknown task or suffix, or a malformed line; the message names the file and the line.
+        OSError: the file cannot be read.
     """
     if source.startswith(SCENES):
         task = source.removeprefix(SCENES)
@@ -49,23 +71,23 @@ def load_prompts(source: str, *, seed: str = "train", setting: str = "data.promp
             raise ValueError(f"{setting} must be a file or one of {_tasks()}, got {source!r}")
         rng = random.Random(f"{seed} {task}")
         scenes = [sample_scene(rng, task) for _ in range(_DRAWN)]
-        return [Prompt(scene.prompt, scene.metadata) for scene in scenes]
+        return [Prompt(scene.prompt, scene.metadata, core_source=core_source) for scene in scenes]
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"{setting} must be a file or one of {_tasks()}, got {source!r}")
     suffix = path.suffix.lower()
     if suffix not in (*TEXT, *JSON_LINES):
-        accepted = f".txt or none for a prompt a line, {' or '.join(JSON_LINES)} for a JSON object a line"
+        accepted = f".txt or none for a prompt per line, {' or '.join(JSON_LINES)} for a JSON object per line"
         raise ValueError(f"{setting} must be a file with the suffix {accepted}, got {source!r}")
     read = _from_json if suffix in JSON_LINES else _from_text
-    prompts = [read(path, number, line) for number, line in read_lines(path)]
+    prompts = [replace(read(path, number, line), core_source=core_source) for number, line in read_lines(path)]
     if not prompts:
         raise ValueError(f"{path} has no prompts")
     return prompts
 
 
 def digest(prompts: list[Prompt]) -> str:
-    """The same for the same prompts and metadata alone."""
+    """A digest of the prompts and their metadata."""
     found = hashlib.sha256()
     for prompt in prompts:
         found.update(json.dumps([prompt.text, prompt.metadata], sort_keys=True, default=str).encode() + b"\n")
@@ -73,7 +95,7 @@ def digest(prompts: list[Prompt]) -> str:
 
 
 def choose(prompts: list[Prompt], count: int, epoch: int, seed: int) -> list[Prompt]:
-    """The prompts of an epoch: the list is gone through in one random order after another."""
+    """The prompts of an epoch. All prompts are used once, in random order, before any is used again."""
     chosen = []
     for position in range(epoch * count, (epoch + 1) * count):
         lap, place = divmod(position, len(prompts))
@@ -95,7 +117,7 @@ def _from_text(path: Path, number: int, line: str) -> Prompt:
         except ValueError:
             pass  # a prompt that begins with a brace
         else:
-            raise ValueError(f"{path}, line {number}, is a JSON object: the file's suffix must be .jsonl or .json")
+            raise ValueError(f"{path}, line {number}, is a JSON object: name the file .jsonl or .json")
     return Prompt(line, line=number)
 
 
@@ -108,11 +130,9 @@ def _from_json(path: Path, number: int, line: str) -> Prompt:
             json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         lone = error.object[error.start].encode("unicode-escape").decode()
-        raise ValueError(
-            f"{path}, line {number}, holds half a surrogate pair, {lone}, which is no character of its own"
-        ) from error
+        raise ValueError(f"{path}, line {number}, must not contain half a surrogate pair, got {lone}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}, is not JSON, an object a line: {error}") from error
+        raise ValueError(f"{path}, line {number}, is not valid JSON (one object per line): {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
         raise ValueError(f'{path}, line {number}, must be an object with a "prompt", got {line[:80]!r}')
     return Prompt(record["prompt"], {key: value for key, value in record.items() if key != "prompt"}, number)
@@ -127,13 +147,13 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{text[:40]} is larger than any number that can be held")
+        raise ValueError(f"{text[:40]} is too large for a float")
     return value
 
 

@@ -1,4 +1,4 @@
-"""What a run writes for people: metrics.jsonl, TensorBoard, sample grids, allocation strips and the reward curve."""
+"""Writes metrics.jsonl, TensorBoard files, sample grids, allocation figures and the reward curve of a run."""
 
 from __future__ import annotations
 
@@ -18,28 +18,33 @@ from torch import Tensor
 from star_kernels import figures
 from star_kernels.captions import LITERAL, caption
 from star_trainer.config import Config
+from star_trainer.credit import overall_weights
 from star_trainer.redact import redacted
-from star_trainer.rollout import Batch
+from star_trainer.samples import Batch
 
-COLUMNS, MOST = 8, 32  # pictures of a grid
-STRIPS = 3
+COLUMNS, MOST = 8, 32  # columns and images of a sample grid
+STRIPS = 3  # allocation figures per epoch
 
 
 class Record:
-    """Writes to the run's folder; a disabled one, of all but the first process, writes nothing.
+    """Writes to the run's folder.
 
-    What cannot be written or drawn ends no run: each kind of it warns once (RuntimeWarning).
+    An output that cannot be written does not end the run; each kind of output warns once (RuntimeWarning).
 
     Args:
-        resumed_at: epochs done; later lines of metrics.jsonl, of a run that was cut off, are dropped.
-        folder: None is the configuration's.
+        enabled: False on all but the first process: nothing is written.
+        resumed_at: number of completed epochs; later lines of metrics.jsonl, from a run that was killed, are removed.
+        folder: the run's folder; None is ``config.output.folder``.
+
+    Attributes:
+        evaluated: epochs with an evaluation.
     """
 
     def __init__(self, config: Config, *, enabled: bool, resumed_at: int = 0, folder: Path | None = None) -> None:
         self.config, self.enabled = config, enabled
         self.folder = folder or Path(config.output.folder)
         self.board: Any = None
-        self.evaluated: set[int] = set()  # epochs
+        self.evaluated: set[int] = set()
         self._warned: set[str] = set()
         if not enabled:
             return
@@ -50,10 +55,10 @@ class Record:
         _replace(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         _replace(self.folder / "config.json", json.dumps(redacted(asdict(config)), indent=1))
         if config.output.tensorboard:
-            with self._spared("TensorBoard's files"):
+            with self._spared("the TensorBoard files"):
                 from torch.utils.tensorboard import SummaryWriter
 
-                # Its thread ends at an error: a queue that is full would then be waited for without end.
+                # The writer's thread ends at an error, after which a full queue would block forever.
                 self.board = SummaryWriter(
                     str(self.folder / "tensorboard"), purge_step=resumed_at or None, max_queue=10_000
                 )
@@ -65,7 +70,7 @@ class Record:
         with self._spared("metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.board is not None:
-            with self._spared("TensorBoard's files"):
+            with self._spared("the TensorBoard files"):
                 for name, value in values.items():
                     self.board.add_scalar(f"{event}/{name}", value, epoch)
         if event == "evaluation":
@@ -73,37 +78,34 @@ class Record:
                 curve(read_metrics(self.folder)).savefig(self.folder / "reward.png", dpi=110)
 
     def samples(self, epoch: int, images: list[Tensor], prompts: list[str], scores: list[float]) -> None:
-        """A grid of evaluation samples with their prompts and rewards."""
-        if not self.enabled or not self.config.output.pictures_every:
+        """Draws a grid of evaluation samples with their prompts and rewards."""
+        if not self.enabled or not self.config.output.images_every:
             return
         with self._spared("sample grids"):
             titles = [f"{score:.2f}: {prompt}" for prompt, score in zip(prompts, scores, strict=True)]
             grid(images[:MOST], titles[:MOST]).savefig(self.folder / f"samples-{epoch:06d}.png", dpi=90)
 
     def allocation(self, epoch: int, batch: Batch) -> None:
-        """The weights of the first samples over space and trained steps, at every so many epochs and the first."""
-        every = self.config.output.pictures_every
+        """Draws the weights of the first samples over space and trained steps, every ``images_every`` epochs."""
+        every = self.config.output.images_every
         if not self.enabled or not every or (epoch > 1 and epoch % every):
             return
         if batch.steps and batch.steps[0].weights is not None:
-            with self._spared("allocation strips"):
+            with self._spared("allocation figures"):
                 self._strips(epoch, batch)
 
     def close(self) -> None:
         if self.board is not None:
-            with self._spared("TensorBoard's files"):
+            with self._spared("the TensorBoard files"):
                 self.board.close()
 
     def _strips(self, epoch: int, batch: Batch) -> None:
         labels = [f"step {step.number}" for step in batch.steps]
         for n in range(min(STRIPS, len(batch.numbers))):
             values = torch.stack([step.weights[n] for step in batch.steps if step.weights is not None])
-            if self.config.allocation.credit == "split":
-                values = values[:, 0]  # by the map of all phrases
-            elif batch.shares is not None:  # the mean over phrases
-                values = torch.einsum("tghw, g -> thw", values, batch.shares[n])
+            shares = None if batch.shares is None else batch.shares[n]
             figure = figures.weights(
-                values,
+                overall_weights(values, shares, self.config.allocation),
                 image=batch.images[n],
                 labels=labels,
                 title=batch.prompts[n].text,
@@ -112,21 +114,21 @@ class Record:
 
     @contextmanager
     def _spared(self, what: str) -> Iterator[None]:
-        """Nothing that goes wrong here ends the run."""
+        """Turns an exception into a warning, once for each kind of output."""
         try:
             yield
         except Exception as error:
             if what not in self._warned:
                 self._warned.add(what)
                 warnings.warn(
-                    f"{what} of {self.folder} cannot be written, and the run goes on without: {error!r}",
+                    f"{what} in {self.folder} cannot be written; the run continues without: {error!r}",
                     RuntimeWarning,
                     stacklevel=3,
                 )
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; what is none, as a line that was cut off while it was written, is left out."""
+    """The records of metrics.jsonl; malformed lines, for example truncated ones, are left out."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     found = []
@@ -146,14 +148,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes a file that is whole, or as it was, at any moment."""
+    """Replaces a file atomically."""
     work = path.with_name(f".{path.name}.tmp")
     work.write_text(text)
     os.replace(work, path)
 
 
 def grid(images: list[Tensor], titles: list[str]) -> Figure:
-    """Pictures ``[3, H, W]`` in 0..1 with their titles."""
+    """A grid of images ``[3, H, W]`` in 0..1 with their titles."""
     rows = -(-len(images) // COLUMNS)
     columns = min(COLUMNS, len(images))
     figure = Figure(figsize=(1.6 * columns, 1.95 * rows), layout="constrained")
@@ -167,7 +169,7 @@ def grid(images: list[Tensor], titles: list[str]) -> Figure:
 
 
 def curve(lines: list[dict[str, Any]]) -> Figure:
-    """Reward over epochs: of the rollouts, and of evaluations."""
+    """The reward of rollouts and evaluations over epochs."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.subplots()
     styles: tuple[tuple[str, str, dict[str, Any]], ...] = (

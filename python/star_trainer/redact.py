@@ -1,7 +1,7 @@
-"""Removes secrets from what a run prints and writes.
+"""Removes secrets from the output of a run.
 
-It hides users, passwords and queries of addresses, the values of options whose names are those of secrets, and the
-secrets passed to :func:`remember`, wherever a text repeats them.
+Hidden are: users, passwords and query strings of URLs; the values of options with names such as "api_key"; and all
+occurrences of secrets passed to :func:`remember`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from urllib.parse import quote, quote_plus
 HIDDEN = "***"
 _SCHEME = r"(?i:\b[a-z][a-z0-9+.-]{0,30}://)"
 _ADDRESS = re.compile(rf"""({_SCHEME})([^\s'"<>]*)""")
-# A user with a password, up to the last @, for a password may hold a slash; or a user alone.
+# A user with a password, up to the last @ (a password may contain a slash); or a user without a password.
 _USER = re.compile(r"[^/@:]*:(?!\d+(?:/|$)).*@|[^/@:]*@")
-_PORT = re.compile(r"^([^/:[]*):(?!\d*(?:/|$))[^/]*")  # one that is no number
+_PORT = re.compile(r"^([^/:[]*):(?!\d*(?:/|$))[^/]*")  # a port that is not a number
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SECRET_WORDS = """
@@ -33,11 +33,11 @@ _BEFORE_KEY = """
     google azure aws hf wandb
 """
 _KEYS = frozenset(_BEFORE_KEY.split())
-# Of names that are no secrets: those of tokenizers, and numbers.
+# Words before "token" in names that are not secrets: special tokens of tokenizers, and counts.
 _BEFORE_TOKEN = "pad eos bos unk sep cls mask stop start end image text special max min num new per first last"
 _NO_SECRET = frozenset(_BEFORE_TOKEN.split())
-_VALUES = frozenset(("value", "string", "str", "header"))  # words that may follow: "auth_header"
-# A name like a secret's and its value, in a text: api_key="...", 'token': b'...', Authorization: Bearer ...
+_VALUES = frozenset(("value", "string", "str", "header"))  # words that may follow the name of a secret: "auth_header"
+# A name and its value in a text: api_key="...", 'token': b'...', Authorization: Bearer ...
 _VALUE = r"""(?P<value>"[^"]*"?|'[^']*'?|[^\s,;"'{}()\[\]]+)"""
 _NAMED = re.compile(
     r"""(?<![\w.-])(?P<name>[\w.-]+)(?P<between>\\*["']?\s*[:=]\s*\\*(?:(?i:Bearer|Basic|Token)\s+)?"""
@@ -47,14 +47,14 @@ _OPTION = re.compile(rf"(?<![\w.-])(?P<name>--[\w.-]+)(?P<between>\s+)(?!-){_VAL
 _BEARER = re.compile(r"(\b(?i:Bearer)\s+)(?=[^\s\d]*\d)[\w.~+/=-]{6,}")
 _QUERY = re.compile(
     r"((?<!\S)/[^\s?'\"<>]*\?)[^\s'\"<>]*[^\s'\"<>,;:)]"
-)  # of an address that is shown without its host
+)  # the query of a URL that is shown without its host
 _NOTHING = frozenset(("None", "null", "True", "False", "true", "false"))
-_SHORTEST = 6  # characters of a value that is looked for in texts
+_SHORTEST = 6  # minimum length of a secret that is searched for in texts
 _known: set[str] = set()
 
 
 def remember(secret: object) -> None:
-    """Makes :func:`redact` hide this secret in every text, as it is or escaped, if it has at least six characters."""
+    """Makes :func:`redact` hide this secret in every text, plain or escaped, if it has at least six characters."""
     text = str(secret).strip() if isinstance(secret, str | int | float) else ""
     if len(text) >= _SHORTEST:
         escaped = (repr(text)[1:-1], repr(text.encode("utf-8", "replace"))[2:-1], json.dumps(text)[1:-1])
@@ -63,7 +63,7 @@ def remember(secret: object) -> None:
 
 
 def remember_options(options: object, *, secret: bool = False) -> None:
-    """Remembers the values of options whose names are those of secrets, at any depth."""
+    """Remembers the values of options whose names denote secrets, at any depth."""
     if isinstance(options, Mapping):
         for name, value in options.items():
             remember_options(value, secret=secret or is_secret(name))
@@ -75,7 +75,7 @@ def remember_options(options: object, *, secret: bool = False) -> None:
 
 
 def is_secret(name: object) -> bool:
-    """Whether the name of an option means that its value is a secret: "api_key", "authToken", but not "max_tokens"."""
+    """Whether the name of an option denotes a secret: "api_key" and "authToken" do, "max_tokens" does not."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
         return False
     words = [word.lower() for word in _WORD.findall(name)]
@@ -88,7 +88,7 @@ def is_secret(name: object) -> bool:
 
 
 def redact(text: str) -> str:
-    """A message without secrets."""
+    """The text with secrets replaced by ``***``."""
     text = _QUERY.sub(rf"\1{HIDDEN}", _ADDRESS.sub(_shown, text))
     text = _BEARER.sub(rf"\1{HIDDEN}", _OPTION.sub(_without_value, _without_named(text)))
     for secret in sorted(_known, key=len, reverse=True):
@@ -97,9 +97,9 @@ def redact(text: str) -> str:
 
 
 def redacted(settings: Any) -> Any:
-    """Settings (dictionaries, lists and values) without the secrets in addresses and options.
+    """Settings (nested dictionaries and lists) with the secrets in URLs and options replaced by ``***``.
 
-    Keys that are alike without what is hidden are numbered: the second has "#2" at its end.
+    Keys that become equal are numbered: "#2" is appended to the second.
     """
     if isinstance(settings, Mapping):
         shown: dict[Any, Any] = {}
@@ -114,25 +114,25 @@ def redacted(settings: Any) -> Any:
 
 
 def redacted_traceback(error: BaseException) -> str:
-    """The traceback of an exception, with those of its causes."""
+    """The traceback of an exception and its causes, without secrets."""
     return redact("".join(traceback.format_exception(error)))
 
 
 class RedactingFormatter(logging.Formatter):
-    """Formats records of a log, exceptions included, without secrets."""
+    """A log formatter that removes secrets from messages and tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
 def redact_warnings() -> None:
-    """Makes Python print warnings, of any library, without secrets."""
+    """Removes secrets from the warnings that Python prints, for all libraries."""
     plain = warnings.formatwarning
     warnings.formatwarning = lambda *arguments, **options: redact(plain(*arguments, **options))
 
 
 def _hidden(value: Any) -> Any:
-    """Hides all values but None and bools; keeps the structure and the keys, such as names of headers."""
+    """Hides all values except None and bools, but keeps the structure and the keys, such as names of headers."""
     if isinstance(value, Mapping):
         return {key: _hidden(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -141,7 +141,7 @@ def _hidden(value: Any) -> Any:
 
 
 def _without_named(text: str) -> str:
-    """Looks into the values of other names too: "ValueError: token=..." names two things."""
+    """Also searches the values of names that are not secrets: "ValueError: token=..." contains two names."""
     shown, at = list[str](), 0
     while found := _NAMED.search(text, at):
         hidden = _without_value(found)
@@ -164,18 +164,18 @@ def _without_value(found: re.Match[str]) -> str:
 
 
 def _shown(found: re.Match[str]) -> str:
-    """An address in a text."""
+    """A URL within a text, without its secrets."""
     return found[1] + _without_secrets(found[2])
 
 
 def _whole(setting: str) -> str:
-    """An address that is a setting may hold blanks and quotes: all of it counts."""
+    """A setting without its secrets. If it is a URL it may contain spaces and quotes: the URL is all of the text."""
     found = re.match(_SCHEME, setting)
     return found[0] + _without_secrets(setting[found.end() :]) if found else _ADDRESS.sub(_shown, setting)
 
 
 def _without_secrets(address: str) -> str:
-    """Of an address without its scheme."""
+    """A URL, given without its scheme, without its secrets."""
     place = re.split(r"[?#]", address, maxsplit=1)
     user = _USER.match(place[0])
     shown = f"{HIDDEN}@{place[0][user.end() :]}" if user else _PORT.sub(rf"\1:{HIDDEN}", place[0])

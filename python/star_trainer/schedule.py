@@ -1,7 +1,7 @@
-"""Noise levels of a rollout, which of its steps are noisy, and the random numbers of every sample.
+"""The noise levels of a rollout, its SDE steps and trained steps, and the random numbers of each sample.
 
-Nothing here has a state: all follows from the seed, the epoch and the sample's number, so that a run resumes, and
-spreads over processes, without a change.
+Everything is a function of the seed, the epoch and the sample's number, without state: the results do not depend on
+resuming a run or on the number of processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from star_trainer.config import Config
 
 @dataclass(frozen=True)
 class Schedule:
-    """Noise levels ``sigmas`` of a rollout, one more than its steps, falling to zero."""
+    """The noise levels ``sigmas`` of a rollout: one more than its steps, in decreasing order down to zero."""
 
     sigmas: tuple[float, ...]
 
@@ -31,12 +31,12 @@ class Schedule:
     def timestep(self, step: int) -> float:
         return 1000 * self.sigmas[step]
 
-    def plain_step(self, step: int, latents: Tensor, velocity: Tensor) -> Tensor:
-        """The next latents without noise (Euler's step), float32."""
+    def ode_step(self, step: int, latents: Tensor, velocity: Tensor) -> Tensor:
+        """The latents after an ODE step (Euler's method), float32."""
         return latents + (self.sigmas[step + 1] - self.sigmas[step]) * velocity.float()
 
     def transition(self, step: int, config: Config, batch: int, device: torch.device) -> Transition:
-        """The noisy transition from a step to the next."""
+        """The SDE transition of a step."""
         here, then = (torch.full((batch,), s, device=device) for s in self.sigmas[step : step + 2])
         level = config.rollout.noise_level
         match config.rollout.transition:
@@ -49,13 +49,13 @@ class Schedule:
 
 
 def schedule_of(pipeline: Any, steps: int) -> Schedule:
-    """The scheduler's own noise levels, with its shift."""
+    """The noise levels of the pipeline's scheduler, including its shift."""
     pipeline.scheduler.set_timesteps(steps)
     return Schedule(tuple(float(s) for s in pipeline.scheduler.sigmas))
 
 
 def noisy_steps(config: Config, epoch: int) -> list[int]:
-    """Steps that draw noise in an epoch: a random run, or all."""
+    """The SDE steps of an epoch: a window at a random position, or all steps."""
     window = config.rollout.window
     if window is None:
         return list(range(config.rollout.steps))
@@ -65,7 +65,7 @@ def noisy_steps(config: Config, epoch: int) -> list[int]:
 
 
 def trained_steps(config: Config, epoch: int) -> list[int]:
-    """Noisy steps that are trained, never the last one, whose variance all but vanishes."""
+    """The SDE steps that are trained; never the last step, whose variance is almost zero."""
     steps = [step for step in noisy_steps(config, epoch) if step < config.rollout.steps - 1]
     if config.train.steps is None or config.train.steps >= len(steps):
         return steps
@@ -73,9 +73,9 @@ def trained_steps(config: Config, epoch: int) -> list[int]:
 
 
 def shares(config: Config, epoch: int, processes: int, rank: int) -> list[list[int]]:
-    """The samples of a process, by number, one list for each optimiser step of a pass.
+    """The numbers of a process's samples, one list for each optimiser step of a pass.
 
-    Samples are numbered group after group and dealt in a random order, so that a step sees all groups.
+    Samples are numbered group after group and distributed in random order, so that each step sees all groups.
     """
     order = list(range(config.samples))
     random.Random(f"samples {config.train.seed} {epoch}").shuffle(order)
@@ -85,7 +85,7 @@ def shares(config: Config, epoch: int, processes: int, rank: int) -> list[list[i
 
 
 def noise(shape: Sequence[int], names: Sequence[str], device: torch.device) -> Tensor:
-    """float32 ``[B, *shape]``: normal numbers that follow from a name each."""
+    """Standard normal numbers, float32 ``[B, *shape]``; each row is seeded by its name."""
     rows = [
         torch.randn(*shape, generator=torch.Generator().manual_seed(random.Random(name).getrandbits(63)))
         for name in names

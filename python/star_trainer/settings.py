@@ -1,4 +1,4 @@
-"""YAML files of settings, read strictly: what appears twice or is unknown is an error that names its line."""
+"""Reads YAML files of settings strictly: a repeated or unknown key is an error that names its line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from star_trainer.redact import redacted
 from star_trainer.textfile import read_text
 
 SECTIONS = {part: [f.name for f in fields(kind)] for part, kind in get_type_hints(Config).items()}
-# YAML 1.2's plain values. In 1.1, which PyYAML reads, a "no" that is not quoted is False, and 1e-4 is text.
+# Plain scalars of YAML 1.2. PyYAML implements 1.1, in which an unquoted "no" is False and 1e-4 is a string.
 _PLAIN = {
     "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": ("[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
@@ -51,16 +51,16 @@ for _name, (_pattern, _first) in _PLAIN.items():
 
 
 def load(text: str) -> Any:
-    """The value of a YAML text. Raises YAMLError, also for a key that appears twice."""
+    """Parses a YAML text. Raises YAMLError if it is invalid or a key appears twice."""
     return yaml.load(text, _Loader)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings of a file by section. A file without any gives none.
+    """The settings of a file, by section; an empty file has none.
 
     Raises:
-        ValueError: no YAML, a key that appears twice or that is no setting; the message names file and line.
-        OSError: a file that cannot be read.
+        ValueError: invalid YAML, a repeated key or an unknown setting; the message names the file and the line.
+        OSError: the file cannot be read.
     """
     try:
         loader = _Loader(read_text(Path(path)))
@@ -71,11 +71,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path}{line}: {getattr(error, 'problem', None) or error}") from error
     except OSError as error:
-        raise OSError(f"--config must be a YAML file that can be read, got {path}: {error.strerror}") from error
+        raise OSError(f"--config must be a readable YAML file, got {path}: {error.strerror}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold sections of settings ({', '.join(SECTIONS)}), got {redacted(values)!r}")
+        raise ValueError(f"{path} must contain sections of settings ({', '.join(SECTIONS)}), got {redacted(values)!r}")
     for key, value in root.value:
         _check_known(path, key, [*SECTIONS, "preset"])
         section = key.value
@@ -89,7 +89,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def suggestion(name: str, known: Sequence[str], before: str = "") -> str:
-    """The known name nearest to an unknown one, for its error message, or nothing."""
+    """A hint with the known name most similar to an unknown one, for its error message; may be empty."""
     found = get_close_matches(name, known, n=1)
     return f"; did you mean {before}{found[0]}?" if found else ""
 

@@ -1,4 +1,4 @@
-"""What asks a run to end: a signal, or the end of the launcher that started it."""
+"""Detects requests to end a run: signals, and the exit of the launcher that started it."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from typing import Any
 
 log = logging.getLogger("star_trainer")
 
-# The last three are what batch systems send before they kill.
+# Batch systems send the last three before they kill a job.
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 CAUGHT = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
-ECHO = 2.0  # seconds within which torchrun passes on a Ctrl-C that its processes have from the terminal already
-LOOK = 1.0  # seconds between looks for the launcher
-_catching: list[Signals] = []  # those whose context lasts
+ECHO = 2.0  # seconds within which torchrun forwards a Ctrl-C that its processes already received from the terminal
+LOOK = 1.0  # seconds between checks for the launcher
+_catching: list[Signals] = []  # instances within their context
 _masks = threading.local()
 
 
 class Signals:
-    """Catches signals while the context lasts, and calls ``told`` once, with a name for the first one.
+    """Catches signals within the context and calls ``callback`` once, with a description of the first request.
 
-    A thread of its own calls it, at once, even while the main thread waits within C++ (for another process, or for the
-    device). A second Ctrl-C ends the process on the spot. Signals that were ignored (nohup) stay ignored. Outside the
-    main thread nothing is caught.
+    The callback runs immediately in a thread of its own, even while the main thread waits within C++ (for another
+    process, or for the device). A second Ctrl-C ends the process immediately. Signals that were ignored before (nohup)
+    stay ignored. Outside the main thread no signal is caught.
 
     Attributes:
         stopped: whether the run was asked to end.
     """
 
-    def __init__(self, told: Callable[[str], object]) -> None:
+    def __init__(self, callback: Callable[[str], object]) -> None:
         self.stopped = False
-        self._told, self._called = told, False
+        self._callback, self._called = callback, False
         self._threads: list[threading.Thread] = []
         self._previous: dict[int, Any] = {}
         self._wakeup: int | None = None
@@ -66,22 +66,22 @@ class Signals:
             signal.set_wakeup_fd(self._wakeup)
             _catching.remove(self)
         os.write(self._write, b"\0")
-        for thread in self._threads:  # the watch, then what it has started
+        for thread in self._threads:  # the watching thread, then those that it started
             thread.join()
         os.close(self._end)
         os.close(self._write)
 
     def let_go(self) -> None:
-        """In a forked process, as of a reward's pool: its signals are its own, and not told to the run.
+        """Restores the handlers in a forked process, for example of a reward's pool: its signals do not end the run.
 
-        A terminal's Ctrl-C reaches it too, but the epoch that the run then finishes needs it.
+        Ctrl-C is ignored there: the terminal sends it to all processes, and the run needs the pool to finish its epoch.
         """
         signal.set_wakeup_fd(-1)
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        """Python's handler, in the main thread, as soon as that is back from C++; it may interrupt anything."""
+        """The handler that Python calls in the main thread, after it returns from C++; it may interrupt any code."""
         self.stopped = True
 
     def _watch(self) -> None:
@@ -93,16 +93,16 @@ class Signals:
                 numbers = b""
                 if self._launcher is not None and os.getppid() != self._launcher:
                     self._launcher = None
-                    self._tell("the launcher has ended")
+                    self._tell("the launcher has exited")
             for number in numbers:
                 if not number:
                     return
-                if number not in self._previous:  # of a handler that is not this one's
+                if number not in self._previous:  # belongs to another handler
                     continue
                 now = time.monotonic()
                 if number == signal.SIGINT and interrupted is not None:
                     if not (by_torchrun() and now - interrupted < ECHO):
-                        log.warning("a second Ctrl-C: the run ends here")
+                        log.warning("second Ctrl-C: the run ends now")
                         os._exit(128 + number)
                 elif number == signal.SIGINT:
                     interrupted = now
@@ -112,7 +112,7 @@ class Signals:
         self.stopped = True
         if not self._called:
             self._called = True
-            self._start(self._told, reason)
+            self._start(self._callback, reason)
 
     def _start(self, function: Callable[..., object], *arguments: str) -> None:
         thread = threading.Thread(target=function, args=arguments, name="signals", daemon=True)
@@ -121,7 +121,7 @@ class Signals:
 
 
 def _before_fork() -> None:
-    """What comes for the child, as from a pool that ends at once, waits until that has let go."""
+    """Blocks signals until the child has restored its handlers, for example those of a pool that terminates at once."""
     _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT if _catching else ())
 
 
@@ -139,10 +139,10 @@ os.register_at_fork(before=_before_fork, after_in_parent=_unmask, after_in_child
 
 
 def launched() -> bool:
-    """Whether a launcher, accelerate's or torchrun, is the parent: its end is to be the run's."""
+    """Whether accelerate's launcher or torchrun is the parent process; the run ends when it exits."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ or by_torchrun()
 
 
 def by_torchrun() -> bool:
-    """Whether torchrun, or accelerate's launcher of several processes, started this one."""
+    """Whether torchrun started this process, directly or through accelerate's launcher for several processes."""
     return "TORCHELASTIC_RUN_ID" in os.environ

@@ -1,4 +1,4 @@
-"""Text files of the user: UTF-8, with or without a byte-order mark, in lines that end at newlines alone."""
+"""Reads text files of users: UTF-8, with or without a byte-order mark, with lines that end at newlines only."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def read_text(path: Path) -> str:
     """The text of a file, without a byte-order mark at its start.
 
     Raises:
-        ValueError: it is not UTF-8; the message names the file and the line.
-        OSError: it cannot be read.
+        ValueError: the file is not UTF-8; the message names the file and the line.
+        OSError: the file cannot be read.
     """
     data = path.read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
@@ -24,18 +24,18 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    r"""The lines that are not blank, without the space around them, and their numbers from 1.
+    r"""The lines that are not blank, with their numbers from 1; whitespace around them is removed.
 
-    Lines end at ``\n`` or ``\r\n`` and at nothing else that Unicode knows as the end of a line.
+    Lines end at ``\n`` or ``\r\n``, not at other line separators of Unicode.
 
     Raises:
-        ValueError: as :func:`read_text`, or a carriage return within a line.
-        OSError: it cannot be read.
+        ValueError: as :func:`read_text`, or a line contains a carriage return.
+        OSError: the file cannot be read.
     """
     lines = read_text(path).replace("\r\n", "\n").split("\n")
-    # Files joined one after another bring the mark of each.
+    # Concatenated files may contain several byte-order marks.
     stripped = [(number, line.removeprefix("\ufeff").strip()) for number, line in enumerate(lines, 1)]
     for number, line in stripped:
         if "\r" in line:
-            raise ValueError(f"{path}, line {number}, holds a carriage return: lines must end with \\n or \\r\\n")
+            raise ValueError(f"{path}, line {number}, contains a carriage return: lines must end with \\n or \\r\\n")
     return [(number, line) for number, line in stripped if line]

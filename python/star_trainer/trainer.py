@@ -1,10 +1,9 @@
-"""The loop: rollouts, rewards, advantages, updates, and what is kept and shown of them."""
+"""The training loop: rollouts, rewards, updates, evaluations and checkpoints."""
 
 from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,51 +18,56 @@ from tqdm import tqdm
 from star_trainer import checkpoint
 from star_trainer.average import Average
 from star_trainer.config import Config
-from star_trainer.credit import advantages_of, check_rewards, cores_of
+from star_trainer.credit import advantages_of, capture, check_rewards, phrase_counts
 from star_trainer.limits import check
 from star_trainer.lock import lock, unlock
 from star_trainer.policy import Policy
 from star_trainer.prompt_checks import check_prompts
 from star_trainer.prompts import Prompt, choose, digest, load_prompts
 from star_trainer.record import Record
+from star_trainer.restore import restore
 from star_trainer.rewards import build
 from star_trainer.rewards.base import RewardError, Scores
 from star_trainer.rewards.images import slices
 from star_trainer.rewards.service import RewardService
-from star_trainer.rollout import Batch, capture, roll_out, sample
+from star_trainer.rollout import roll_out, sample
+from star_trainer.samples import Batch
+from star_trainer.saving import Saver
 from star_trainer.schedule import shares
-from star_trainer.signals import Signals, by_torchrun
+from star_trainer.signals import Signals
 from star_trainer.update import Updater, inner_optimizer
+from star_trainer.weights import check_finite
 
 log = logging.getLogger("star_trainer")
 
-PATIENCE = 10  # steps in a row that may be skipped; a scale of float16's gradients takes several to come down
+PATIENCE = 10  # consecutive skipped steps that end a run; the loss scale of float16 takes several to adapt
 
 
 class Trainer:
-    """A run of a configuration, on one or more processes of accelerate.
+    """A training run, on one or more processes of accelerate.
 
     Attributes:
-        epoch: epochs done.
-        stopped: ends the run after the epoch, once it is set.
+        epoch: number of completed epochs.
+        stopped: set it to end the run after the current epoch.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator | None = None, *, progress: bool = True) -> None:
         self.config = config
-        self.folder = Path(config.output.folder).absolute()  # wherever a reward changes to
+        self.folder = Path(config.output.folder).absolute()  # a reward may change the working directory
         self.accelerator = accelerator or Accelerator(mixed_precision=config.train.mixed_precision)
         check(config, self.accelerator.num_processes)
         accumulated = self.accelerator.gradient_accumulation_steps
-        if accumulated != 1:  # it would divide the gradients
+        if accumulated != 1:  # accelerate would divide the gradients by it
             raise ValueError(
-                f"accelerate's gradient_accumulation_steps must be 1, got {accumulated}: train.batch and train.updates "
-                "say how many samples a forward pass and an optimiser step have"
+                f"accelerate's gradient_accumulation_steps must be 1, got {accumulated}: set train.batch (samples of a "
+                "forward pass) and train.updates (optimiser steps) instead"
             )
         if config.train.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise ValueError("train.mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'")
-        self.prompts = load_prompts(config.data.prompts)
+        source = config.allocation.source
+        self.prompts = load_prompts(config.data.prompts, core_source=source)
         held_out = config.data.eval_prompts or config.data.prompts
-        self.eval_prompts = load_prompts(held_out, seed="evaluation", setting="data.eval_prompts")
+        self.eval_prompts = load_prompts(held_out, seed="evaluation", setting="data.eval_prompts", core_source=source)
         reward = build(config.reward.weights, device=str(self.accelerator.device), options=config.reward.options)
         check_rewards(reward, config.allocation)
         check_prompts(self.prompts, self.eval_prompts, reward, config)
@@ -73,13 +77,13 @@ class Trainer:
         found = checkpoint.find(self.folder)
         if found and not config.output.resume:
             raise ValueError(
-                f"output.folder {self.folder} holds {found[-1].name} of another run: set output.resume to go on with "
-                "that, or choose another folder"
+                f"output.folder {self.folder} contains {found[-1].name} of another run: set output.resume to resume "
+                "that run, or choose another folder"
             )
         self.policy = Policy(config, self.accelerator.device)
         self.policy.latent_shape(config.rollout.resolution)
         if config.allocation.method == "star":
-            capture(self.policy, None, config).remove()  # blocks that the model has not are refused now
+            capture(self.policy, None, config).remove()  # raises if the model does not have these blocks
         trained = [p for p in self.policy.transformer.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
@@ -92,18 +96,26 @@ class Trainer:
             timeout=config.reward.timeout,
             on_failure=config.reward.on_failure,
         )
-        self.epoch = self._saved = 0
-        self._kept: checkpoint.Snapshot | None = None  # of the latest epoch, where that is not saved
-        self._writing = threading.Lock()  # and replacing what is kept
-        self._shown: Batch | None = None  # a batch of the latest epoch, to be drawn
+        live = checkpoint.Live(
+            self.policy.transformer,
+            inner_optimizer(self.optimizer),
+            self.average,
+            self.accelerator,
+            config,
+            digest(self.prompts),
+            self.policy.loaded,
+        )
+        self.saver = Saver(live, self.folder, config.output.keep)
+        self.epoch = 0
+        self._shown: Batch | None = None  # a batch of the latest epoch, for figures
         self._skipped_in_a_row = 0
         self.stopped = False
         if found:
-            self.epoch = self._saved = checkpoint.restore(found[-1], self._live())
+            self.epoch = self.saver.saved = restore(found[-1], live)
             log.info("resumed from %s", found[-1])
             if self.epoch >= config.train.epochs:
                 log.warning(
-                    "nothing is left to train: %d epochs are done, train.epochs is %d", self.epoch, config.train.epochs
+                    "no epoch is left to train: %d are completed, train.epochs is %d", self.epoch, config.train.epochs
                 )
         self.record = Record(
             config, enabled=self.accelerator.is_main_process, resumed_at=self.epoch, folder=self.folder
@@ -111,17 +123,17 @@ class Trainer:
         self.progress = progress and self.accelerator.is_main_process
 
     def run(self) -> None:
-        """Trains to the last epoch, or until a signal, and leaves a checkpoint and the trained weights.
+        """Trains until the last epoch or a signal, then writes a checkpoint and exports the trained weights.
 
-        Whatever ends it, the epochs that are done are saved.
+        Completed epochs are saved even if an exception ends the run.
         """
         try:
-            with Signals(self._save_at_once) as signals:
+            with Signals(self.saver.save_at_once) as signals:
                 self._signals = signals
                 try:
                     self._run()
                 except BaseException:
-                    self._rescue()
+                    self.saver.rescue()
                     raise
         finally:
             self.rewards.close()
@@ -135,27 +147,27 @@ class Trainer:
         with tqdm(total=config.train.epochs, initial=self.epoch, desc="epochs", disable=self._quiet) as bar:
             while self.epoch < config.train.epochs and not self._must_stop():
                 metrics = self.train_epoch()
-                self._keep()
+                self.saver.keep(self.epoch)
                 bar.update()
                 bar.set_postfix(reward=f"{metrics['reward']:.3f}")
                 if bar.disable and self.progress:
                     log.info("epoch %d: reward %.4f", self.epoch, metrics["reward"])
                 stopping, every = self._must_stop(), config.output.checkpoint_every
                 if stopping or self.epoch == config.train.epochs or (every and self.epoch % every == 0):
-                    self._save()
+                    self.saver.save()
                 shown, self._shown = self._shown, None
                 if shown is not None:
                     self.record.allocation(self.epoch, shown)
-                if self._evaluates() and not stopping:  # else it is made up for when the run is resumed
+                if self._evaluates() and not stopping:  # a resumed run evaluates first
                     self.evaluate()
         self._export()
 
     def train_epoch(self) -> dict[str, float]:
-        """One rollout of all samples, and its updates. Returns what is recorded of it."""
+        """A rollout of all samples and its updates. Returns the recorded metrics."""
         config, size = self.config, self.config.rollout.group_size
         started = time.perf_counter()
         prompts = choose(self.prompts, config.rollout.groups, self.epoch, config.train.seed)
-        phrases = self._phrases(prompts)
+        phrases = phrase_counts(prompts, config.allocation)
         parts = shares(config, self.epoch, self.accelerator.num_processes, self.accelerator.process_index)
         waiting, batches = [], list[list[Batch]]()
         with self._bar("rollout", sum(map(len, parts))) as bar:
@@ -209,12 +221,12 @@ class Trainer:
         return recorded
 
     def roll_out(self, prompts: Sequence[Prompt], numbers: Sequence[int]) -> Batch:
-        """Samples of these numbers in this epoch; a subclass may put other weights on their steps."""
+        """Draws the samples with these numbers in this epoch; a subclass may replace the weights of their steps."""
         return roll_out(self.policy, prompts, numbers, self.config, self.epoch, self.accelerator.autocast)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Rewards of samples of the averaged weights without noise; the same prompts and noise each time."""
+        """Rewards of images of the averaged weights, drawn by ODE steps from always the same prompts and noise."""
         config, count = self.config, self.config.evaluation.prompts
         prompts = [self.eval_prompts[n % len(self.eval_prompts)] for n in range(count)]
         mine = list(range(self.accelerator.process_index, count, self.accelerator.num_processes))
@@ -240,17 +252,11 @@ class Trainer:
 
     @property
     def _quiet(self) -> bool | None:
-        """For tqdm: None shows bars on a terminal alone; elsewhere each epoch is a line of the log."""
+        """tqdm's ``disable``: None shows bars only on a terminal; otherwise each epoch is a line of the log."""
         return None if self.progress else True
 
     def _bar(self, name: str, samples: int) -> Any:
         return tqdm(total=samples, desc=name, unit="sample", leave=False, disable=self._quiet)
-
-    def _phrases(self, prompts: Sequence[Prompt]) -> list[int] | None:
-        """How many phrases each prompt has, with credit by phrase."""
-        if self.config.allocation.credit == "image":
-            return None
-        return [len(core.phrases) for core in cores_of(prompts, self.config.allocation)]
 
     def _submit(
         self, images: Tensor, prompts: Sequence[Prompt], numbers: list[int], phrases: list[int] | None = None
@@ -259,8 +265,8 @@ class Trainer:
         return self.rewards.submit(images, texts, metadata, indices=numbers, phrases=phrases)
 
     def _collect(self, waiting: list[tuple[list[int], Any]], count: int, phrases: int = 0) -> Scores:
-        """Rewards of all processes, of all samples by number, and of so many phrases."""
-        names = list(self.rewards.reward.rewards)  # a reward by import path or URL has a name of its own
+        """The rewards of all samples by number, from all processes, with the given number of phrase columns."""
+        names = list(self.rewards.reward.rewards)  # of an import path or a URL, the reward's own name
         first = 1 + len(names)
         table = torch.zeros(first + phrases, count)
         failure: RewardError | None = None
@@ -276,88 +282,38 @@ class Trainer:
                 table[first : first + scores.phrases.shape[1], numbers] = scores.phrases.T
         failed = torch.tensor([float(failure is not None)], device=self.accelerator.device)
         if self.accelerator.reduce(failed, "sum").item():  # all processes stop, or none
-            raise failure or RewardError("a reward failed in another process, whose message says why")
+            raise failure or RewardError("a reward failed in another process: see its error message")
         whole = self.accelerator.reduce(table.to(self.accelerator.device), "sum").cpu()
         if not whole[0].isfinite().any():
-            raise RewardError(f"after epoch {self.epoch} all {count} samples are without a reward; warnings say why")
+            raise RewardError(
+                f"after epoch {self.epoch} none of the {count} samples has a reward: see the warnings above"
+            )
         parts = dict(zip(names, whole[1:first], strict=True))
         return Scores(whole[0], parts, whole[first:].T if phrases else None)
 
     def _check_weights(self, images: Tensor) -> None:
-        """Raises FloatingPointError where pictures are not finite because the weights are not: no reward's fault."""
+        """Raises FloatingPointError if images are not finite because the weights are not."""
         if not images.isfinite().all():
             weights = {n: getattr(p, "to_local", lambda p=p: p)() for n, p in self.average.parameters.items()}
-            checkpoint.check_finite(f"the weights after epoch {self.epoch}", weights)
+            check_finite(f"the weights after epoch {self.epoch}", weights)
 
     def _count_skipped(self, values: dict[str, float]) -> None:
-        """Raises FloatingPointError after too many steps in a row whose gradients are not finite."""
+        """Raises FloatingPointError after PATIENCE consecutive steps whose gradients are not finite."""
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row < PATIENCE:
             return
         bad = [name for name, value in values.items() if name != "grad_norm" and not math.isfinite(value)]
-        cause = f"the loss is not finite either ({', '.join(bad)})" if bad else "the loss itself is finite"
+        cause = f"the loss is not finite either ({', '.join(bad)})" if bad else "the loss is finite"
         raise FloatingPointError(
-            f"the gradients of {PATIENCE} optimiser steps in a row, up to epoch {self.epoch + 1}, are not finite; "
-            f"{cause}. These steps were skipped, and the weights are those before them. Look at train.mixed_precision "
+            f"the gradients of {PATIENCE} consecutive optimiser steps, up to epoch {self.epoch + 1}, are not finite; "
+            f"{cause}. These steps were skipped and did not change the weights. Check train.mixed_precision "
             f"({self.config.train.mixed_precision!r}), model.dtype ({self.config.model.dtype!r}) and "
             f"train.learning_rate ({self.config.train.learning_rate:g})"
         )
 
     def _mean(self, value: Tensor) -> float:
-        """Over processes."""
+        """The mean over processes."""
         return float(self.accelerator.reduce(value.detach().float().to(self.accelerator.device), "mean").item())
-
-    def _live(self) -> checkpoint.Live:
-        return checkpoint.Live(
-            self.policy.transformer,
-            inner_optimizer(self.optimizer),
-            self.average,
-            self.accelerator,
-            self.config,
-            digest(self.prompts),
-            self.policy.loaded,
-        )
-
-    def _keep(self) -> None:
-        """Copies the state after an epoch to the first process's memory, from where it can be saved at any moment.
-
-        In an epoch the weights are of no whole one, and to bring together their parts takes all processes.
-        """
-        snapshot = checkpoint.take(self._live(), self.epoch)
-        with self._writing:
-            self._kept = snapshot
-
-    def _save(self) -> None:
-        """Writes what is kept. All processes call it."""
-        self._write()
-        self.accelerator.wait_for_everyone()
-
-    def _write(self) -> None:
-        with self._writing:
-            kept, self._kept = self._kept, None  # what cannot be written is not tried again
-            if kept is not None:
-                checkpoint.write(kept, self.folder, self.config.output.keep)
-                self._saved = kept.epoch
-
-    def _rescue(self) -> None:
-        """Writes what is kept while an exception ends the run, without the other processes."""
-        try:
-            self._write()
-        except Exception as error:
-            log.error("the epochs since %d are lost: %s", self._saved, error)
-
-    def _save_at_once(self, reason: str) -> None:
-        """Saves what is done, in a thread of its own, as soon as the run is asked to end."""
-        if not self.accelerator.is_main_process:
-            return
-        log.warning("%s: the run ends after this epoch", reason)
-        self._rescue()
-        log.warning(
-            "%s. The epoch under way is finished and saved as well%s; if the process is killed before that, this epoch "
-            "is lost. A second Ctrl-C ends the run on the spot",
-            f"Epoch {self._saved} is saved in {self.folder}" if self._saved else "No epoch is finished yet",
-            " (torchrun kills its processes after 30 s)" if by_torchrun() else "",
-        )
 
     def _export(self) -> None:
         folder = self.folder / "final"
@@ -369,12 +325,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _evaluates(self) -> bool:
-        """Whether there is an evaluation after this epoch."""
+        """Whether this epoch is followed by an evaluation."""
         every = self.config.evaluation.every
         return bool(every) and (self.epoch % every == 0 or self.epoch == self.config.train.epochs)
 
     def _lacks_evaluation(self) -> bool:
-        """Whether the evaluation of this epoch was not made, as that of a run that was killed meanwhile."""
+        """Whether the evaluation of this epoch is missing, for example because the run was killed before it."""
         lacks = self.accelerator.is_main_process and self.epoch not in self.record.evaluated
         return self._evaluates() and self._any(lacks)
 
@@ -382,6 +338,6 @@ class Trainer:
         return self._any(self.stopped or self._signals.stopped)
 
     def _any(self, flag: bool) -> bool:
-        """Whether it holds in any process."""
+        """Whether the flag is set in any process."""
         value = torch.tensor([float(flag)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(value, "sum").item())

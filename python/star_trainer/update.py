@@ -1,4 +1,4 @@
-"""The update of an epoch: the policy loss of every trained step, and the optimiser's steps."""
+"""The update of an epoch: gradients of the policy loss over the trained steps, and optimiser steps."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from star_kernels import weighted_policy_loss
 from star_trainer.average import Average
-from star_trainer.checkpoint import whole
 from star_trainer.config import Config
-from star_trainer.credit import acting
+from star_trainer.credit import advantages_per_map
 from star_trainer.policy import Policy, Text
 from star_trainer.rewards.images import slices
-from star_trainer.rollout import Batch, Step
+from star_trainer.samples import Batch, Step
 from star_trainer.schedule import schedule_of
+from star_trainer.weights import whole
 
 
 def inner_optimizer(optimizer: Any) -> Any:
-    """PyTorch's optimiser within accelerate's."""
+    """The PyTorch optimiser that accelerate's optimiser wraps."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
@@ -30,8 +30,8 @@ class Updater:
     """Optimiser steps on batches of samples.
 
     Attributes:
-        grad_norm: of the latest optimiser step, before clipping.
-        skipped: whether that step was skipped, as its gradients are not finite: 0 or 1, on the device.
+        grad_norm: gradient norm of the latest optimiser step, before clipping.
+        skipped: 1 if that step was skipped because its gradients are not finite, else 0; on the device.
     """
 
     def __init__(self, policy: Policy, optimizer: Any, average: Average, accelerator: Any, config: Config) -> None:
@@ -45,22 +45,23 @@ class Updater:
     ) -> dict[str, Tensor]:
         """One optimiser step on a process's share of the samples.
 
-        Gradients that are not finite change nothing. That is decided on the device: nothing here waits for it.
+        If gradients are not finite, the step is skipped. The decision is made on the device, without a host
+        synchronisation.
 
         Args:
-            batches: with the same trained steps.
-            advantages: of all samples of the epoch, by number: ``[N]``, or as :func:`acting` takes them.
-            report: is told after each forward and backward pass how many samples it had.
+            batches: all with the same trained steps.
+            advantages: :func:`star_trainer.credit.advantages_of` of all samples of the epoch, by number.
+            report: called after each forward and backward pass with its number of samples.
 
         Returns:
-            Means over samples and steps of what the loss reports.
+            The metrics of the loss, averaged over samples and steps.
         """
         metrics = self.gradients(batches, advantages, report)
         trained = list(self.average.parameters.values())
         norm = self.accelerator.clip_grad_norm_(trained, self.config.train.max_grad_norm or math.inf)
         self.grad_norm = whole(torch.as_tensor(norm).detach())
-        self.skipped = (~self.grad_norm.isfinite()).float()  # of all processes' gradients: alike in all
-        inner_optimizer(self.optimizer).found_inf = self.skipped  # a fused optimiser then skips the step on the device
+        self.skipped = (~self.grad_norm.isfinite()).float()  # the norm over all processes: equal in all
+        inner_optimizer(self.optimizer).found_inf = self.skipped  # a fused optimiser skips the step on the device
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.step(self.skipped)
@@ -69,16 +70,15 @@ class Updater:
     def gradients(
         self, batches: Sequence[Batch], advantages: Tensor, report: Callable[[int], object] = lambda samples: None
     ) -> dict[str, Tensor]:
-        """Adds up the gradients of the mean loss over samples and trained steps."""
+        """Accumulates the gradients of the loss, averaged over samples and trained steps."""
         total = sum(len(batch.numbers) for batch in batches)
         passes = [(b, rows, step) for b in batches for rows in self._rows(b) for step in b.steps]
         sums: dict[str, Tensor] = {}
         for i, (batch, rows, step) in enumerate(passes):
             share = (rows.stop - rows.start) / total / len(batch.steps)
             chosen = advantages[batch.numbers[rows]].to(self.policy.device)
-            if batch.shares is not None:
-                limit = self.config.train.advantage_clip
-                chosen = acting(chosen, batch.shares[rows], self.config.allocation, limit)
+            shares = None if batch.shares is None else batch.shares[rows]
+            chosen = advantages_per_map(chosen, shares, self.config.allocation, self.config.train.advantage_clip)
             last = i == len(passes) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.policy.transformer):
                 loss, metrics = self._loss(batch.text[rows], step.at(rows), chosen)
@@ -90,10 +90,10 @@ class Updater:
 
     def _loss(self, text: Text, step: Step, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         train, timestep = self.config.train, self.schedule.timestep(step.number)
-        reference = None
+        ref_output = None
         if train.kl_coef > 0:
             with torch.no_grad(), self.accelerator.autocast():
-                reference = self.policy.velocity(step.sample, timestep, text, reference=True)
+                ref_output = self.policy.velocity(step.sample, timestep, text, reference=True)
         with self.accelerator.autocast():
             velocity = self.policy.velocity(step.sample, timestep, text)
         loss, metrics = weighted_policy_loss(
@@ -107,13 +107,13 @@ class Updater:
             ratio=train.ratio,
             clip_range=train.clip_range,
             advantage_clip=train.advantage_clip,
-            ref_model_output=reference,
+            ref_model_output=ref_output,
             kl_coef=train.kl_coef,
             old_model_output=step.model_output,
         )
         return loss, dict(metrics)
 
     def _rows(self, batch: Batch) -> Iterator[slice]:
-        """The samples of each forward pass."""
+        """Slices of the batch, one for each forward pass."""
         count = len(batch.numbers)
         return slices(count, self.config.train.batch or count)

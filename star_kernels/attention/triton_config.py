@@ -5,7 +5,8 @@ values through shared memory, so the largest tile that does not spill is the fas
 multiprocessor overlap the softmax of one with the matrix products of the other, so 8 warps are limited to 128 registers
 and 4 warps to 168 if the kernel fits. Other limits keep the compiler from using more registers with maps than without.
 With warp-group products (sm_90, sm_100) operands stay in shared memory; on sm_80 they use registers, and tiles are
-smaller. tests/attention/test_triton_compile.py checks registers and occupancy; python -m tools.compile_report prints them.
+smaller. tests/attention/test_triton_compile.py checks registers and occupancy;
+python -m tools.compile_report prints them.
 """
 
 from __future__ import annotations

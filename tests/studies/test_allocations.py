@@ -126,7 +126,7 @@ def test_core_weights_equal_those_of_star_train(rollout: allocations.Rollout, co
 def test_weights_by_change_equal_those_of_star_train(config: Config, trained: int | None) -> None:
     from star_trainer import rollout as trainer
 
-    config = replace(config, allocation=replace(config.allocation, over="change"))
+    config = replace(config, allocation=replace(config.allocation, over="total_variation"))
     config = replace(config, train=replace(config.train, steps=trained))
     policy, autocast = Policy(config, torch.device("cpu")), Accelerator(cpu=True).autocast
     prompts = load_prompts("scenes:composition")[:3]
@@ -143,7 +143,7 @@ def test_weights_by_change_equal_those_of_star_train(config: Config, trained: in
 @pytest.mark.exhaustive
 def test_split_equals_that_of_star_train(config: Config) -> None:
     from star_trainer import rollout as trainer
-    from star_trainer.credit import acting, advantages_of
+    from star_trainer.credit import advantages_of, advantages_per_map
     from star_trainer.rewards.base import Scores
 
     config = replace(config, allocation=replace(config.allocation, credit="split", blocks=[1]))
@@ -157,7 +157,9 @@ def test_split_equals_that_of_star_train(config: Config) -> None:
     credit = agreement.credit(graded, phrases, config)
     terms = allocations.fields(rollout, credit, 0, [1])["split"]
     assert batch.shares is not None
-    advantages = acting(advantages_of(Scores(graded, {}, phrases), config).values, batch.shares, config.allocation, 5.0)
+    advantages = advantages_per_map(
+        advantages_of(Scores(graded, {}, phrases), config).values, batch.shares, config.allocation, 5.0
+    )
     for at, step in enumerate(batch.steps):
         assert step.weights is not None
         expected = (advantages[:, :, None] * step.weights.flatten(2)).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Short runs of a tiny pipeline."""
+"""Fixtures for short runs of a tiny pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from star_trainer.trainer import Trainer
 
 @pytest.fixture
 def configure(pipeline_folder: Path, tmp_path: Path) -> Callable[..., Config]:
-    """A configuration of two groups of two samples, scored without a model; parts are changed by keyword."""
+    """Returns a configuration of two groups of two samples with a reward without a model; keywords change settings."""
 
     def make(**parts: dict[str, Any]) -> Config:
         config = Config(
@@ -29,7 +29,7 @@ def configure(pipeline_folder: Path, tmp_path: Path) -> Callable[..., Config]:
             reward=Reward(weights={"jpeg-compressibility": 1.0}),
             train=Train(epochs=1, learning_rate=1e-2, ema_interval=1, updates=1),
             evaluation=Evaluation(every=0, prompts=2, steps=2),
-            output=Output(folder=str(tmp_path / "run"), pictures_every=0, tensorboard=False),
+            output=Output(folder=str(tmp_path / "run"), images_every=0, tensorboard=False),
         )
         return replace(config, **{name: replace(getattr(config, name), **values) for name, values in parts.items()})
 

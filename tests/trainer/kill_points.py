@@ -1,8 +1,8 @@
-"""Runs a configuration again and again, kills it at another point each time, and resumes it.
+"""Runs a configuration repeatedly, kills it at a different point each time, and resumes it.
 
-``kill_points.py CONFIG.yaml FOLDER POINTS``: for each of so many points a process is killed (SIGKILL) just before its
-n-th call of what moves a run on (a rollout, an optimiser step, every step of writing a checkpoint). Then every
-checkpoint there must be readable, and the resumed run must end where the run without a kill does, to the last bit.
+``kill_points.py CONFIG.yaml FOLDER POINTS``: for each point a process is killed (SIGKILL) just before its n-th call of
+a function that advances a run (a rollout, an optimiser step, each step of writing a checkpoint). Afterwards all
+checkpoints must be readable, and the resumed run must equal the uninterrupted run bit for bit.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from accelerate import Accelerator
 from star_trainer import checkpoint, record, trainer, update
 from star_trainer.command import parse
 from star_trainer.config import Config
+from star_trainer.restore import restore
 from star_trainer.trainer import Trainer
 
-# Where a process may be killed: an object and the name of a function on it.
+# Functions before which a process may be killed: an object and the name of the function.
 PLACES: tuple[tuple[Any, str], ...] = (
     (trainer, "roll_out"),
     (update.Updater, "step"),
@@ -59,7 +60,7 @@ def main(path: str, folder: str, points: int) -> None:
 
 
 def in_child(function: Callable[[], object]) -> int:
-    """Runs it in a fork; 0, 1 for an exception, or the signal that ended it."""
+    """Runs the function in a fork. Returns 0, 1 for an exception, or the signal that ended the fork."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -73,7 +74,7 @@ def in_child(function: Callable[[], object]) -> int:
 
 
 def run(config: Config, kill_at: int | None) -> int:
-    """Trains; returns the calls counted."""
+    """Trains. Returns the number of counted calls."""
     count = 0
 
     def counting(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,13 +95,13 @@ def run(config: Config, kill_at: int | None) -> int:
 
 def counted(config: Config, path: Path) -> None:
     count = run(config, None)
-    with path.open("w") as file:  # not Path.write_text, which is one of the places
+    with path.open("w") as file:  # not Path.write_text, which is in PLACES
         file.write(str(count))
 
 
 def check(config: Config) -> None:
-    """All checkpoints but the last, which the resumed run reads, can be restored; that one is of the last or the last
-    but one epoch."""
+    """Checks that all checkpoints but the last can be restored (the resumed run restores that one), and that the last
+    checkpoint is of the last or the second-last epoch."""
     found = checkpoint.find(Path(config.output.folder))
     for path in found[:-1]:
         made = Trainer(
@@ -108,7 +109,7 @@ def check(config: Config) -> None:
             Accelerator(cpu=True),
             progress=False,
         )
-        checkpoint.restore(path, made._live())
+        restore(path, made.saver.live)
     done = [line["epoch"] for line in record.read_metrics(Path(config.output.folder)) if line["event"] == "epoch"]
     last = int(found[-1].name.split("-")[1]) if found else 0
     assert last >= max(done, default=0) - 1, (last, done)

@@ -1,4 +1,4 @@
-"""A reward server in this process, which says what it is told to say."""
+"""A reward server in this process, whose responses each test can choose."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from star_trainer.rewards.remote import RemoteReward
 
 
 class Server:
-    """Answers as it is told; keeps what it was sent."""
+    """Sends the chosen responses and records the requests."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
@@ -23,10 +23,12 @@ class Server:
         self.paths: list[str] = []
         self.answer: Callable[[dict[str, Any]], tuple[int, bytes]] = lambda body: ok([0.5] * len(body["images"]))
         self.location: str | None = None
-        self.drop = 0  # so many connections are closed without an answer
-        self.hold: threading.Event | None = None  # keeps the answer back
-        self.headers_back: dict[str, str] = {}  # further headers of answers
-        self.instead: list[Callable[[BaseHTTPRequestHandler], None]] = []  # answer the next requests instead
+        self.drop = 0  # number of connections that are closed without a response
+        self.hold: threading.Event | None = None  # delays the response
+        self.headers_back: dict[str, str] = {}  # additional headers of responses
+        self.instead: list[
+            Callable[[BaseHTTPRequestHandler], None]
+        ] = []  # handlers of the next requests, instead of ``answer``
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -76,7 +78,7 @@ def ok(scores: object) -> tuple[int, bytes]:
 def breaks_off(
     status: int, *headers: tuple[str, str], body: bytes = b"half"
 ) -> Callable[[BaseHTTPRequestHandler], None]:
-    """Answers with these headers and a part of the body that they announce."""
+    """A response with these headers and only a part of the body that they announce."""
 
     def answer(request: BaseHTTPRequestHandler) -> None:
         request.send_response(status)
@@ -89,7 +91,7 @@ def breaks_off(
 
 
 def resets(request: BaseHTTPRequestHandler) -> None:
-    """Ends the connection by a reset."""
+    """Resets the connection."""
     request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     request.rfile.close()  # the last reference but one
     request.connection.close()
@@ -101,5 +103,5 @@ def in_turn(*answers: tuple[int, bytes]) -> Callable[[dict[str, Any]], tuple[int
 
 
 def remote(server: Server, **options: Any) -> RemoteReward:
-    """The reward of a server, which waits for nothing between attempts."""
+    """The reward of a server, without waits between attempts."""
     return RemoteReward(server.url, **{"backoff": 0.0, "timeout": 30.0, **options})

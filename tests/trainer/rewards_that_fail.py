@@ -1,4 +1,4 @@
-"""Rewards that the failure tests name by import path."""
+"""Rewards for the tests of failures, used by import path."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from star_kernels.prompts import core_content
 
-released = threading.Event()  # lets the calls go that hang
+released = threading.Event()  # ends calls that hang
 
 
 class Brightness:
-    """The mean over pixels: smooth, where a file's size jumps with a rounding."""
+    """The mean over pixels, which is a smooth function of the image."""
 
     name = "brightness"
 
@@ -26,7 +26,7 @@ class Brightness:
 
 
 class Moves(Brightness):
-    """Changes the working directory."""
+    """Changes the working directory in each call."""
 
     name = "moves"
 
@@ -39,7 +39,7 @@ class Moves(Brightness):
 
 
 class Channels(Brightness):
-    """Scores a prompt's phrases too, each by a channel's mean, and ``more`` than it has."""
+    """Scores each phrase by the mean of a channel, and ``more`` phrases than the prompt has."""
 
     name = "channels"
 
@@ -57,7 +57,7 @@ class Channels(Brightness):
 
 
 class Whole(Brightness):
-    """The one phrase of a prompt has the score of its picture."""
+    """The only phrase of a prompt has the score of the image."""
 
     name = "whole"
 
@@ -69,12 +69,12 @@ class Whole(Brightness):
 
 
 class Failing:
-    """Does something else than scoring, from some call on.
+    """Fails after a number of calls.
 
     Args:
-        how: "raise", "hang", "nan"; "terminate": sends SIGTERM to the process and scores; "die": ends the second one.
-        after: calls that go well before.
-        sample: for "nan", the one's position in its batch; the others are scored by brightness.
+        how: "raise", "hang" or "nan"; "terminate" sends SIGTERM and scores; "die" ends the second process.
+        after: number of calls that succeed.
+        sample: for "nan", the index of the sample in its batch; the others are scored.
     """
 
     name = "failing"

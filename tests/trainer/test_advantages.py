@@ -1,4 +1,4 @@
-"""Group-relative advantages against Flow-GRPO's formula, and at its edges."""
+"""Group-relative advantages against Flow-GRPO's formula, and edge cases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
-from star_trainer.advantages import group_advantages, phrase_advantages, split_advantages
+from star_trainer.credit import group_advantages, phrase_advantages, split_advantages
 
 
 def test_a_group_is_standardised_by_its_own_mean_and_deviation() -> None:
@@ -33,7 +33,7 @@ def test_a_group_of_equal_rewards_has_advantage_zero_and_is_counted() -> None:
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
-def test_a_sample_without_a_reward_counts_nowhere(std: Literal["group", "global"]) -> None:
+def test_a_sample_without_a_reward_is_left_out(std: Literal["group", "global"]) -> None:
     rewards = torch.tensor([0.2, torch.nan, 0.6, 0.1, 0.9, 0.4])
     values, _ = group_advantages(rewards, 3, std=std)
     assert values[1] == 0
@@ -43,7 +43,7 @@ def test_a_sample_without_a_reward_counts_nowhere(std: Literal["group", "global"
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
-def test_no_reward_at_all_is_no_advantage(std: Literal["group", "global"]) -> None:
+def test_advantages_without_any_reward_are_zero(std: Literal["group", "global"]) -> None:
     values, flat = group_advantages(torch.full((4,), torch.nan), 2, std=std)
     assert values.tolist() == [0.0] * 4
     assert flat == 2
@@ -55,9 +55,9 @@ def test_rewards_must_be_whole_groups() -> None:
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
-def test_each_phrase_is_compared_with_itself(std: Literal["group", "global"]) -> None:
+def test_phrases_are_standardised_separately(std: Literal["group", "global"]) -> None:
     rewards = torch.rand(9, 3)
-    rewards[3:6] = 0.5  # says nothing
+    rewards[3:6] = 0.5  # a flat group
     rewards[6:, 2] = torch.nan  # a prompt of two phrases
     rewards[8] = torch.nan  # a sample without a reward
     values, flat = phrase_advantages(rewards, 3, std=std)
@@ -71,7 +71,7 @@ def test_each_phrase_is_compared_with_itself(std: Literal["group", "global"]) ->
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
-def test_parts_of_an_advantage_sum_to_it_where_phrases_sum_to_the_reward(std: Literal["group", "global"]) -> None:
+def test_parts_sum_to_the_advantage_if_phrases_sum_to_the_reward(std: Literal["group", "global"]) -> None:
     phrases = torch.rand(12, 3)
     phrases[3:6, 1:] = torch.nan  # a prompt of one phrase
     phrases[6:9] = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]])  # equal rewards

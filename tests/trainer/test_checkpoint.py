@@ -1,4 +1,4 @@
-"""A checkpoint is what was written, or is refused by name."""
+"""Checkpoints are restored as they were written; a damaged one is an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from star_trainer import checkpoint
 from star_trainer.checkpoint import Live
 from star_trainer.config import Config
+from star_trainer.restore import restore
 from star_trainer.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, Any]:
-    """A run and its first two checkpoints: for the whole file."""
+    """A run with two checkpoints, shared by all tests of this file."""
     return {}
 
 
@@ -38,9 +39,9 @@ def live(
         trainer = trainer_of(configure(output={"folder": str(tmp_path_factory.mktemp("checkpoints"))}))
         for _ in range(2):
             trainer.train_epoch()
-            trainer._keep()
-            trainer._save()
-        made.update(live=trainer._live(), folder=trainer.folder)
+            trainer.saver.keep(trainer.epoch)
+            trainer.saver.save()
+        made.update(live=trainer.saver.live, folder=trainer.folder)
     return made["live"]
 
 
@@ -58,7 +59,7 @@ def edit_state(path: Path, edit: Callable[[Any], Any]) -> None:
 
 
 def without_checksums(path: Path) -> None:
-    """As they were written before there were any."""
+    """Checksums are optional in a checkpoint."""
     edit_state(path, lambda state: {key: value for key, value in state.items() if key not in ("sha256", "prompts")})
 
 
@@ -84,17 +85,20 @@ def first(tensors: dict[str, torch.Tensor], end: str = "weight") -> str:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated tensors": (lambda p: truncate(p, "weights.safetensors"), "weights.safetensors is not what was written"),
-    "a bit": (lambda p: flip(p, "optimizer.safetensors"), r"optimizer.safetensors is not what was written"),
+    "truncated tensors": (lambda p: truncate(p, "weights.safetensors"), "the SHA-256 of weights.safetensors differs"),
+    "a bit": (lambda p: flip(p, "optimizer.safetensors"), "the SHA-256 of optimizer.safetensors differs"),
     "no file": (lambda p: (p / "average.safetensors").unlink(), "average.safetensors"),
     "truncated state": (lambda p: truncate(p, "state.json"), r"state\.json"),
     "no state": (lambda p: (p / "state.json").unlink(), r"state\.json"),
-    "a list": (lambda p: edit_state(p, lambda state: [state]), r"state\.json must hold an object, got list"),
+    "a list": (lambda p: edit_state(p, lambda state: [state]), r"state\.json must contain an object, got list"),
     "no key": (
         lambda p: edit_state(p, lambda state: {k: v for k, v in state.items() if k != "average_steps"}),
-        "state.json must hold 'average_steps' of type int",
+        "state.json must contain 'average_steps' of type int",
     ),
-    "another epoch": (lambda p: edit_state(p, lambda state: {**state, "epoch": 1}), "it is checkpoint-000001"),
+    "another epoch": (
+        lambda p: edit_state(p, lambda state: {**state, "epoch": 1}),
+        "is named checkpoint-000001 in its state.json",
+    ),
     "no settings": (lambda p: edit_state(p, lambda state: {**state, "config": {"train": 1}}), "objects of settings"),
     "truncated, without checksums": (
         lambda p: (without_checksums(p), truncate(p, "weights.safetensors")),
@@ -102,60 +106,59 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a weight's shape": (
         lambda p: edit_tensors(p, "weights", lambda t: {**t, first(t): torch.zeros(1)}),
-        r"weights\.safetensors must hold .* of shape \[.*\], got \[1\]",
+        r"weights\.safetensors must contain .* of shape \[.*\], got \[1\]",
     ),
     "an average's shape": (
         lambda p: edit_tensors(p, "average", lambda t: {**t, first(t): torch.zeros(1)}),
-        r"average\.safetensors must hold .* of shape \[.*\], got \[1\]",
+        r"average\.safetensors must contain .* of shape \[.*\], got \[1\]",
     ),
     "no weight": (
         lambda p: edit_tensors(p, "weights", lambda t: {k: v for k, v in t.items() if k != first(t)}),
-        r"weights\.safetensors must hold .*, got none",
+        r"weights\.safetensors must contain .*, got none",
     ),
     "no moment": (
         lambda p: edit_tensors(p, "optimizer", lambda t: {k: v for k, v in t.items() if k != first(t, "exp_avg")}),
-        r"optimizer\.safetensors must hold state\..*\.exp_avg of shape .*, got none",
+        r"optimizer\.safetensors must contain state\..*\.exp_avg of shape .*, got none",
     ),
     "no moments": (
         lambda p: edit_tensors(p, "optimizer", lambda t: {}),
-        r"optimizer\.safetensors must hold .* got none",
+        r"optimizer\.safetensors must contain .* got none",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(live: Live, newest: Path, kind: str) -> None:
+def test_a_damaged_checkpoint_is_an_error_that_names_the_one_before(live: Live, newest: Path, kind: str) -> None:
     damage, message = DAMAGE[kind]
     before = [p.detach().clone() for p in live.average.parameters.values()]
     damage(newest)
     with pytest.raises(ValueError, match=message) as caught:
-        checkpoint.restore(newest, live)
+        restore(newest, live)
     assert str(newest) in str(caught.value)
-    assert f"Remove {newest}, and the run goes on from checkpoint-000001, which is whole" in str(caught.value)
+    assert f"Remove {newest} to resume from checkpoint-000001, which is not damaged" in str(caught.value)
     assert all(torch.equal(p, old) for p, old in zip(live.average.parameters.values(), before, strict=True))
 
 
-def test_a_damaged_one_is_not_offered(live: Live, newest: Path) -> None:
+def test_the_error_does_not_name_another_damaged_checkpoint(live: Live, newest: Path) -> None:
     truncate(newest, "weights.safetensors")
     flip(newest.with_name("checkpoint-000001"), "weights.safetensors")
-    with pytest.raises(ValueError, match="There is no whole one before it"):
-        checkpoint.restore(newest, live)
+    with pytest.raises(ValueError, match="No earlier checkpoint is undamaged"):
+        restore(newest, live)
 
 
-def test_a_checkpoint_of_an_earlier_version_is_read(live: Live, newest: Path) -> None:
-    """Without checksums, and of an optimiser that was not fused."""
+def test_a_checkpoint_without_checksums_of_an_unfused_optimiser_is_restored(live: Live, newest: Path) -> None:
     without_checksums(newest)
 
     def unfused(optimizer: dict[str, Any]) -> dict[str, Any]:
         return {key: None if key.endswith(".fused") else value for key, value in optimizer.items()}
 
     edit_state(newest, lambda state: {**state, "optimizer": unfused(state["optimizer"])})
-    assert checkpoint.restore(newest, live) == 2
+    assert restore(newest, live) == 2
     assert all(group["fused"] for group in live.optimizer.param_groups)
 
 
 def test_links_to_old_checkpoints_are_unlinked(live: Live, tmp_path: Path) -> None:
-    """Moved to another disk, with a link in their place."""
+    """A checkpoint may be moved to another disk and replaced by a link."""
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     folder.mkdir()
@@ -168,7 +171,7 @@ def test_links_to_old_checkpoints_are_unlinked(live: Live, tmp_path: Path) -> No
     assert elsewhere.is_dir()
 
 
-def test_one_that_cannot_be_removed_warns(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_cannot_be_removed_warns(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def busy(path: Path, **options: Any) -> None:
         if not options:
             raise OSError("device or resource busy")
@@ -182,7 +185,7 @@ def test_one_that_cannot_be_removed_warns(live: Live, tmp_path: Path, monkeypatc
     assert [path.name for path in checkpoint.find(tmp_path)] == ["checkpoint-000003"]
 
 
-def test_a_file_system_that_flushes_no_folders_will_do(
+def test_a_file_system_that_cannot_flush_folders_is_supported(
     live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flush = os.fsync
@@ -195,7 +198,7 @@ def test_a_file_system_that_flushes_no_folders_will_do(
     monkeypatch.setattr(os, "fsync", files_alone)
     snapshot = checkpoint.take(live, 2)
     assert snapshot is not None
-    assert checkpoint.restore(checkpoint.write(snapshot, tmp_path, keep=1), live) == 2
+    assert restore(checkpoint.write(snapshot, tmp_path, keep=1), live) == 2
 
 
 def test_weights_that_are_not_finite_are_not_written(live: Live) -> None:
@@ -203,7 +206,7 @@ def test_weights_that_are_not_finite_are_not_written(live: Live) -> None:
     before = parameter.detach().clone()
     with torch.no_grad():
         parameter.view(-1)[0] = torch.nan
-    with pytest.raises(FloatingPointError, match="the weights of epoch 3 hold NaN or infinity in 1 of"):
+    with pytest.raises(FloatingPointError, match="the weights of epoch 3 contain NaN or infinity in 1 of"):
         checkpoint.take(live, 3)
     with torch.no_grad():
         parameter.copy_(before)

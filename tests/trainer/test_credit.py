@@ -1,4 +1,4 @@
-"""Credit by phrase: each phrase's advantage acts by the phrase's own map, in a mean over the prompt's phrases."""
+"""Credit by phrase: weights from the maps of phrases, advantages of phrases, and how the update combines them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from star_kernels import TokenSelection
 from star_kernels.prompts import core_content
 from star_trainer import record, rollout
 from star_trainer.config import Allocation, Config
-from star_trainer.credit import acting, phrase_shares
+from star_trainer.credit import advantages_per_map, phrase_shares, select
 from star_trainer.prompts import Prompt
 from star_trainer.rewards.base import RewardError
-from star_trainer.rollout import Batch
+from star_trainer.samples import Batch
 from star_trainer.scenes import check, describe
 from star_trainer.scenes.describe import Thing
 from star_trainer.trainer import Trainer
@@ -54,13 +54,12 @@ def gradient(trainer: Trainer, batch: Batch, advantages: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "method",
-    mostly_exhaustive([{}, {"over": "trajectory"}, {"over": "change"}, {"strength": 0.5, "cap": 2.0}], [{}]),
+    mostly_exhaustive([{}, {"over": "trajectory"}, {"over": "total_variation"}, {"strength": 0.5, "cap": 2.0}], [{}]),
     ids=str,
 )
-def test_weights_of_a_phrase_are_those_of_its_map(
+def test_each_phrase_has_the_weights_of_its_own_map(
     by_phrase: Callable[..., Config],
     trainer_of: Callable[[Config], Trainer],
-    monkeypatch: pytest.MonkeyPatch,
     method: dict[str, Any],
 ) -> None:
     config = by_phrase(allocation=method)
@@ -69,13 +68,11 @@ def test_weights_of_a_phrase_are_those_of_its_map(
     assert batch.shares is not None
     torch.testing.assert_close(batch.shares, torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1, 0, 0]]))
     weights = torch.stack([step.weights for step in batch.steps if step.weights is not None], dim=1)
-    assert torch.equal(weights[1, :, 1:], torch.ones_like(weights[1, :, 1:]))  # phrases that the prompt has not
+    assert torch.equal(weights[1, :, 1:], torch.ones_like(weights[1, :, 1:]))  # phrases that the prompt does not have
     image = replace(config, allocation=replace(config.allocation, credit="image"))
-    cores = {prompt.text: core_content(prompt.text, metadata=prompt.metadata) for prompt in (PAIR, SINGLE)}
-    for place, name in enumerate(cores[PAIR.text].names):
-        only = {**cores, PAIR.text: core_content(PAIR.text, [name])}
-        monkeypatch.setattr(rollout, "cores_of", lambda prompts, _, only=only: [only[p.text] for p in prompts])
-        alone = torch.stack([s.weights for s in rolled_out(trainer, image, [PAIR, SINGLE]).steps], dim=1)
+    for place, name in enumerate(PAIR.core.names):
+        only = replace(PAIR, core_source=[name])
+        alone = torch.stack([s.weights for s in rolled_out(trainer, image, [only, SINGLE]).steps], dim=1)
         torch.testing.assert_close(weights[0, :, place], alone[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(weights[1, :, 0], alone[1], rtol=1e-4, atol=1e-5)
     assert float((weights[0, :, 0] - weights[0, :, 1]).abs().max()) > 1e-3
@@ -88,7 +85,7 @@ def test_the_gradient_is_the_mean_over_phrases(
     config = by_phrase(train={"ratio": ratio, "advantage_clip": 1.0, "batch": 1})
     trainer = trainer_of(config)
     batch = rolled_out(trainer, config, [PAIR, SINGLE])
-    advantages = torch.tensor([[0.9, -0.6, 3.0, 0.0], [0.7, 0.0, 0.0, 0.0]])  # another batch has prompts of four
+    advantages = torch.tensor([[0.9, -0.6, 3.0, 0.0], [0.7, 0.0, 0.0, 0.0]])  # four phrases in another batch
     found = gradient(trainer, batch, advantages)
     expected = torch.zeros_like(found)
     counts = torch.tensor([3.0, 1.0])
@@ -98,7 +95,7 @@ def test_the_gradient_is_the_mean_over_phrases(
         expected += gradient(trainer, replace(batch, steps=steps, shares=None), own)
     assert float(expected.norm()) > 0
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    advantages[1, 1:], advantages[0, 3] = 5.0, 5.0  # of no phrase
+    advantages[1, 1:], advantages[0, 3] = 5.0, 5.0  # columns that belong to no phrase
     assert torch.equal(gradient(trainer, batch, advantages), found)
 
 
@@ -123,7 +120,7 @@ def test_a_prompt_of_one_phrase_is_trained_as_with_credit_by_image(
 def test_the_advantages_of_an_epoch_are_those_of_each_phrase(
     by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In batches that mix groups and prompts of one and three phrases: all samples by number."""
+    """Also in batches that mix groups, and prompts of one and of three phrases."""
     config = by_phrase(rollout={"groups": 4, "group_size": 3, "batch": 4}, reward={"weights": {CHANNELS: 2.0}})
     trainer = trainer_of(config)
     trainer.prompts = [PAIR, SINGLE]
@@ -150,10 +147,10 @@ def test_the_advantages_of_an_epoch_are_those_of_each_phrase(
     assert metrics["flat_groups"] == 0
 
 
-def test_a_run_with_the_scenes_own_reward_leaves_pictures_of_its_weights(
+def test_a_run_with_the_reward_scene_writes_figures_of_its_weights(
     by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path
 ) -> None:
-    config = by_phrase(train={"kl_coef": 0.1}, evaluation={"every": 1}, output={"pictures_every": 1})
+    config = by_phrase(train={"kl_coef": 0.1}, evaluation={"every": 1}, output={"images_every": 1})
     trainer = trainer_of(config)
     trainer.run()
     assert (tmp_path / "run" / "allocation-000001-0.png").is_file()
@@ -177,10 +174,10 @@ def test_phrases_without_tokens_have_no_share() -> None:
 
 
 def test_a_split_advantage_keeps_its_sum() -> None:
-    """A phrase without tokens, and one that only prompts of another batch have, stay with the picture."""
+    """The parts of phrases without tokens, or that only prompts of other batches have, go to the first column."""
     advantages = torch.tensor([[1.0, 0.25, 0.5, -0.75, 7.0], [-2.0, 3.0, 0.0, 0.0, 0.0]])
     shares = torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
-    found = acting(advantages, shares, Allocation(credit="split"), limit=1.0)
+    found = advantages_per_map(advantages, shares, Allocation(credit="split"), limit=1.0)
     assert found.tolist() == [[1.5, 0.25, 0.0, -0.75], [-5.0, 3.0, 0.0, 0.0]]
     assert torch.equal(found.sum(dim=1), advantages[:, 0])
 
@@ -189,7 +186,7 @@ def test_a_split_advantage_keeps_its_sum() -> None:
 def test_a_split_advantage_at_uniform_weights_is_flow_grpos(
     by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer], ratio: str
 ) -> None:
-    """Of the first update, where ratios are one, and so nothing is clipped."""
+    """In the first update, in which all ratios are one and none is clipped."""
     parts = {"train": {"ratio": ratio}, "reward": {"weights": {CHANNELS: 1.0}}}
     split = by_phrase(allocation={"credit": "split", "strength": 0.0}, **parts)
     plain = by_phrase(allocation={"credit": "image", "method": "plain"}, **parts)
@@ -205,11 +202,11 @@ def test_a_split_advantage_at_uniform_weights_is_flow_grpos(
 @pytest.mark.parametrize(
     "method",
     mostly_exhaustive(
-        [{}, {"over": "trajectory"}, {"over": "change"}, {"cap": 2.0}, {"strength": 0.5}], [{"cap": 2.0}]
+        [{}, {"over": "trajectory"}, {"over": "total_variation"}, {"cap": 2.0}, {"strength": 0.5}], [{"cap": 2.0}]
     ),
     ids=str,
 )
-def test_a_split_advantage_acts_by_the_map_of_all_phrases_and_its_parts_by_their_shares(
+def test_credit_split_uses_the_map_of_all_phrases_and_the_shares_of_each_phrase(
     by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer], method: dict[str, Any]
 ) -> None:
     found, image, phrase = (
@@ -231,21 +228,21 @@ def test_a_split_advantage_acts_by_the_map_of_all_phrases_and_its_parts_by_their
             torch.testing.assert_close(parts[0] / means, own.weights[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_split_run_leaves_pictures_of_its_weights(
+def test_a_run_with_credit_split_writes_figures_of_its_weights(
     by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path
 ) -> None:
-    trainer_of(by_phrase(allocation={"credit": "split"}, output={"pictures_every": 1})).run()
+    trainer_of(by_phrase(allocation={"credit": "split"}, output={"images_every": 1})).run()
     assert (tmp_path / "run" / "allocation-000001-0.png").is_file()
 
 
 @pytest.mark.parametrize("credit", ["phrase", "split"])
-def test_pictures_show_the_weights_of_all_phrases_together(
+def test_figures_show_the_weights_of_all_phrases_together(
     by_phrase: Callable[..., Config],
     trainer_of: Callable[[Config], Trainer],
     monkeypatch: pytest.MonkeyPatch,
     credit: str,
 ) -> None:
-    config = by_phrase(allocation={"credit": credit}, output={"pictures_every": 1})
+    config = by_phrase(allocation={"credit": credit}, output={"images_every": 1})
     trainer = trainer_of(config)
     batch = rolled_out(trainer, config, [PAIR, SINGLE])
     drawn: list[Tensor] = []
@@ -261,7 +258,7 @@ def test_pictures_show_the_weights_of_all_phrases_together(
     torch.testing.assert_close(drawn[1], maps[:, 1, 0])
 
 
-def test_a_prompt_that_loses_all_phrases_to_truncation_is_left_out(
+def test_a_prompt_whose_phrases_are_all_truncated_has_no_share(
     by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer]
 ) -> None:
     config = by_phrase()
@@ -269,25 +266,25 @@ def test_a_prompt_that_loses_all_phrases_to_truncation_is_left_out(
     long = Prompt("and " * 100 + PAIR.text, PAIR.metadata)
     shape = trainer.policy.latent_shape(None)
     with pytest.warns(UserWarning, match="truncated in every region"):
-        selection = rollout.select(trainer.policy, [long, PAIR], Allocation(credit="phrase"), shape)
+        selection = select(trainer.policy, [long, PAIR], Allocation(credit="phrase"), shape)
     shares = phrase_shares(selection, config.allocation)
     assert shares[0].tolist() == [0.0] * 3
     torch.testing.assert_close(shares[1], torch.full((3,), 1 / 3))
 
 
-def test_columns_of_the_reward_and_groups_of_tokens_are_the_same_phrases(
+def test_phrases_of_the_reward_and_of_the_selection_have_the_same_order(
     by_phrase: Callable[..., Config], trainer_of: Callable[[Config], Trainer]
 ) -> None:
-    """Each phrase's tokens are found on its own, and stand in the group of the phrase's place."""
+    """The tokens of each phrase, selected alone, equal those at the phrase's index."""
     config = by_phrase()
     trainer = trainer_of(config)
     shape = trainer.policy.latent_shape(None)
-    both = rollout.select(trainer.policy, [PAIR], config.allocation, shape)
+    both = select(trainer.policy, [PAIR], config.allocation, shape)
     names = core_content(PAIR.text, metadata=PAIR.metadata).names
     assert names == ("blue square", "red circle", "left of")
     assert check(torch.zeros(1, 3, 32, 32), [PAIR.metadata]).phrases.shape == (1, both.phrases)
     for place, name in enumerate(names):
         only = Prompt(PAIR.text, {"include": [{"class": name}]})
-        alone = rollout.select(trainer.policy, [only], config.allocation, shape)
+        alone = select(trainer.policy, [only], config.allocation, shape)
         chosen = both.index[0][both.weight[0, place] > 0]
         assert sorted(chosen.tolist()) == sorted(alone.index[0][alone.weight[0, 0] > 0].tolist())

@@ -1,4 +1,4 @@
-"""What goes wrong in a run ends in the stated behaviour, and no finished epoch is lost."""
+"""Failures during a run: the error or the skipped samples are as documented, and no completed epoch is lost."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def test_stop_names_the_reward_and_the_sample(
     assert "sample" in str(caught.value)
 
 
-def test_stop_keeps_the_epochs_that_are_done(
+def test_stop_saves_the_completed_epochs(
     failing: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path
 ) -> None:
-    """Two batches an epoch: the fifth call belongs to the third."""
+    """There are two batches per epoch, so that the fifth call is in the third epoch."""
     with pytest.raises(RewardError):
         trainer_of(failing("raise", after=4, train={"epochs": 5})).run()
     folder = tmp_path / "run"
@@ -68,7 +68,7 @@ def test_stop_keeps_the_epochs_that_are_done(
 
 
 @pytest.mark.parametrize(("how", "skipped"), [("nan", 1), ("raise", 4), ("hang", 4)])
-def test_skip_trains_on_the_others(
+def test_skip_trains_on_the_other_samples(
     failing: Callable[..., Config], trainer_of: Callable[[Config], Trainer], how: str, skipped: int
 ) -> None:
     trainer = trainer_of(failing(how, on_failure="skip", after=1, rollout={"group_size": 4, "batch": 4}))
@@ -79,11 +79,13 @@ def test_skip_trains_on_the_others(
     assert metrics["loss/grad_norm"] > 0
 
 
-def test_no_reward_at_all_stops(failing: Callable[..., Config], trainer_of: Callable[[Config], Trainer]) -> None:
+def test_an_epoch_without_any_reward_stops_the_run(
+    failing: Callable[..., Config], trainer_of: Callable[[Config], Trainer]
+) -> None:
     trainer = trainer_of(failing("hang", on_failure="skip"))
     with (
         pytest.warns(RuntimeWarning, match="failing"),
-        pytest.raises(RewardError, match="after epoch 0 all 4 samples are without a reward"),
+        pytest.raises(RewardError, match="after epoch 0 none of the 4 samples has a reward"),
     ):
         trainer.train_epoch()
 
@@ -99,7 +101,7 @@ def test_sigterm_finishes_the_epoch_and_saves_it(
     assert [line["epoch"] for line in lines if line["event"] == "epoch"] == [1, 2]
 
 
-def test_a_reward_that_changes_the_working_directory_moves_nothing(
+def test_outputs_do_not_move_if_a_reward_changes_the_working_directory(
     configure: Callable[..., Config],
     trainer_of: Callable[[Config], Trainer],
     tmp_path: Path,
@@ -115,14 +117,14 @@ def test_a_reward_that_changes_the_working_directory_moves_nothing(
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
-def test_whatever_ends_a_run_the_epochs_done_are_saved(
+def test_completed_epochs_are_saved_if_an_exception_ends_the_run(
     configure: Callable[..., Config],
     trainer_of: Callable[[Config], Trainer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     error: type[BaseException],
 ) -> None:
-    """Also within the updates of an epoch, when the weights are those of no whole one."""
+    """Also between the updates of an epoch, when the weights belong to no completed epoch."""
     trainer = trainer_of(configure(train={"epochs": 3, "updates": 2}))
     step, steps, weights = trainer.updater.step, 0, dict[str, torch.Tensor]()
 
@@ -143,50 +145,50 @@ def test_whatever_ends_a_run_the_epochs_done_are_saved(
     assert all(torch.equal(saved[name], value) for name, value in weights.items())
 
 
-def test_what_is_done_is_saved_as_soon_as_the_run_is_to_end(
+def test_completed_epochs_are_saved_as_soon_as_the_run_is_asked_to_end(
     configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By the thread of the signals, before this epoch ends: it may be killed first."""
+    """In the thread of the signals, before the current epoch ends, because the process may be killed earlier."""
     trainer = trainer_of(configure())
     trainer.train_epoch()
-    trainer._keep()
-    trainer._save_at_once("SIGTERM")
+    trainer.saver.keep(trainer.epoch)
+    trainer.saver.save_at_once("SIGTERM")
     assert [path.name for path in checkpoint.find(trainer.folder)] == ["checkpoint-000001"]
     assert f"Epoch 1 is saved in {trainer.folder}" in caplog.text
-    assert "if the process is killed before that, this epoch is lost" in caplog.text
+    assert "if the process is killed before, this epoch is lost" in caplog.text
 
 
 @pytest.fixture
 def file_size_limit() -> Iterator[Callable[[int], None]]:
-    """Writing beyond so many bytes fails, with the exception of who writes."""
+    """Returns a function that limits the size of files; writing more fails."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(
+def test_a_full_disk_is_an_error_that_keeps_earlier_checkpoints(
     configure: Callable[..., Config],
     trainer_of: Callable[[Config], Trainer],
     file_size_limit: Callable[[int], None],
 ) -> None:
     trainer = trainer_of(configure(train={"epochs": 3}))
     trainer.train_epoch()
-    trainer._keep()
-    trainer._save()
+    trainer.saver.keep(trainer.epoch)
+    trainer.saver.save()
     trainer.train_epoch()
-    trainer._keep()
+    trainer.saver.keep(trainer.epoch)
     file_size_limit(2000)
     with pytest.raises(
-        OSError, match=r"checkpoint-000002 cannot be written: .*I/O error.*it takes .* MB, .* MB are fr"
+        OSError, match=r"checkpoint-000002 cannot be written: .*I/O error.*it needs .* MB, .* MB are fr"
     ):
-        trainer._save()
+        trainer.saver.save()
     with pytest.raises(OSError, match=r"final cannot be written: .*I/O error"):
         trainer._export()
     assert [path.name for path in trainer.folder.glob("*checkpoint*")] == ["checkpoint-000001"]
 
 
-def test_what_a_killed_run_was_writing_is_removed(
+def test_partial_files_of_a_killed_run_are_removed(
     configure: Callable[..., Config],
     trainer_of: Callable[[Config], Trainer],
     tmp_path: Path,
@@ -195,13 +197,13 @@ def test_what_a_killed_run_was_writing_is_removed(
     half = tmp_path / "run" / ".checkpoint-000007.tmp"
     half.mkdir(parents=True)
     (half / "weights.safetensors").write_bytes(b"half")
-    monkeypatch.setattr(module, "Policy", None)  # which is made afterwards
+    monkeypatch.setattr(module, "Policy", None)  # it would be constructed next
     with pytest.raises(TypeError):
         trainer_of(configure())
     assert not half.exists()
 
 
-def test_a_run_that_is_killed_in_an_evaluation_makes_up_for_it(
+def test_a_resumed_run_makes_a_missing_evaluation(
     configure: Callable[..., Config],
     trainer_of: Callable[[Config], Trainer],
     monkeypatch: pytest.MonkeyPatch,
@@ -224,7 +226,7 @@ def test_a_run_that_is_killed_in_an_evaluation_makes_up_for_it(
 
 
 def interrupted_in_evaluation(collect: Callable[..., Any]) -> Callable[..., Any]:
-    """In the second one."""
+    """Raises KeyboardInterrupt in the second evaluation."""
     evaluations = 0
 
     def interrupted(waiting: Any, count: int, *phrases: int) -> Any:
@@ -237,17 +239,17 @@ def interrupted_in_evaluation(collect: Callable[..., Any]) -> Callable[..., Any]
     return interrupted
 
 
-def test_another_runs_folder_is_refused(
+def test_a_folder_with_checkpoints_of_another_run_is_refused(
     configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path
 ) -> None:
     trainer_of(configure()).run()
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match=r"holds checkpoint-000001 of another run: set output\.resume"):
+    with pytest.raises(ValueError, match=r"contains checkpoint-000001 of another run: set output\.resume"):
         trainer_of(configure())
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
-def test_only_so_many_checkpoints_stay(
+def test_only_the_latest_checkpoints_are_kept(
     configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path
 ) -> None:
     trainer_of(configure(train={"epochs": 4}, output={"checkpoint_every": 1, "keep": 2})).run()
@@ -262,7 +264,7 @@ def test_only_so_many_checkpoints_stay(
         (KeyboardInterrupt(), 130, "^$"),
     ],
 )
-def test_the_command_says_what_ended_it(
+def test_the_command_reports_the_error_and_its_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, status: int, told: str
 ) -> None:
     def fail(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""A run that is killed at any point loses at most the epoch it was in."""
+"""A run that is killed at any point loses at most the current epoch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POINTS = 8
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_run_resumes_to_the_same_end(configure: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_killed_run_resumes_with_the_same_result(configure: Callable[..., Config], tmp_path: Path) -> None:
     config = configure(train={"epochs": 3, "updates": 2}, output={"checkpoint_every": 1, "keep": 1})
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(asdict(config)))

@@ -1,4 +1,4 @@
-"""One run in a folder at a time."""
+"""Only one run at a time can use a folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refused(folder: Path) -> None:
         lock(folder)
 
 
-def test_another_process_is_refused_until_the_folder_is_let_go(tmp_path: Path) -> None:
+def test_another_process_is_refused_until_the_folder_is_unlocked(tmp_path: Path) -> None:
     lock(tmp_path)
     lock(tmp_path)  # the same process may
     assert in_child(lambda: refused(tmp_path)) == 0
@@ -46,8 +46,8 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     unlock(tmp_path)
 
 
-def test_a_fork_of_a_killed_process_does_not_hold_its_lock(tmp_path: Path) -> None:
-    """As the workers of a reward, which may outlive the run."""
+def test_a_fork_does_not_keep_the_lock_of_a_killed_process(tmp_path: Path) -> None:
+    """For example the workers of a reward, which may outlive the run."""
     held, let_go = os.pipe()
 
     def killed() -> None:
@@ -92,7 +92,7 @@ def test_a_run_is_refused_before_its_model_is_loaded(
     unlock(folder)
 
 
-def test_the_end_of_a_run_lets_its_folder_go(
+def test_the_end_of_a_run_unlocks_its_folder(
     configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> None:

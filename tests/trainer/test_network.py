@@ -1,4 +1,4 @@
-"""Nothing asks the network unless a hub id or an address is given."""
+"""The network is only used if a hub id or an address is given."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ except OSError:
 
 
 def run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, which nothing told to stay offline, with an empty cache."""
+    """Runs the code in a process that is not set to offline mode, with an empty cache."""
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
     environment |= {"HF_HOME": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", WATCH + script, str(folder / "run")]
@@ -64,12 +64,12 @@ def run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("script", mostly_exhaustive([LIBRARY, DRIVER], [LIBRARY]), ids=["star_kernels", "star-train"])
-def test_nothing_is_asked_of_the_network(script: str, tmp_path: Path) -> None:
+def test_no_network_connection_is_made(script: str, tmp_path: Path) -> None:
     done = run(script, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_the_watch_sees_a_connection(tmp_path: Path) -> None:
+def test_the_check_detects_a_connection(tmp_path: Path) -> None:
     done = run(PROBE, tmp_path)
     assert done.returncode == 9
     assert "ASKED THE NETWORK" in done.stderr

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.exhaustive  # each starts interpreters of its own
 
 
 def on_two(config: Config, *arguments: str, fails: bool = False) -> str:
-    """Runs it to its end; returns what it wrote to stderr."""
+    """Runs the command to its end and returns its standard error."""
     path = Path(config.output.folder).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(asdict(config)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
@@ -53,7 +53,7 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
         ("fsdp2", 4, 0.1, "image"),
     ],
 )
-def test_two_processes_make_the_run_of_one(
+def test_two_processes_give_the_results_of_one(
     configure: Callable[..., Config],
     trainer_of: Callable[[Config], Trainer],
     tmp_path: Path,
@@ -100,7 +100,7 @@ def test_two_processes_make_the_run_of_one(
 def test_a_lost_process_ends_the_run_and_keeps_its_checkpoints(
     configure: Callable[..., Config], tmp_path: Path
 ) -> None:
-    """A process has one batch an epoch here; the second one dies in the third epoch."""
+    """Each process has one batch per epoch; the second process dies in the third epoch."""
     key = "rewards_that_fail:Failing"
     config = configure(
         reward={"weights": {key: 1.0}, "options": {key: {"how": "die", "after": 2}}},

@@ -1,4 +1,4 @@
-"""Prompts that could not be used are found before a run begins, by file and line."""
+"""Prompts that cannot be used are errors before a run begins, which name file and line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from star_trainer import trainer
 from star_trainer.config import Config
 from star_trainer.prompt_checks import check_prompts
 from star_trainer.prompts import load_prompts
-from star_trainer.rewards.geneval import GenEval
+from star_trainer.rewards.geneval.reward import GenEval
 from star_trainer.rewards.ocr import Ocr
 from star_trainer.rewards.weighted import WeightedSum
 from star_trainer.scenes import SceneReward
@@ -26,7 +26,7 @@ REWRITTEN = {"prompt": "a wooden seat in a park", "include": [{"class": "bench",
 
 
 class Plain:
-    """A reward that says nothing of prompts."""
+    """A reward that does not check prompts."""
 
     name = "plain"
 
@@ -35,7 +35,7 @@ class Plain:
 
 
 class Short(Plain):
-    """One that takes short prompts."""
+    """A reward that only accepts short prompts."""
 
     def check_prompt(self, prompt: str, metadata: Any) -> None:
         if len(prompt) > 5:
@@ -49,8 +49,8 @@ def without_models(kind: type, **attributes: Any) -> Any:
 
 
 def check(config: Config, *rewards: Any) -> None:
-    """As a run does."""
-    prompts = load_prompts(config.data.prompts)
+    """Checks prompts in the same way as a run."""
+    prompts = load_prompts(config.data.prompts, core_source=config.allocation.source)
     held_out = load_prompts(config.data.eval_prompts or config.data.prompts, seed="evaluation")
     named = {f"r{n}": reward for n, reward in enumerate(rewards or [Plain()])}
     check_prompts(prompts, held_out, WeightedSum(named, dict.fromkeys(named, 1.0)), config)
@@ -67,7 +67,7 @@ def geneval_file(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.mark.parametrize("source", ["auto", "geneval"])
-def test_metadata_that_the_prompt_does_not_hold_is_found_in_the_last_line(
+def test_metadata_that_does_not_match_its_prompt_is_found_in_the_last_line(
     configure: Callable[..., Config], geneval_file: Callable[..., str], source: str
 ) -> None:
     path = geneval_file(BENCH, BENCH, REWRITTEN)
@@ -79,7 +79,7 @@ def test_metadata_that_the_prompt_does_not_hold_is_found_in_the_last_line(
     check(configure(data={"prompts": geneval_file(BENCH), "eval_prompts": path}))  # no maps are taken there
 
 
-def test_the_message_says_how_many_others_fail(
+def test_the_message_counts_the_other_failures(
     configure: Callable[..., Config], geneval_file: Callable[..., str]
 ) -> None:
     path = geneval_file(*[BENCH, REWRITTEN] * 8)
@@ -88,30 +88,32 @@ def test_the_message_says_how_many_others_fail(
         check(configure(data={"prompts": path}))
 
 
-def test_what_rewards_need_is_found_by_file_and_line(configure: Callable[..., Config], tmp_path: Path) -> None:
+def test_prompts_that_rewards_cannot_score_are_named_by_file_and_line(
+    configure: Callable[..., Config], tmp_path: Path
+) -> None:
     good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
     good.write_text('a sign "one"\n')
     bad.write_text('a sign "one"\n\na sign\n')
     ocr = without_models(Ocr)
     check(configure(data={"prompts": str(good)}), ocr)
-    with pytest.raises(ValueError, match=rf"{bad}, line 3: ocr needs metadata with a \"text\" or a prompt that quotes"):
+    with pytest.raises(ValueError, match=rf"{bad}, line 3: ocr requires metadata with a \"text\", or a prompt"):
         check(configure(data={"prompts": str(bad)}), Plain(), ocr)
     config = configure(data={"prompts": str(good), "eval_prompts": str(bad)}, evaluation={"every": 1})
-    with pytest.raises(ValueError, match=rf"{bad}, line 3: ocr needs"):
+    with pytest.raises(ValueError, match=rf"{bad}, line 3: ocr requires"):
         check(config, ocr)
     check(configure(data={"prompts": str(good), "eval_prompts": str(bad)}), ocr)  # evaluation is never
 
 
-def test_geneval_needs_classes_that_its_detector_knows(
+def test_geneval_requires_classes_of_its_detector(
     configure: Callable[..., Config], geneval_file: Callable[..., str]
 ) -> None:
     class Detector:
         classes = ("dog",)
 
     reward = without_models(GenEval, _detect=Detector())
-    with pytest.raises(ValueError, match="line 1: the detector knows no bench; it knows dog"):
+    with pytest.raises(ValueError, match=r"line 1: metadata must name classes of the detector \(dog\), got bench"):
         check(configure(data={"prompts": geneval_file(BENCH)}), reward)
-    with pytest.raises(ValueError, match='line 1: geneval needs metadata with an "include"'):
+    with pytest.raises(ValueError, match='line 1: geneval requires metadata with an "include"'):
         check(configure(data={"prompts": geneval_file({"prompt": "a dog"})}), reward)
 
 
@@ -125,7 +127,7 @@ def test_geneval_needs_classes_that_its_detector_knows(
         ({"include": [{"class": "ring", "count": 1, "size": "huge"}]}, '"size" must be one of small, large'),
     ],
 )
-def test_the_scene_reward_needs_a_scenes_metadata(
+def test_the_scene_reward_requires_metadata_of_scenes(
     configure: Callable[..., Config], geneval_file: Callable[..., str], metadata: dict[str, Any], message: str
 ) -> None:
     path = geneval_file({"prompt": "a ring", **metadata})
@@ -139,21 +141,21 @@ def test_drawn_scenes_pass(configure: Callable[..., Config], monkeypatch: pytest
         check(configure(data={"prompts": task}, evaluation={"every": 1}), SceneReward())
 
 
-def test_samples_that_are_to_be_skipped_are_announced(configure: Callable[..., Config], tmp_path: Path) -> None:
+def test_prompts_whose_samples_will_be_skipped_warn(configure: Callable[..., Config], tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a dog\na zebra\na horse\n")
     with pytest.warns(RuntimeWarning, match=r"line 2: too long.*1 more of the 3 .*their samples will be skipped"):
         check(configure(data={"prompts": str(path)}, reward={"on_failure": "skip"}), Short())
 
 
-def test_a_run_does_not_begin_with_such_prompts(
+def test_unusable_prompts_end_a_run_before_the_model_is_loaded(
     configure: Callable[..., Config],
     trainer_of: Callable[[Config], Trainer],
     geneval_file: Callable[..., str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Before the model is loaded and the folder made."""
+    """Before the model is loaded and the folder is created."""
     monkeypatch.setattr(trainer, "Policy", lambda *arguments: pytest.fail("the model is loaded"))
     with pytest.raises(ValueError, match=r"geneval\.jsonl, line 2: metadata must match the prompt, got 'bench'"):
         trainer_of(configure(data={"prompts": geneval_file(BENCH, REWRITTEN)}))

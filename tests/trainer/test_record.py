@@ -1,4 +1,4 @@
-"""What a run writes for people: it ends no run, and comes when it is asked for."""
+"""Metrics and figures of a run: failures to write them do not end it, and figures are drawn at the set intervals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from star_trainer.config import Config
 from star_trainer.policy import Text
 from star_trainer.prompts import Prompt
 from star_trainer.record import Record, read_metrics
-from star_trainer.rollout import Batch, Step
+from star_trainer.samples import Batch, Step
 from star_trainer.trainer import Trainer
 
 
@@ -39,7 +39,7 @@ def write_all(made: Record, batch: Batch, epoch: int) -> None:
     made.close()
 
 
-def test_nothing_that_is_written_or_drawn_ends_a_run(
+def test_an_output_that_cannot_be_written_does_not_end_a_run(
     configure: Callable[..., Config], batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Board:
@@ -49,9 +49,9 @@ def test_nothing_that_is_written_or_drawn_ends_a_run(
         close = add_scalar
 
     def fail(*arguments: Any, **options: Any) -> None:
-        raise RuntimeError("no picture")
+        raise RuntimeError("no image")
 
-    made = Record(configure(output={"pictures_every": 1}), enabled=True)
+    made = Record(configure(output={"images_every": 1}), enabled=True)
     made.board = Board()
     for place, name in ((record, "grid"), (record, "curve"), (figures, "weights")):
         monkeypatch.setattr(place, name, fail)
@@ -59,20 +59,20 @@ def test_nothing_that_is_written_or_drawn_ends_a_run(
     (made.folder / "metrics.jsonl").mkdir()
     with pytest.warns(RuntimeWarning) as caught:
         write_all(made, batch, 1)
-    told = [str(warning.message).partition(" of ")[0] for warning in caught]
-    assert told == ["metrics.jsonl", "TensorBoard's files", "reward.png", "sample grids", "allocation strips"]
+    told = [str(warning.message).partition(" in ")[0] for warning in caught]
+    assert told == ["metrics.jsonl", "the TensorBoard files", "reward.png", "sample grids", "allocation figures"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write_all(made, batch, 2)
 
 
-def test_a_board_that_cannot_be_written_is_not_waited_for(
+def test_a_blocked_tensorboard_writer_does_not_block_the_run(
     configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where its thread has ended at an error, or is slow, nothing empties its queue."""
+    """If the writer's thread has ended at an error, or is slow, its queue stays full."""
     told = threading.Event()
-    monkeypatch.setattr(RecordWriter, "write", lambda *arguments: told.wait(60))
     made = Record(configure(output={"tensorboard": True}), enabled=True)
+    monkeypatch.setattr(RecordWriter, "write", lambda *arguments: told.wait(60))
     many = {f"reward/{number}": 0.5 for number in range(100)}
     writing = threading.Thread(target=made.metrics, args=("epoch", 1, many), daemon=True)
     writing.start()
@@ -84,14 +84,14 @@ def test_a_board_that_cannot_be_written_is_not_waited_for(
     assert not stuck
 
 
-def test_no_pictures_are_no_pictures(configure: Callable[..., Config], batch: Batch) -> None:
-    for every, pictures in ((0, []), (1, ["allocation-000002-0.png", "samples-000002.png"])):
-        made = Record(configure(output={"pictures_every": every}), enabled=True)
+def test_figures_can_be_disabled(configure: Callable[..., Config], batch: Batch) -> None:
+    for every, expected in ((0, []), (1, ["allocation-000002-0.png", "samples-000002.png"])):
+        made = Record(configure(output={"images_every": every}), enabled=True)
         write_all(made, batch, 2)
-        assert sorted(p.name for p in made.folder.glob("*-*.png")) == pictures
+        assert sorted(p.name for p in made.folder.glob("*-*.png")) == expected
 
 
-def test_pictures_come_after_the_checkpoint(
+def test_figures_are_drawn_after_the_checkpoint(
     configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -101,11 +101,11 @@ def test_pictures_come_after_the_checkpoint(
 
     monkeypatch.setattr(Record, "allocation", drawn)
     monkeypatch.setattr(Record, "samples", drawn)
-    trainer_of(configure(evaluation={"every": 1}, output={"pictures_every": 1})).run()
+    trainer_of(configure(evaluation={"every": 1}, output={"images_every": 1})).run()
     assert seen == [(0, []), (1, ["checkpoint-000001"]), (1, ["checkpoint-000001"])]
 
 
-def test_lines_that_are_no_records_are_left_out(configure: Callable[..., Config], tmp_path: Path) -> None:
+def test_malformed_lines_of_metrics_are_left_out(configure: Callable[..., Config], tmp_path: Path) -> None:
     config = configure()
     folder = Path(config.output.folder)
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed ends where the run without a stop does, to the last bit."""
+"""A resumed run equals the uninterrupted run bit for bit."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from star_trainer import checkpoint
 from star_trainer.config import Config
 from star_trainer.policy import fingerprint
 from star_trainer.prompts import Prompt, digest, load_prompts
+from star_trainer.restore import restore
 from star_trainer.trainer import Trainer
 
 
@@ -51,7 +52,7 @@ def test_a_resumed_run_is_the_same_run(
         assert whole == parts, part
 
 
-def test_a_setting_that_a_checkpoint_lacks_had_its_default(
+def test_a_setting_that_is_missing_in_a_checkpoint_has_its_default(
     configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer]
 ) -> None:
     config = configure()
@@ -62,41 +63,41 @@ def test_a_setting_that_a_checkpoint_lacks_had_its_default(
     state.write_text(json.dumps(written))
     assert trainer_of(configure(output={"resume": True})).epoch == 1
     other = configure(output={"resume": True}, allocation={"credit": "phrase"}, reward={"weights": {"scene": 1.0}})
-    with pytest.raises(ValueError, match=r"allocation\.credit: 'image' there, 'phrase' here"):
+    with pytest.raises(ValueError, match=r"allocation\.credit: 'image' in the checkpoint, 'phrase' now"):
         trainer_of(other)
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_by_key(trained: Trainer) -> None:
-    live = trained._live()
+    live = trained.saver.live
     other = replace(live.config, train=replace(live.config.train, epochs=2, kl_coef=0.5))
-    message = r"train\.kl_coef: 0\.0 there, 0\.5 here\. These settings change what is trained"
+    message = r"train\.kl_coef: 0\.0 in the checkpoint, 0\.5 now\. These settings affect training"
     with pytest.raises(ValueError, match=message):
-        checkpoint.restore(checkpoint.find(trained.folder)[-1], replace(live, config=other))
+        restore(checkpoint.find(trained.folder)[-1], replace(live, config=other))
 
 
 @pytest.fixture
 def trained(configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path) -> Trainer:
-    """After an epoch, which is saved."""
+    """A trainer with a checkpoint of its first epoch."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red bench\na clock\n")
     trainer = trainer_of(configure(data={"prompts": str(prompts)}))
     trainer.train_epoch()
-    trainer._keep()
-    trainer._save()
+    trainer.saver.keep(trainer.epoch)
+    trainer.saver.save()
     return trainer
 
 
 @pytest.mark.filterwarnings("error")
-def test_what_changes_memory_alone_may_change(trained: Trainer) -> None:
-    """As after a lack of it. What is drawn does not depend on the batches: test_update.py."""
-    live = trained._live()
+def test_settings_that_only_affect_memory_may_change(trained: Trainer) -> None:
+    """For example after running out of memory."""
+    live = trained.saver.live
     other = replace(
         live.config,
         model=replace(live.config.model, gradient_checkpointing=True),
         rollout=replace(live.config.rollout, batch=1),
         train=replace(live.config.train, batch=1),
     )
-    assert checkpoint.restore(checkpoint.find(trained.folder)[-1], replace(live, config=other)) == 1
+    assert restore(checkpoint.find(trained.folder)[-1], replace(live, config=other)) == 1
 
 
 def test_the_batches_do_not_change_what_is_drawn(configure: Callable[..., Config], trained: Trainer) -> None:
@@ -107,44 +108,44 @@ def test_the_batches_do_not_change_what_is_drawn(configure: Callable[..., Config
     torch.testing.assert_close(*found, rtol=0, atol=1e-4)
 
 
-def test_prompts_that_were_edited_are_noticed(trained: Trainer, tmp_path: Path) -> None:
+def test_changed_prompts_warn(trained: Trainer, tmp_path: Path) -> None:
     path = checkpoint.find(trained.folder)[-1]
     (tmp_path / "prompts.txt").write_text("a red bench\na cloak\n")
-    edited = replace(trained._live(), prompts=digest(load_prompts(str(tmp_path / "prompts.txt"))))
+    edited = replace(trained.saver.live, prompts=digest(load_prompts(str(tmp_path / "prompts.txt"))))
     with pytest.warns(
-        RuntimeWarning, match=r"prompts\.txt has other prompts than .*: epochs from 2 on take the new ones"
+        RuntimeWarning, match=r"prompts\.txt changed after .* was written: epoch 2 and later ones use the new prompts"
     ):
-        assert checkpoint.restore(path, edited) == 1
+        assert restore(path, edited) == 1
 
 
 @pytest.mark.filterwarnings("error")
-def test_prompts_may_move(trained: Trainer) -> None:
-    path, live = checkpoint.find(trained.folder)[-1], trained._live()
+def test_the_prompt_file_may_move(trained: Trainer) -> None:
+    path, live = checkpoint.find(trained.folder)[-1], trained.saver.live
     moved = replace(live.config, data=replace(live.config.data, prompts="elsewhere.txt"))
-    assert checkpoint.restore(path, replace(live, config=moved)) == 1
-    with pytest.raises(ValueError, match=r"data\.prompts: '.*prompts\.txt' there, 'elsewhere\.txt' here"):
-        checkpoint.restore(path, replace(live, config=moved, prompts="of others"))
+    assert restore(path, replace(live, config=moved)) == 1
+    with pytest.raises(ValueError, match=r"data\.prompts: '.*prompts\.txt' in the checkpoint, 'elsewhere\.txt' now"):
+        restore(path, replace(live, config=moved, prompts="of others"))
 
 
-def test_a_model_that_was_exchanged_is_noticed(trained: Trainer) -> None:
-    path, live = checkpoint.find(trained.folder)[-1], trained._live()
+def test_changed_model_weights_warn(trained: Trainer) -> None:
+    path, live = checkpoint.find(trained.folder)[-1], trained.saver.live
     with torch.no_grad():
         trained.policy.pipeline.text_encoder.get_parameter("text_projection.weight").mul_(1.01)
     exchanged = replace(live, loaded=fingerprint(trained.policy.pipeline))
-    with pytest.warns(RuntimeWarning, match=r"model\.path .* holds other weights than when .*checkpoint-000001"):
-        assert checkpoint.restore(path, exchanged) == 1
+    with pytest.warns(RuntimeWarning, match=r"the weights in model\.path .* changed after .*checkpoint-000001"):
+        assert restore(path, exchanged) == 1
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_model_may_move(trained: Trainer) -> None:
-    path, live = checkpoint.find(trained.folder)[-1], trained._live()
+def test_the_model_folder_may_move(trained: Trainer) -> None:
+    path, live = checkpoint.find(trained.folder)[-1], trained.saver.live
     moved = replace(live.config, model=replace(live.config.model, path="elsewhere"))
-    assert checkpoint.restore(path, replace(live, config=moved)) == 1
-    with pytest.raises(ValueError, match=r"model\.path: '.*' there, 'elsewhere' here"):
-        checkpoint.restore(path, replace(live, config=moved, loaded="of others"))
+    assert restore(path, replace(live, config=moved)) == 1
+    with pytest.raises(ValueError, match=r"model\.path: '.*' in the checkpoint, 'elsewhere' now"):
+        restore(path, replace(live, config=moved, loaded="of others"))
 
 
-def test_metadata_counts_among_the_prompts() -> None:
+def test_the_digest_of_prompts_depends_on_their_metadata() -> None:
     one, other = ([Prompt("a clock", {"count": n, "tag": "x"})] for n in (1, 2))
     assert digest(one) != digest(other)
     assert digest(one) == digest([Prompt("a clock", {"tag": "x", "count": 1})])

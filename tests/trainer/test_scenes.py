@@ -1,4 +1,4 @@
-"""Drawn scenes: the checker finds what was drawn, and notices each thing that is not as asked for."""
+"""Drawn scenes: the checker accepts drawn scenes and detects each deviation from the prompt."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def word(text: str, color: str = "black", x: int = 1, y: int = 9) -> Scene:
 
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("task", TASKS)
-def test_every_drawn_scene_is_found_to_be_as_asked_for(task: str, size: int) -> None:
+def test_every_drawn_scene_fulfils_its_prompt(task: str, size: int) -> None:
     rng = random.Random(f"{task} {size}")
     scenes = [sample_scene(rng, task) for _ in range(150)]
     graded, exact, _ = check(torch.stack([draw(scene, size) for scene in scenes]), [scene.metadata for scene in scenes])
@@ -111,7 +111,7 @@ def test_letters_are_read_in_any_colour_and_beside_a_shape() -> None:
         assert judge(replace(word("fox", color), items=(Item("circle", "green", 20, 26, 3),)), {"text": "fox"})[1]
 
 
-def test_noise_is_no_word_and_no_shape() -> None:
+def test_noise_contains_no_words_and_no_shapes() -> None:
     noise = torch.rand(8, 3, 32, 32)
     graded, exact, _ = check(noise, [{"text": "star"}] * 4 + [describe([Thing("circle", "red")])[1]] * 4)
     assert not exact.any()
@@ -160,7 +160,7 @@ def test_the_reward_is_the_graded_verdict_or_the_strict_one() -> None:
     assert SceneReward(strict=True).by_phrase(images, ["", ""], records)[1].tolist() == [[1.0], [0.75]]
 
 
-def test_each_phrase_is_judged_by_itself() -> None:
+def test_phrases_are_scored_separately() -> None:
     pair = describe([Thing("square", "blue"), Thing("circle", "red")], "left of")[1]
     single = describe([Thing("circle", "red")])[1]
     alone = draw(composition(RED_CIRCLE))
@@ -172,8 +172,8 @@ def test_each_phrase_is_judged_by_itself() -> None:
     assert phrases[1:, 1].isnan().all()
 
 
-def test_the_scores_of_phrases_stand_in_the_order_of_the_core_content() -> None:
-    """What is asked for by one phrase is taken out of the picture: the phrase of that name loses its score."""
+def test_the_scores_of_phrases_have_the_order_of_the_core_content() -> None:
+    """If the objects of one phrase are removed from the image, the score of that phrase decreases."""
     rng, lost, relations = random.Random(0), 0, 0
     for _ in range(100):
         scene = sample_scene(rng, "composition")
@@ -193,7 +193,7 @@ def test_the_scores_of_phrases_stand_in_the_order_of_the_core_content() -> None:
     assert relations > 20
 
 
-def test_bad_input_is_named() -> None:
+def test_invalid_input_is_an_error_that_names_it() -> None:
     image = torch.zeros(1, 3, 32, 32)
     with pytest.raises(ValueError, match='metadata must have "include" or "text"'):
         check(image, [{"prompt": "a dog"}])

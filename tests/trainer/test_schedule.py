@@ -1,4 +1,4 @@
-"""Which samples, steps and noise a process takes: all from seed, epoch and number."""
+"""Samples, steps and noise of a process, as functions of seed, epoch and sample number."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from star_trainer.schedule import noise, noisy_steps, schedule_of, shares, train
 
 
 @pytest.mark.parametrize(("processes", "updates"), [(1, 1), (2, 3), (4, 2)])
-def test_every_sample_is_dealt_once(processes: int, updates: int) -> None:
+def test_every_sample_is_assigned_once(processes: int, updates: int) -> None:
     config = Config(rollout=Rollout(groups=6, group_size=8), train=Train(updates=updates))
     parts = [shares(config, 3, processes, rank) for rank in range(processes)]
     assert {len(part) for rank in parts for part in rank} == {48 // updates // processes}
@@ -41,7 +41,7 @@ def test_the_window_moves_and_stays_in_its_bounds() -> None:
     assert all(trained_steps(config, epoch) == windows[epoch] for epoch in range(64))
 
 
-def test_without_a_window_all_steps_are_noisy_and_all_but_the_last_are_trained() -> None:
+def test_without_a_window_all_steps_are_sde_steps_and_all_but_the_last_are_trained() -> None:
     config = Config(rollout=Rollout(steps=5))
     assert noisy_steps(config, 0) == [0, 1, 2, 3, 4]
     assert trained_steps(config, 0) == [0, 1, 2, 3]
@@ -64,7 +64,7 @@ def test_noise_levels_are_the_schedulers_own() -> None:
     assert sigmas == tuple(float(s) for s in scheduler.sigmas)
 
 
-def test_prompts_are_gone_through_before_any_comes_again() -> None:
+def test_all_prompts_are_used_before_any_is_repeated() -> None:
     prompts = load_prompts("scenes:composition")[:10]
     epochs = [choose(prompts, 5, epoch, 0) for epoch in range(4)]
     assert {p.text for p in epochs[0] + epochs[1]} == {p.text for p in prompts}

@@ -1,4 +1,4 @@
-"""Signals ask a run to end, and are heard at once."""
+"""Signals ask a run to end, and the callback runs immediately."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("number", CAUGHT)
-def test_a_signal_is_told_once_and_stops(number: signal.Signals) -> None:
+def test_a_signal_calls_back_once_and_stops(number: signal.Signals) -> None:
     told, heard = list[str](), threading.Event()
 
     def tell(name: str) -> None:
@@ -43,8 +43,8 @@ def test_a_signal_is_told_once_and_stops(number: signal.Signals) -> None:
     assert [signal.getsignal(n) for n in CAUGHT] == before
 
 
-def test_it_is_told_while_the_main_thread_cannot_act(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one that waits within C++: its handler never runs."""
+def test_the_callback_runs_while_the_main_thread_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that waits within C++ does not run Python's handler."""
     monkeypatch.setattr(Signals, "_stop", lambda self, number, frame: None)
     heard = threading.Event()
     with Signals(lambda name: heard.set()) as caught:
@@ -53,8 +53,8 @@ def test_it_is_told_while_the_main_thread_cannot_act(monkeypatch: pytest.MonkeyP
         assert caught.stopped
 
 
-def test_a_second_interrupt_leaves_at_once() -> None:
-    """While what the first one began still goes on."""
+def test_a_second_interrupt_exits_immediately() -> None:
+    """While the callback of the first one is still running."""
 
     def interrupted_twice() -> None:
         with Signals(lambda name: threading.Event().wait()):
@@ -65,7 +65,7 @@ def test_a_second_interrupt_leaves_at_once() -> None:
     assert in_child(interrupted_twice) == 128 + signal.SIGINT
 
 
-def test_an_interrupt_that_torchrun_passes_on_is_not_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_that_torchrun_forwards_is_not_a_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(signals, "ECHO", 1e9)
 
@@ -77,7 +77,7 @@ def test_an_interrupt_that_torchrun_passes_on_is_not_a_second(monkeypatch: pytes
     assert in_child(interrupted_twice) == 0
 
 
-def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ignored_signals_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
     try:
         with Signals(lambda name: None) as caught:
@@ -87,7 +87,7 @@ def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_other_signals_are_not_taken() -> None:
+def test_signals_of_other_handlers_are_ignored() -> None:
     seen, told = list[int](), list[str]()
     before = signal.signal(signal.SIGWINCH, lambda number, frame: seen.append(number))
     try:
@@ -99,7 +99,7 @@ def test_other_signals_are_not_taken() -> None:
         signal.signal(signal.SIGWINCH, before)
 
 
-def test_the_signals_of_forked_processes_are_their_own() -> None:
+def test_signals_of_forked_processes_do_not_end_the_run() -> None:
     told = list[str]()
     with warnings.catch_warnings(), Signals(told.append) as caught:
         warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of forks beside threads
@@ -113,7 +113,7 @@ def test_the_signals_of_forked_processes_are_their_own() -> None:
     assert (caught.stopped, told) == (False, [])
 
 
-def test_outside_the_main_thread_nothing_is_caught() -> None:
+def test_no_signal_is_caught_outside_the_main_thread() -> None:
     before = [signal.getsignal(n) for n in CAUGHT]
     found = []
 
@@ -127,8 +127,8 @@ def test_outside_the_main_thread_nothing_is_caught() -> None:
     assert found == before
 
 
-def test_the_end_of_the_launcher_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate's, of one process, passes no signal on."""
+def test_the_exit_of_the_launcher_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's launcher for one process does not forward signals."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setattr(signals, "LOOK", 0.01)
     receive, send = os.pipe()
@@ -150,8 +150,8 @@ def test_the_end_of_the_launcher_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     os.close(send)
 
 
-def test_a_process_with_a_reward_at_work_leaves_without_pythons_exit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That aborts where the thread is within C++."""
+def test_a_process_with_a_running_reward_skips_pythons_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's exit would abort while a thread is within C++."""
 
     def main() -> int:
         threading.Thread(target=threading.Event().wait, name="reward call", daemon=True).start()
@@ -166,7 +166,7 @@ def test_the_command_is_the_entry() -> None:
     assert 'star-train = "star_trainer.command:entry"' in project
 
 
-def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_outside_the_terminals_encoding_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(command.sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
     monkeypatch.setattr(command, "main", lambda: print("l\u00e4ufe"))

@@ -1,9 +1,10 @@
-"""The update against Flow-GRPO's, written out by hand, and STAR with strength 0 against plain to the last bit."""
+"""The update equals a reference implementation of Flow-GRPO; STAR with strength 0 equals plain bit for bit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import SD3Transformer2DModel
+from tiers import mostly_exhaustive
 from torch import Tensor
 
 from star_trainer import checkpoint
 from star_trainer import trainer as module
 from star_trainer.config import Config
 from star_trainer.policy import Text
-from star_trainer.rollout import Batch, roll_out
+from star_trainer.rollout import roll_out
+from star_trainer.samples import Batch
 from star_trainer.small import SMALL
 from star_trainer.small.pipeline import build
 from star_trainer.trainer import Trainer
@@ -27,14 +30,14 @@ from star_trainer.trainer import Trainer
 
 @pytest.fixture(scope="module")
 def medium_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline whose transformer has SD3.5-Medium's parts: second attention, RMS norms, a last pre-only block."""
+    """A pipeline with the architecture of SD3.5-Medium: dual attention, RMS norms, a context-pre-only last block."""
     folder = tmp_path_factory.mktemp("medium")
     recipe = replace(SMALL, heads=2, blocks=3, text_width=32, latent_channels=16)
     pipeline = build(recipe)
     torch.manual_seed(0)
     config = {**pipeline.transformer.config, "dual_attention_layers": (0, 1), "pos_embed_max_size": 24}
     pipeline.register_modules(transformer=SD3Transformer2DModel.from_config(config))
-    with torch.no_grad():  # its last layer begins as zero
+    with torch.no_grad():  # the last layer is initialised to zero
         for parameter in pipeline.transformer.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape))
     pipeline.save_pretrained(folder)
@@ -47,7 +50,7 @@ def _rolled_out(trainer: Trainer, config: Config) -> Batch:
 
 
 def _doubled(trainer: Trainer, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
-    """The batch, and the model that is to learn from it, in float64: float32's roundings alone are about 1e-6."""
+    """Converts batch and model to float64, because the rounding errors of float32 are about 1e-6."""
     policy = trainer.policy
     policy.model.double()
     encode = policy.encode
@@ -63,7 +66,7 @@ def _double(text: Text) -> Text:
 
 
 def _flow_grpo_gradients(trainer: Trainer, batch: Batch, advantages: Tensor, config: Config) -> dict[str, Tensor]:
-    """Flow-GRPO (arXiv 2505.05470), equations 9 and 12 with its published code's means: from formulas alone."""
+    """Flow-GRPO (arXiv 2505.05470), equations 9 and 12, with the means of its published code."""
     policy, train = trainer.policy, config.train
     model = policy.pipeline.transformer
     sigmas = policy.pipeline.scheduler.sigmas.double()
@@ -89,14 +92,14 @@ def _flow_grpo_gradients(trainer: Trainer, batch: Batch, advantages: Tensor, con
         mean, noise, std = mean_of(step, velocity_of(step))
         with torch.no_grad():
             policy.model.disable_adapters()
-            reference, *_ = mean_of(step, velocity_of(step))
+            ref_mean, *_ = mean_of(step, velocity_of(step))
             policy.model.enable_adapters()
         log_prob = (-((step.prev_sample.double() - mean) ** 2) / (2 * std**2)).mean(dim=(1, 2, 3))
         ratio = (log_prob - log_prob.detach()).exp()
         limited = advantages.double().clamp(-train.advantage_clip, train.advantage_clip)
         clipped = ratio.clamp(1 - train.clip_range, 1 + train.clip_range)
         policy_loss = torch.maximum(-limited * ratio, -limited * clipped).mean()
-        kl = ((mean - reference) ** 2 / (2 * noise**2)).mean()  # without dt
+        kl = ((mean - ref_mean) ** 2 / (2 * noise**2)).mean()  # without dt
         total = total + (policy_loss + train.kl_coef * kl) / len(batch.steps)
     found = torch.autograd.grad(total, list(parameters.values()))
     return dict(zip(parameters, found, strict=True))
@@ -115,7 +118,7 @@ def test_the_update_is_flow_grpos(
         train={"clip_range": 1e-4, "kl_coef": 0.04, "learning_rate": 3e-4, "batch": 3},
     )
     trainer = trainer_of(config)
-    with torch.no_grad():  # adapters begin as the identity, for which the KL term would be zero
+    with torch.no_grad():  # adapters are initialised to zero, so that the KL term would be zero
         for parameter in trainer.average.parameters.values():
             parameter.add_(0.01 * torch.randn(parameter.shape))
     batch = _doubled(trainer, _rolled_out(trainer, config), monkeypatch)
@@ -138,15 +141,15 @@ def test_strength_0_is_plain_flow_grpo_to_the_last_bit(
     for method in ("plain", "star"):
         config = configure(
             allocation={"method": method, "strength": 0.0},
-            train={"epochs": 2, "updates": 2, "ratio": ratio, "kl_coef": 0.01, "clip_range": 1e-3},
+            train={"updates": 2, "ratio": ratio, "kl_coef": 0.01, "clip_range": 1e-3},
             output={"folder": str(tmp_path / method)},
         )
         trainer_of(config).run()
-        written[method] = (tmp_path / method / "checkpoint-000002" / "weights.safetensors").read_bytes()
+        written[method] = (tmp_path / method / "checkpoint-000001" / "weights.safetensors").read_bytes()
     assert written["plain"] == written["star"]
 
 
-def test_full_strength_is_another_update(
+def test_full_strength_changes_the_update(
     configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer]
 ) -> None:
     found = {}
@@ -182,8 +185,12 @@ def test_gradients_do_not_depend_on_the_batches(
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5 * float(found[0].abs().max()))
 
 
-@pytest.mark.parametrize("transition", ["flow_sde", "flow_cps", "dance_sde"])
-@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize(
+    ("transition", "lora_rank"),
+    mostly_exhaustive(
+        product(("flow_sde", "flow_cps", "dance_sde"), (0, 4)), [("flow_sde", 4), ("flow_cps", 0), ("dance_sde", 4)]
+    ),
+)
 def test_an_epoch_of_every_transition_changes_the_weights(
     configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], transition: str, lora_rank: int
 ) -> None:
@@ -202,7 +209,7 @@ def test_an_epoch_of_every_transition_changes_the_weights(
 
 
 def _set_gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    """Of all ones, but for one element."""
+    """Replaces gradients by ones, except for one element."""
 
     def gradients(*arguments: Any) -> dict[str, Tensor]:
         for parameter in trainer.average.parameters.values():
@@ -214,15 +221,15 @@ def _set_gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, value: flo
 
 
 def _everything(trainer: Trainer) -> dict[str, Tensor]:
-    snapshot = checkpoint.take(trainer._live(), 1)
+    snapshot = checkpoint.take(trainer.saver.live, 1)
     assert snapshot is not None
     return {f"{part}.{n}": v for part, values in snapshot.tensors.items() for n, v in values.items()}
 
 
-def test_a_step_that_is_not_finite_changes_nothing(
+def test_a_step_with_gradients_that_are_not_finite_changes_nothing(
     configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither weights nor moments, nor their average; the next step is a step again."""
+    """Weights, moments and the moving average do not change; the next step is applied again."""
     trainer = trainer_of(configure())
     _set_gradients(trainer, monkeypatch, 1.0)
     trainer.updater.step([], torch.zeros(4))
@@ -252,27 +259,27 @@ def test_skipped_steps_are_counted_and_too_many_end_the_run(
     assert not any(name.startswith("loss/") for name in metrics)
     monkeypatch.setattr(module, "PATIENCE", 4)
     with pytest.raises(
-        FloatingPointError, match=r"the gradients of 4 optimiser steps in a row, up to epoch 2, are not"
+        FloatingPointError, match=r"the gradients of 4 consecutive optimiser steps, up to epoch 2, are not"
     ):
         trainer.run()
     after = _everything(trainer)
     assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("weights."))
 
 
-def test_weights_that_are_not_finite_are_not_the_rewards_fault(
+def test_weights_that_are_not_finite_are_named_instead_of_a_reward(
     configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer]
 ) -> None:
     trainer = trainer_of(configure(evaluation={"every": 1}))
     with torch.no_grad():
         next(iter(trainer.average.parameters.values())).fill_(torch.nan)
     for draw in (trainer.train_epoch, trainer.evaluate):
-        with pytest.raises(FloatingPointError, match="the weights after epoch 0 hold NaN or infinity in 1 of"):
+        with pytest.raises(FloatingPointError, match="the weights after epoch 0 contain NaN or infinity in 1 of"):
             draw()
-        trainer.average.values.clear()  # of which the evaluation is
+        trainer.average.values.clear()  # the evaluation uses them
 
 
 @pytest.mark.parametrize("limit", [0.0, None])
-def test_gradients_may_go_unclipped(
+def test_gradient_clipping_can_be_disabled(
     configure: Callable[..., Config],
     trainer_of: Callable[[Config], Trainer],
     monkeypatch: pytest.MonkeyPatch,
@@ -290,7 +297,7 @@ def test_gradients_may_go_unclipped(
 
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
-    """Its state is the process's; a precision, once set, stays."""
+    """Resets accelerate's global state, which keeps a precision once it is set."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

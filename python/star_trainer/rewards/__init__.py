@@ -1,8 +1,8 @@
-"""Rewards: what scores the images that a policy makes.
+"""Rewards that score images.
 
-:func:`build` makes a weighted sum of rewards from names, import paths and addresses; a :class:`RewardService` scores
-batches by it away from the training thread, and says which sample of which reward failed, and why. Packages and models
-are loaded when a reward is made, not before.
+:func:`build` makes a weighted sum of rewards from names, import paths and URLs. A :class:`RewardService` scores batches
+in a thread and reports which reward failed on which sample, and why. Packages and models are loaded when a reward is
+constructed.
 """
 
 from star_trainer.rewards.base import PhraseReward, Reward, RewardError, Scores

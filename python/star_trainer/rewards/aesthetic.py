@@ -1,8 +1,8 @@
-"""The aesthetic predictor of LAION: a chain of linear layers on CLIP's image features.
+"""LAION's aesthetic predictor: linear layers on CLIP's image features.
 
 The head is ``sac+logos+ava1-l14-linearMSE`` of github.com/christophschuhmann/improved-aesthetic-predictor: linear
-layers 768, 1024, 128, 64, 16, 1 with dropout in training and no activations. It is published as a pickle. One line,
-run by whoever trusts the file, turns it into what this reward reads::
+layers 768, 1024, 128, 64, 16, 1 with dropout in training and no activations. It is published as a pickle. If you trust
+the file, convert it to safetensors::
 
     safetensors.torch.save_file(torch.load("head.pth", weights_only=True), "head.safetensors")
 """
@@ -29,19 +29,19 @@ _KEY = re.compile(r"layers\.(\d+)\.(weight|bias)")
 
 
 class Aesthetic:
-    """The predicted rating of an image, about 1..10, whatever the prompt; as ddpo and Flow-GRPO use it.
+    """The predicted rating of an image, about 1..10, independent of the prompt; as in ddpo and Flow-GRPO.
 
     Args:
         head: the safetensors file of the linear layers, ``layers.{i}.weight`` and ``layers.{i}.bias``.
         model: name or folder of the CLIP weights (safetensors) and the processor.
         device: where CLIP runs.
-        batch_size: images in a forward pass.
+        batch_size: number of images per forward pass.
 
     Raises:
-        ValueError: no head is given, or its layers do not lead from CLIP's features to one number.
-        FileNotFoundError: there is no such file.
+        ValueError: head is missing, or its layers do not map CLIP's features to one number.
+        FileNotFoundError: the file does not exist.
         ImportError: transformers, safetensors or pillow is not installed.
-        OSError: there is no such model.
+        OSError: the model does not exist.
     """
 
     name = "aesthetic"
@@ -55,10 +55,12 @@ class Aesthetic:
         batch_size: int = 32,
     ) -> None:
         if head is None:
-            raise ValueError("aesthetic needs the option 'head': a safetensors file of the predictor's linear layers")
+            raise ValueError(
+                "aesthetic requires the option 'head': a safetensors file with the linear layers of the predictor"
+            )
         check_path("head", head)
         if not Path(head).is_file():
-            raise FileNotFoundError(f"aesthetic: there is no file {os.fspath(head)!r} (the option 'head')")
+            raise FileNotFoundError(f"aesthetic: head must be an existing file, got {os.fspath(head)!r}")
         tensors = require("safetensors.torch", self.name).load_file(head)
         self.clip = Clip(model, reward=self.name, device=device, batch_size=batch_size)
         self.layers = linear_chain(tensors, self.clip.width)
@@ -75,18 +77,18 @@ def linear_chain(tensors: Mapping[str, Tensor], width: int) -> list[tuple[Tensor
     """The (weight ``[out, in]``, bias ``[out]``) of each layer in order, float32.
 
     Raises:
-        ValueError: other keys, or layers that do not lead from ``width`` numbers to one.
+        ValueError: other keys, or layers that do not map ``width`` numbers to one.
     """
     numbers = sorted({int(match[1]) for key in tensors if (match := _KEY.fullmatch(key))})
     expected = {f"layers.{number}.{part}" for number in numbers for part in ("weight", "bias")}
     if not numbers or set(tensors) != expected:
         raise ValueError(
-            f"head must hold layers.N.weight and layers.N.bias for each linear layer, got {sorted(tensors)}"
+            f"head must contain layers.N.weight and layers.N.bias for each linear layer, got {sorted(tensors)}"
         )
     layers = [(tensors[f"layers.{n}.weight"].float(), tensors[f"layers.{n}.bias"].float()) for n in numbers]
     fits = all(weight.dim() == 2 and bias.shape == weight.shape[:1] for weight, bias in layers)
     fits = fits and all(this.shape[0] == following.shape[1] for (this, _), (following, _) in pairwise(layers))
     if not (fits and layers[0][0].shape[1] == width and layers[-1][0].shape[0] == 1):
         shapes = [tuple(weight.shape) for weight, _ in layers]
-        raise ValueError(f"head must lead from {width} features to one number, got layers of shape {shapes}")
+        raise ValueError(f"head must map {width} features to one number, got layers of shape {shapes}")
     return layers

@@ -1,4 +1,4 @@
-"""What a reward is, what its scores look like, and how it fails."""
+"""The interfaces of rewards, their scores and their error."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class RewardError(RuntimeError):
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores images by their prompts.
+    """Scores images, given their prompts.
 
-    ``name`` stands in logs, in error messages and as the key of ``Scores.parts``.
+    Attributes:
+        name: used in logs, in error messages and as the key of ``Scores.parts``.
     """
 
     name: str
@@ -28,36 +29,36 @@ class Reward(Protocol):
         """The score of each image; higher is better.
 
         Args:
-            images: float32 ``[N, 3, H, W]`` in 0..1 on the CPU; the reward's own copy, as the metadata.
+            images: float32 ``[N, 3, H, W]`` in 0..1 on the CPU; a copy, which the reward may change.
             prompts: N texts.
-            metadata: each prompt's own record: a GenEval line, ``{"text": ...}`` for text rendering, ``{}`` for a plain
-                prompt.
+            metadata: a record for each prompt (also copies): a line of GenEval's file, ``{"text": ...}`` for text
+                rendering, ``{}`` for a plain prompt.
 
         Returns:
-            float32 ``[N]`` on the CPU. NaN says that a sample could not be scored.
+            float32 ``[N]`` on the CPU; NaN for samples that could not be scored.
         """
         ...
 
 
 @runtime_checkable
 class PromptReward(Reward, Protocol):
-    """A reward that cannot score every prompt and says which, so that a run does not begin with one of them."""
+    """A reward that cannot score all prompts. Prompts are checked before a run begins."""
 
     def check_prompt(self, prompt: str, metadata: Metadata) -> None:
-        """Raises ValueError where images of a prompt could not be scored, with the reason."""
+        """Raises ValueError with the reason if images of a prompt cannot be scored."""
         ...
 
 
 @runtime_checkable
 class PhraseReward(Reward, Protocol):
-    """A reward that scores the phrases of a prompt separately too, for ``allocation.credit`` "split" and "phrase"."""
+    """A reward that also scores each phrase of a prompt, for ``allocation.credit`` "split" and "phrase"."""
 
     def by_phrase(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
-        """The scores of a call, and each phrase's part of them, float32 ``[N, G]``; higher is better.
+        """The scores of ``__call__``, and the part of each phrase in them, float32 ``[N, G]``; higher is better.
 
-        Parts are in the units of the score; they and what is no phrase's sum to it, as far as it is a sum.
-        Phrases are those of ``star_kernels.prompts.core_content(prompt, metadata=metadata)``, in its order. G is at
-        least the largest number of phrases of a prompt, and NaN stands where a prompt has fewer.
+        Parts have the units of the score. The score is their sum plus what belongs to no phrase, if it is a sum.
+        Phrases are those of ``star_kernels.prompts.core_content(prompt, metadata=metadata)``, in the same order. G is
+        at least the largest number of phrases of a prompt; the parts of prompts with fewer are padded with NaN.
         """
         ...
 
@@ -67,10 +68,10 @@ class Scores:
     """The scores of a batch.
 
     Args:
-        total: float32 ``[N]``, what the policy is trained on.
-        parts: each reward's own scores by its name, float32 ``[N]``, before weighting.
-        phrases: the weighted sum of each phrase's scores, float32 ``[N, G]``, NaN where a prompt has fewer phrases;
-            None where they were not asked for.
+        total: weighted sum of the rewards, which the policy is trained on, float32 ``[N]``.
+        parts: scores of each reward before weighting, float32 ``[N]``, by its name.
+        phrases: weighted sum of the scores of each phrase, float32 ``[N, G]``, padded with NaN; None if they were not
+            requested.
     """
 
     total: Tensor

@@ -21,20 +21,20 @@ MAX_TOKENS = 77
 
 
 class Clip:
-    """CLIP through transformers, in float32 unless told otherwise.
+    """A CLIP model of transformers.
 
     Args:
         model: name on the Hugging Face hub or a local folder; the weights must be safetensors.
-        reward: the reward that needs it, for error messages.
-        processor: name or folder of the processor; None is the model's own.
+        reward: name of the reward that uses it, for error messages.
+        processor: name or folder of the processor; None uses that of the model.
         device: where the model runs.
-        batch_size: images or texts in a forward pass.
-        dtype: of the weights.
+        batch_size: number of images or texts per forward pass.
+        dtype: dtype of the weights.
 
     Raises:
-        TypeError, ValueError: an option of another type, or out of range.
+        TypeError, ValueError: an option of another type or out of range.
         ImportError: transformers is not installed.
-        OSError: there is no such model, or it has no safetensors.
+        OSError: the model does not exist or has no safetensors.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class Clip:
 
     @property
     def scale(self) -> float:
-        """What the cosine similarity is multiplied by to give CLIP's logits."""
+        """The factor between the cosine similarity and CLIP's logits."""
         return float(self.model.logit_scale.exp())
 
     @property
     def width(self) -> int:
-        """Length of the features."""
+        """Number of features."""
         return int(self.model.config.projection_dim)
 
     @torch.inference_mode()
@@ -82,7 +82,7 @@ class Clip:
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Features of length 1, float32 ``[N, width]`` on the CPU; a text counts up to 77 tokens."""
+        """Features of length 1, float32 ``[N, width]`` on the CPU; texts are truncated to 77 tokens."""
         features = []
         for part in slices(len(texts), self.batch_size):
             inputs = self.processor(
@@ -96,7 +96,7 @@ class Clip:
         return self._joined(features)
 
     def similarity(self, images: Sequence[Image], texts: Sequence[str]) -> Tensor:
-        """Cosine of each image and its text, float32 ``[N]`` on the CPU."""
+        """Cosine similarity of each image and its text, float32 ``[N]`` on the CPU."""
         return (self.images(images) * self.texts(texts)).sum(-1)
 
     def _joined(self, features: list[Tensor]) -> Tensor:
@@ -106,6 +106,6 @@ class Clip:
 
 
 def _pooled(output: Any) -> Tensor:
-    """The projected features: a tensor in transformers 4, within an output in transformers 5."""
+    """The projected features: transformers 4 returns a tensor, transformers 5 an output object."""
     features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return features

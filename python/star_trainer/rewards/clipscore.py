@@ -1,4 +1,4 @@
-"""CLIP's own similarity of image and prompt."""
+"""CLIPScore: CLIP's similarity of image and prompt."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from star_trainer.rewards.images import to_pil
 
 
 class ClipScore:
-    """``logit_scale * cos(image, prompt) / 30``, Flow-GRPO's scaling (``flow_grpo/clip_scorer.py``); near 1 at best.
+    """``logit_scale * cos(image, prompt) / 30``, as in Flow-GRPO (``flow_grpo/clip_scorer.py``); at best about 1.
 
-    Flow-GRPO resizes the float image by torchvision's bilinear filter; here the processor resizes the 8-bit image
-    by CLIP's own bicubic one, so scores differ in the third digit.
+    Flow-GRPO resizes the float image with torchvision's bilinear filter; here CLIP's processor resizes the 8-bit image
+    with its bicubic filter. Scores differ in the third digit.
 
     Args:
         model: name or folder of the weights (safetensors) and the processor.
         device: where the model runs.
-        batch_size: images in a forward pass.
+        batch_size: number of images per forward pass.
 
     Raises:
         ImportError: transformers or pillow is not installed.
-        OSError: there is no such model.
+        OSError: the model does not exist.
     """
 
     name = "clipscore"

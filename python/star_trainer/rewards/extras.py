@@ -1,4 +1,4 @@
-"""Imports what a reward needs beyond torch, and says how to install it where it is missing."""
+"""Imports optional packages of rewards; the error names the extra to install."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def require(module: str, reward: str) -> ModuleType:
     """The imported module.
 
     Raises:
-        ImportError: it is not installed; the message names the extra that brings it.
+        ImportError: it is not installed; the message names the extra that contains it.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Images as tensors, as bytes and as PIL images, and batches of them."""
+"""Conversions between tensors, PIL images and image files, and slices of batches."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def to_pil(images: Tensor, reward: str) -> list[Image]:
     """float ``[N, 3, H, W]`` in 0..1 to N RGB images.
 
     Raises:
-        ImportError: pillow is not installed, which ``reward`` needs.
+        ImportError: pillow is not installed; the message names ``reward``.
     """
     from_array = require("PIL.Image", reward).fromarray
     return [from_array(image) for image in to_uint8(images).numpy()]
 
 
 def encode(image: Image, file_format: str, **options: int) -> bytes:
-    """The image as a file of that format, say "PNG"."""
+    """The bytes of an image file in a format such as "PNG"."""
     buffer = io.BytesIO()
     image.save(buffer, format=file_format, **options)
     return buffer.getvalue()

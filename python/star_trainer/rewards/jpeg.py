@@ -1,4 +1,4 @@
-"""JPEG compressibility: the smaller the file, the better. A reward without a model, to try a training loop with."""
+"""JPEG compressibility: smaller files score higher. A reward without a model, for smoke tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from star_trainer.rewards.options import check_number
 
 
 class JpegCompressibility:
-    """``-size / divisor``, with the size of the JPEG file in kilobytes (1000 bytes).
+    """``-size / divisor``, where size is that of the JPEG file in kilobytes (1000 bytes).
 
     Args:
         quality: JPEG quality, 1..95.

@@ -1,4 +1,4 @@
-"""Text rendering: how much of the wanted text a recogniser reads in the image."""
+"""Text rendering: compares the text that OCR reads in the image with the target text."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from star_trainer.rewards.options import check_flag, check_number
 
 
 class Ocr:
-    """``1 - distance / length`` of the wanted text, 0..1: Flow-GRPO's reward (``flow_grpo/ocr.py``), read by RapidOCR.
+    """``1 - distance / length`` of the target text, 0..1: Flow-GRPO's reward (``flow_grpo/ocr.py``), with RapidOCR.
 
-    Texts are compared in one spelling (:func:`star_kernels.prompts.spelling.plain`): the kind of an apostrophe and how
-    an accent is encoded are no errors. Flow-GRPO reads with PaddleOCR 2 and no classifier of the text's orientation;
-    RapidOCR runs models of the same family, which come with its package, on the CPU. Lines that it is less than half
-    sure of do not count in either.
+    Texts are normalised before they are compared (:func:`star_kernels.prompts.spelling.plain`), so that different kinds
+    of apostrophes and encodings of accents are not errors. Flow-GRPO uses PaddleOCR 2 without its classifier of text
+    orientation; RapidOCR runs models of the same family, which are part of its package, on the CPU. Both ignore lines
+    with a confidence below one half.
 
     Args:
-        normalize: False compares as Flow-GRPO does, whatever looks alike: see :func:`text_score`.
-        threads: of onnxruntime; None is all cores.
-        params: RapidOCR's own settings by dotted name, say ``{"Global.text_score": 0.3}``.
+        normalize: False compares texts as Flow-GRPO does; see :func:`text_score`.
+        threads: number of threads of onnxruntime; None uses all cores.
+        params: settings of RapidOCR by dotted name, for example ``{"Global.text_score": 0.3}``.
 
     Raises:
-        TypeError, ValueError: an option of another type or out of range, or settings that RapidOCR does not have.
+        TypeError, ValueError: an option of another type or out of range, or an unknown setting of RapidOCR.
         ImportError: rapidocr or onnxruntime is not installed.
     """
 
@@ -49,30 +49,30 @@ class Ocr:
         require("onnxruntime", self.name)
         settings = {
             "Global.use_cls": False,
-            "Global.log_level": "error",  # it warns of every image without text
+            "Global.log_level": "error",  # it warns about each image without text
             "EngineConfig.onnxruntime.intra_op_num_threads": -1 if threads is None else threads,
         }
         self._reader = rapidocr.RapidOCR(params={**settings, **(params or {})})
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
-        wanted = [target_text(prompt, record) for prompt, record in zip(prompts, metadata, strict=True)]
+        targets = [target_text(prompt, record) for prompt, record in zip(prompts, metadata, strict=True)]
         read = [self.read(image) for image in images]
         return torch.tensor(
-            [text_score(seen, text, normalize=self.normalize) for seen, text in zip(read, wanted, strict=True)]
+            [text_score(seen, text, normalize=self.normalize) for seen, text in zip(read, targets, strict=True)]
         )
 
     def check_prompt(self, prompt: str, metadata: Metadata) -> None:
-        """Raises ValueError where there is no text to read."""
+        """Raises ValueError if neither the metadata nor the prompt contains a target text."""
         target_text(prompt, metadata)
 
     def read(self, image: Tensor) -> str:
         """The lines of text in an image, float ``[3, H, W]`` in 0..1, from top to bottom, joined by spaces."""
-        pixels = to_uint8(image[None])[0].flip(-1).contiguous()  # the reader takes BGR
+        pixels = to_uint8(image[None])[0].flip(-1).contiguous()  # RapidOCR expects BGR
         return " ".join(self._reader(pixels.numpy()).txts or ())
 
 
 def target_text(prompt: str, metadata: Metadata) -> str:
-    """What the image is to show in writing: ``metadata["text"]``, else the first quoted part of the prompt.
+    """The text that the image should contain: ``metadata["text"]``, else the first quoted text of the prompt.
 
     Raises:
         ValueError: there is neither, or it is blank.
@@ -81,36 +81,36 @@ def target_text(prompt: str, metadata: Metadata) -> str:
     if text is None:
         quoted = quoted_text(prompt).names
         if not quoted:
-            raise ValueError(f'ocr needs metadata with a "text" or a prompt that quotes one, got {prompt!r}')
+            raise ValueError(f'ocr requires metadata with a "text", or a prompt with a quoted text, got {prompt!r}')
         text = quoted[0]
     if not isinstance(text, str) or not plain(text).strip():
-        raise ValueError(f'ocr needs a "text" that is not blank, got {text!r}')
+        raise ValueError(f'ocr requires a "text" that is not blank, got {text!r}')
     return text
 
 
-def text_score(read: str, wanted: str, *, normalize: bool = True) -> float:
+def text_score(read: str, target: str, *, normalize: bool = True) -> float:
     """Flow-GRPO's score of a recognised text, in 0..1.
 
-    Both texts lose their white space and the differences that :func:`star_kernels.prompts.spelling.plain` takes away;
-    without ``normalize`` their spaces and capitals alone, as in Flow-GRPO. The score is 1 if the wanted text is part of
-    the other; else one minus the edit distance over the wanted text's length, and not below 0.
+    With ``normalize``, both texts are normalised by :func:`star_kernels.prompts.spelling.plain` and white space is
+    removed; without, only spaces are removed and capitals lowered, as in Flow-GRPO. The score is 1 if the target text
+    is part of the recognised text; else ``max(0, 1 - edit distance / length of the target text)``.
 
     Raises:
-        ValueError: there is nothing left of the wanted text.
+        ValueError: the target text is empty after normalisation.
     """
     if normalize:
-        read, wanted = ("".join(plain(text).split()) for text in (read, wanted))
+        read, target = ("".join(plain(text).split()) for text in (read, target))
     else:
-        read, wanted = (text.replace(" ", "").lower() for text in (read, wanted))
-    if not wanted:
-        raise ValueError("wanted must have a character that can be seen, got none")
-    if wanted in read:
+        read, target = (text.replace(" ", "").lower() for text in (read, target))
+    if not target:
+        raise ValueError("target must contain a visible character, got none")
+    if target in read:
         return 1.0
-    return 1 - min(edit_distance(read, wanted), len(wanted)) / len(wanted)
+    return 1 - min(edit_distance(read, target), len(target)) / len(target)
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's distance: the fewest insertions, deletions and substitutions that turn ``a`` into ``b``."""
+    """The Levenshtein distance: the least number of insertions, deletions and substitutions from ``a`` to ``b``."""
     previous = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         row = [i]

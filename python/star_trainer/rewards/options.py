@@ -1,4 +1,4 @@
-"""Checks of the options of rewards."""
+"""Checks of rewards' options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_number(
     at_most: float | None = None,
     whole: bool = False,
 ) -> None:
-    """Raises TypeError if an option is not a number (an integer with ``whole``), ValueError if it is out of range."""
+    """Raises TypeError if an option is not a number (with ``whole``, an integer), ValueError if it is out of range."""
     kind = "an integer" if whole else "a finite number"
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         raise TypeError(f"{name} must be {kind}, got {value!r}")
@@ -30,7 +30,7 @@ def check_number(
 
 
 def check_text(name: str, value: object) -> None:
-    """Raises TypeError if an option is not a string. The value is not shown, because it may be a secret."""
+    """Raises TypeError if an option is not a string. The message does not contain the value, which may be a secret."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {type(value).__name__}")
 
@@ -44,7 +44,7 @@ def check_flag(name: str, value: object) -> None:
 def check_path(name: str, value: object) -> None:
     """Raises TypeError if an option is neither the name of a model nor a path."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        raise TypeError(f"{name} must be a name on the hub or a path, got {value!r}")
+        raise TypeError(f"{name} must be a name on the Hugging Face hub or a path, got {value!r}")
 
 
 def device_of(value: object) -> torch.device:
@@ -58,4 +58,4 @@ def device_of(value: object) -> torch.device:
     try:
         return torch.device(value)
     except RuntimeError as error:
-        raise ValueError(f"device must be one that torch knows, such as cpu or cuda:0, got {value!r}") from error
+        raise ValueError(f"device must be a device of torch, such as cpu or cuda:0, got {value!r}") from error

@@ -1,4 +1,4 @@
-"""PickScore (Kirstain et al., 2023, arXiv 2305.01569): a CLIP model trained on people's choices among images."""
+"""PickScore (Kirstain et al., 2023, arXiv 2305.01569): a CLIP model trained on human choices between images."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from star_trainer.rewards.images import to_pil
 class PickScore:
     """``logit_scale * cos(image, prompt) / 26``, about 0.7..0.9 for the published weights.
 
-    26 brings the score near 1, as in Flow-GRPO's ``pickscore_scorer.py``.
+    As in Flow-GRPO's ``pickscore_scorer.py``, the divisor 26 scales scores to about 1.
 
     Args:
         model: name or folder of the weights (safetensors).
         processor: name or folder of the processor.
         device: where the model runs.
-        batch_size: images in a forward pass.
+        batch_size: number of images per forward pass.
 
     Raises:
         ImportError: transformers or pillow is not installed.
-        OSError: there is no such model.
+        OSError: the model does not exist.
     """
 
     name = "pickscore"

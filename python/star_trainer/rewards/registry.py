@@ -1,4 +1,4 @@
-"""Makes rewards from names, import paths and addresses."""
+"""Makes rewards from names, import paths and URLs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from star_trainer.rewards.weighted import WeightedSum, check_weight
 
 BUILT_IN = {
     "scene": "star_trainer.scenes:SceneReward",
-    "geneval": "star_trainer.rewards.geneval:GenEval",
+    "geneval": "star_trainer.rewards.geneval.reward:GenEval",
     "ocr": "star_trainer.rewards.ocr:Ocr",
     "pickscore": "star_trainer.rewards.pickscore:PickScore",
     "clipscore": "star_trainer.rewards.clipscore:ClipScore",
@@ -31,26 +31,26 @@ def build(
     device: str | torch.device = "cpu",
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> WeightedSum:
-    """The weighted sum of rewards.
+    """Makes a weighted sum of rewards.
 
     Args:
-        weights: a weight by key. A key is
+        weights: weight of each reward by key. A key is
 
             - the name of a built-in reward (``BUILT_IN``);
             - ``"package.module:attribute"``: a :class:`Reward`, or a class or function that is called with the key's
               options and returns one;
-            - an ``http://`` or ``https://`` address (:class:`RemoteReward`).
-        device: where models run; passed on as ``device`` to whatever has a parameter of that name.
-        options: keyword arguments by key.
+            - an ``http://`` or ``https://`` URL (:class:`RemoteReward`).
+        device: where models run; passed to constructors that have a parameter ``device``.
+        options: keyword arguments of each reward by key.
 
     Returns:
-        The sum. Its parts are named by their built-in name, else by the reward's own ``name``; a name that comes again
-        gets a number ("mine", "mine-2").
+        The sum. Its parts have the names of built-in rewards, or the rewards' own ``name``; repeated names are numbered
+        ("mine", "mine-2").
 
     Raises:
-        ValueError: a key of none of these kinds, options for a key that has no weight or that the reward does not
-            accept, a weight that is not finite, or no weights.
-        TypeError: what a path leads to is no reward, or weights or options are no mappings.
+        ValueError: an unknown key, options for a key without a weight, options that the reward does not accept, a
+            weight that is not finite, or no weights.
+        TypeError: an import path that is not a reward, or weights or options that are not mappings.
         ImportError: a package is missing.
     """
     options = {} if options is None else options
@@ -62,7 +62,9 @@ def build(
     stray = sorted(set(options) - set(weights))
     if stray:
         shown = ", ".join(map(redact, weights))
-        raise ValueError(f"options must be for rewards with a weight ({shown}), got some for {[*map(redact, stray)]}")
+        raise ValueError(
+            f"options must be for rewards with a weight ({shown}), got options for {[*map(redact, stray)]}"
+        )
     rewards: dict[str, Reward] = {}
     named: dict[str, float] = {}
     for key, weight in weights.items():
@@ -83,7 +85,7 @@ def _make(key: str, device: str | torch.device, options: Mapping[str, Any]) -> R
         return _instance(key, _load(key), device, options)
     raise ValueError(
         f"unknown reward {redact(key)!r}: it must be one of {', '.join(BUILT_IN)}, a 'package.module:attribute', or an "
-        "http(s) address"
+        "http(s) URL"
     )
 
 
@@ -92,7 +94,7 @@ def _load(path: str) -> Any:
     found = importlib.import_module(module)
     for name in attribute.split("."):
         if not hasattr(found, name):
-            raise ValueError(f"no {attribute!r} in the module {module!r}")
+            raise ValueError(f"module {module!r} has no attribute {attribute!r}")
         found = getattr(found, name)
     return found
 
@@ -100,14 +102,14 @@ def _load(path: str) -> Any:
 def _instance(key: str, found: Any, device: str | torch.device, options: Mapping[str, Any]) -> Reward:
     if not isinstance(found, type) and _is_reward(found):
         if options:
-            raise ValueError(f"options of {key!r} must be empty: it is a reward already, got {redacted(options)!r}")
+            raise ValueError(f"options of {key!r} must be empty because it is an instance, got {redacted(options)!r}")
         return cast(Reward, found)
     if not callable(found):
-        raise TypeError(f"{key!r} must lead to a reward, a class or a function, got {type(found).__name__}")
+        raise TypeError(f"{key!r} must be a reward, a class or a function, got {type(found).__name__}")
     keywords = dict(options)
     try:
         signature = inspect.signature(found)
-    except ValueError:  # some built-in callables have none
+    except ValueError:  # some built-in callables have no signature
         return _made(key, found, keywords)
     if "device" in signature.parameters:
         keywords.setdefault("device", device)
@@ -122,7 +124,7 @@ def _instance(key: str, found: Any, device: str | torch.device, options: Mapping
 
 def _check_shape(name: str, values: object) -> None:
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
-        raise TypeError(f"{name} must be a mapping with strings for keys, got {type(values).__name__}")
+        raise TypeError(f"{name} must be a mapping with string keys, got {type(values).__name__}")
 
 
 def _without_default(parameter: inspect.Parameter) -> inspect.Parameter:
@@ -136,7 +138,7 @@ def _made(key: str, found: Any, keywords: dict[str, Any]) -> Reward:
     except (TypeError, ValueError) as error:
         raise ValueError(f"reward {key!r}: {error}") from error
     if not _is_reward(made):
-        raise TypeError(f"{key!r} must make a reward (a callable with a name), got {type(made).__name__}")
+        raise TypeError(f"{key!r} must return a reward (a callable with a name), got {type(made).__name__}")
     return cast(Reward, made)
 
 

@@ -1,17 +1,17 @@
-"""Rewards that a server computes, over HTTP.
+"""Rewards that an HTTP server computes.
 
-The protocol, for whoever writes a server. A request is a POST of JSON::
+The protocol: a request is a POST of JSON::
 
     {"images": ["<base64 of a PNG>", ...], "prompts": ["...", ...], "metadata": [{...}, ...]}
 
-The answer has status 200 and a score for each image, in order; null, or NaN, for one that could not be scored::
+The response has status 200 and a score for each image, in order; null or NaN if an image could not be scored::
 
     {"scores": [0.25, null, ...]}
 
-A request is retried after a status of 408, 425, 429, or 500 and above, a connection that fails or breaks, or a timeout.
-``Retry-After`` is respected, up to the timeout. Any other status is final, including redirections, and so is a
-certificate that is not accepted, or an answer of another form or longer than 16 MiB. With a token the request carries
-``Authorization: Bearer <token>``: use https then, unless the server is at hand.
+A request is retried after a status of 408, 425, 429, or 500 and above, a connection error, or a timeout. The wait that
+``Retry-After`` requests is respected, up to the timeout. Other failures are not retried: other statuses, including
+redirects, an invalid certificate, and a response in another format or longer than 16 MiB. With a token, the request has
+the header ``Authorization: Bearer <token>``: use https unless the server is on the same machine.
 """
 
 from __future__ import annotations
@@ -40,29 +40,30 @@ from star_trainer.rewards.base import Metadata, RewardError
 from star_trainer.rewards.images import encode, slices, to_pil
 from star_trainer.rewards.options import check_number, check_text
 
-_SHOWN = 200  # characters of a server's answer in an error message
-_SECRET = 8  # characters of the shortest value in an address that may be one
-_AGAIN = (408, 425, 429)  # besides 500 and above
-_LONGEST = 1 << 24  # bytes of an answer
-_REFUSAL = 1 << 16  # bytes that are read of an answer with another status
+_SHOWN = 200  # maximum number of characters of a response in an error message
+_SECRET = 8  # minimum length of a value in a URL's query that is treated as a secret
+_AGAIN = (408, 425, 429)  # retried statuses, besides 500 and above
+_LONGEST = 1 << 24  # maximum bytes of a response
+_REFUSAL = 1 << 16  # maximum bytes that are read of a response with an error status
 
 
 class RemoteReward:
-    """Posts images to a server and returns its scores; see the module for the protocol.
+    """Posts images to a server and returns its scores; the module's docstring describes the protocol.
 
     Args:
-        url: an http or https address without a user or a password. Its query, which may hold a token, is not shown.
-        timeout: seconds to wait for a connection, and for the answer.
-        retries: how often a request is retried after a failure that may be temporary (see the module).
-        backoff: seconds before the first retry; they double with each, up to the timeout.
-        batch_size: images in a request; None is all.
-        token_env: name of the environment variable with the token, which must be printable ASCII; one newline at its
-            end is removed. The token is sent with the request and never shown in a message.
-        name: the reward's name; None is host and path of the address.
+        url: an http or https URL without user and password. Messages do not contain its query, which may contain a
+            token.
+        timeout: maximum time for the connection, and for the response, in seconds.
+        retries: number of retries after a failure that may be temporary.
+        backoff: seconds before the first retry; doubled with each retry, up to the timeout.
+        batch_size: number of images per request; None sends all.
+        token_env: name of the environment variable that contains the token. The token must be printable ASCII; one
+            newline at its end is removed. Messages do not contain the token.
+        name: name of the reward; None uses host and path of the URL.
 
     Raises:
         TypeError: an option of another type.
-        ValueError: an address or a number that is not as above, or a token that is not set or holds other characters.
+        ValueError: an invalid URL or number, or a token that is not set or contains other characters.
     """
 
     def __init__(
@@ -77,9 +78,9 @@ class RemoteReward:
         name: str | None = None,
     ) -> None:
         if not isinstance(url, str) or not _is_address(url):
-            shown = repr(redacted(url)) if isinstance(url, str) and "://" in url else "none of these"
+            shown = repr(redacted(url)) if isinstance(url, str) and "://" in url else "another value"
             raise ValueError(
-                f"url must be http(s)://host/path in ASCII characters, without a user or password, got {shown}"
+                f"url must be http(s)://host/path in ASCII characters, without user and password, got {shown}"
             )
         check_number("timeout", timeout, above=0)
         check_number("retries", retries, at_least=0, whole=True)
@@ -104,8 +105,8 @@ class RemoteReward:
         """The server's scores.
 
         Raises:
-            RewardError: the server cannot be reached, refuses, or answers something else than the protocol.
-            ValueError: metadata that JSON cannot hold.
+            RewardError: the server cannot be reached, returns an error, or does not follow the protocol.
+            ValueError: metadata that JSON cannot represent.
         """
         scores: list[float] = []
         for part in slices(len(images), self.batch_size or max(len(images), 1)):
@@ -120,7 +121,9 @@ class RemoteReward:
                 return self._send(body)
             except _Again as problem:
                 if attempt == self.retries:
-                    raise RewardError(f"{self.name}: {problem}, {attempt + 1} times in a row") from problem.__cause__
+                    raise RewardError(
+                        f"{self.name}: {problem}, in each of {attempt + 1} attempts"
+                    ) from problem.__cause__
                 wait = max(self.backoff * 2.0 ** min(attempt, 30), problem.wait)
             if wait:
                 self._sleep(min(wait, self.timeout))
@@ -143,24 +146,24 @@ class RemoteReward:
                 raise RewardError(f"{self.name}: {error.reason}") from error
             raise _Again(f"no connection, {error.reason}") from error
         except TimeoutError as error:
-            raise _Again(f"no answer after {self.timeout:g} s") from error
+            raise _Again(f"no response after {self.timeout:g} s") from error
         except (OSError, http.client.HTTPException) as error:
             shown = self._hide(str(error))[:_SHOWN]
-            raise _Again(f"the connection broke, {type(error).__name__}: {shown}") from error
+            raise _Again(f"connection lost, {type(error).__name__}: {shown}") from error
 
     def _read(self, response: Any) -> bytes:
         answer = bytearray()
         length = self._fill(answer, response, _LONGEST + 1)
         if len(answer) > _LONGEST:
-            raise RewardError(f"{self.name}: the answer must not be longer than {_LONGEST >> 20} MiB")
+            raise RewardError(f"{self.name}: the response must not be longer than {_LONGEST >> 20} MiB")
         if length is not None and len(answer) < length:
             raise http.client.IncompleteRead(bytes(answer), length - len(answer))
         return bytes(answer)
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
-        """What to raise for a status other than 200."""
+        """The exception for a status other than 200."""
         answer = bytearray()
-        with contextlib.suppress(OSError, http.client.HTTPException):  # the status says enough
+        with contextlib.suppress(OSError, http.client.HTTPException):  # the status suffices
             self._fill(answer, error.fp, _REFUSAL)
         message = f"status {error.code}, {self._hide(answer.decode('utf-8', 'replace'))[:_SHOWN]!r}"
         if error.code >= 500 or error.code in _AGAIN:
@@ -168,10 +171,10 @@ class RemoteReward:
         return RewardError(f"{self.name}: {message}")
 
     def _fill(self, answer: bytearray, response: Any, most: int) -> int | None:
-        """Appends at most ``most`` bytes of the body. Returns the length that the server states, or None.
+        """Appends at most ``most`` bytes of the body to ``answer``. Returns the content length, or None.
 
         Raises:
-            TimeoutError: the body takes longer than the timeout; the socket's own timeout applies to each part alone.
+            TimeoutError: the body takes longer than the timeout; the timeout of the socket applies to each read.
         """
         length: int | None = response.length
         deadline = time.monotonic() + self.timeout
@@ -184,11 +187,11 @@ class RemoteReward:
         return length
 
     def _token(self) -> str:
-        """The token as it is now, without the newline that files of secrets end with."""
+        """The current token, without the newline at the end of mounted secrets."""
         if self._token_env is None:
             return ""
         token = os.environ.get(self._token_env, "").removesuffix("\n").removesuffix("\r")
-        # Another name may be the token itself, given in the wrong place.
+        # A value that is not a variable's name may be the token itself.
         shown = repr(self._token_env) if re.fullmatch("[A-Z_][A-Z0-9_]*", self._token_env) else "(not shown)"
         if not token:
             raise ValueError(f"token_env names the environment variable {shown}, which is not set")
@@ -201,7 +204,7 @@ class RemoteReward:
         return token
 
     def _hide(self, answer: str) -> str:
-        """What a server says, without the secrets of the request, which it may repeat."""
+        """A response without the secrets of the request, which the server may repeat."""
         query = urlsplit(self.url).query
         values = [query, *(part.partition("=")[2] for part in query.split("&")), *(v for _, v in parse_qsl(query))]
         secrets = {self._token(), *(value for value in values if len(value) >= _SECRET)} - {""}
@@ -211,7 +214,7 @@ class RemoteReward:
 
 
 class _Again(Exception):
-    """A failure that may be temporary, and the seconds that the server asks to wait."""
+    """A failure that may be temporary, with the wait in seconds that the server requests."""
 
     def __init__(self, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
@@ -219,7 +222,7 @@ class _Again(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows nothing: a POST would become a GET, and another host would see the request."""
+    """Does not follow redirects: a POST would become a GET, and another host would receive the request."""
 
     def redirect_request(self, *args: Any, **keywords: Any) -> None:
         return None
@@ -229,14 +232,14 @@ def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
         whole = bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, brackets without an address
+    except ValueError:  # an invalid port or invalid brackets
         return False
     clean = url.isascii() and url.isprintable() and " " not in url and "@" not in parts.netloc
     return whole and clean and parts.scheme in ("http", "https")
 
 
 def wait_of(retry_after: str | None) -> float:
-    """The seconds to wait by a header ``Retry-After``, which is a number or a date; 0 if it is neither."""
+    """The wait in seconds of a ``Retry-After`` header, which is a number or a date; 0 if it is neither."""
     text = (retry_after or "").strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])
@@ -247,7 +250,7 @@ def wait_of(retry_after: str | None) -> float:
 
 
 def public_address(url: str) -> str:
-    """Host, port and path of an address: what may be shown of it."""
+    """Host, port and path of a URL, which messages may contain."""
     return str(redacted(url)).partition("://")[2].partition("?")[0].removeprefix(f"{HIDDEN}@")
 
 
@@ -255,7 +258,7 @@ def request_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[Meta
     """The request as JSON; images float ``[N, 3, H, W]`` in 0..1.
 
     Raises:
-        ValueError: metadata that JSON cannot hold.
+        ValueError: metadata that JSON cannot represent.
     """
     record: Mapping[str, Any] = {
         "images": [base64.b64encode(encode(image, "PNG")).decode("ascii") for image in to_pil(images, reward)],
@@ -265,28 +268,28 @@ def request_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[Meta
     try:
         return json.dumps(record, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError) as error:
-        raise ValueError(f"metadata must be what JSON can hold: {error}") from None
+        raise ValueError(f"metadata must be representable in JSON: {error}") from None
 
 
 def read_scores(answer: bytes, count: int, reward: str, hide: Callable[[str], str]) -> list[float]:
-    """The scores in a server's answer; null is NaN. What a message shows of the answer goes through ``hide``.
+    """The scores in a response; null becomes NaN. ``hide`` removes secrets from a response before a message shows it.
 
     Raises:
-        RewardError: the answer is not ``{"scores": [...]}`` with ``count`` numbers.
+        RewardError: the response is not ``{"scores": [...]}`` with ``count`` numbers.
     """
     try:
         scores = json.loads(answer)["scores"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         shown = hide(answer.decode("utf-8", "replace"))[:_SHOWN]
-        raise RewardError(f'{reward}: the answer is not {{"scores": [...]}}: {shown!r}') from error
+        raise RewardError(f'{reward}: the response must be {{"scores": [...]}}, got {shown!r}') from error
     numbers = isinstance(scores, list) and all(
         score is None or (isinstance(score, int | float) and not isinstance(score, bool)) for score in scores
     )
     if not numbers or len(scores) != count:
-        raise RewardError(f"{reward}: the answer must hold {count} numbers, got {hide(str(scores))[:_SHOWN]}")
+        raise RewardError(f"{reward}: the response must contain {count} numbers, got {hide(str(scores))[:_SHOWN]}")
     try:
         return [math.nan if score is None else float(score) for score in scores]
     except OverflowError as error:
         raise RewardError(
-            f"{reward}: the answer must hold {count} numbers that a float can be, got a longer one"
+            f"{reward}: the response must contain {count} numbers in the range of a float, got a larger one"
         ) from error

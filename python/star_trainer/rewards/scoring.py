@@ -1,4 +1,4 @@
-"""Scores one batch by one reward, and finds the samples that it fails on."""
+"""Scores one batch with one reward, and finds the samples that it fails on."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from star_trainer.rewards.images import slices
 from star_trainer.rewards.weighted import as_scores, copied, problem_with
 from star_trainer.rewards.worker import Hung, Worker
 
-_NAMED = 4  # samples that a message names by their prompts
+_NAMED = 4  # maximum number of samples that a message describes by their prompts
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with their prompts and metadata; ``indices`` are the caller's own numbers for them.
+    """Images with their prompts and metadata.
 
-    ``phrases`` says how many each prompt has, where they are to be scored as well.
+    Attributes:
+        indices: the caller's numbers of the samples, for messages.
+        phrases: number of phrases of each prompt if they are to be scored, else None.
     """
 
     images: Tensor
@@ -35,37 +37,37 @@ class Batch:
         return len(self.prompts)
 
     def at(self, rows: Sequence[int]) -> tuple[Tensor, list[str], list[Metadata]]:
-        """The arguments of a reward for some rows: copies, which it may change."""
+        """The arguments of a reward for some rows: copies, which the reward may change."""
         prompts, metadata = [self.prompts[row] for row in rows], [copied(self.metadata[row]) for row in rows]
         return self.images[list(rows)], prompts, metadata
 
     def columns(self, row: int) -> int:
-        """How many numbers a row needs: its score, and one for each of its phrases."""
+        """Number of columns of a row: its score, and one for each phrase."""
         return 1 + (self.phrases[row] if self.phrases else 0)
 
     def describe(self, row: int) -> str:
-        """Names a sample in a message: its index and its prompt."""
+        """The index and the prompt of a sample, for messages."""
         return f"sample {self.indices[row]} ({shorten(self.prompts[row])!r})"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a reward gave no score to some rows of a batch; no rows: why a call for several was made again one by one."""
+    """Why a reward did not score some rows of a batch; without rows, why a call for several rows had to be split."""
 
     rows: tuple[int, ...]
     cause: str
     error: BaseException | None = None
 
     def describe(self, reward: str, batch: Batch) -> str:
-        """The message for people: the reward, the samples, the cause."""
+        """A message with the reward, the samples and the cause."""
         named = ", ".join(map(batch.describe, self.rows[:_NAMED]))
         more = ", ".join(str(batch.indices[row]) for row in self.rows[_NAMED:])
         return f"reward {reward!r} failed on {named}{f' and samples {more}' if more else ''}: {self.cause}"
 
     def notes(self, reward: str, batch: Batch) -> list[str]:
-        """What to warn of when the samples are skipped: each of them once."""
+        """The warnings if the samples are skipped, one for each sample."""
         if not self.rows:
-            return [f"reward {reward!r} failed on several samples at once, and on none of them alone: {self.cause}"]
+            return [f"reward {reward!r} failed on several samples together, but on none of them alone: {self.cause}"]
         alone = [Failure((row,), self.cause) for row in self.rows]
         return [f"{failure.describe(reward, batch)}; the sample is skipped" for failure in alone]
 
@@ -73,22 +75,22 @@ class Failure:
 def score(
     reward: Reward, batch: Batch, worker: Worker, *, timeout: float, batch_size: int | None, stop: bool
 ) -> tuple[Tensor, list[Failure]]:
-    """The scores of a batch, and what failed.
+    """Scores a batch and reports failures.
 
-    A call for several samples that raises, or returns something else than one number a sample, is made again for each
-    of them alone. A call that hangs is not: its samples fail together.
+    If a call for several samples raises, or does not return one number per sample, it is repeated for each sample. A
+    call that exceeds the timeout is not repeated: all of its samples fail.
 
     Args:
-        timeout: seconds that one call may take.
-        batch_size: the most samples a call is given; None is all of them.
-        stop: whether to return at the first failure, with the rows after it not scored.
+        timeout: maximum time of one call, in seconds.
+        batch_size: maximum number of samples per call; None is unlimited.
+        stop: return at the first failure, without scoring the remaining rows.
 
     Returns:
-        float32 ``[N, 1 + G]``, the score and those of phrases, NaN where there is no finite one, and the failures.
+        float32 ``[N, 1 + G]``: the score and the scores of phrases, NaN if missing or not finite; and the failures.
     """
     scores = torch.full((len(batch), max(map(batch.columns, range(len(batch))), default=1)), math.nan)
     failures = [
-        Failure((row,), "the image holds NaN or infinity")
+        Failure((row,), "the image contains NaN or infinity")
         for row, image in enumerate(batch.images)
         if not image.isfinite().all()
     ]
@@ -104,7 +106,7 @@ def score(
 def _score_rows(
     reward: Reward, batch: Batch, rows: list[int], scores: Tensor, worker: Worker, timeout: float, stop: bool
 ) -> list[Failure]:
-    """Fills ``scores`` at ``rows``; returns what failed there."""
+    """Fills ``scores`` at ``rows``; returns the failures."""
     arguments, columns = batch.at(rows), [batch.columns(row) for row in rows]
     cause: BaseException | None = None
     try:
@@ -137,7 +139,7 @@ def _score_rows(
 def _message(error: BaseException) -> str:
     try:
         return redact(f"{type(error).__name__}: {error}")
-    except Exception:  # of a reward's own class, whose __str__ fails
+    except Exception:  # an exception whose __str__ fails
         return type(error).__name__
 
 
@@ -148,9 +150,9 @@ def _lost(failures: list[Failure]) -> bool:
 def _call(
     reward: Reward, arguments: tuple[Tensor, list[str], list[Metadata]], columns: list[int], by_phrase: bool
 ) -> Tensor | str:
-    """Scores on the CPU, ``[N, 1 + G]``, or what is wrong with the answer.
+    """Scores on the CPU, ``[N, 1 + G]``, or what is wrong with the result.
 
-    Copied here, so that a wait for a GPU counts as the call.
+    The copy to the CPU is part of the call, so that the timeout includes waiting for a GPU.
     """
     count = len(arguments[1])
     if not by_phrase:
@@ -163,16 +165,16 @@ def _call(
 
 
 def _problem_with_phrases(phrases: object, scores: Tensor, counts: list[int]) -> str | None:
-    """What is wrong with scores of phrases for prompts that have ``counts``, or None; samples without a score pass."""
+    """What is wrong with the scores of prompts with ``counts`` phrases, or None; unscored samples are ignored."""
     if not isinstance(phrases, Tensor) or phrases.ndim != 2 or len(phrases) != len(counts) or phrases.is_complex():
         got = f"a tensor {list(phrases.shape)} of {phrases.dtype}" if isinstance(phrases, Tensor) else type(phrases)
         return f"returned {got} for phrases, expected real numbers [{len(counts)}, G]"
     for scored, lost, count in zip((~phrases.isnan()).tolist(), scores.isnan().tolist(), counts, strict=True):
         if not lost and scored != [True] * count + [False] * (len(scored) - count):
-            return f"scored {sum(scored)} phrases, expected the {count} of the prompt's core content, first in the row"
+            return f"scored {sum(scored)} phrases, expected the {count} of the prompt's core content, then NaN"
     return None
 
 
 def shorten(prompt: str, length: int = 80) -> str:
-    """The prompt's beginning, for messages."""
+    """The beginning of a prompt, for messages."""
     return prompt if len(prompt) <= length else prompt[: length - 3] + "..."

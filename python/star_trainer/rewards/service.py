@@ -1,4 +1,4 @@
-"""Scores batches away from the training thread."""
+"""Scores batches in a thread of its own."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from star_trainer.rewards.scoring import Batch, score
 from star_trainer.rewards.weighted import WeightedSum
 from star_trainer.rewards.worker import Worker
 
-_RANGE_SLACK = 1e-4  # what rounding in a decoder's arithmetic may add to 1
+_RANGE_SLACK = 1e-4  # tolerance for rounding errors of a decoder
 
 
 class Pending:
-    """The scores of a submitted batch, once they are there."""
+    """The future scores of a submitted batch."""
 
     def __init__(self) -> None:
         self._future: Future[tuple[Scores, list[str]]] = Future()
         self._warned = False
 
     def done(self) -> bool:
-        """Whether ``result`` returns, or raises, at once."""
+        """Whether ``result`` returns or raises without waiting."""
         return self._future.done()
 
     def result(self, timeout: float | None = None) -> Scores:
-        """The scores; waits for them. What was skipped is NaN; the first call warns (RuntimeWarning) of each.
+        """Waits for the scores. Skipped samples are NaN; the first call warns (RuntimeWarning) about each of them.
 
         Raises:
-            RewardError: with ``on_failure="stop"``: a reward failed.
-            TimeoutError: there is nothing yet after ``timeout`` seconds; None waits as long as the rewards take.
+            RewardError: a reward failed, with ``on_failure="stop"``.
+            TimeoutError: there is no result after ``timeout`` seconds; None waits without a limit.
         """
         try:
             scores, notes = self._future.result(timeout)
@@ -56,18 +56,18 @@ class Pending:
 class RewardService:
     """Scores batches in a daemon thread, in the order in which they are submitted.
 
-    A reward fails on a sample if it raises, returns something else than one finite number a sample, or takes longer
-    than the timeout. Where a call for several samples raises or returns a wrong shape, the samples are scored one by
-    one to find the culprits. A call that hangs is abandoned with all its samples, and a fresh thread takes over; the
-    hung thread lives until its call returns, so a reward that can hang should not hold a lock meanwhile. A failure
-    leaves all other batches alone.
+    A reward fails on a sample if it raises, does not return one finite number per sample, or exceeds the timeout. If a
+    call for several samples raises or returns a wrong shape, the samples are scored one by one to find those that fail.
+    A call that exceeds the timeout is abandoned with all its samples, and a new thread continues; the abandoned thread
+    lives until its call returns, so that a reward should not hold a lock during a call that may hang. A failure does
+    not affect other batches.
 
     Args:
-        reward: a reward, or a :class:`WeightedSum`, whose parts are called, timed and reported one by one.
-        timeout: seconds that one call of one reward may take.
-        on_failure: "stop": ``result()`` raises RewardError. "skip": the samples get NaN, in the total as well, and
-            ``result()`` warns of each; the others keep their scores.
-        batch_size: the most samples a reward is given at a time; None is the whole batch.
+        reward: a reward, or a :class:`WeightedSum`, whose parts are called, timed and reported separately.
+        timeout: maximum time of one call of one reward, in seconds.
+        on_failure: "stop": ``result()`` raises RewardError. "skip": the score and the total of the samples are NaN, and
+            ``result()`` warns about each; other samples keep their scores.
+        batch_size: maximum number of samples per call; None is the whole batch.
 
     Raises:
         ValueError: a timeout or batch size that is not positive, or an unknown ``on_failure``.
@@ -110,16 +110,17 @@ class RewardService:
         """Queues a batch and returns at once.
 
         Args:
-            images: float ``[N, 3, H, W]`` in 0..1; it must not change until the result is there. An image with NaN or
-                infinity is given to no reward: its sample fails.
+            images: float ``[N, 3, H, W]`` in 0..1; must not change until the result is available. A sample fails if its
+                image is not finite.
             prompts: N texts.
             metadata: N records.
-            indices: the caller's own numbers for the samples; they name them in messages.
-            phrases: how many phrases each prompt has, to have those scored as well, by rewards that are each a
-                :class:`PhraseReward` or of weight 0. One that scores another number of them fails on the sample.
+            indices: the caller's numbers of the samples, for messages.
+            phrases: number of phrases of each prompt, to score phrases as well; None does not score them. Each reward
+                must be a :class:`PhraseReward` or have weight 0. A reward that scores another number of phrases fails
+                on the sample.
 
         Raises:
-            ValueError: shapes or lengths that do not fit, or images outside 0..1.
+            ValueError: shapes or lengths that do not match, or images outside 0..1.
             RuntimeError: the service is closed.
         """
         batch = _batch(images, prompts, metadata, indices, phrases)
@@ -131,7 +132,7 @@ class RewardService:
         return pending
 
     def close(self) -> None:
-        """Takes no more batches and returns at once; those submitted are still scored. May be called again."""
+        """Stops accepting batches, without waiting; submitted batches are still scored. May be called repeatedly."""
         with self._lock:
             self._closed = True
             self._jobs.put(None)
@@ -152,11 +153,11 @@ class RewardService:
                 pending._future.set_result(self._score(batch, worker))
             except BaseException as error:
                 pending._future.set_exception(error)
-            del job, batch, pending  # an idle thread holds no images
+            del job, batch, pending  # an idle thread keeps no images
         worker.leave()
 
     def _score(self, batch: Batch, worker: Worker) -> tuple[Scores, list[str]]:
-        """The scores, and what to warn of."""
+        """The scores and the warnings."""
         stop = self.on_failure == "stop"
         parts: dict[str, Tensor] = {}
         phrases: dict[str, Tensor] = {}

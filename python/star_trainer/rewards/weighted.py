@@ -1,4 +1,4 @@
-"""A weighted sum of rewards that keeps each part's scores."""
+"""A weighted sum of rewards that also returns the scores of each reward."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class WeightedSum:
 
     Args:
         rewards: the parts by name.
-        weights: a weight for each of them. A part of weight 0 is scored and reported, and leaves the total alone even
-            where it has no score (NaN).
-        name: the name of the sum itself.
+        weights: a weight for each of them. A part with weight 0 is scored and reported, but does not affect the total,
+            even if its score is NaN.
+        name: name of the sum.
 
     Raises:
-        ValueError: no parts, names that differ between the two, or a weight that is not a finite number.
+        ValueError: no parts, rewards and weights with different names, or a weight that is not a finite number.
     """
 
     def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float], *, name: str = "sum") -> None:
         if not rewards:
-            raise ValueError("rewards must hold at least one reward, got none")
+            raise ValueError("rewards must contain at least one reward, got none")
         if set(rewards) != set(weights):
             raise ValueError(f"weights must name the rewards {sorted(rewards)}, got {sorted(weights)}")
         self.rewards = dict(rewards)
@@ -39,10 +39,10 @@ class WeightedSum:
         return self.scores(images, prompts, metadata).total
 
     def scores(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
-        """The total and its parts. Each reward is given copies, which it may change.
+        """The total and its parts. Each reward receives copies, which it may change.
 
         Raises:
-            RewardError: a part returned something else than one real number for each image.
+            RewardError: a part did not return one real number for each image.
         """
         parts = {}
         for key, reward in self.rewards.items():
@@ -54,7 +54,7 @@ class WeightedSum:
         return self.combine(parts)
 
     def combine(self, parts: Mapping[str, Tensor], phrases: Mapping[str, Tensor] | None = None) -> Scores:
-        """The total of parts that have been scored, and that of their phrases ``[N, G]``."""
+        """The weighted sum of the parts' scores, and of the scores of their phrases ``[N, G]``."""
         return Scores(self._sum(parts), dict(parts), self._sum(phrases) if phrases else None)
 
     def _sum(self, parts: Mapping[str, Tensor]) -> Tensor:
@@ -71,14 +71,14 @@ def copied(record: Metadata) -> Metadata:
 
 
 def check_weight(key: str, weight: object) -> float:
-    """The weight as a float; ValueError if it is no finite number."""
+    """The weight as a float. Raises ValueError if it is not a finite number."""
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise ValueError(f"weights must be finite numbers, got {weight!r} for {key!r}")
     return float(weight)
 
 
 def problem_with(answer: object, count: int) -> str | None:
-    """What is wrong with a reward's answer for ``count`` images, or None."""
+    """What is wrong with the result of a reward for ``count`` images, or None."""
     if not isinstance(answer, Tensor):
         return f"returned {type(answer).__name__}, expected a tensor of shape ({count},)"
     if tuple(answer.shape) != (count,):
@@ -89,5 +89,5 @@ def problem_with(answer: object, count: int) -> str | None:
 
 
 def as_scores(answer: Tensor) -> Tensor:
-    """A copy in float32 on the CPU, free of any graph and of the buffer that the reward may use again."""
+    """A detached float32 copy on the CPU, because the reward may reuse its buffer."""
     return answer.detach().to("cpu", torch.float32, copy=True)

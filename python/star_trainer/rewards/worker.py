@@ -1,4 +1,4 @@
-"""A thread that makes calls one after another, and can be left behind when one of them hangs."""
+"""A thread that makes calls one after another and can be abandoned if a call hangs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Hung(Exception):
 
 
 class Worker:
-    """Calls functions in a daemon thread of its own; after a call that hangs, in a fresh one.
+    """Calls functions in a daemon thread, and in a new one after a call that hangs.
 
-    Python cannot stop a thread: an abandoned one ends when its call returns, and the answer is dropped.
+    Python cannot stop a thread: an abandoned thread ends when its call returns, and the result is discarded.
     """
 
     def __init__(self, name: str) -> None:
@@ -25,37 +25,37 @@ class Worker:
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] | None = None
 
     def call(self, function: Callable[[], Any], timeout: float) -> Any:
-        """What the function returns or raises.
+        """Returns the result of the function, or raises its exception.
 
         Raises:
-            Hung: there is no answer after ``timeout`` seconds.
+            Hung: there is no result after ``timeout`` seconds.
         """
         if self._calls is None:
             self._calls = queue.SimpleQueue()
-            threading.Thread(target=_serve, args=(self._calls,), name=self._name, daemon=True).start()
+            threading.Thread(target=_run, args=(self._calls,), name=self._name, daemon=True).start()
         answer: Future[Any] = Future()
         self._calls.put((function, answer))
         try:
             error = answer.exception(timeout)
         except FutureTimeout:
             self.leave()
-            raise Hung(f"no answer after {timeout:g} s") from None
+            raise Hung(f"no result after {timeout:g} s") from None
         if error is not None:
             raise error
         return answer.result()
 
     def leave(self) -> None:
-        """Lets the thread end after the call it is in; the next call starts a fresh one."""
+        """Ends the thread after its current call; the next call starts a new thread."""
         if self._calls is not None:
             self._calls.put(None)
             self._calls = None
 
 
-def _serve(calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]) -> None:
+def _run(calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]) -> None:
     while (item := calls.get()) is not None:
         function, answer = item
         try:
             answer.set_result(function())
         except BaseException as error:
             answer.set_exception(error)
-        del item, function, answer  # an idle thread holds no images
+        del item, function, answer  # an idle thread keeps no images

@@ -1,7 +1,7 @@
-"""Drawn scenes: prompts with exact pictures, and a checker that sees whether a picture fulfils its prompt.
+"""Drawn scenes: prompts with exact images, and a checker of whether an image fulfils its prompt.
 
-A scene is one to three shapes of plain colours, or a short printed word, on a board of 4 by 4 cells. Prompts carry
-GenEval's metadata (or the text to be read), so that whatever serves GenEval's and OCR prompts serves these too.
+A scene is one to three shapes of plain colours, or a short printed word, on a board of 4 by 4 cells. Prompts have
+GenEval's metadata, or the text to be read, so that code for GenEval's and OCR prompts also works with these.
 """
 
 from star_trainer.scenes.check import SceneReward, check

@@ -1,4 +1,4 @@
-"""Whether a picture shows what its prompt asks for: the exact reward of drawn scenes."""
+"""Checks whether an image fulfils its prompt: the exact reward of drawn scenes."""
 
 from __future__ import annotations
 
@@ -8,36 +8,39 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from star_trainer.rewards.geneval_task import read_task
+from star_trainer.rewards.geneval.task import read_task
 from star_trainer.rewards.ocr import edit_distance
 from star_trainer.rewards.options import check_flag
 from star_trainer.scenes.detect import Detection, detect_letters, detect_shapes
 from star_trainer.scenes.draw import CELL, RADII
 
-_CLEAR = 2  # a relation holds by at least so many units between centres
-_PARTLY = 0.3  # for a thing of the right shape or the right colour alone
-_GOOD = 0.8  # the overlap at which a thing counts in full
+_CLEAR = 2  # minimum distance between centres for a relation, in units of the canvas
+_PARTLY = 0.3  # score of an object with only the right shape or only the right colour
+_GOOD = 0.8  # overlap from which on an object has the full score
 
 
 class Verdicts(NamedTuple):
-    """Of each picture: the share of fulfilled conditions in 0..1, whether all are fulfilled, each phrase's part of it.
+    """The verdict on each image.
 
-    Phrases are those of star_kernels.prompts.core_content: the entries of "include" and then the relations, or the one
-    text. Their parts and what is no phrase's, that nothing else is there, sum to the share. G is the largest number of
-    phrases of a prompt, and NaN stands where a prompt has fewer.
+    Attributes:
+        graded: share of fulfilled conditions in 0..1, float32 ``[N]``.
+        exact: whether all conditions are fulfilled, bool ``[N]``.
+        phrases: each phrase's part of ``graded``, float32 ``[N, G]``, padded with NaN. Phrases are those of
+            star_kernels.prompts.core_content: the entries of "include", then the relations; or the text. The rest of
+            ``graded``, which belongs to no phrase, is the condition that there are no other objects.
     """
 
-    graded: Tensor  # float32 [N]
-    exact: Tensor  # bool [N]
-    phrases: Tensor  # float32 [N, G]
+    graded: Tensor
+    exact: Tensor
+    phrases: Tensor
 
 
 class SceneReward:
-    """Scores pictures of drawn scenes by :func:`check`.
+    """Scores images of drawn scenes with :func:`check`.
 
     Args:
-        strict: 1 for a picture that fulfils all conditions and 0 for others, instead of the share of conditions.
-            Phrases are scored by their parts of the share either way.
+        strict: the score is 1 if all conditions are fulfilled, else 0, instead of the share of fulfilled conditions.
+            Scores of phrases are their parts of the share in both cases.
     """
 
     name = "scene"
@@ -61,18 +64,18 @@ class SceneReward:
 
 
 def check(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Verdicts:
-    """Judges pictures by their prompts' metadata.
+    """Checks images against the metadata of their prompts.
 
-    Composition ("include"): every thing is there in its number, colour and size, relations hold (as in GenEval an
-    offset along one axis, here the larger one), and nothing else is there. Text ("text"): one minus the edit distance
-    between the printed and the wanted word over the wanted word's length, as in Flow-GRPO's OCR reward.
+    Composition ("include"): the conditions are the count, colour and size of each object, the relations (as in GenEval
+    an offset along one axis, here the larger one), and that there are no other objects. Text ("text"): one minus the
+    edit distance between the printed and the target word over the length of the target, as in Flow-GRPO's OCR reward.
 
     Args:
         images: ``[N, 3, S, S]`` in 0..1, S a multiple of 32.
-        metadata: of each picture, with "include" or "text".
+        metadata: metadata of each image, with "include" or "text".
 
     Raises:
-        ValueError: another shape, or metadata with neither.
+        ValueError: another shape, or metadata with neither of these keys.
     """
     if len(images) != len(metadata):
         raise ValueError(f"metadata must have an entry for each of the {len(images)} images, got {len(metadata)}")
@@ -96,7 +99,7 @@ def check(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Verdicts:
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Raises ValueError for metadata that :func:`check` cannot judge by."""
+    """Raises ValueError for metadata that :func:`check` does not accept."""
     if not ("text" in metadata or "include" in metadata):
         raise ValueError(f'metadata must have "include" or "text", got {dict(metadata)!r}')
     if "text" in metadata:
@@ -104,14 +107,14 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
             raise ValueError('metadata must have a "text" that is not empty, got ""')
         return
     if not read_task(metadata).include:
-        raise ValueError(f'metadata must name a thing in its "include" list, got {metadata["include"]!r}')
+        raise ValueError(f'metadata must name an object in its "include" list, got {metadata["include"]!r}')
     for entry in metadata["include"]:
         if "size" in entry and entry["size"] not in RADII:
             raise ValueError(f'"size" must be one of {", ".join(RADII)}, got {entry["size"]!r}')
 
 
 def read_words(letters: Sequence[Detection]) -> list[str]:
-    """Letters on one line, at the pitch of print, joined to words."""
+    """Joins letters on one line, with the spacing of printed words, to words."""
     words: list[list[Detection]] = []
     for letter in sorted(letters, key=lambda d: d.x):
         for word in words:
@@ -138,7 +141,7 @@ def _judge_things(found: Sequence[Detection], include: Sequence[Mapping[str, Any
         mine = [d for d in left if _fits(d, entry)]
         left = [d for d in left if d not in mine]
         taken.append(mine)
-    conditions: list[list[float]] = [[] for _ in include]  # of each phrase
+    conditions: list[list[float]] = [[] for _ in include]  # by phrase
     relations: list[float] = []
     total = sum(int(entry["count"]) for entry in include)
     exact = len(found) == total
@@ -157,7 +160,7 @@ def _judge_things(found: Sequence[Detection], include: Sequence[Mapping[str, Any
             relations.append(float(holds))
             exact &= holds
         exact &= len(mine) == count
-    alone = max(0.0, 1 - abs(len(found) - total) / total)  # nothing else is there
+    alone = max(0.0, 1 - abs(len(found) - total) / total)  # condition: no other objects
     parts = [*(value for values in conditions for value in values), *relations, alone]
     phrases = [*map(sum, conditions), *relations]
     return sum(parts) / len(parts), exact, [value / len(parts) for value in phrases]

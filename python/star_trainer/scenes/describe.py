@@ -1,7 +1,7 @@
-"""Prompts of scenes, their metadata, and the words they are made of.
+"""Prompts of scenes, their metadata and their vocabulary.
 
-Composition prompts carry GenEval's metadata: "include" lists the objects, and an object's "position" is a relation to
-an earlier one. Text prompts carry the text to be read, as OCR tasks do.
+Composition prompts have GenEval's metadata: "include" lists the objects, and an object's "position" is a relation to an
+earlier one. Text prompts have the text to be read, as in OCR tasks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WORDS = tuple(_PRINTED.split())
 
 @dataclass(frozen=True)
 class Thing:
-    """One phrase of a composition prompt: how many of which shape."""
+    """The objects of one phrase of a composition prompt: a shape, its colour, count and size."""
 
     shape: str
     color: str
@@ -53,7 +53,7 @@ class Thing:
 
 
 def describe(things: Sequence[Thing], relation: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Prompt and metadata of a composition; with a relation, the second thing stands in it to the first."""
+    """Prompt and metadata of a composition. A relation is that of the second thing to the first."""
     if relation is not None:
         first, second = things
         entries = [first.entry(), second.entry((relation, 0))]
@@ -65,13 +65,13 @@ def describe(things: Sequence[Thing], relation: str | None = None) -> tuple[str,
 
 
 def describe_word(text: str, color: str, other: Thing | None = None) -> tuple[str, dict[str, Any]]:
-    """Prompt and metadata of a printed word, perhaps with a shape that the metadata does not ask for."""
+    """Prompt and metadata of a printed word, optionally with a shape that is not part of the metadata."""
     prompt = f'the word "{text}" in {color}'
     return (f"{prompt} and {other.phrase}" if other else prompt), {"tag": "text", "text": text}
 
 
 def vocabulary() -> list[str]:
-    """The words of all prompts but those in quotes."""
+    """The words of all prompts, except quoted ones."""
     shapes = [*SHAPES, *(shape + ("es" if shape == "cross" else "s") for shape in SHAPES)]
     relations = [word for relation in RELATIONS for word in relation.split()]
     return list(dict.fromkeys([*shapes, *COLORS, *RADII, *COUNTS, *relations, *_LITTLE]))

@@ -1,8 +1,8 @@
-"""Finds shapes and letters in pictures, by their overlap with drawn ones.
+"""Detects shapes and letters in images by their overlap with stencils.
 
-A picture is separated into one coverage mask a colour, with the background estimated from the picture. The overlap of a
+An image is separated into one coverage mask per colour, with the background estimated from the image. The overlap of a
 mask m with a stencil s is ``sum(m s) / (sum(m m) + sum(s s) - sum(m s))``, the intersection over union of soft masks,
-within the stencil's box and a margin of one pixel. The best stencils that do not touch are the detections.
+within the stencil's box and a margin of one pixel. Detections are the best stencils that do not touch each other.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from star_trainer.scenes.draw import CANVAS, LETTER, LETTERS, PALETTE, SHAPES, letter_stencil, shape_stencil
 
-THRESHOLD = 0.55  # of the overlap
-MOST = 8  # detections in a picture
+THRESHOLD = 0.55  # minimum overlap
+MOST = 8  # maximum number of detections per image
 _RADII = (3, 5, 7)
-_OFF_COLOR = 0.45  # distance from the line between background and colour at which a pixel has no part in it
+_OFF_COLOR = 0.45  # maximum distance of a pixel from the line between background and colour
 _COLORS = tuple(PALETTE)
-_SIDE = 15  # of the largest stencil
-_LEAST = 4.0  # pixels of a colour that could be a thing
+_SIDE = 15  # side of the largest stencil
+_LEAST = 4.0  # minimum number of pixels of a colour
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,21 @@ class _Bank:
     radii: tuple[int, ...]
     stencils: Tensor  # [225, K], each centred in a box of 15 x 15
     boxes: tuple[tuple[int, int], ...]  # rows and columns of each
-    reach: Tensor  # [K, 2]: detections suppress others within so many rows and columns
+    reach: Tensor  # [K, 2]: rows and columns within which a detection suppresses others
 
 
 def detect_shapes(images: Tensor) -> list[list[Detection]]:
-    """The shapes of each of ``[N, 3, H, W]``, best first."""
+    """The shapes in each image of ``[N, 3, H, W]``, in order of decreasing overlap."""
     return _detect(color_masks(images), _shapes())
 
 
 def detect_letters(images: Tensor) -> list[list[Detection]]:
-    """The letters of each of ``[N, 3, H, W]`` in whatever colour, best first; their colour is empty."""
+    """The letters of any colour in each image of ``[N, 3, H, W]``; ``color`` is empty."""
     return _detect(color_masks(images).sum(dim=1, keepdim=True), _letters())
 
 
 def color_masks(images: Tensor) -> Tensor:
-    """float32 ``[N, colours, 32, 32]``: how much of each pixel is of each colour."""
+    """float32 ``[N, colours, 32, 32]``: how much of each pixel each colour covers."""
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % CANVAS or images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be [N, 3, S, S] with S a multiple of {CANVAS}, got {list(images.shape)}")
     small = F.adaptive_avg_pool2d(images.float().clamp(0, 1), CANVAS)
@@ -97,7 +97,7 @@ def _detect(masks: Tensor, bank: _Bank) -> list[list[Detection]]:
 
 
 def _overlap(masks: Tensor, bank: _Bank) -> Tensor:
-    """``[N, colours, K, 32, 32]``; masks that are all but empty are left out of the arithmetic."""
+    """``[N, colours, K, 32, 32]``; almost empty masks are skipped."""
     flat = masks.flatten(0, 1)[:, None]
     result = torch.zeros(len(flat), len(bank.names), CANVAS, CANVAS)
     full = torch.nonzero(flat.sum(dim=(1, 2, 3)) >= _LEAST)[:, 0]

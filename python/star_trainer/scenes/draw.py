@@ -1,4 +1,4 @@
-"""Pictures of scenes: anti-aliased shapes and 5x7 letters on a canvas of 32 units, at any multiple of 32 pixels."""
+"""Images of scenes: anti-aliased shapes and 5x7 letters on a canvas of 32 units, at any multiple of 32 pixels."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PALETTE = {
     "purple": (0.58, 0.16, 0.68),
     "black": (0.08, 0.08, 0.08),
 }
-CELL = 8  # units; scenes stand on a board of 4 x 4 cells
-RADII = {"small": 3, "large": 7}  # in one cell and in four: 5 % and 22 % of the canvas, as a square
-LETTER = (7, 5)  # rows and columns; each letter has a cell
+CELL = 8  # units; the board has 4 x 4 cells
+RADII = {"small": 3, "large": 7}  # in one cell and in four; a square covers 5 % and 22 % of the canvas
+LETTER = (7, 5)  # rows and columns; one letter per cell
 _OVERSAMPLING = 8
 
-# Columns of the common 5x7 dot-matrix capitals, the lowest bit on top.
+# Columns of the common 5x7 dot-matrix capitals; the lowest bit is the top row.
 _COLUMNS = {
     "a": "7c1211127c",
     "b": "7f49494936",
@@ -60,7 +60,7 @@ LETTERS = tuple(_COLUMNS)
 
 @dataclass(frozen=True)
 class Item:
-    """A shape; its centre and radius in units of the canvas."""
+    """A shape, with its centre and radius in units of the canvas."""
 
     shape: str
     color: str
@@ -71,7 +71,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Word:
-    """A printed word; the upper left corner of its first letter in units of the canvas."""
+    """A printed word, with the upper left corner of its first letter in units of the canvas."""
 
     text: str
     color: str
@@ -85,7 +85,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Scene:
-    """What stands where, the prompt that asks for it, and the metadata by which it is judged."""
+    """The objects of a scene, with the prompt that describes them and its metadata."""
 
     prompt: str
     metadata: Mapping[str, Any] = field(hash=False)
@@ -108,7 +108,7 @@ def draw(scene: Scene, size: int = CANVAS) -> Tensor:
 
 
 def masks(scene: Scene, size: int = CANVAS) -> Tensor:
-    """float32 ``[N, size, size]``: how much of each pixel each item covers, in their order, the word last."""
+    """float32 ``[N, size, size]``: how much of each pixel each item covers; the word is last."""
     if size % CANVAS or size < CANVAS:
         raise ValueError(f"size must be a multiple of {CANVAS}, got {size}")
     scale = size // CANVAS
@@ -124,7 +124,7 @@ def masks(scene: Scene, size: int = CANVAS) -> Tensor:
 
 @cache
 def shape_stencil(shape: str, radius: int, scale: int = 1) -> Tensor:
-    """Coverage ``[(2 radius + 1) scale] * 2`` of a shape that fills this box."""
+    """Coverage of a shape, ``[side, side]`` with ``side = (2 radius + 1) scale``."""
     cells = (2 * radius + 1) * scale
     fine = cells * _OVERSAMPLING
     at = (torch.arange(fine) + 0.5) / fine * 2 - 1

@@ -1,4 +1,4 @@
-"""Random scenes: a prompt of a task, and a placement that fulfils it."""
+"""Random scenes: a prompt of a task, and objects that fulfil it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from star_trainer.scenes.draw import CANVAS, CELL, LETTER, RADII, SHAPES, Item, 
 
 _TRIES = 200
 _GAP = 1
-_LARGE = 0.2  # share of things, where the prompt does not ask for a size
-_CLEAR = 4  # a relation holds by at least so many units between centres
+_LARGE = 0.2  # share of large things if the prompt names no size
+_CLEAR = 4  # minimum distance between centres for a relation, in units of the canvas
 _TAGS = {"single": 15, "two": 20, "three": 10, "position": 35, "counting": 20}  # per cent of composition prompts
 
 
 def sample_scene(rng: random.Random, task: str) -> Scene:
-    """A scene of a task ("composition" or "text"), with its prompt and metadata.
+    """A random scene of a task ("composition" or "text"), with its prompt and metadata.
 
     Raises:
         ValueError: an unknown task.
@@ -66,10 +66,10 @@ def _background(rng: random.Random) -> float:
 
 
 def _put(rng: random.Random, thing: Thing, items: list[Item], word: Word | None) -> bool:
-    """Adds the thing at a free place, if a few tries find one."""
+    """Adds the thing at a free place, if a few attempts find one."""
     for _ in range(10):
         radius = RADII[thing.size or ("large" if rng.random() < _LARGE else "small")]
-        first = radius + 1  # small things fill a cell, large ones stand where four meet
+        first = radius + 1  # small things are centred in a cell, large ones where four cells meet
         x, y = (rng.randrange(first, CANVAS - radius, CELL) for _ in range(2))
         item = Item(thing.shape, thing.color, x, y, radius)
         if all(_apart(item, other) for other in items) and (word is None or _off(item, word)):
@@ -83,7 +83,7 @@ def _apart(a: Item, b: Item) -> bool:
 
 
 def _off(item: Item, word: Word) -> bool:
-    """Above or below the word: a ring beside it would read as an o."""
+    """Whether the item is above or below the word, because a ring beside it would be read as an o."""
     return item.y + item.radius < word.y or item.y - item.radius >= word.y + LETTER[0]
 
 

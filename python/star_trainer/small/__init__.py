@@ -1,4 +1,4 @@
-"""A small Stable Diffusion 3 for drawn scenes: a real diffusers pipeline that trains on a laptop, and ships."""
+"""A small Stable Diffusion 3 for drawn scenes: a diffusers pipeline that can be trained on a laptop."""
 
 from star_trainer.small.recipe import LARGE, SMALL, Recipe
 

@@ -1,4 +1,4 @@
-"""The model card of a small pipeline, written from its metrics."""
+"""The model card of a small pipeline, generated from its metrics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def model_card(metrics: dict[str, Any]) -> str:
-    """README.md of the pipeline's folder, with the hub's front matter."""
+    """README.md of the pipeline's folder, with front matter for the Hugging Face hub."""
     recipe, scenes = metrics["recipe"], metrics["scenes"]
     size, side = recipe["size"], recipe["size"] >> (len(recipe["vae_channels"]) - 1)
     rows = "\n".join(f"| {task} | {found['graded']:.3f} | {found['exact']:.3f} |" for task, found in scenes.items())
@@ -23,10 +23,9 @@ pipeline_tag: text-to-image
 
 # A small Stable Diffusion 3 for drawn scenes
 
-A `StableDiffusion3Pipeline` of diffusers with weights of its own, trained from nothing on drawn scenes of {size} x {size}
-pixels: one to three plain shapes with colours, sizes, counts and relations, or a short printed word. It exists to run,
-test and study reinforcement learning of text-to-image flow models where no large model and no GPU is at hand. It can
-draw nothing else.
+A `StableDiffusion3Pipeline` of diffusers, trained from scratch on drawn scenes of {size} x {size} pixels: one to three
+plain shapes with colours, sizes, counts and relations, or a short printed word. Its purpose is to run, test and study
+reinforcement learning of text-to-image flow models without a large model or a GPU. It cannot draw anything else.
 
 ```python
 from diffusers import StableDiffusion3Pipeline
@@ -41,33 +40,34 @@ pipeline(
 
 Joint transformer: {recipe["blocks"]} blocks, {recipe["heads"]} heads of 32 channels, patches of 2 x 2 latents, RMS norm
 of queries and keys. Autoencoder: {recipe["latent_channels"]} channels at {side} x {side}. Text: two CLIP encoders of
-{recipe["text_width"]} channels, trained along with the transformer; {recipe["text_length"]} tokens, every word of the scenes
-one token, quoted words spelled in letters. The T5 slot is empty (diffusers puts zeros there: one with
-`max_sequence_length=1`, 256 by default; both were trained). The pooled text embedding is zero, so that the text acts
-through attention alone.
+{recipe["text_width"]} channels, trained together with the transformer; {recipe["text_length"]} tokens. Each word of the
+scenes is one token; quoted words are spelled letter by letter. There is no T5 encoder: diffusers inserts zero embeddings
+instead, one with `max_sequence_length=1`, 256 by default; the model was trained with both. The pooled text embedding is
+zero, so that the text affects the image only through attention.
 
 ## Training
 
 `{metrics["command"]}`, seed {recipe["seed"]}: {metrics["training_minutes"]} minutes on {metrics["device"]} with
-{metrics["threads"]} threads (torch {metrics["torch"]}). Data: scenes drawn by `star_trainer.scenes`, {recipe["pool"]} of
-them for the transformer, {recipe["steps"]} steps of {recipe["batch"]} by flow matching with logit-normal noise levels.
+{metrics["threads"]} threads (torch {metrics["torch"]}). Data: scenes of `star_trainer.scenes`; {recipe["pool"]} for the
+transformer, which was trained for {recipe["steps"]} steps with a batch size of {recipe["batch"]} by flow matching with
+logit-normal noise levels.
 
 ## Metrics
 
-Held-out prompts, {recipe["sampling_steps"]} steps, guidance {recipe["guidance"]}; judged by `star_trainer.scenes.check`.
+Held-out prompts, {recipe["sampling_steps"]} steps, guidance {recipe["guidance"]}, scored by `star_trainer.scenes.check`.
 Mean absolute error of the autoencoder: {metrics["autoencoder_error"]}.
 
 | task | fulfilled conditions | all fulfilled |
 |---|---|---|
 {rows}
 
-Correlation between the attention map of a phrase ("red circle") and the finished object, by block:
+Correlation between the attention map of a phrase ("red circle") and the object in the final image, by block:
 
 | block | first step | half-way | last step |
 |---|---|---|---|
 {blocks}
 
-![localisation by block and step](localisation.png)
+![Correlation of map and object, by block and step](localisation.png)
 
-![samples](samples.png)
+![Samples for held-out prompts](samples.png)
 """

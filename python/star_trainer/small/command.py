@@ -1,4 +1,4 @@
-"""``star-train-small``: makes the small Stable Diffusion 3 from nothing, with its metrics, pictures and model card."""
+"""``star-train-small``: trains the small Stable Diffusion 3 from scratch; writes metrics, figures and model card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECIPES = {"small": SMALL, "large": LARGE}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; 0 if all went well."""
+    """Runs the command. Returns 0."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     recipe = Recipe(**options.recipe.as_dict())
     train(recipe, Path(options.out), torch.device(options.device), options.evaluate, command_line(options))
@@ -32,10 +32,10 @@ def parse(arguments: list[str]) -> Any:
 
     set_parsing_settings(docstring_parse_style=DocstringStyle.GOOGLE)
     parser = ArgumentParser(prog="star-train-small", description=__doc__)
-    parser.add_argument("--size", choices=sorted(RECIPES), default="small", help="the recipe to begin with")
-    parser.add_argument("--out", default="small-sd3", help="folder of the pipeline")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--evaluate", type=int, default=512, help="prompts of each task behind the metrics")
+    parser.add_argument("--size", choices=sorted(RECIPES), default="small", help="base recipe")
+    parser.add_argument("--out", default="small-sd3", help="output folder of the pipeline")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--evaluate", type=int, default=512, help="number of prompts per task for the metrics")
     parser.add_class_arguments(Recipe, "recipe")
     size = parser.parse_args(arguments).size
     parser.set_defaults({f"recipe.{name}": value for name, value in asdict(RECIPES[size]).items()})
@@ -43,7 +43,7 @@ def parse(arguments: list[str]) -> Any:
 
 
 def command_line(options: Any) -> str:
-    """The shortest command that gives these options."""
+    """The shortest command line with the same options."""
     base = asdict(RECIPES[options.size])
     given = options.recipe.as_dict()
     changed = [f"--recipe.{k} {given[k]}" for k in base if tuple_or(given[k]) != tuple_or(base[k])]
@@ -55,7 +55,7 @@ def tuple_or(value: Any) -> Any:
 
 
 def train(recipe: Recipe, folder: Path, device: torch.device, evaluated: int, command: str) -> dict[str, Any]:
-    """Trains, evaluates and writes everything. Returns the metrics."""
+    """Trains, evaluates and writes the pipeline. Returns the metrics."""
     from star_trainer.small.autoencoder import train_autoencoder
     from star_trainer.small.evaluate import localisation, scores
     from star_trainer.small.flow import train_flow
@@ -92,7 +92,7 @@ def train(recipe: Recipe, folder: Path, device: torch.device, evaluated: int, co
 
 
 def draw_samples(pipeline: Any, recipe: Recipe) -> Any:
-    """Held-out prompts of both tasks."""
+    """A grid of samples for held-out prompts of both tasks."""
     from star_trainer.record import grid
     from star_trainer.scenes import TASKS
     from star_trainer.small.evaluate import generate, held_out
@@ -103,7 +103,7 @@ def draw_samples(pipeline: Any, recipe: Recipe) -> Any:
 
 
 def draw_localisation(table: Tensor) -> Any:
-    """Correlation of map and object, a line for each block."""
+    """Correlation of map and object over steps, one line per block."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.0, 3.4), layout="constrained")

@@ -1,4 +1,4 @@
-"""How well a small pipeline draws what prompts ask for, and how well its attention finds it."""
+"""Evaluates a small pipeline: how well images fulfil prompts, and how well attention maps localise objects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from star_trainer.scenes.draw import PALETTE
 
 
 def held_out(task: str, count: int, seed: str = "held out") -> list[Scene]:
-    """Scenes whose prompts serve evaluation, the same for the same arguments."""
+    """Scenes for evaluation, seeded by the arguments."""
     rng = random.Random(f"{seed} {task}")
     return [sample_scene(rng, task) for _ in range(count)]
 
@@ -27,7 +27,11 @@ def held_out(task: str, count: int, seed: str = "held out") -> list[Scene]:
 def generate(
     pipeline: Any, prompts: Sequence[str], *, steps: int, guidance: float, seed: int = 0, on_step: Any = None
 ) -> Tensor:
-    """``[N, 3, S, S]`` in 0..1; each picture has a seed of its own. on_step is diffusers' callback_on_step_end."""
+    """Images ``[N, 3, S, S]`` in 0..1, each with a seed of its own.
+
+    Args:
+        on_step: callback_on_step_end of the diffusers pipeline.
+    """
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + n) for n in range(len(prompts))]
     return pipeline(
         list(prompts),
@@ -41,7 +45,7 @@ def generate(
 
 
 def scores(pipeline: Any, *, count: int, steps: int, guidance: float, batch: int = 128) -> dict[str, dict[str, float]]:
-    """Of each task, the mean share of fulfilled conditions and the share of exact pictures."""
+    """For each task, the mean share of fulfilled conditions and the share of images that fulfil all of them."""
     found = {}
     for task in TASKS:
         asked = held_out(task, count)
@@ -59,10 +63,10 @@ def scores(pipeline: Any, *, count: int, steps: int, guidance: float, batch: int
 
 @torch.no_grad()
 def localisation(pipeline: Any, *, count: int, steps: int, guidance: float, seed: int = 7) -> Tensor:
-    """Pearson's correlation between the core words' map and the final picture of them, ``[blocks, steps]``.
+    """Pearson correlation between the map of a phrase and its object in the final image, ``[blocks, steps]``.
 
-    Of each picture the map of each phrase ("red circle") is compared with the mask of its colour; the mean is over
-    phrases that name one thing of a colour that no other has, and whose colour is in the picture.
+    The map of each phrase ("red circle") is compared with the mask of its colour in the image. The mean is over phrases
+    whose colour no other phrase of the prompt has and which occurs in the image.
     """
     asked = [s for s in held_out("composition", 4 * count) if _distinct(s)][:count]
     prompts, metadata = [s.prompt for s in asked], [s.metadata for s in asked]
@@ -83,20 +87,20 @@ def localisation(pipeline: Any, *, count: int, steps: int, guidance: float, seed
         for handle in reversed(handles):
             handle.remove()
     masks = F.adaptive_avg_pool2d(color_masks(images.cpu()), grid)  # [N, colours, g, g]
-    wanted, groups, owners = [], [], []
+    wanted, phrases, owners = [], [], []
     for n, scene in enumerate(asked):
         for g, entry in enumerate(scene.metadata["include"]):
             wanted.append(masks[n, list(PALETTE).index(entry["color"])])
-            groups.append(g)
+            phrases.append(g)
             owners.append(n)
     target = torch.stack(wanted).flatten(1)
     good = target.amax(dim=1) > 0.2
-    by_step = [torch.stack([m[owners, groups].flatten(1)[good] for m in step]) for step in maps]
+    by_step = [torch.stack([m[owners, phrases].flatten(1)[good] for m in step]) for step in maps]
     return torch.stack([correlation(found, target[good]).mean(dim=-1) for found in by_step], dim=1)
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's along the last dimension."""
+    """Pearson correlation along the last dimension."""
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
     return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt().clamp(min=1e-12)
 

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from star_trainer.small.autoencoder import encode, scenes
 from star_trainer.small.recipe import Recipe
 
-T5_DEFAULT = 256  # zeros that diffusers puts in the place of an absent T5, unless told otherwise
+T5_DEFAULT = 256  # default number of zero embeddings that diffusers inserts for a missing T5
 
 
 def train_flow(pipeline: Any, recipe: Recipe, device: torch.device) -> float:
-    """Trains in place; the average of the weights stays in the pipeline. Returns the loss over the last tenth."""
+    """Trains in place and leaves the averaged weights in the pipeline. Returns the mean loss of the last tenth."""
     pool = scenes(recipe, "pool", recipe.pool)
     latents = encode(pipeline.vae, pool, recipe, device)
     ids = tokens(pipeline, [scene.prompt for scene in pool])
@@ -56,13 +56,13 @@ def train_flow(pipeline: Any, recipe: Recipe, device: torch.device) -> float:
 
 
 def tokens(pipeline: Any, prompts: list[str]) -> Tensor:
-    """int64 ``[N, L]``; both encoders have the same tokenizer."""
+    """Token ids, int64 ``[N, L]``; both encoders have the same tokenizer."""
     found = pipeline.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
     return found.input_ids
 
 
 def predict(modules: nn.ModuleList, noisy: Tensor, sigma: Tensor, ids: Tensor, t5_length: int) -> Tensor:
-    """The velocity; the text is embedded as StableDiffusion3Pipeline does it."""
+    """The velocity; text is embedded as in StableDiffusion3Pipeline."""
     transformer, *encoders = modules
     states = [encoder(ids, output_hidden_states=True) for encoder in encoders]
     text = torch.cat([state.hidden_states[-2] for state in states], dim=-1)
@@ -74,7 +74,7 @@ def predict(modules: nn.ModuleList, noisy: Tensor, sigma: Tensor, ids: Tensor, t
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then half a cosine to zero."""
+    """Factor of the learning rate: linear warm-up, then cosine decay to zero."""
     done = max(0.0, (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup))
     return min(1.0, (step + 1) / recipe.warmup) * 0.5 * (1 + math.cos(math.pi * done))
 

@@ -1,4 +1,4 @@
-"""The models of a recipe with fresh weights, as a StableDiffusion3Pipeline."""
+"""The models of a recipe with random weights, as a StableDiffusion3Pipeline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from star_trainer.scenes import vocabulary
 from star_trainer.small.recipe import Recipe
 
 START, END, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
-GROUPS = 8  # of the autoencoder's group norms
+GROUPS = 8  # groups of the autoencoder's group norms
 
 
 def build(recipe: Recipe) -> Any:
@@ -37,13 +37,13 @@ def build(recipe: Recipe) -> Any:
 
 
 def build_tokenizer(length: int) -> Any:
-    """CLIP's kind: every word of the scenes is one token, other words are spelled in what those are made of.
+    """A CLIP tokenizer: each word of the scenes is one token, and other words are spelled with their pieces.
 
-    Its merges are written down word by word: tokenizers' trainer breaks ties by chance.
+    The merges are constructed word by word, because the trainer of the tokenizers package breaks ties at random.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = dict.fromkeys([*alphabet, *(letter + END_OF_WORD for letter in alphabet)])
-    merges: Any = []  # of pairs, which CLIPTokenizer takes and does not declare
+    merges: Any = []  # pairs, which CLIPTokenizer accepts but does not declare
     for word in vocabulary():
         numbered = {piece: number for number, piece in enumerate(pieces)}
         first, *rest = (t.value for t in models.BPE(numbered, merges, end_of_word_suffix=END_OF_WORD).tokenize(word))
@@ -89,7 +89,7 @@ def build_autoencoder(recipe: Recipe) -> Any:
 
 
 def build_text_encoder(recipe: Recipe, tokenizer: Any) -> Any:
-    """Its pooled output is zero, so that the text reaches the picture through attention alone."""
+    """The pooled output is zero, so that the text affects the image only through attention."""
     model = CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

@@ -1,4 +1,4 @@
-"""Sizes and settings of the small models, each with the command that reproduces it."""
+"""Sizes and settings of the small models."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a training run depends on.
+    """All settings of the training of a small model.
 
     Attributes:
-        size: rows and columns of the pictures, a multiple of 32.
-        vae_channels: channels of the autoencoder at full and at half resolution (and so on).
-        latent_channels: channels of the latent, whose resolution is halved by each but the first of vae_channels.
-        heads: attention heads of the transformer, of 32 channels each.
-        blocks: joint blocks of the transformer.
-        text_width: channels of each of the two CLIP text encoders, of two layers each.
-        text_length: tokens of a prompt, with its two special ones.
+        size: height and width of the images in pixels, a multiple of 32.
+        vae_channels: channels of the autoencoder at full resolution, at half resolution, and so on.
+        latent_channels: channels of the latents; each but the first of vae_channels halves their resolution.
+        heads: number of attention heads of the transformer, with 32 channels each.
+        blocks: number of joint blocks of the transformer.
+        text_width: channels of each of the two CLIP text encoders, which have two layers each.
+        text_length: number of tokens of a prompt, including two special tokens.
         vae_steps, vae_batch, vae_learning_rate: training of the autoencoder.
-        pool: pictures that are drawn and encoded once; the transformer trains on them and their flips in no order.
+        pool: number of images that are drawn and encoded once; the transformer trains on random batches of them.
         steps, batch, learning_rate, warmup: training of transformer and text encoders by flow matching.
-        dropout: share of prompts left empty, for classifier-free guidance.
-        padded: share of batches with the 256 zeros that diffusers puts in T5's place by default, instead of one.
-        ema: decay of the average of the weights, which is what is kept.
-        text_share: share of printed words among the scenes.
-        guidance: scale for samples and metrics.
-        sampling_steps: denoising steps for samples and metrics.
-        seed: of everything.
+        dropout: share of prompts that are replaced by the empty prompt, for classifier-free guidance.
+        padded: share of batches with 256 zero embeddings in place of T5 (the default of diffusers) instead of one.
+        ema: decay of the moving average of the weights, which is saved.
+        text_share: share of scenes with a printed word.
+        guidance: guidance scale for samples and metrics.
+        sampling_steps: number of denoising steps for samples and metrics.
+        seed: seed of weights, scenes and noise.
     """
 
     size: int = 32

@@ -1,4 +1,4 @@
-"""Tiny random models, saved as real ones are, and a few images."""
+"""Tiny random models in the format of real ones, and a few images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def letters() -> dict[str, int]:
-    """A vocabulary of single characters, for a tokenizer without merges."""
+    """A vocabulary of characters, for a tokenizer without merges."""
     characters = [chr(code) for code in range(33, 127)]
     words = [*characters, *(f"{character}</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
     return {word: index for index, word in enumerate(words)}

@@ -22,7 +22,7 @@ PROMPTS = ["a cat", "a dog on a bench", "", "a photo of nine clocks"]
 
 @pytest.fixture
 def logits(tiny_clip: Path, images: Tensor) -> Tensor:
-    """What CLIP itself says of each image and its prompt, ``[4]``."""
+    """CLIP's logits of each image and its prompt, ``[4]``."""
     import transformers
 
     model = transformers.CLIPModel.from_pretrained(tiny_clip).eval()
@@ -44,14 +44,14 @@ def test_clipscore_is_clips_logit_over_30(tiny_clip: Path, images: Tensor, logit
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_the_batch_size_changes_no_score(tiny_clip: Path, images: Tensor, batch_size: int) -> None:
+def test_scores_do_not_depend_on_the_batch_size(tiny_clip: Path, images: Tensor, batch_size: int) -> None:
     whole = ClipScore(model=tiny_clip)(images, PROMPTS, [{}] * 4)
     assert torch.allclose(
         ClipScore(model=tiny_clip, batch_size=batch_size)(images, PROMPTS, [{}] * 4), whole, atol=1e-5
     )
 
 
-def test_features_have_length_one_and_hold_no_graph(tiny_clip: Path, images: Tensor) -> None:
+def test_features_are_normalised_and_detached(tiny_clip: Path, images: Tensor) -> None:
     clip = Clip(tiny_clip, reward="test")
     for features in (clip.images(to_pil(images, "test")), clip.texts(PROMPTS)):
         assert features.shape == (4, 24)
@@ -60,7 +60,7 @@ def test_features_have_length_one_and_hold_no_graph(tiny_clip: Path, images: Ten
     assert clip.images([]).shape == clip.texts([]).shape == (0, 24)
 
 
-def test_a_prompt_of_more_than_77_tokens_is_cut(tiny_clip: Path) -> None:
+def test_a_prompt_is_truncated_to_77_tokens(tiny_clip: Path) -> None:
     clip = Clip(tiny_clip, reward="test")
     long = "x" * 200
     features = clip.texts([long, long + "y", "y" + long])
@@ -86,7 +86,7 @@ def test_options_reach_the_model(tiny_clip: Path, images: Tensor) -> None:
 
 @pytest.fixture
 def head() -> dict[str, Tensor]:
-    """A predictor's layers with the published one's numbers: 0 and 2 have a dropout between them."""
+    """A predictor's layers with the numbers of the published one, which has dropout layers in between."""
     generator = torch.Generator().manual_seed(3)
     shapes = {0: (8, 24), 2: (4, 8), 3: (1, 4)}
     layers: dict[str, Tensor] = {}
@@ -103,7 +103,7 @@ def saved(head: dict[str, Tensor], folder: Path) -> Path:
     return folder / "head.safetensors"
 
 
-def test_aesthetic_is_the_chain_of_layers_on_the_image_features(
+def test_aesthetic_applies_its_layers_to_image_features(
     tiny_clip: Path, images: Tensor, head: dict[str, Tensor], tmp_path: Path
 ) -> None:
     reward = Aesthetic(model=tiny_clip, head=saved(head, tmp_path))
@@ -115,26 +115,26 @@ def test_aesthetic_is_the_chain_of_layers_on_the_image_features(
     assert torch.allclose(scores, values[:, 0], atol=1e-5)
 
 
-def test_layers_come_in_the_order_of_their_numbers() -> None:
+def test_layers_are_ordered_by_number() -> None:
     widths = [24, *range(30, 41), 1]
     layers = {f"layers.{n}.weight": torch.zeros(widths[n + 1], widths[n]) for n in range(12)}
     layers |= {f"layers.{n}.bias": torch.zeros(widths[n + 1]) for n in range(12)}
     assert [weight.shape[1] for weight, _ in linear_chain(layers, 24)] == widths[:-1]  # 10 after 9, not after 1
 
 
-def test_aesthetic_without_its_head_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs the option 'head': a safetensors file"):
+def test_aesthetic_without_a_head_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="requires the option 'head': a safetensors file"):
         Aesthetic()
-    with pytest.raises(FileNotFoundError, match=r"no file .*absent.safetensors' \(the option 'head'\)"):
+    with pytest.raises(FileNotFoundError, match=r"head must be an existing file, got .*absent.safetensors'"):
         Aesthetic(head=tmp_path / "absent.safetensors")
 
 
-def test_a_head_that_does_not_fit_is_refused(head: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match="from 768 features to one number"):
+def test_a_head_of_another_shape_is_refused(head: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match="map 768 features to one number"):
         linear_chain(head, 768)
-    with pytest.raises(ValueError, match="from 24 features to one number"):
+    with pytest.raises(ValueError, match="map 24 features to one number"):
         linear_chain({**head, "layers.3.weight": torch.zeros(2, 4), "layers.3.bias": torch.zeros(2)}, 24)
-    with pytest.raises(ValueError, match="from 24 features"):
+    with pytest.raises(ValueError, match="map 24 features"):
         linear_chain({**head, "layers.2.weight": torch.zeros(4, 9)}, 24)
     for wrong in ({}, {**head, "other": torch.zeros(1)}, {k: v for k, v in head.items() if k != "layers.2.bias"}):
         with pytest.raises(ValueError, match=r"layers.N.weight and layers.N.bias"):

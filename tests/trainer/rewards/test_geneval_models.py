@@ -1,4 +1,4 @@
-"""GenEval's detector and colour classifier with tiny random models, and the reward made of them."""
+"""GenEval's detector and colour classifier with tiny random models, and the reward that uses them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from star_trainer.rewards import Reward, build
 from star_trainer.rewards.clip import Clip
-from star_trainer.rewards.geneval import GenEval
-from star_trainer.rewards.geneval_colors import TEMPLATES, ColorClassifier, cut_out, middle
-from star_trainer.rewards.geneval_detector import MAX_INSTANCES, Mask2Former, instances
-from star_trainer.rewards.geneval_rules import Detection
-from star_trainer.rewards.geneval_task import COLORS
+from star_trainer.rewards.geneval.colors import TEMPLATES, ColorClassifier, cut_out, middle
+from star_trainer.rewards.geneval.detector import MAX_INSTANCES, Mask2Former, instances
+from star_trainer.rewards.geneval.reward import GenEval
+from star_trainer.rewards.geneval.rules import Detection
+from star_trainer.rewards.geneval.task import COLORS
 from star_trainer.rewards.images import to_pil
 
 pytest.importorskip("PIL")
@@ -63,7 +63,7 @@ def test_only_confidences_above_the_floor_are_found(floor: float, count: int) ->
     assert len(instances(classes, masks, (8, 8), floor)) == count
 
 
-def test_no_object_and_an_empty_mask_are_not_found() -> None:
+def test_no_object_and_empty_masks_are_not_detected() -> None:
     nothing = torch.tensor([[0.0, 0.0, FULL]])
     assert instances(nothing, rectangle(8, 8, slice(0, 4), slice(0, 4))[None], (8, 8), 0.0001) == []
     assert instances(torch.tensor([[FULL, 0.0, 0.0]]), torch.full((1, 8, 8), -FULL), (8, 8), 0.3) == []
@@ -76,7 +76,7 @@ def test_each_query_keeps_its_own_mask() -> None:
     assert found == {1: (0.0, 0.0, 4.0, 4.0), 0: (8.0, 8.0, 16.0, 16.0)}
 
 
-def test_at_most_a_hundred_instances_come_of_an_image() -> None:
+def test_an_image_has_at_most_a_hundred_instances() -> None:
     masks = torch.full((30, 4, 4), FULL)
     assert len(instances(torch.zeros(30, 9), masks, (4, 4), 0.0)) == MAX_INSTANCES
 
@@ -85,7 +85,7 @@ def test_the_detector_names_classes_as_geneval_does(tiny_mask2former: Path) -> N
     assert Mask2Former(tiny_mask2former).classes == ["computer mouse", "bench", "clock"]
 
 
-def test_the_detector_sees_each_image_alone(tiny_mask2former: Path, images: Tensor) -> None:
+def test_detections_do_not_depend_on_the_batch(tiny_mask2former: Path, images: Tensor) -> None:
     pictures = to_pil(images, "test")
     one_by_one = Mask2Former(tiny_mask2former, resize=(64, 96), batch_size=1)(pictures, [0.0] * 4)
     together = Mask2Former(tiny_mask2former, resize=(64, 96), batch_size=3)(pictures, [0.0] * 4)
@@ -104,7 +104,7 @@ def test_each_image_has_its_own_floor(tiny_mask2former: Path, images: Tensor) ->
     assert not found[1]
 
 
-def test_the_size_that_images_are_brought_to_can_be_set(
+def test_the_input_size_of_the_detector_can_be_set(
     tiny_mask2former: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for resize, expected in (((64, 96), (64, 96)), ((128, 200), (128, 160)), (None, (64, 96))):
@@ -131,13 +131,13 @@ def test_a_cut_out_is_the_box_with_grey_around_the_mask() -> None:
     assert cut_out(image, Detection((3.0, 2.0, 7.0, 6.0), 0.9)).getpixel((3, 1)) == (255, 255, 255)
 
 
-def test_a_very_long_box_is_cut_to_its_middle() -> None:
+def test_a_very_long_box_is_shortened_around_its_centre() -> None:
     assert middle((0, 0, 80, 10)) == (0, 0, 80, 10)
     assert middle((0, 0, 100, 10)) == (10, 0, 90, 10)
     assert middle((5, 0, 6, 500)) == (5, 246, 6, 254)
 
 
-def test_the_color_is_the_direction_nearest_to_the_crop(tiny_clip: Path, images: Tensor) -> None:
+def test_the_color_has_the_features_most_similar_to_the_crop(tiny_clip: Path, images: Tensor) -> None:
     clip = Clip(tiny_clip, reward="test")
     image = to_pil(images[:1], "test")[0]
     boxes = [Detection((0.0, 0.0, 24.0, 20.0), 0.9), Detection((10.0, 10.0, 40.0, 40.0), 0.8)]
@@ -210,7 +210,7 @@ def test_counting_has_a_threshold_of_its_own(reward: GenEval, images: Tensor, mo
 
 
 class _Found:
-    """Stands for a detector that has found this."""
+    """A detector that returns given detections."""
 
     classes = ("computer mouse", "bench", "clock")
 
@@ -223,13 +223,13 @@ class _Found:
         return self.found
 
 
-def test_a_class_that_the_detector_does_not_know_is_refused(reward: GenEval, images: Tensor) -> None:
-    with pytest.raises(ValueError, match="the detector knows no dragon; it knows computer mouse, bench, clock"):
+def test_a_class_that_the_detector_does_not_have_is_refused(reward: GenEval, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"classes of the detector \(computer mouse, bench, clock\), got dragon"):
         reward(images[:1], [""], [{"include": [{"class": "dragon", "count": 1}]}])
 
 
 def test_a_plain_prompt_is_refused(reward: GenEval, images: Tensor) -> None:
-    with pytest.raises(ValueError, match="geneval needs metadata"):
+    with pytest.raises(ValueError, match="geneval requires metadata"):
         reward(images[:1], ["a cat"], [{}])
 
 

@@ -1,4 +1,4 @@
-"""GenEval's rules on hand-made detections: what counts, positions, GenEval's verdict, Flow-GRPO's grade."""
+"""GenEval's rules for given detections: counting, positions, GenEval's verdict and Flow-GRPO's grade."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from star_trainer.rewards.geneval_rules import Box, Detection, Objects, grade, judge, keep, overlap, relations
-from star_trainer.rewards.geneval_task import read_task
+from star_trainer.rewards.geneval.rules import Box, Detection, Objects, grade, judge, keep, overlap, relations
+from star_trainer.rewards.geneval.task import read_task
 
 MIDDLE: Box = (40, 40, 60, 60)
 LEFT: Box = (0, 40, 20, 60)
@@ -25,7 +25,7 @@ def no_colors(found: Sequence[Detection], noun: str) -> list[str]:
 
 
 def colors(*names: str):
-    """A classifier that gives these colours to the detections of any class, in order."""
+    """A classifier that returns these colours for the detections of any class, in order."""
     return lambda found, noun: list(names[: len(found)])
 
 
@@ -37,7 +37,7 @@ def asked(noun: str = "dog", count: int = 1, **more: object) -> dict[str, object
     return {"class": noun, "count": count, **more}
 
 
-def test_detections_count_above_the_threshold_most_confident_first() -> None:
+def test_detections_above_the_threshold_are_ordered_by_confidence() -> None:
     found = [at(score=score) for score in (0.3, 0.95, 0.31, 0.1, 0.9)]
     assert [d.score for d in keep(found)] == [0.95, 0.9, 0.31]
     assert [d.score for d in keep(found, threshold=0.9)] == [0.95]
@@ -49,14 +49,14 @@ def test_at_most_max_objects_count() -> None:
     assert len(keep(found, max_objects=2)) == 2
 
 
-def test_overlapping_boxes_all_count_unless_a_lower_bound_is_set() -> None:
+def test_overlapping_boxes_are_all_kept_unless_max_overlap_is_lower() -> None:
     first, same, beside = at(score=0.9), at(score=0.8), at(RIGHT, 0.7)
     assert keep([first, same, beside]) == [first, same, beside]
     assert keep([same, beside, first], max_overlap=0.5) == [first, beside]
     assert keep([first, same], max_overlap=0.99) == [first]
 
 
-def test_a_box_that_only_a_dropped_box_overlaps_is_kept() -> None:
+def test_a_box_that_only_overlaps_a_removed_box_is_kept() -> None:
     first, second, third = at((0, 0, 99, 99), 0.9), at((40, 0, 139, 99), 0.8), at((80, 0, 179, 99), 0.7)
     assert keep([first, second, third], max_overlap=0.4) == [first, third]
 
@@ -100,7 +100,7 @@ def test_an_offset_counts_beyond_a_tenth_of_both_sizes(offset: float, holds: boo
     assert ("right of" in relations(moved, MIDDLE, threshold=0.0)) == (offset > 0)
 
 
-def test_one_object_is_enough_and_more_do_no_harm() -> None:
+def test_more_objects_than_required_are_correct() -> None:
     assert judge({"dog": [at()]}, task(asked()), no_colors).correct
     assert judge({"dog": [at()] * 3}, task(asked()), no_colors).correct
 
@@ -141,7 +141,7 @@ def test_the_color_is_that_of_the_most_confident_objects() -> None:
     assert verdict.reasons == ("expected red dog>=1, found 1 blue",)
 
 
-def test_the_color_is_asked_for_the_objects_that_are_needed_and_no_others() -> None:
+def test_colors_are_only_classified_for_the_required_objects() -> None:
     asked_for: list[tuple[int, str]] = []
 
     def remember(found: Sequence[Detection], noun: str) -> list[str]:
@@ -214,7 +214,7 @@ def test_the_grade_of_colors_is_the_share_that_is_right() -> None:
     assert grade(seen, two, colors("blue", "blue")).score == 0.5
 
 
-def test_with_a_wrong_count_color_and_position_get_one_zero() -> None:
+def test_with_a_wrong_count_color_and_position_have_one_term_of_zero() -> None:
     assert grade({}, task(asked(color="red")), no_colors).score == 0
     assert grade({"dog": [at()] * 3}, task(asked(count=2, color="red")), no_colors).score == 0.25
     right = task(asked("cat"), asked("dog", position=["right of", 0]))
@@ -230,19 +230,19 @@ def test_the_grade_of_a_position_is_that_of_flow_grpo() -> None:
     assert grade({"cat": [at()] * 2, "dog": [at(RIGHT)]}, right, no_colors).score == pytest.approx(1 / 3)
 
 
-def test_with_a_wrong_color_the_position_is_no_term() -> None:
+def test_with_a_wrong_color_the_position_has_no_term() -> None:
     right = task(asked("cat"), asked("dog", color="red", position=["right of", 0]))
     assert grade({"cat": [at()], "dog": [at(RIGHT)]}, right, colors("blue")).score == pytest.approx(2 / 3)
 
 
-def test_the_strict_verdict_of_the_grade_wants_exact_counts_and_ignores_exclusions() -> None:
+def test_the_strict_verdict_requires_exact_counts_and_ignores_exclusions() -> None:
     two = {"dog": [at(), at()]}
     assert judge(two, task(asked()), no_colors).correct
     assert not grade(two, task(asked()), no_colors).correct
     assert grade(two, task(asked(count=2), exclude=[asked(count=1)]), no_colors).correct
 
 
-def test_a_full_grade_is_a_strict_verdict_and_the_other_way_round() -> None:
+def test_a_full_grade_is_equivalent_to_a_strict_verdict() -> None:
     right = task(asked("cat"), asked("dog", color="red", position=["right of", 0]))
     for dog in (LEFT, RIGHT, MIDDLE):
         for color in ("red", "blue"):

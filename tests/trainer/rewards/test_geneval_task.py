@@ -1,4 +1,4 @@
-"""GenEval's metadata: its own file, and what is refused."""
+"""GenEval's metadata: its published file, and metadata that is refused."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from star_trainer.rewards.geneval_rules import Detection, grade, judge
-from star_trainer.rewards.geneval_task import RELATIONS, Requirement, read_task
+from star_trainer.rewards.geneval.rules import Detection, grade, judge
+from star_trainer.rewards.geneval.task import RELATIONS, Requirement, read_task
 
 GENEVAL_FILE = Path(__file__).parents[4] / "shared" / "data" / "geneval_evaluation_metadata.jsonl"
 
 
-def test_an_entry_is_read_with_all_that_it_says() -> None:
+def test_an_entry_is_read_completely() -> None:
     line = {
         "tag": "position",
         "include": [
@@ -75,6 +75,6 @@ def test_geneval_file_is_read_and_can_be_fulfilled_line_by_line() -> None:
     ],
     ids=str,
 )
-def test_what_is_not_geneval_metadata_is_refused(line: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"geneval needs|list of objects|an object must|\"color\"|\"position\""):
+def test_other_metadata_is_refused(line: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"geneval requires|list of objects|an object must|\"color\"|\"position\""):
         read_task(line)

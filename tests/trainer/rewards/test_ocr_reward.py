@@ -1,4 +1,4 @@
-"""Text rendering: the distance, the target, and text that is read from pictures."""
+"""Text rendering: the edit distance, the target text, and reading text from images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_edit_distance_counts_insertions_deletions_and_substitutions(a: str, b: 
     assert edit_distance(a, b) == edit_distance(b, a) == distance
 
 
-def test_edit_distance_is_the_one_of_its_definition() -> None:
+def test_edit_distance_equals_the_recursive_reference() -> None:
     @lru_cache(None)
     def defined(a: str, b: str) -> int:
         if not a or not b:
@@ -68,20 +68,18 @@ def test_the_score_is_flow_grpos(read: str, wanted: str, score: float) -> None:
         ("STRASSE", "Straße", 1 - 2 / 6),
     ],
 )
-def test_texts_that_look_alike_are_equal_unless_compared_as_flow_grpo_does(
-    read: str, wanted: str, flow_grpo: float
-) -> None:
+def test_texts_that_look_alike_are_equal_with_normalisation(read: str, wanted: str, flow_grpo: float) -> None:
     assert text_score(read, wanted) == text_score(wanted, read) == 1.0
     assert text_score(read, wanted, normalize=False) == pytest.approx(flow_grpo)
 
 
-def test_a_wanted_text_that_cannot_be_seen_has_no_score() -> None:
+def test_an_invisible_target_text_is_refused() -> None:
     for normalize, wanted in ((True, "\u200b \t"), (False, " ")):
-        with pytest.raises(ValueError, match="wanted must have a character"):
+        with pytest.raises(ValueError, match="target must contain a visible character"):
             text_score("x", wanted, normalize=normalize)
 
 
-def test_the_target_is_in_the_metadata_else_the_first_quotation() -> None:
+def test_the_target_is_from_the_metadata_or_the_first_quotation() -> None:
     assert target_text('a sign that says "STOP"', {"text": "GO"}) == "GO"
     assert target_text('a sign that says "STOP" and "GO"', {}) == "STOP"
     assert target_text("a sign that says \u201cStop here\u201d", {}) == "Stop here"
@@ -93,13 +91,13 @@ def test_the_target_is_in_the_metadata_else_the_first_quotation() -> None:
     ("prompt", "metadata"),
     [("a cat", {}), ('"HI"', {"text": "  "}), ('"HI"', {"text": "\u200b"}), ('"HI"', {"text": 3})],
 )
-def test_a_sample_without_a_text_is_refused(prompt: str, metadata: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="ocr needs"):
+def test_a_prompt_without_a_target_text_is_refused(prompt: str, metadata: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="ocr requires"):
         target_text(prompt, metadata)
 
 
 @pytest.mark.skipif(not PROMPTS_FILE.exists(), reason="the prompts are not beside the project")
-def test_the_target_of_flow_grpos_prompts_is_what_flow_grpo_takes() -> None:
+def test_targets_of_flow_grpos_prompts_equal_flow_grpos() -> None:
     prompts = PROMPTS_FILE.read_text().splitlines()
     assert len(prompts) > 1000
     for prompt in prompts:
@@ -107,7 +105,7 @@ def test_the_target_of_flow_grpos_prompts_is_what_flow_grpo_takes() -> None:
 
 
 def drawn(text: str, *, size: int = 512, color: str = "black", background: str = "white") -> Tensor:
-    """A picture of the text, float32 ``[3, size, size]``."""
+    """An image of the text, float32 ``[3, size, size]``."""
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("RGB", (size, size), background)
@@ -125,7 +123,7 @@ def reward() -> Reward:
 
 
 @pytest.mark.parametrize("size", [256, 512])
-def test_text_that_is_there_is_read(reward: Reward, size: int) -> None:
+def test_text_in_an_image_is_read(reward: Reward, size: int) -> None:
     texts = ["HELLO", "Open Now", "Spring 2024"]
     images = torch.stack([drawn(text, size=size) for text in texts])
     scores = reward(images, [""] * 3, [{"text": text} for text in texts])
@@ -133,7 +131,7 @@ def test_text_that_is_there_is_read(reward: Reward, size: int) -> None:
     assert scores.tolist() == [1.0] * 3
 
 
-def test_the_right_text_scores_above_a_similar_one_and_that_above_none(reward: Reward) -> None:
+def test_the_target_text_scores_above_a_similar_one_and_that_above_none(reward: Reward) -> None:
     images = torch.stack([drawn("WELCOME"), drawn("WELFARE"), drawn("TAXI"), drawn("")])
     right, similar, other, none = reward(images, ['a door with "WELCOME" on it'] * 4, [{}] * 4).tolist()
     assert right == 1.0
@@ -163,7 +161,7 @@ def test_the_comparison_is_an_option_of_the_reward(monkeypatch: pytest.MonkeyPat
         build({"ocr": 1.0}, options={"ocr": {"normalize": "no"}})
 
 
-def test_the_reader_gets_its_pixels_in_its_own_order_of_colors(reward: Reward, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rapidocr_receives_bgr_pixels(reward: Reward, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     class Nothing:

@@ -1,4 +1,4 @@
-"""Rewards over HTTP: what is asked for again, how long after, and what is final."""
+"""Rewards over HTTP: which failures are retried, after which wait, and which are not."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ PROMPTS = ["a cat", "a dog", "", "x"]
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503])
-def test_a_failure_that_may_pass_is_tried_again(server: Server, images: Tensor, status: int) -> None:
+def test_temporary_failures_are_retried(server: Server, images: Tensor, status: int) -> None:
     server.answer = in_turn((status, b"busy"), (status, b"busy"), ok([2.0] * 4))
     assert remote(server, retries=2)(images, PROMPTS, [{}] * 4).tolist() == [2.0] * 4
     assert len(server.bodies) == 3
     assert server.bodies[0] == server.bodies[2]
 
 
-def test_a_server_error_that_stays_is_an_error_with_what_the_server_says(server: Server, images: Tensor) -> None:
+def test_a_permanent_server_error_contains_the_response(server: Server, images: Tensor) -> None:
     server.answer = lambda body: (503, b"out of memory")
-    with pytest.raises(RewardError, match=r"status 503, 'out of memory', 3 times in a row"):
+    with pytest.raises(RewardError, match=r"status 503, 'out of memory', in each of 3 attempts"):
         remote(server, retries=2)(images, PROMPTS, [{}] * 4)
     assert len(server.bodies) == 3
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
-def test_a_refusal_is_final(server: Server, images: Tensor, status: int) -> None:
+def test_other_statuses_are_not_retried(server: Server, images: Tensor, status: int) -> None:
     server.answer = lambda body: (status, b"no")
     with pytest.raises(RewardError, match=rf"status {status}, 'no'"):
         remote(server)(images, PROMPTS, [{}] * 4)
     assert len(server.bodies) == 1
 
 
-def test_a_broken_connection_is_tried_again(server: Server, images: Tensor) -> None:
+def test_a_lost_connection_is_retried(server: Server, images: Tensor) -> None:
     server.drop = 2
     assert remote(server, retries=2)(images, PROMPTS, [{}] * 4).tolist() == [0.5] * 4
     server.drop = 2
-    with pytest.raises(RewardError, match=r"the connection broke, .* 2 times in a row"):
+    with pytest.raises(RewardError, match=r"connection lost, .* in each of 2 attempts"):
         remote(server, retries=1)(images, PROMPTS, [{}] * 4)
 
 
-def test_a_server_that_is_not_there_is_an_error_with_its_address(images: Tensor) -> None:
+def test_an_unreachable_server_is_an_error_with_its_address(images: Tensor) -> None:
     with socket.socket() as taken:  # bound and not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}/score"
-        with pytest.raises(RewardError, match=rf"{address}: no connection, .* 3 times in a row"):
+        with pytest.raises(RewardError, match=rf"{address}: no connection, .* in each of 3 attempts"):
             RemoteReward(f"http://{address}", retries=2, backoff=0.0)(images, PROMPTS, [{}] * 4)
 
 
@@ -78,24 +78,24 @@ CHUNKED = ("Transfer-Encoding", "chunked")
     ],
     ids=["503", "429", "200", "chunk", "no chunk", "reset"],
 )
-def test_an_answer_that_breaks_off_is_asked_for_again(
+def test_a_truncated_response_is_retried(
     server: Server, images: Tensor, answer: Callable[[BaseHTTPRequestHandler], None]
 ) -> None:
     server.instead = [answer] * 2
     assert remote(server, retries=2)(images, PROMPTS, [{}] * 4).tolist() == [0.5] * 4
     server.instead = [answer] * 2
-    with pytest.raises(RewardError, match=r"(status (503|429), '.*'|the connection broke, .*), 2 times in a row"):
+    with pytest.raises(RewardError, match=r"(status (503|429), '.*'|connection lost, .*), in each of 2 attempts"):
         remote(server, retries=1)(images, PROMPTS, [{}] * 4)
 
 
-def test_a_refusal_whose_body_breaks_off_is_final(server: Server, images: Tensor) -> None:
+def test_a_truncated_error_response_is_not_retried(server: Server, images: Tensor) -> None:
     server.instead = [breaks_off(404, LENGTH)]
     with pytest.raises(RewardError, match="status 404, 'half'"):
         remote(server)(images, PROMPTS, [{}] * 4)
     assert len(server.bodies) == 1
 
 
-def test_an_answer_that_takes_too_long_is_asked_for_again(server: Server, images: Tensor) -> None:
+def test_a_slow_response_is_retried(server: Server, images: Tensor) -> None:
     server.hold = threading.Event()
     reward = remote(server, timeout=0.1, retries=1, backoff=0.01)
 
@@ -107,12 +107,12 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(server: Server, images
     reward._sleep = release
     assert reward(images, PROMPTS, [{}] * 4).tolist() == [0.5] * 4
     reward._opener = StubOpener(TimeoutError())
-    with pytest.raises(RewardError, match=r"no answer after 30 s, 2 times in a row"):
+    with pytest.raises(RewardError, match=r"no response after 30 s, in each of 2 attempts"):
         reward(images, PROMPTS, [{}] * 4)
 
 
 class StubOpener:
-    """Raises, instead of opening an address."""
+    """An opener that raises."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -133,20 +133,16 @@ class StubOpener:
     ],
     ids=["eof", "record", "route", "certificate"],
 )
-def test_errors_of_tls_are_tried_again_and_those_of_certificates_are_final(
-    images: Tensor, error: Exception, calls: int
-) -> None:
+def test_tls_errors_are_retried_but_invalid_certificates_are_not(images: Tensor, error: Exception, calls: int) -> None:
     reward = RemoteReward("https://host/x", backoff=0.0, retries=2)
     reward._opener = opener = StubOpener(error)
     with pytest.raises(RewardError, match="host/x: ") as caught:
         reward(images, PROMPTS, [{}] * 4)
     assert opener.calls == calls
-    assert "certificate" in str(caught.value) or "3 times in a row" in str(caught.value)
+    assert "certificate" in str(caught.value) or "in each of 3 attempts" in str(caught.value)
 
 
-def test_a_server_that_streams_for_ever_is_left(
-    server: Server, images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_response_without_end_is_an_error(server: Server, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_module, "_LONGEST", 1 << 20)
     left = threading.Event()
 
@@ -160,14 +156,14 @@ def test_a_server_that_streams_for_ever_is_left(
             left.set()
 
     server.instead = [stream]
-    with pytest.raises(RewardError, match="the answer must not be longer than 1 MiB"):
+    with pytest.raises(RewardError, match="the response must not be longer than 1 MiB"):
         remote(server)(images, PROMPTS, [{}] * 4)
     assert left.wait(30)
     assert len(server.bodies) == 1
 
 
 class Dripping:
-    """A response of one byte a second that never ends."""
+    """An endless response of one byte per second."""
 
     length = None
 
@@ -179,7 +175,7 @@ class Dripping:
         return b" "
 
 
-def test_a_body_that_drips_ends_with_the_timeout(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_body_ends_at_the_timeout(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     response = Dripping()
     monkeypatch.setattr(remote_module, "time", types.SimpleNamespace(monotonic=lambda: response.seconds, sleep=None))
     with pytest.raises(TimeoutError):
@@ -220,7 +216,7 @@ def test_retry_after_is_a_number_or_a_date(header: str | None, seconds: float, m
     assert wait_of(header) == seconds
 
 
-def test_waits_double_from_attempt_to_attempt_up_to_the_timeout(server: Server, images: Tensor) -> None:
+def test_waits_double_with_each_attempt_up_to_the_timeout(server: Server, images: Tensor) -> None:
     waits: list[float] = []
     server.answer = lambda body: (500, b"")
     reward = remote(server, retries=4, backoff=4.0)

@@ -33,7 +33,7 @@ class Constant:
 
 @pytest.fixture(autouse=True)
 def mine() -> Iterator[types.ModuleType]:
-    """A module of the user's."""
+    """A user's module."""
     module = types.ModuleType("mine")
     module.Constant = Constant
     module.ready = Constant(value=7.0)
@@ -55,7 +55,7 @@ def test_a_built_in_reward_is_made_with_its_options() -> None:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_every_built_in_name_leads_to_a_reward_of_that_name(name: str) -> None:
+def test_every_built_in_reward_has_its_name(name: str) -> None:
     module, _, attribute = BUILT_IN[name].partition(":")
     found = getattr(pytest.importorskip(module), attribute)
     assert found.name == name
@@ -71,7 +71,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-def test_a_path_leads_to_a_class_a_function_or_a_reward(images: Tensor) -> None:
+def test_an_import_path_may_be_a_class_a_function_or_a_reward(images: Tensor) -> None:
     options = {"mine:Constant": {"value": 2.0}, "mine:make": {"scale": 3.0}}
     total = build({"mine:Constant": 1.0, "mine:make": 1.0, "mine:ready": 1.0}, options=options)
     scores = total.scores(images, [""] * 4, [{}] * 4)
@@ -83,7 +83,7 @@ def test_a_path_leads_to_a_class_a_function_or_a_reward(images: Tensor) -> None:
     assert scores.total.tolist() == [39.0] * 4
 
 
-def test_the_device_goes_to_whatever_takes_one() -> None:
+def test_the_device_is_passed_to_constructors_that_accept_it() -> None:
     assert build({"mine:Constant": 1.0}, device="meta").rewards["constant"].device == "meta"
     chosen = build({"mine:Constant": 1.0}, device="meta", options={"mine:Constant": {"device": "cpu"}})
     assert chosen.rewards["constant"].device == "cpu"
@@ -101,12 +101,12 @@ def test_an_unknown_key_is_refused_with_what_is_accepted(key: str) -> None:
     assert repr(key) in str(caught.value)
 
 
-def test_wrong_options_name_the_reward_and_what_it_takes() -> None:
+def test_wrong_options_name_the_reward_and_its_signature() -> None:
     with pytest.raises(ValueError, match=r"options of 'mine:Constant' must fit Constant\(.*value.*'colour'"):
         build({"mine:Constant": 1.0}, options={"mine:Constant": {"colour": 1}})
-    with pytest.raises(ValueError, match="it is a reward already"):
+    with pytest.raises(ValueError, match="because it is an instance"):
         build({"mine:ready": 1.0}, options={"mine:ready": {"value": 1}})
-    with pytest.raises(ValueError, match=r"got some for \['ocr'\]"):
+    with pytest.raises(ValueError, match=r"got options for \['ocr'\]"):
         build({"mine:ready": 1.0}, options={"ocr": {}})
 
 
@@ -123,15 +123,15 @@ def test_wrong_options_of_an_address_do_not_show_its_query() -> None:
         ("jpeg-compressibility", {"divisor": math.nan}, "divisor must be a finite number, above 0, got nan"),
         ("ocr", {"threads": 0}, "threads must be an integer, at least 1, got 0"),
         ("ocr", {"params": ["x"]}, "params must be a mapping"),
-        ("clipscore", {"model": 3}, "model must be a name on the hub or a path, got 3"),
-        ("clipscore", {"device": "nowhere"}, "device must be one that torch knows, .* got 'nowhere'"),
+        ("clipscore", {"model": 3}, "model must be a name on the Hugging Face hub or a path, got 3"),
+        ("clipscore", {"device": "nowhere"}, "device must be a device of torch, .* got 'nowhere'"),
         ("pickscore", {"batch_size": "8"}, "batch_size must be an integer, got '8'"),
-        ("pickscore", {"processor": ""}, "processor must be a name on the hub or a path, got ''"),
+        ("pickscore", {"processor": ""}, "processor must be a name on the Hugging Face hub or a path, got ''"),
         ("aesthetic", {"head": 3}, "head must be"),
         ("geneval", {"score": "best"}, "score must be one of"),
         ("geneval", {"threshold": 2}, "threshold must be a finite number, at least 0 and at most 1, got 2"),
         ("geneval", {"max_objects": 1.5}, "max_objects must be an integer, got 1.5"),
-        ("geneval", {"resize": 800}, "resize must be a shortest and a longest edge, or None, got 800"),
+        ("geneval", {"resize": 800}, "resize must be a pair of the shortest and the longest edge, or None, got 800"),
         ("geneval", {"resize": [800, 0]}, "resize must be an integer, at least 1, got 0"),
         ("scene", {"strict": "no"}, "strict must be true or false, got 'no'"),
     ],
@@ -143,7 +143,7 @@ def test_options_out_of_range_or_of_another_type_name_the_reward(
         build({name: 1.0}, options={name: options})
 
 
-def test_what_a_constructor_refuses_names_the_reward(mine: types.ModuleType) -> None:
+def test_an_error_of_a_constructor_names_the_reward(mine: types.ModuleType) -> None:
     def picky(size: int) -> Constant:
         raise TypeError(f"size must be small, got {size}")
 
@@ -155,10 +155,10 @@ def test_what_a_constructor_refuses_names_the_reward(mine: types.ModuleType) -> 
 @pytest.mark.parametrize(
     ("weights", "options", "message"),
     [
-        (["scene"], None, "weights must be a mapping with strings for keys, got list"),
-        ({1: 1.0}, None, "weights must be a mapping with strings for keys"),
-        ({"scene": 1.0}, ["x"], "options must be a mapping with strings for keys, got list"),
-        ({"scene": 1.0}, {"scene": None}, "options of 'scene' must be a mapping with strings for keys, got NoneType"),
+        (["scene"], None, "weights must be a mapping with string keys, got list"),
+        ({1: 1.0}, None, "weights must be a mapping with string keys"),
+        ({"scene": 1.0}, ["x"], "options must be a mapping with string keys, got list"),
+        ({"scene": 1.0}, {"scene": None}, "options of 'scene' must be a mapping with string keys, got NoneType"),
     ],
 )
 def test_weights_and_options_are_mappings(weights: Any, options: Any, message: str) -> None:
@@ -166,12 +166,12 @@ def test_weights_and_options_are_mappings(weights: Any, options: Any, message: s
         build(weights, options=options)
 
 
-def test_what_is_no_reward_is_refused() -> None:
-    with pytest.raises(TypeError, match="must make a reward"):
+def test_other_objects_are_not_rewards() -> None:
+    with pytest.raises(TypeError, match="must return a reward"):
         build({"mine:nothing": 1.0})
-    with pytest.raises(TypeError, match="must lead to a reward"):
+    with pytest.raises(TypeError, match="must be a reward, a class"):
         build({"mine:number": 1.0})
-    with pytest.raises(ValueError, match="no 'absent' in the module 'mine'"):
+    with pytest.raises(ValueError, match="module 'mine' has no attribute 'absent'"):
         build({"mine:absent": 1.0})
     with pytest.raises(ModuleNotFoundError):
         build({"no_such_module_here:x": 1.0})
@@ -194,7 +194,7 @@ def test_a_sum_is_a_reward_itself(images: Tensor) -> None:
     assert total(images, [""] * 4, [{}] * 4).tolist() == [-2.0] * 4
 
 
-def test_the_parts_of_a_sum_are_no_views_of_a_rewards_own_tensor(images: Tensor) -> None:
+def test_the_parts_of_a_sum_are_copies_of_the_rewards_tensors(images: Tensor) -> None:
     with torch.inference_mode():
         answer = torch.ones(4)
     scores = WeightedSum({"a": lambda *_: answer}, {"a": 1.0}).scores(images, [""] * 4, [{}] * 4)
@@ -203,7 +203,7 @@ def test_the_parts_of_a_sum_are_no_views_of_a_rewards_own_tensor(images: Tensor)
 
 
 class Spoiling(Constant):
-    """Changes all that it is given."""
+    """A reward that changes all of its arguments."""
 
     name = "spoiling"
 
@@ -215,7 +215,7 @@ class Spoiling(Constant):
 
 
 class Looking(Constant):
-    """The mean of images, if the metadata are whole."""
+    """The mean of images; fails if the metadata was changed."""
 
     name = "looking"
 
@@ -225,7 +225,7 @@ class Looking(Constant):
 
 
 @pytest.mark.parametrize("through", ["sum", "service"])
-def test_what_a_reward_changes_is_its_own(images: Tensor, through: str) -> None:
+def test_a_reward_may_change_its_arguments(images: Tensor, through: str) -> None:
     kept, metadata = images.clone(), [{"include": [1]} for _ in range(4)]
     total = WeightedSum({"first": Spoiling(), "second": Looking()}, {"first": 1.0, "second": 1.0})
     if through == "sum":
@@ -241,7 +241,7 @@ def test_what_a_reward_changes_is_its_own(images: Tensor, through: str) -> None:
 @pytest.mark.parametrize(
     "answer", ["1.0", ["1"] * 4, [1.0] * 4, None, 1.0, torch.zeros(4, 1), torch.zeros(5)], ids=repr
 )
-def test_an_answer_of_another_kind_names_the_reward(images: Tensor, answer: object) -> None:
+def test_a_result_of_the_wrong_type_names_the_reward(images: Tensor, answer: object) -> None:
     total = WeightedSum({"a": Constant(), "b": lambda *_: answer}, {"a": 1.0, "b": 1.0})
     with pytest.raises(RewardError, match="reward 'b' returned"):
         total(images, [""] * 4, [{}] * 4)
@@ -251,7 +251,7 @@ def test_an_answer_of_another_kind_names_the_reward(images: Tensor, answer: obje
             pending.result()
 
 
-def test_a_sum_names_the_part_with_a_wrong_answer(images: Tensor) -> None:
+def test_a_sum_names_the_part_with_a_wrong_result(images: Tensor) -> None:
     total = WeightedSum({"a": Constant(), "b": lambda *_: torch.zeros(3)}, {"a": 1.0, "b": 1.0})
     with pytest.raises(RewardError, match=r"reward 'b' returned a tensor of shape \(3,\), expected \(4,\)"):
         total(images, [""] * 4, [{}] * 4)
@@ -262,7 +262,7 @@ def test_a_missing_package_names_the_extra() -> None:
         require("no_such_module_here", "ocr")
 
 
-def test_jpeg_prefers_what_is_easy_to_compress(images: Tensor) -> None:
+def test_jpeg_prefers_images_that_are_easy_to_compress(images: Tensor) -> None:
     pytest.importorskip("PIL")
     both = torch.stack([images[0], torch.full_like(images[0], 0.5)])
     noise, flat = JpegCompressibility()(both, ["", ""], [{}, {}]).tolist()

@@ -1,63 +1,28 @@
-"""The service: order, culprits, hanging calls, and that nothing else is lost."""
+"""The reward service: order of batches, samples that fail, calls that hang, and independence of batches."""
 
 from __future__ import annotations
 
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from brightness import PROMPTS, Brightness, fails_on, submit, waits_for
 from torch import Tensor
 
-from star_trainer.rewards import Pending, RewardError, RewardService, WeightedSum
+from star_trainer.rewards import RewardError, RewardService, WeightedSum
 
-PROMPTS = ["a cat", "a dog", "a bad bench", "a clock"]
-TINY = 0.5  # seconds: long for what these rewards do, short for a test
-
-
-class Brightness:
-    """The mean of each image; ``act`` is called first with the prompts and may do anything, or give the answer."""
-
-    def __init__(self, act: Callable[[Sequence[str]], Tensor | None] | None = None, name: str = "brightness") -> None:
-        self.name = name
-        self.act = act
-        self.calls: list[list[str]] = []
-        self.threads: list[threading.Thread] = []
-
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[object]) -> Tensor:
-        self.calls.append(list(prompts))
-        self.threads.append(threading.current_thread())
-        answer = self.act(prompts) if self.act else None
-        return images.mean((1, 2, 3)) if answer is None else answer
-
-
-def fails_on(word: str) -> Callable[[Sequence[str]], None]:
-    def act(prompts: Sequence[str]) -> None:
-        if any(word in prompt for prompt in prompts):
-            raise KeyError("no such thing")
-
-    return act
-
-
-def waits_for(event: threading.Event) -> Callable[[Sequence[str]], None]:
-    def act(prompts: Sequence[str]) -> None:
-        event.wait()
-
-    return act
+TINY = 0.5  # seconds: long for these rewards, short for a test
 
 
 @pytest.fixture
 def release() -> Iterator[threading.Event]:
-    """Keeps a hanging reward hanging until the test is over."""
+    """An event for rewards that hang until the end of the test."""
     event = threading.Event()
     yield event
     event.set()
-
-
-def submit(service: RewardService, images: Tensor, prompts: Sequence[str] = PROMPTS) -> Pending:
-    return service.submit(images, prompts, [{}] * len(prompts), indices=range(10, 10 + len(prompts)))
 
 
 def test_scores_of_a_single_reward_are_total_and_part(images: Tensor) -> None:
@@ -78,72 +43,7 @@ def test_a_weighted_sum_is_reported_part_by_part(images: Tensor) -> None:
     assert torch.allclose(scores.total, 2 * images.mean((1, 2, 3)) - 0.5 * torch.arange(4.0))
 
 
-class ByPhrase(Brightness):
-    """A row of the phrases' scores for each of PROMPTS."""
-
-    def __init__(self, phrases: Tensor, name: str = "phrases") -> None:
-        super().__init__(name=name)
-        self.phrases = phrases
-
-    def by_phrase(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[object]) -> tuple[Tensor, Tensor]:
-        rows = [PROMPTS.index(prompt) for prompt in prompts]
-        return self(images, prompts, metadata), self.phrases[rows]
-
-
-COUNTS = [2, 1, 3, 1]
-PHRASES = torch.arange(16.0).view(4, 4).masked_fill(torch.arange(4) >= torch.tensor(COUNTS)[:, None], torch.nan)
-
-
-def submit_phrases(service: RewardService, images: Tensor) -> Pending:
-    return service.submit(images, PROMPTS, [{}] * 4, indices=range(10, 14), phrases=COUNTS)
-
-
-@pytest.mark.parametrize("batch_size", [None, 3])
-def test_scores_of_phrases_are_summed_as_scores_are(images: Tensor, batch_size: int | None) -> None:
-    parts = {"one": ByPhrase(PHRASES), "other": ByPhrase(PHRASES**2), "shown": Brightness()}
-    total = WeightedSum(parts, {"one": 2.0, "other": -0.5, "shown": 0.0})
-    with RewardService(total, batch_size=batch_size) as service:
-        scores = submit_phrases(service, images).result()
-        assert submit(service, images).result().phrases is None
-    assert scores.phrases is not None
-    torch.testing.assert_close(scores.phrases, (2 * PHRASES - 0.5 * PHRASES**2)[:, :3], equal_nan=True)
-    assert torch.allclose(scores.total, 1.5 * images.mean((1, 2, 3)))
-    assert torch.equal(scores.parts["shown"], images.mean((1, 2, 3)))
-
-
-@pytest.mark.parametrize(
-    ("row", "change", "message"),
-    [
-        (1, [4.0, 1.0, torch.nan, torch.nan], "scored 2 phrases, expected the 1 of the prompt"),
-        (0, [torch.nan, 0.0, torch.nan, torch.nan], "scored 1 phrases, expected the 2 of the prompt"),
-        (0, [torch.nan, 0.0, 1.0, torch.nan], "scored 2 phrases, expected the 2 of the prompt"),
-        (2, [0.0, torch.inf, 1.0, torch.nan], "returned inf"),
-    ],
-)
-def test_a_sample_with_other_phrases_fails_alone(images: Tensor, row: int, change: list[float], message: str) -> None:
-    wrong = PHRASES.clone()
-    wrong[row] = torch.tensor(change)
-    with RewardService(ByPhrase(wrong)) as service, pytest.raises(RewardError, match=f"sample {10 + row} .*{message}"):
-        submit_phrases(service, images).result()
-    with RewardService(ByPhrase(wrong), on_failure="skip") as service, pytest.warns(RuntimeWarning, match=message):
-        scores = submit_phrases(service, images).result()
-    others = [n for n in range(4) if n != row]
-    assert scores.phrases is not None
-    assert bool(scores.phrases[row].isnan().all())
-    assert bool(scores.total[row].isnan())
-    torch.testing.assert_close(scores.phrases[others], PHRASES[others, :3], equal_nan=True)
-    assert torch.equal(scores.total[others], images.mean((1, 2, 3))[others])
-
-
-@pytest.mark.parametrize("answer", [torch.zeros(4), torch.zeros(3, 2), [[0.0]]], ids=["row", "rows", "list"])
-def test_scores_of_phrases_have_a_row_each(images: Tensor, answer: object) -> None:
-    reward = ByPhrase(PHRASES)
-    reward.by_phrase = lambda images, *_: (images.mean((1, 2, 3)), answer)  # type: ignore[method-assign, return-value]
-    with RewardService(reward) as service, pytest.raises(RewardError, match=r"for phrases, expected real numbers \["):
-        submit_phrases(service, images).result()
-
-
-def test_scoring_leaves_the_calling_thread_free_and_keeps_the_order(images: Tensor, release: threading.Event) -> None:
+def test_scoring_does_not_block_the_caller_and_keeps_the_order(images: Tensor, release: threading.Event) -> None:
     reward = Brightness(waits_for(release))
     with RewardService(reward) as service:
         pending = [submit(service, images, [f"{i}{prompt}" for prompt in PROMPTS]) for i in range(3)]
@@ -157,7 +57,7 @@ def test_scoring_leaves_the_calling_thread_free_and_keeps_the_order(images: Tens
     assert reward.threads[0].daemon
 
 
-def test_batch_size_bounds_a_call_and_changes_no_score(images: Tensor) -> None:
+def test_batch_size_limits_a_call_and_does_not_change_scores(images: Tensor) -> None:
     reward = Brightness()
     with RewardService(reward, batch_size=3) as service:
         scores = submit(service, images).result()
@@ -174,7 +74,7 @@ def test_stop_names_reward_sample_prompt_and_cause(images: Tensor) -> None:
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_an_error_without_a_message_fails_its_sample_alone(images: Tensor) -> None:
+def test_an_error_without_a_message_only_fails_its_sample(images: Tensor) -> None:
     class Speechless(Exception):
         def __str__(self) -> str:
             raise RuntimeError("no words")
@@ -189,18 +89,18 @@ def test_an_error_without_a_message_fails_its_sample_alone(images: Tensor) -> No
             assert pending.result().total.isnan().tolist() == [False, False, True, False]
 
 
-def test_stop_leaves_other_batches_alone(images: Tensor) -> None:
+def test_stop_does_not_affect_other_batches(images: Tensor) -> None:
     with RewardService(Brightness(fails_on("bad"))) as service:
         before, broken, after = (submit(service, images, p) for p in (["x"] * 4, PROMPTS, ["y"] * 4))
         with pytest.raises(RewardError):
             broken.result()
-        with pytest.raises(RewardError):  # the answer stays the same
+        with pytest.raises(RewardError):  # repeated calls raise again
             broken.result()
         assert torch.equal(before.result().total, images.mean((1, 2, 3)))
         assert torch.equal(after.result().total, images.mean((1, 2, 3)))
 
 
-def test_skip_gives_nan_to_the_culprit_alone_and_warns_once(images: Tensor) -> None:
+def test_skip_gives_nan_to_the_failing_sample_only_and_warns_once(images: Tensor) -> None:
     total = WeightedSum({"a": Brightness(fails_on("bad")), "b": Brightness()}, {"a": 1.0, "b": 1.0})
     with RewardService(total, on_failure="skip") as service:
         pending = submit(service, images)
@@ -240,12 +140,12 @@ def test_a_score_that_is_not_finite_is_a_failure_of_its_sample(images: Tensor, v
         (torch.zeros(1, dtype=torch.complex64), "complex64"),
     ],
 )
-def test_an_answer_of_the_wrong_kind_is_a_failure(images: Tensor, answer: Tensor, message: str) -> None:
+def test_a_result_of_the_wrong_type_or_shape_is_a_failure(images: Tensor, answer: Tensor, message: str) -> None:
     with RewardService(Brightness(lambda _: answer)) as service, pytest.raises(RewardError, match=message):
         submit(service, images).result()
 
 
-def test_a_batch_that_fails_as_a_whole_alone_is_scored_one_by_one(images: Tensor) -> None:
+def test_a_batch_that_only_fails_as_a_whole_is_scored_one_by_one(images: Tensor) -> None:
     def act(prompts: Sequence[str]) -> None:
         if len(prompts) > 1:
             raise MemoryError("too many")
@@ -259,7 +159,7 @@ def test_a_batch_that_fails_as_a_whole_alone_is_scored_one_by_one(images: Tensor
 
 
 @pytest.mark.parametrize("on_failure", ["stop", "skip"])
-def test_a_call_that_hangs_is_abandoned_and_a_fresh_thread_takes_over(
+def test_a_call_that_hangs_is_abandoned_and_a_new_thread_continues(
     images: Tensor, release: threading.Event, on_failure: str
 ) -> None:
     def act(prompts: Sequence[str]) -> None:
@@ -270,7 +170,7 @@ def test_a_call_that_hangs_is_abandoned_and_a_fresh_thread_takes_over(
     with RewardService(reward, timeout=TINY, on_failure=on_failure, batch_size=2) as service:
         hung, after = submit(service, images, ["fine", "fine", "hang", "too"]), submit(service, images)
         if on_failure == "stop":
-            with pytest.raises(RewardError, match=r"sample 12 \('hang'\), sample 13 \('too'\): no answer after 0.5 s"):
+            with pytest.raises(RewardError, match=r"sample 12 \('hang'\), sample 13 \('too'\): no result after 0.5 s"):
                 hung.result()
         else:
             with pytest.warns(RuntimeWarning) as caught:
@@ -279,7 +179,7 @@ def test_a_call_that_hangs_is_abandoned_and_a_fresh_thread_takes_over(
             assert scores.total.isnan().tolist() == [False, False, True, True]
         assert torch.equal(after.result().total, images.mean((1, 2, 3)))
     assert reward.threads[-1] is not reward.threads[0]
-    assert reward.threads[0].is_alive()  # in the call that hangs
+    assert reward.threads[0].is_alive()  # still in the call that hangs
 
 
 def test_a_reward_that_raises_timeout_error_has_not_hung(images: Tensor) -> None:
@@ -292,10 +192,10 @@ def test_a_reward_that_raises_timeout_error_has_not_hung(images: Tensor) -> None
     assert len(set(reward.threads)) == 1
 
 
-def test_a_broken_image_is_given_to_no_reward(images: Tensor) -> None:
+def test_an_image_that_is_not_finite_is_not_passed_to_rewards(images: Tensor) -> None:
     images[1, 0, 3, 3] = math.nan
     reward = Brightness()
-    with RewardService(reward) as service, pytest.raises(RewardError, match=r"sample 11 .*the image holds NaN"):
+    with RewardService(reward) as service, pytest.raises(RewardError, match=r"sample 11 .*the image contains NaN"):
         submit(service, images).result()
     with RewardService(reward, on_failure="skip") as service, pytest.warns(RuntimeWarning, match="sample 11"):
         scores = submit(service, images).result()
@@ -303,7 +203,7 @@ def test_a_broken_image_is_given_to_no_reward(images: Tensor) -> None:
     assert scores.total.isnan().tolist() == [False, True, False, False]
 
 
-def test_a_part_of_weight_zero_does_not_touch_the_total(images: Tensor) -> None:
+def test_a_part_of_weight_zero_does_not_affect_the_total(images: Tensor) -> None:
     watched = Brightness(fails_on("bad"), name="watched")
     total = WeightedSum({"a": Brightness(), "watched": watched}, {"a": 1.0, "watched": 0.0})
     with RewardService(total, on_failure="skip") as service, pytest.warns(RuntimeWarning, match="'watched'"):
@@ -312,7 +212,7 @@ def test_a_part_of_weight_zero_does_not_touch_the_total(images: Tensor) -> None:
     assert scores.parts["watched"].isnan().sum() == 1
 
 
-def test_a_message_about_many_samples_stays_readable(images: Tensor, release: threading.Event) -> None:
+def test_a_message_about_many_samples_is_short(images: Tensor, release: threading.Event) -> None:
     many = images[:1].expand(30, -1, -1, -1)
     with RewardService(Brightness(waits_for(release)), timeout=TINY) as service, pytest.raises(RewardError) as caught:
         submit(service, many, ["x" * 500] * 30).result()
@@ -320,7 +220,7 @@ def test_a_message_about_many_samples_stays_readable(images: Tensor, release: th
     assert " 39" in str(caught.value)
 
 
-def test_scores_are_no_view_of_the_rewards_own_tensor(images: Tensor) -> None:
+def test_scores_are_a_copy_of_the_rewards_tensor(images: Tensor) -> None:
     with torch.inference_mode():
         answer = torch.ones(4)
     with RewardService(Brightness(lambda _: answer)) as service:
@@ -348,7 +248,7 @@ def test_an_empty_batch_has_no_scores() -> None:
     assert reward.calls == []
 
 
-def test_result_gives_up_after_its_own_timeout(images: Tensor, release: threading.Event) -> None:
+def test_result_has_a_timeout_of_its_own(images: Tensor, release: threading.Event) -> None:
     reward = Brightness(waits_for(release))
     with RewardService(reward) as service:
         pending = submit(service, images)

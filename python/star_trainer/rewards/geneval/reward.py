@@ -1,4 +1,4 @@
-"""GenEval as a reward: objects, counts, colours and positions, seen by a detector and CLIP."""
+"""The GenEval reward: objects, counts, colours and positions, recognised by a detector and CLIP."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from star_trainer.rewards import geneval_rules as rules
 from star_trainer.rewards.base import Metadata
 from star_trainer.rewards.clip import Clip
-from star_trainer.rewards.geneval_colors import ColorClassifier
-from star_trainer.rewards.geneval_detector import Mask2Former
-from star_trainer.rewards.geneval_task import Task, read_task
+from star_trainer.rewards.geneval import rules
+from star_trainer.rewards.geneval.colors import ColorClassifier
+from star_trainer.rewards.geneval.detector import Mask2Former
+from star_trainer.rewards.geneval.task import Task, read_task
 from star_trainer.rewards.images import to_pil
 from star_trainer.rewards.options import check_number, check_path
 
@@ -26,27 +26,27 @@ SCORES = ("correct", "strict", "graded")
 
 
 class GenEval:
-    """Whether an image shows what a line of GenEval's metadata asks for.
+    """Whether an image fulfils a line of GenEval's metadata.
 
     Args:
-        score: "correct": 1 or 0, GenEval's own verdict (``judge``); "strict": 1 or 0, with counts that must
-            be met exactly, the verdict that Flow-GRPO logs as strict accuracy; "graded": the share of conditions that
-            hold, the reward that Flow-GRPO trains on (``grade``).
+        score: "correct": 1 or 0, GenEval's own verdict (``judge``); "strict": 1 or 0, with exact counts, which
+            Flow-GRPO logs as strict accuracy; "graded": the share of fulfilled conditions (``grade``), which Flow-GRPO
+            trains on.
         detector: name or folder of a Mask2Former with its image processor.
-        clip: name or folder of the CLIP that tells colours.
-        device: where both run.
-        batch_size: images in a forward pass of the detector.
-        resize: shortest and longest edge of the detector's input; None is what its image processor says.
-        threshold: confidence that an object must exceed.
+        clip: name or folder of the CLIP model that classifies colours.
+        device: where both models run.
+        batch_size: number of images per forward pass of the detector.
+        resize: shortest and longest edge of the detector's input; None uses the values of its image processor.
+        threshold: objects must have a confidence above it.
         counting_threshold: the same for tasks with the tag "counting".
-        max_objects: the most objects of a class that count.
-        max_overlap: see :func:`geneval_rules.keep`.
-        position_threshold: see :func:`geneval_rules.relations`.
+        max_objects: maximum number of objects of a class.
+        max_overlap: see :func:`star_trainer.rewards.geneval.rules.keep`.
+        position_threshold: see :func:`star_trainer.rewards.geneval.rules.relations`.
 
     Raises:
         TypeError, ValueError: an unknown ``score``, or an option of another type or out of range.
         ImportError: transformers, scipy or pillow is not installed.
-        OSError: there is no such model.
+        OSError: a model does not exist.
     """
 
     name = "geneval"
@@ -87,22 +87,22 @@ class GenEval:
         """The scores.
 
         Raises:
-            ValueError: metadata that is not GenEval's, or a class that the detector does not know.
+            ValueError: metadata that is not in GenEval's format, or a class that the detector does not have.
         """
         verdicts = self.verdicts(images, metadata)
         return torch.tensor([v.score if self.score == "graded" else float(v.correct) for v in verdicts])
 
     def check_prompt(self, prompt: str, metadata: Metadata) -> None:
-        """Raises ValueError as the call does."""
+        """Raises ValueError as ``__call__`` does."""
         self._task(metadata)
 
     def verdicts(self, images: Tensor, metadata: Sequence[Metadata]) -> list[rules.Verdict]:
-        """The verdict on each image, with reasons. Raises as the call does."""
+        """The verdict on each image, with reasons. Raises as ``__call__`` does."""
         tasks = [self._task(record) for record in metadata]
-        pictures = to_pil(images, self.name)
+        converted = to_pil(images, self.name)
         floors = [self._threshold(task) for task in tasks]
-        found = self._detect(pictures, floors)
-        return [self._verdict(*case) for case in zip(pictures, tasks, floors, found, strict=True)]
+        found = self._detect(converted, floors)
+        return [self._verdict(*case) for case in zip(converted, tasks, floors, found, strict=True)]
 
     def _verdict(
         self, image: Image, task: Task, floor: float, found: dict[str, list[rules.Detection]]
@@ -121,7 +121,8 @@ class GenEval:
         task = read_task(record)
         unknown = sorted(task.nouns - set(self._detect.classes))
         if unknown:
-            raise ValueError(f"the detector knows no {', '.join(unknown)}; it knows {', '.join(self._detect.classes)}")
+            known = ", ".join(self._detect.classes)
+            raise ValueError(f"metadata must name classes of the detector ({known}), got {', '.join(unknown)}")
         return task
 
     def _threshold(self, task: Task) -> float:

@@ -1,4 +1,4 @@
-"""What a GenEval prompt asks for: a line of its metadata, read and checked."""
+"""The task of a GenEval prompt: a line of its metadata, parsed and checked."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Requirement:
 
     Args:
         noun: the class.
-        count: how many, at least 1.
+        count: required number, at least 1.
         color: one of ``COLORS``, or None.
         relation: one of ``RELATIONS``, or None.
-        target: the entry before this one that the relation refers to.
+        target: index of the earlier entry that the relation refers to.
     """
 
     noun: str
@@ -31,7 +31,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Task:
-    """What an image must show, and what it must not: classes with the count from which on they are too many."""
+    """The objects that an image must contain, and the excluded classes, each with the count that is too many."""
 
     tag: str
     include: tuple[Requirement, ...]
@@ -46,12 +46,12 @@ def read_task(metadata: Mapping[str, Any]) -> Task:
     """A line of GenEval's file: ``{"tag", "include": [{"class", "count", "color", "position"}], "exclude"}``.
 
     Raises:
-        ValueError: it is not in that format, asks for nothing, names a colour or relation that GenEval does not know,
-            or a position towards an entry that does not come before.
+        ValueError: another format, no entries, a colour or relation that GenEval does not have, or a position that does
+            not refer to an earlier entry.
     """
     include, exclude = _entries(metadata, "include"), _entries(metadata, "exclude")
     if not include and not exclude:
-        raise ValueError(f'geneval needs metadata with an "include" or an "exclude" list, got {dict(metadata)!r}')
+        raise ValueError(f'geneval requires metadata with an "include" or an "exclude" list, got {dict(metadata)!r}')
     return Task(
         str(metadata.get("tag", "")),
         tuple(_requirement(entry, before) for before, entry in enumerate(include)),

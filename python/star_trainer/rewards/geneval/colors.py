@@ -1,4 +1,4 @@
-"""Tells the colour of an object with CLIP, as GenEval does."""
+"""Classifies the colour of an object with CLIP, as GenEval does."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 
 from star_trainer.rewards.clip import Clip
 from star_trainer.rewards.extras import require
-from star_trainer.rewards.geneval_rules import Box, Detection
-from star_trainer.rewards.geneval_task import COLORS
+from star_trainer.rewards.geneval.rules import Box, Detection
+from star_trainer.rewards.geneval.task import COLORS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,11 +25,11 @@ _MAX_ASPECT = 8
 class ColorClassifier:
     """Zero-shot classification of cut-out objects into GenEval's ten colours.
 
-    A colour's direction is the mean of the normalised features of its three texts; an object's colour is the nearest
-    (``clip_benchmark/metrics/zeroshot_classification.py``, which GenEval calls).
+    The features of a colour are the mean of the normalised features of three texts; an object has the colour with the
+    most similar features (``clip_benchmark/metrics/zeroshot_classification.py``, which GenEval calls).
 
     Args:
-        clip: GenEval's is OpenAI's ViT-L/14.
+        clip: the model; GenEval uses OpenAI's ViT-L/14.
     """
 
     def __init__(self, clip: Clip) -> None:
@@ -53,7 +53,7 @@ class ColorClassifier:
 
 
 def cut_out(image: Image, detection: Detection) -> Image:
-    """The object in its box, on grey where its mask is not."""
+    """The crop of an object's box; pixels outside its mask are grey."""
     if detection.mask is not None:
         modules = require("PIL.Image", "geneval")
         stencil = modules.fromarray((detection.mask.to(torch.uint8) * 255).numpy())
@@ -63,10 +63,10 @@ def cut_out(image: Image, detection: Detection) -> Image:
 
 
 def middle(box: Box) -> Box:
-    """The box, cut to its middle where it is longer than eight times its width.
+    """The box, shortened around its centre to an aspect ratio of at most eight.
 
-    CLIP's processor keeps the middle square only, but makes the whole crop that large first: a line of one pixel would
-    take gigabytes.
+    CLIP's processor enlarges the whole crop before it takes the square in the centre: a box one pixel wide would need
+    gigabytes.
     """
     left, top, right, bottom = box
     longest = _MAX_ASPECT * max(min(right - left, bottom - top), 1.0)

@@ -1,4 +1,4 @@
-"""The pictures of a run: prompts are drawn as they are."""
+"""Sample grids show prompts verbatim."""
 
 from __future__ import annotations
 

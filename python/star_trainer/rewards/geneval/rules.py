@@ -1,6 +1,6 @@
 """GenEval's verdict on an image, from the objects that a detector found in it.
 
-The rules of github.com/djghosh13/geneval, ``evaluation/evaluate_images.py`` (Ghosh et al., 2023, arXiv 2310.11513), and
+Rules of github.com/djghosh13/geneval, ``evaluation/evaluate_images.py`` (Ghosh et al., 2023, arXiv 2310.11513), and
 the graded variant that Flow-GRPO trains on, github.com/yifan123/reward-server, ``reward_server/gen_eval.py``.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from star_trainer.rewards.geneval_task import Requirement, Task
+from star_trainer.rewards.geneval.task import Requirement, Task
 
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
@@ -38,18 +38,18 @@ class Detection:
     mask: Tensor | None = None
 
 
-Objects = Mapping[str, Sequence[Detection]]  # by class, the most confident first
-Colors = Callable[[Sequence[Detection], str], list[str]]  # the color of each of some detections of a class
+Objects = Mapping[str, Sequence[Detection]]  # by class, in order of decreasing confidence
+Colors = Callable[[Sequence[Detection], str], list[str]]  # the colours of some detections of a class
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an image shows what it should.
+    """Whether an image fulfils its task.
 
     Args:
-        correct: GenEval's own verdict, or with :func:`grade` Flow-GRPO's strict one.
-        score: 1 or 0, or with :func:`grade` the share of conditions that hold.
-        reasons: what is missing.
+        correct: GenEval's verdict; from :func:`grade`, Flow-GRPO's strict verdict.
+        score: 1 or 0; from :func:`grade`, the share of fulfilled conditions.
+        reasons: the conditions that are not fulfilled.
     """
 
     correct: bool
@@ -64,14 +64,14 @@ def keep(
     max_objects: int = MAX_OBJECTS,
     max_overlap: float = MAX_OVERLAP,
 ) -> list[Detection]:
-    """The detections of one class that count, the most confident first.
+    """The detections of one class that are counted, in order of decreasing confidence.
 
     Args:
         found: in any order.
-        threshold: confidences above it count.
-        max_objects: the most that count.
-        max_overlap: of two boxes with at least this intersection over union the less confident one is dropped; 1 drops
-            none.
+        threshold: minimum confidence (exclusive).
+        max_objects: maximum number of detections.
+        max_overlap: of two boxes with at least this intersection over union, the less confident one is removed; 1
+            removes none.
     """
     ordered = sorted((d for d in found if d.score > threshold), key=lambda d: -d.score)[:max_objects]
     if max_overlap == 1:
@@ -84,17 +84,17 @@ def keep(
 
 
 def overlap(a: Box, b: Box) -> float:
-    """Intersection over union, with boxes that include their last pixel, as GenEval counts."""
+    """Intersection over union of boxes with inclusive right and bottom edges, as in GenEval."""
     both = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
     either = _area(a) + _area(b) - both
     return both / either if either else 0.0
 
 
 def relations(a: Box, b: Box, *, threshold: float = POSITION_THRESHOLD) -> set[str]:
-    """Where ``a`` stands from ``b``: none, one or two of "left of", "right of", "above", "below".
+    """The position of ``a`` relative to ``b``: none, one or two of "left of", "right of", "above", "below".
 
-    The offset of the centres counts beyond ``threshold`` times the sum of both sizes, along each axis, and a relation
-    holds where that is more than half the length of the whole offset.
+    Along each axis, the offset between the centres is reduced by ``threshold`` times the sum of both sizes. A relation
+    holds if the remainder is more than half the length of the full offset.
     """
     offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
     sizes = [abs(a[i + 2] - a[i]) + abs(b[i + 2] - b[i]) for i in (0, 1)]
@@ -107,19 +107,19 @@ def relations(a: Box, b: Box, *, threshold: float = POSITION_THRESHOLD) -> set[s
 
 
 def judge(objects: Objects, task: Task, colors: Colors, *, position_threshold: float = POSITION_THRESHOLD) -> Verdict:
-    """GenEval's verdict: everything to be included is there, at least as often as asked, and nothing to be excluded.
+    """GenEval's verdict: all included objects are present, at least in the required number, and no excluded ones.
 
-    Colours and positions are those of the most confident detections, as many as are asked for. A position holds if
-    every one of them stands so from every object of the entry it refers to, and that entry is fulfilled itself.
+    Colours and positions are checked for the required number of most confident detections. A position holds if each of
+    them has the relation to each object of the target entry, and the target entry is fulfilled itself.
 
     Args:
-        objects: the detections that count (:func:`keep`), by class.
-        task: what is asked for.
-        colors: tells the colours of detections; asked only where the task names one.
+        objects: the detections that are counted (:func:`keep`), by class.
+        task: the conditions.
+        colors: classifies the colours of detections; only called if the task specifies a colour.
         position_threshold: see :func:`relations`.
     """
     reasons: list[str] = []
-    groups: list[Sequence[Detection] | None] = []
+    fulfilled: list[Sequence[Detection] | None] = []
     for entry in task.include:
         found = list(objects.get(entry.noun, ()))[: entry.count]
         problem = None
@@ -130,8 +130,8 @@ def judge(objects: Objects, task: Task, colors: Colors, *, position_threshold: f
             if seen.count(entry.color) < entry.count:
                 problem = f"expected {entry.color} {entry.noun}>={entry.count}, found {_listed(seen)}"
         if problem is None and entry.relation is not None:
-            problem = _misplaced(found, entry, groups, position_threshold)
-        groups.append(found if problem is None else None)
+            problem = _misplaced(found, entry, fulfilled, position_threshold)
+        fulfilled.append(found if problem is None else None)
         reasons += [problem] if problem else []
     for noun, count in task.exclude:
         number = len(objects.get(noun, ()))
@@ -141,22 +141,22 @@ def judge(objects: Objects, task: Task, colors: Colors, *, position_threshold: f
 
 
 def grade(objects: Objects, task: Task, colors: Colors, *, position_threshold: float = POSITION_THRESHOLD) -> Verdict:
-    """Flow-GRPO's reward: the mean over conditions, with counts that must be met exactly.
+    """Flow-GRPO's reward: the mean of the terms of all entries, with exact counts.
 
-    Each entry adds ``1 - |asked - found| / asked`` for its number, which falls below 0 where more than twice as many
-    are found. If the number is right, its colour adds the same of the objects with that colour, and then, if the colour
-    is right as well, its position adds 1 if it holds. If the number is wrong, colour and position add a single 0. What
-    is to be excluded adds nothing.
+    Each entry has the term ``1 - |required - found| / required`` for its count; it is negative if more than twice the
+    required number is found. If the count is correct, a colour has the same term for the number of objects with that
+    colour; if the colour is correct as well, a position that holds has the term 1. If the count is wrong, colour and
+    position together have the single term 0. Excluded objects have no term.
 
-    As in Flow-GRPO, a position towards an entry that is fulfilled adds a 1 in any case, beside a 0 where it does not
-    hold: a wrong position of two objects that are there scores 3/4.
+    As in Flow-GRPO, a position with a fulfilled target entry always has a term 1, in addition to a term 0 if it does
+    not hold: two objects that are present in a wrong position score 3/4.
 
     Args:
         objects, task, colors, position_threshold: as in :func:`judge`.
     """
     reasons: list[str] = []
     terms: list[float] = []
-    groups: list[Sequence[Detection] | None] = []
+    fulfilled: list[Sequence[Detection] | None] = []
     for entry in task.include:
         found = list(objects.get(entry.noun, ()))
         problem = None
@@ -170,19 +170,19 @@ def grade(objects: Objects, task: Task, colors: Colors, *, position_threshold: f
             if seen.count(entry.color) != entry.count:
                 problem = f"expected {entry.color} {entry.noun}=={entry.count}, found {_listed(seen)}"
         if problem is None and entry.relation is not None:
-            problem = _misplaced(found, entry, groups, position_threshold)
+            problem = _misplaced(found, entry, fulfilled, position_threshold)
             terms += [0.0] if problem else []
-            terms += [1.0] if groups[entry.target] is not None else []
-        groups.append(found if problem is None else None)
+            terms += [1.0] if fulfilled[entry.target] is not None else []
+        fulfilled.append(found if problem is None else None)
         reasons += [problem] if problem else []
     return Verdict(not reasons, sum(terms) / len(terms) if terms else 0.0, tuple(reasons))
 
 
 def _misplaced(
-    found: Sequence[Detection], entry: Requirement, groups: Sequence[Sequence[Detection] | None], threshold: float
+    found: Sequence[Detection], entry: Requirement, fulfilled: Sequence[Sequence[Detection] | None], threshold: float
 ) -> str | None:
-    """What is wrong with the position of an entry, or None."""
-    targets = groups[entry.target]
+    """Why the position of an entry does not hold, or None."""
+    targets = fulfilled[entry.target]
     if targets is None:
         return f"no target for {entry.noun} to be {entry.relation}"
     for detection in found:

@@ -1,8 +1,8 @@
-"""Finds GenEval's objects with Mask2Former.
+"""Detects GenEval's objects with Mask2Former.
 
-GenEval runs mmdetection's Mask2Former (Swin-S, COCO instances); here it is transformers' one, with the input size and
-the post-processing of mmdetection (``maskformer_fusion_head.py``, ``instance_postprocess``): masks and boxes at the
-image's own size, confidence = class probability times the mean mask probability within the mask.
+GenEval uses the Mask2Former of mmdetection (Swin-S, COCO instances). This is the implementation of transformers, with
+mmdetection's input size and post-processing (``maskformer_fusion_head.py``, ``instance_postprocess``): masks and boxes
+have the image's size, and the confidence is the class probability times the mean mask probability within the mask.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from star_trainer.rewards.extras import require
-from star_trainer.rewards.geneval_rules import Detection
+from star_trainer.rewards.geneval.rules import Detection
 from star_trainer.rewards.images import slices
 from star_trainer.rewards.options import check_number, check_path, device_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_INSTANCES = 100  # candidates per image, mmdetection's max_per_image
+MAX_INSTANCES = 100  # candidates per image, as max_per_image in mmdetection
 _COCO_TO_GENEVAL = {
     "mouse": "computer mouse",
     "remote": "tv remote",
     "keyboard": "computer keyboard",
     "hair dryer": "hair drier",
-    "motorbike": "motorcycle",  # the last six as in the names of Pascal VOC, which some checkpoints carry
+    "motorbike": "motorcycle",  # the last six: names of Pascal VOC, which some checkpoints have
     "aeroplane": "airplane",
     "sofa": "couch",
     "pottedplant": "potted plant",
@@ -42,16 +42,16 @@ class Mask2Former:
     """Instance segmentation by ``AutoModelForUniversalSegmentation``.
 
     Args:
-        model: name on the Hugging Face hub or a local folder, weights (safetensors) and image processor. The classes
+        model: name on the Hugging Face hub or a local folder, with weights (safetensors) and image processor. Classes
             are those of its ``id2label``.
         device: where the model runs.
-        batch_size: images in a forward pass.
-        resize: shortest and longest edge that images are brought to; None is what the image processor says.
+        batch_size: number of images per forward pass.
+        resize: shortest and longest edge that images are resized to; None uses the values of the image processor.
 
     Raises:
         TypeError, ValueError: an option of another type, or out of range.
         ImportError: transformers, scipy or pillow is not installed.
-        OSError: there is no such model.
+        OSError: the model does not exist.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class Mask2Former:
         self.device = device_of(device)
         if resize is not None:
             if not isinstance(resize, list | tuple) or len(resize) != 2:
-                raise TypeError(f"resize must be a shortest and a longest edge, or None, got {resize!r}")
+                raise TypeError(f"resize must be a pair of the shortest and the longest edge, or None, got {resize!r}")
             for edge in resize:
                 check_number("resize", edge, at_least=1, whole=True)
         transformers = require("transformers", "geneval")
         require("PIL.Image", "geneval")
-        require("scipy", "geneval")  # which transformers' Mask2Former asks for
+        require("scipy", "geneval")  # required by the Mask2Former of transformers
         self.batch_size = batch_size
         self._size = None if resize is None else {"shortest_edge": resize[0], "longest_edge": resize[1]}
         self._processor = transformers.AutoImageProcessor.from_pretrained(model)
@@ -83,11 +83,11 @@ class Mask2Former:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image], floors: Sequence[float]) -> list[dict[str, list[Detection]]]:
-        """What each image shows, by class.
+        """The detections in each image, by class.
 
         Args:
-            images: of one size, so that none is padded.
-            floors: for each image, the confidence that its detections must exceed.
+            images: all of one size, so that none is padded.
+            floors: for each image, the minimum confidence (exclusive) of its detections.
         """
         found: list[dict[str, list[Detection]]] = []
         for part in slices(len(images), self.batch_size):
@@ -115,14 +115,15 @@ def instances(
     """The instances of one image, with their labels.
 
     Args:
-        class_logits: ``[Q, C + 1]``, the last column for no object.
+        class_logits: ``[Q, C + 1]``; the last column means no object.
         mask_logits: ``[Q, h, w]`` over the image.
         size: height and width of the image, which masks and boxes refer to.
-        floor: the confidence to exceed. The class probability bounds it from above, so that masks are made for few.
+        floor: minimum confidence (exclusive). The class probability is an upper bound of the confidence, so that few
+            masks are computed.
 
     Returns:
-        Labels and detections, at most ``MAX_INSTANCES``; a query may come with several labels. A box spans its mask:
-        the first column and row with a pixel, and those after the last.
+        Labels and detections, at most ``MAX_INSTANCES``; a query may have several labels. A box is the bounding box of
+        its mask, with exclusive right and bottom edges.
     """
     probabilities = class_logits.float().softmax(-1)[:, :-1]
     classes = probabilities.shape[1]
