@@ -1,11 +1,10 @@
 // DiffusionNFT's loss with a weight for each location, and its gradient; see nft_sums.h for the formulas.
 #include <cstdint>
 
-#include "cuda/gradient.h"
 #include "cuda/kernels.h"
-#include "cuda/launch.h"
-#include "cuda/reduction.h"
-#include "cuda/rows.h"
+#include "cuda/latents.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/reduction.cuh"
 
 namespace star {
 namespace cuda {

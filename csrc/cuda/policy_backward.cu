@@ -6,10 +6,10 @@
 // are read a second time, from the cache.
 #include <cstdint>
 
-#include "cuda/gradient.h"
 #include "cuda/kernels.h"
-#include "cuda/launch.h"
-#include "cuda/policy.h"
+#include "cuda/latents.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/policy.cuh"
 
 namespace star {
 namespace cuda {

@@ -2,9 +2,9 @@
 #include <cstdint>
 
 #include "cuda/kernels.h"
-#include "cuda/launch.h"
-#include "cuda/policy.h"
-#include "cuda/reduction.h"
+#include "cuda/launch.cuh"
+#include "cuda/policy.cuh"
+#include "cuda/reduction.cuh"
 
 namespace star {
 namespace cuda {

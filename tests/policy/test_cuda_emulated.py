@@ -36,14 +36,14 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     for kernel in (ROOT / "csrc/cuda").glob("*.cu"):
         sources.append(folder / f"{kernel.stem}.cpp")
         shutil.copyfile(kernel, sources[-1])
-    launch = (ROOT / "csrc/cuda/launch.h").read_text()
+    launch = (ROOT / "csrc/cuda/launch.cuh").read_text()
     native_launch, launcher = (
         "kernel<<<t.blocks, t.threads, 0, stream>>>(",
         "emulation::launch(kernel, t.blocks, t.threads, 0, stream)(",
     )
     assert launch.count("<<<") == launch.count(native_launch) == 1
     (folder / "include/cuda").mkdir(parents=True)
-    (folder / "include/cuda/launch.h").write_text(launch.replace(native_launch, launcher))
+    (folder / "include/cuda/launch.cuh").write_text(launch.replace(native_launch, launcher))
     library = tvm_ffi_cpp.build(
         name="emulated",
         cpp_files=[str(source) for source in sources],

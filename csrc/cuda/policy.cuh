@@ -3,9 +3,8 @@
 
 #include <cstdint>
 
-#include "cuda/launch.h"
-#include "cuda/rows.h"
-#include "cuda/tiling.h"
+#include "cuda/latents.cuh"
+#include "cuda/launch.cuh"
 #include "policy_sums.h"
 
 namespace star {

@@ -5,8 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/access.h"
-#include "cuda/tiling.h"
+#include "cuda/latents.cuh"
 
 namespace star {
 namespace cuda {

@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "cuda/tiling.h"
+#include "cuda/latents.cuh"
 #include "objective.h"
 
 namespace star {
