@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from star_kernels.policy.arguments import Backward, Forward, PolicyArguments
 from star_kernels.policy.triton_latents import (
     BLOCK_B,
     BLOCK_T,
@@ -324,55 +324,51 @@ def policy_backward_kernel(
         store_tile(tl.where(m_p[:, None], b_grad, 0.0), p_grad, stride_gc, stride_gp, o_p, o_c, m_tile)
 
 
-def policy_forward(
-    model_output: Tensor, sample: Tensor, prev_sample: Tensor, old_log_prob: Tensor, advantages: Tensor,
-    coefficients: Tensor, weights: Tensor | None, mask: Tensor | None, step_weights: Tensor | None,
-    old_model_output: Tensor | None, ref_model_output: Tensor | None, channel_dim: int, per_location: bool,
-    weighted_kl: bool, per_sample: bool, clip_low: float, clip_high: float, advantage_clip: float, kl_coef: float,
-    loss: Tensor, metrics: Tensor, statistics: Tensor,
-) -> None:  # fmt: skip
-    """Writes loss, metrics and statistics; arguments as in :func:`star_kernels.policy.naive.weighted_policy_loss`."""
-    shape = geometry(model_output, channel_dim)
-    old, reference = (model_output if t is None else t for t in (old_model_output, ref_model_output))
-    latents = (model_output, sample, prev_sample, old, reference)
-    steps = [stride for latent in latents for stride in strides(latent, channel_dim)]
+def policy_forward(arguments: PolicyArguments, results: Forward) -> None:
+    """Writes the loss, the metrics and what the backward pass needs."""
+    a = arguments
+    if a.phrases > 1 or a.dense:
+        raise NotImplementedError("advantages of phrases or of locations")
+    loss, metrics, statistics = results
+    shape = geometry(a.model_output, a.channel_dim)
+    old, reference = (a.model_output if t is None else t for t in (a.old_model_output, a.ref_model_output))
+    latents = (a.model_output, a.sample, a.prev_sample, old, reference)
+    steps = [stride for latent in latents for stride in strides(latent, a.channel_dim)]
     tiles = shape.tiles_to_add
     programs = shape.batch * tiles
-    with torch.cuda.device_of(model_output):
-        partial = torch.empty(ROWS, programs, dtype=torch.float64, device=model_output.device)
+    with torch.cuda.device_of(a.model_output):
+        partial = torch.empty(ROWS, programs, dtype=torch.float64, device=a.model_output.device)
         policy_forward_kernel[(programs,)](
-            *latents, old_log_prob, advantages, coefficients, advantages if weights is None else weights,
-            mask, advantages if step_weights is None else step_weights,
-            partial, zero_counter(model_output.device), loss, metrics, statistics, *steps,
-            shape.batch, shape.channels, shape.positions, tiles, coefficients.shape[1],
-            *patches(model_output, channel_dim, weights), int(weights is not None), int(step_weights is not None),
-            int(old_log_prob.ndim == 1), int(weighted_kl), int(per_sample),
-            1.0 / shape.channels, float(clip_low), float(clip_high), float(advantage_clip), float(kl_coef),
-            PER_LOCATION=per_location, HAS_MASK=mask is not None, HAS_OLD=old_model_output is not None,
-            HAS_REF=ref_model_output is not None, **shape.constants, **LAUNCH,
+            *latents, a.old_log_prob, a.advantages, a.coefficients, a.advantages if a.weights is None else a.weights,
+            a.mask, a.advantages if a.step_weights is None else a.step_weights,
+            partial, zero_counter(a.model_output.device), loss, metrics, statistics, *steps,
+            shape.batch, shape.channels, shape.positions, tiles, a.coefficients.shape[1],
+            *patches(a.model_output, a.channel_dim, a.weights), int(a.weights is not None),
+            int(a.step_weights is not None), int(a.old_log_prob.ndim == 1), int(a.weighted_kl), int(a.unreduced),
+            1.0 / shape.channels, float(a.clip_low), float(a.clip_high), float(a.advantage_clip), float(a.kl_coef),
+            PER_LOCATION=a.per_location, HAS_MASK=a.mask is not None, HAS_OLD=a.old_model_output is not None,
+            HAS_REF=a.ref_model_output is not None, **shape.constants, **LAUNCH,
         )  # fmt: skip
 
 
-def policy_backward(
-    model_output: Tensor, sample: Tensor, prev_sample: Tensor, old_log_prob: Tensor, advantages: Tensor,
-    coefficients: Tensor, weights: Tensor | None, mask: Tensor | None, step_weights: Tensor | None,
-    old_model_output: Tensor | None, ref_model_output: Tensor | None, channel_dim: int, per_location: bool,
-    weighted_kl: bool, per_sample: bool, clip_low: float, clip_high: float, advantage_clip: float, kl_coef: float,
-    grad_loss: Tensor, statistics: Tensor, gradient: Tensor,
-) -> None:  # fmt: skip
-    """Writes the gradient with respect to model_output, from what the forward pass was given and its statistics."""
-    shape = geometry(model_output, channel_dim)
-    old, reference = (model_output if t is None else t for t in (old_model_output, ref_model_output))
-    latents = (model_output, sample, prev_sample, old, reference, gradient)
-    steps = [stride for latent in latents for stride in strides(latent, channel_dim)]
-    with torch.cuda.device_of(model_output):
+def policy_backward(arguments: PolicyArguments, results: Backward) -> None:
+    """Writes the gradient with respect to model_output."""
+    a = arguments
+    if a.phrases > 1 or a.dense:
+        raise NotImplementedError("advantages of phrases or of locations")
+    grad_loss, statistics, gradient = results
+    shape = geometry(a.model_output, a.channel_dim)
+    old, reference = (a.model_output if t is None else t for t in (a.old_model_output, a.ref_model_output))
+    latents = (a.model_output, a.sample, a.prev_sample, old, reference, gradient)
+    steps = [stride for latent in latents for stride in strides(latent, a.channel_dim)]
+    with torch.cuda.device_of(a.model_output):
         policy_backward_kernel[(shape.batch * shape.tiles,)](
-            *latents, old_log_prob, advantages, coefficients, advantages if weights is None else weights, mask,
-            grad_loss, statistics, *steps,
-            shape.batch, shape.channels, shape.positions, shape.tiles, coefficients.shape[1],
-            *patches(model_output, channel_dim, weights), int(weights is not None), int(weighted_kl), int(per_sample),
-            1.0 / shape.channels, float(clip_low), float(clip_high), float(advantage_clip),
-            kl_coef if per_sample else kl_coef / shape.batch,
-            PER_LOCATION=per_location, HAS_MASK=mask is not None, HAS_OLD=old_model_output is not None,
-            HAS_REF=ref_model_output is not None, **shape.constants, **LAUNCH,
+            *latents, a.old_log_prob, a.advantages, a.coefficients, a.advantages if a.weights is None else a.weights,
+            a.mask, grad_loss, statistics, *steps,
+            shape.batch, shape.channels, shape.positions, shape.tiles, a.coefficients.shape[1],
+            *patches(a.model_output, a.channel_dim, a.weights), int(a.weights is not None),
+            int(a.weighted_kl), int(a.unreduced), 1.0 / shape.channels, float(a.clip_low), float(a.clip_high), float(a.advantage_clip),
+            a.kl_coef if a.unreduced else a.kl_coef / shape.batch,
+            PER_LOCATION=a.per_location, HAS_MASK=a.mask is not None, HAS_OLD=a.old_model_output is not None,
+            HAS_REF=a.ref_model_output is not None, **shape.constants, **LAUNCH,
         )  # fmt: skip

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from star_kernels.policy import naive
+from star_kernels.policy.arguments import Backward, Forward, NftArguments
 from star_kernels.policy.triton_latents import (
     BLOCK_B,
     BLOCK_T,
@@ -226,49 +226,46 @@ def nft_backward_kernel(
         store_tile(tl.where(m_p[:, None], b_grad, 0.0), p_grad, stride_gc, stride_gp, o_p, o_c, m_tile)
 
 
-def nft_forward(
-    model_output: Tensor, old_model_output: Tensor, target: Tensor, advantages: Tensor, sigma: Tensor,
-    weights: Tensor | None, mask: Tensor | None, step_weights: Tensor | None, ref_model_output: Tensor | None,
-    channel_dim: int, adaptive: bool, weighted_kl: bool, per_sample: bool,
-    beta: float, advantage_clip: float, kl_coef: float,
-    loss: Tensor, metrics: Tensor, statistics: Tensor,
-) -> None:  # fmt: skip
-    """Writes loss, metrics and statistics; arguments as in :func:`star_kernels.policy.naive.weighted_nft_loss`."""
-    shape = geometry(model_output, channel_dim)
-    latents = (model_output, old_model_output, target, model_output if ref_model_output is None else ref_model_output)
-    steps = [stride for latent in latents for stride in strides(latent, channel_dim)]
+def nft_forward(arguments: NftArguments, results: Forward) -> None:
+    """Writes the loss, the metrics and what the backward pass needs."""
+    a = arguments
+    loss, metrics, statistics = results
+    shape = geometry(a.model_output, a.channel_dim)
+    latents = (
+        a.model_output,
+        a.old_model_output,
+        a.target,
+        a.model_output if a.ref_model_output is None else a.ref_model_output,
+    )
+    steps = [stride for latent in latents for stride in strides(latent, a.channel_dim)]
     tiles = shape.tiles_to_add
     programs = shape.batch * tiles
-    with torch.cuda.device_of(model_output):
-        partial = torch.empty(ROWS, programs, dtype=torch.float64, device=model_output.device)
+    with torch.cuda.device_of(a.model_output):
+        partial = torch.empty(ROWS, programs, dtype=torch.float64, device=a.model_output.device)
         nft_forward_kernel[(programs,)](
-            *latents, advantages, sigma, advantages if weights is None else weights, mask,
-            advantages if step_weights is None else step_weights,
-            partial, zero_counter(model_output.device), loss, metrics, statistics, *steps,
-            shape.batch, shape.channels, shape.positions, tiles, *patches(model_output, channel_dim, weights),
-            int(weights is not None), int(step_weights is not None), int(adaptive), int(weighted_kl), int(per_sample),
-            float(beta), float(advantage_clip), float(kl_coef),
-            HAS_MASK=mask is not None, HAS_REF=ref_model_output is not None, **shape.constants, **LAUNCH,
+            *latents, a.advantages, a.sigma, a.advantages if a.weights is None else a.weights, a.mask,
+            a.advantages if a.step_weights is None else a.step_weights,
+            partial, zero_counter(a.model_output.device), loss, metrics, statistics, *steps,
+            shape.batch, shape.channels, shape.positions, tiles, *patches(a.model_output, a.channel_dim, a.weights),
+            int(a.weights is not None), int(a.step_weights is not None), int(a.adaptive), int(a.weighted_kl),
+            int(a.unreduced), float(a.beta), float(a.advantage_clip), float(a.kl_coef),
+            HAS_MASK=a.mask is not None, HAS_REF=a.ref_model_output is not None, **shape.constants, **LAUNCH,
         )  # fmt: skip
 
 
-def nft_backward(
-    model_output: Tensor, old_model_output: Tensor, target: Tensor, advantages: Tensor, sigma: Tensor,
-    weights: Tensor | None, mask: Tensor | None, step_weights: Tensor | None, ref_model_output: Tensor | None,
-    channel_dim: int, adaptive: bool, weighted_kl: bool, per_sample: bool,
-    beta: float, advantage_clip: float, kl_coef: float,
-    grad_loss: Tensor, statistics: Tensor, gradient: Tensor,
-) -> None:  # fmt: skip
-    """Writes the gradient with respect to model_output, from what the forward pass was given and its statistics."""
-    shape = geometry(model_output, channel_dim)
-    reference = model_output if ref_model_output is None else ref_model_output
-    latents = (model_output, old_model_output, target, reference, gradient)
-    steps = [stride for latent in latents for stride in strides(latent, channel_dim)]
-    with torch.cuda.device_of(model_output):
+def nft_backward(arguments: NftArguments, results: Backward) -> None:
+    """Writes the gradient with respect to model_output."""
+    a = arguments
+    grad_loss, statistics, gradient = results
+    shape = geometry(a.model_output, a.channel_dim)
+    reference = a.model_output if a.ref_model_output is None else a.ref_model_output
+    latents = (a.model_output, a.old_model_output, a.target, reference, gradient)
+    steps = [stride for latent in latents for stride in strides(latent, a.channel_dim)]
+    with torch.cuda.device_of(a.model_output):
         nft_backward_kernel[(shape.batch * shape.tiles,)](
-            *latents, advantages if weights is None else weights, mask, grad_loss, statistics, *steps,
-            shape.batch, shape.channels, shape.positions, shape.tiles, *patches(model_output, channel_dim, weights),
-            int(weights is not None), int(weighted_kl), int(per_sample), 1.0 / shape.channels,
-            kl_coef if per_sample else kl_coef / shape.batch,
-            HAS_MASK=mask is not None, HAS_REF=ref_model_output is not None, **shape.constants, **LAUNCH,
+            *latents, a.advantages if a.weights is None else a.weights, a.mask, grad_loss, statistics, *steps,
+            shape.batch, shape.channels, shape.positions, shape.tiles,
+            *patches(a.model_output, a.channel_dim, a.weights), int(a.weights is not None), int(a.weighted_kl), int(a.unreduced), 1.0 / shape.channels,
+            a.kl_coef if a.unreduced else a.kl_coef / shape.batch,
+            HAS_MASK=a.mask is not None, HAS_REF=a.ref_model_output is not None, **shape.constants, **LAUNCH,
         )  # fmt: skip

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from star_kernels.policy.arguments import SampleArguments
 from star_kernels.policy.triton_latents import (
     LAUNCH,
     SIZES,
@@ -54,16 +55,9 @@ def sampling_kernel(
     tl.store(p_log_prob + o_b * positions + o_p, b_log_prob, mask=m_p)
 
 
-def sample_transition(
-    model_output: Tensor,
-    sample: Tensor,
-    noise: Tensor,
-    coefficients: Tensor,  # [6, B] or [6, 1]
-    channel_dim: int,
-    prev_sample: Tensor,
-    log_prob: Tensor,  # [B, *locations]
-) -> None:
+def sample_transition(arguments: SampleArguments, prev_sample: Tensor, log_prob: Tensor) -> None:
     """Writes prev_sample and log_prob, in one launch."""
+    model_output, sample, noise, coefficients, channel_dim = arguments
     shape = geometry(model_output, channel_dim)
     latents = (model_output, sample, noise, prev_sample)
     steps = [stride for latent in latents for stride in strides(latent, channel_dim)]
