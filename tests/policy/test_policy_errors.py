@@ -247,7 +247,7 @@ def test_weights_of_a_packed_latent_have_no_coarser_grid() -> None:
 
 
 def test_noise_and_generator_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="generator must be None where noise is given"):
+    with pytest.raises(ValueError, match="generator must be None if noise is given"):
         sample_transition(LATENT, LATENT, STEP, noise=LATENT, generator=torch.Generator())
     with pytest.raises(ValueError, match=r"noise must have the shape of model_output.*got \[1, 4, 6, 8\]"):
         sample_transition(LATENT, LATENT, STEP, noise=LATENT[:1])
