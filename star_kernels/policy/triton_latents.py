@@ -140,7 +140,7 @@ def clipped_surrogate(log_ratio, advantage, clip_low, clip_high):
 @triton.jit
 def times(b_factor, b_value):
     """The product, zero for a factor of zero and an infinite value; a NaN stays visible."""
-    return tl.where((b_factor == 0.0) & (b_value == b_value), 0.0, b_factor * b_value)
+    return tl.where(b_factor == 0.0, tl.where(b_value == b_value, 0.0, b_value), b_factor * b_value)
 
 
 @triton.jit
