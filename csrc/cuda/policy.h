@@ -6,7 +6,7 @@
 #include "cuda/launch.h"
 #include "cuda/rows.h"
 #include "cuda/tiling.h"
-#include "policy_sums.h"
+#include "flow_policy.h"
 
 namespace star {
 namespace cuda {

@@ -10,7 +10,7 @@
 #include <cstdint>
 
 #include "cuda/tiling.h"
-#include "objective.h"
+#include "flow_policy.h"
 
 namespace star {
 namespace cuda {
@@ -86,7 +86,7 @@ __device__ __noinline__ void finish_forward(const Tiling& t, const typename Kind
     merge_lanes<Kind::kLargestSum>(sums, t.finish);
     if (b < a.batch && member == 0) {
       double metrics[Kind::kMetrics];
-      finish_sample(a, b, sums, metrics);
+      finish_sample(a, b, sums, nullptr, metrics);
       merge<Kind::kLargestMetric>(total, metrics);
     }
   }

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "cuda/access.h"
-#include "objective.h"
+#include "flow_policy.h"
 
 namespace star {
 namespace cuda {

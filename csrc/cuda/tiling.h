@@ -12,7 +12,6 @@
 
 #include "cuda/access.h"
 #include "flow_policy.h"
-#include "objective.h"
 
 namespace star {
 namespace cuda {
