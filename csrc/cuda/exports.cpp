@@ -7,7 +7,7 @@
 
 #include "cuda/kernels.h"
 #define STAR_DEVICE kDLCUDA
-#include "unpack.h"
+#include "binding.h"
 
 #if !defined(STAR_CUDA_ARCHITECTURES)
 #error "setup.py names the architectures"

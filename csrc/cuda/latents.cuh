@@ -13,7 +13,6 @@
 
 #include "arguments.h"
 #include "flow_policy.h"
-#include "objective.h"
 
 namespace star {
 namespace cuda {

@@ -32,7 +32,7 @@ __device__ __forceinline__ Runs<Access> load_runs(const Access& access, const Nf
   runs.v = load_output(access, a.model_output, b, position, c);
   runs.old = load_output(access, a.old_output, b, position, c);
   runs.target = load_latent(access, a.target, b, position, c);
-  if (a.reference.data) runs.reference = load_output(access, a.reference, b, position, c);
+  if (a.ref_output.data) runs.reference = load_output(access, a.ref_output, b, position, c);
   return runs;
 }
 
@@ -68,7 +68,7 @@ __device__ __forceinline__ void add_terms(const Access& access, const NftArgumen
     sums[Nft::kNegativeAbsolute] += fabsf(e.negative);
     sums[Nft::kDeviation] += change * change;
   }
-  if (a.reference.data) {
+  if (a.ref_output.data) {
 #pragma unroll
     for (int i = 0; i < Access::kRun; ++i) {
       const int slot = Access::kPacked ? 0 : i;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const float sum = factors.old_error * (old - access.value(runs.target, i)) + factors.change * change;
         gradient[i] = weights.loss[Access::kPacked ? 0 : i] * sum;
       }
-      if (a.reference.data) add_kl_gradient(access, runs.v, runs.reference, weights.kl, gradient);
+      if (a.ref_output.data) add_kl_gradient(access, runs.v, runs.reference, weights.kl, gradient);
       store_gradient(access, a, b, position, c, weights.keep, gradient);
     };
     for_each_run<Access>(t, a.channels, lane, load, use);

@@ -3,9 +3,16 @@
 
 #include <cstdint>
 
+<<<<<<< HEAD:csrc/cuda/policy.cuh
 #include "cuda/latents.cuh"
 #include "cuda/launch.cuh"
 #include "policy_sums.h"
+=======
+#include "cuda/launch.h"
+#include "cuda/rows.h"
+#include "cuda/tiling.h"
+#include "flow_policy.h"
+>>>>>>> policy:csrc/cuda/policy.h
 
 namespace star {
 namespace cuda {

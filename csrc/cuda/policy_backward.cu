@@ -29,7 +29,7 @@ template <typename Access>
 __device__ __forceinline__ Factors<Access> factors_of(const PolicyArguments& a, const Coefficients& k, unsigned b,
                                                       unsigned position, const Sums<Access>& sums) {
   const Rows<Access> rows(a, b, position, a.per_location);
-  const float common = gradient_factor(a, k, b), kl = a.reference.data ? kl_gradient_factor(a, k, b) : 0.0f;
+  const float common = gradient_factor(a, k, b), kl = a.ref_output.data ? kl_gradient_factor(a, k, b) : 0.0f;
   const float advantage = clamp_advantage(__ldg(a.advantages + b), a.advantage_clip);
   float log_ratio[Access::kSlots];
   if (a.per_location) log_ratios(a, k, rows, sums, log_ratio);
@@ -74,9 +74,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       runs.x = load_latent(access, a.sample, b, position, c);
       runs.v = load_output(access, output, b, position, c);
       runs.prev = load_latent(access, a.prev_sample, b, position, c);
-      if (a.reference.data) {
+      if (a.ref_output.data) {
         runs.output = load_output(access, a.model_output, b, position, c);
-        runs.reference = load_output(access, a.reference, b, position, c);
+        runs.reference = load_output(access, a.ref_output, b, position, c);
       }
       return runs;
     };
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         gradient[i] = factors.residual[Access::kPacked ? 0 : i] *
                       residual(k, access.value(runs.x, i), access.value(runs.v, i), access.value(runs.prev, i));
       }
-      if (a.reference.data) add_kl_gradient(access, runs.output, runs.reference, factors.kl, gradient);
+      if (a.ref_output.data) add_kl_gradient(access, runs.output, runs.reference, factors.kl, gradient);
       store_gradient(access, a, b, position, c, factors.keep, gradient);
     };
     for_each_run<Access>(t, a.channels, lane, load, use);
@@ -156,9 +156,9 @@ __global__ void __launch_bounds__(kThreads / 2, 3)
     float gradient[kRun];
 #pragma unroll
     for (int j = 0; j < kRun; ++j) gradient[j] = factors.residual[j] * residuals[j];
-    if (a.reference.data) {
+    if (a.ref_output.data) {
       const OutputRun<Access> v = load_output(access, a.model_output, b, position, c);
-      add_kl_gradient(access, v, load_output(access, a.reference, b, position, c), factors.kl, gradient);
+      add_kl_gradient(access, v, load_output(access, a.ref_output, b, position, c), factors.kl, gradient);
     }
     store_gradient(access, a, b, position, c, factors.keep, gradient);
   };

@@ -27,7 +27,7 @@ __device__ __forceinline__ void add_terms(const PolicyArguments& a, const Coeffi
       terms[Policy::kLogRatio] += rows.weights[i] * log_ratio[i];
     }
     const float kl_weight = a.weighted_kl ? rows.weights[i] : 1.0f;
-    if (a.reference.data) terms[Policy::kSquaredDifference] += kl_weight * sums.kl[i];
+    if (a.ref_output.data) terms[Policy::kSquaredDifference] += kl_weight * sums.kl[i];
   }
 }
 
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   float terms[Policy::kSums] = {};
   for_each_position<Access>(t, place, [&](unsigned position, unsigned lane, bool active) {
     const Rows<Access> rows(a, place.b, active ? position : place.first, !a.old_is_scalar);
-    const Sums<Access> sums = channel_sums(access, a, k, t, place.b, position, lane, active, a.reference);
+    const Sums<Access> sums = channel_sums(access, a, k, t, place.b, position, lane, active, a.ref_output);
     if (active && lane == 0) add_terms(a, k, advantage, rows, sums, terms);
   });
   reduce<Policy>(t, a, terms, a.per_location ? Policy::kSums : Policy::kSampleSums, counter);

@@ -9,8 +9,13 @@
 
 #include <cstdint>
 
+<<<<<<< HEAD:csrc/cuda/reduction.cuh
 #include "cuda/latents.cuh"
 #include "objective.h"
+=======
+#include "cuda/tiling.h"
+#include "flow_policy.h"
+>>>>>>> policy:csrc/cuda/reduction.h
 
 namespace star {
 namespace cuda {
@@ -86,7 +91,7 @@ __device__ __noinline__ void finish_forward(const Tiling& t, const typename Kind
     merge_lanes<Kind::kLargestSum>(sums, t.finish);
     if (b < a.batch && member == 0) {
       double metrics[Kind::kMetrics];
-      finish_sample(a, b, sums, metrics);
+      finish_sample(a, b, sums, nullptr, metrics);
       merge<Kind::kLargestMetric>(total, metrics);
     }
   }
