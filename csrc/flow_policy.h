@@ -230,10 +230,9 @@ STAR_INLINE Coefficients coefficients_of(const float* table, int64_t columns, in
   return load_coefficients(table, columns, columns == 1 ? 0 : sample);
 }
 
-// The terms of a location's ratio, without the loss.
-template <typename Number>
-STAR_INLINE void add_ratio_metrics(Number (&sums)[Policy::kSums], float log_ratio, float ratio,
-                                   const PolicyArguments& a) {
+// The terms of a location's ratio, without the loss. kSize is at least Policy::kSums.
+template <typename Number, int kSize>
+STAR_INLINE void add_ratio_metrics(Number (&sums)[kSize], float log_ratio, float ratio, const PolicyArguments& a) {
   sums[Policy::kRatio] += ratio;
   sums[Policy::kRatioMax] = maximum(sums[Policy::kRatioMax], static_cast<Number>(ratio));
   sums[Policy::kClipped] += ratio < a.clip_low || ratio > a.clip_high;
@@ -241,8 +240,8 @@ STAR_INLINE void add_ratio_metrics(Number (&sums)[Policy::kSums], float log_rati
 }
 
 // The terms of a location's ratio, with one advantage.
-template <typename Number>
-STAR_INLINE void add_ratio(Number (&sums)[Policy::kSums], float log_ratio, float advantage, float weight,
+template <typename Number, int kSize>
+STAR_INLINE void add_ratio(Number (&sums)[kSize], float log_ratio, float advantage, float weight,
                            const PolicyArguments& a) {
   const Surrogate s = clipped_surrogate(log_ratio, advantage, a.clip_low, a.clip_high);
   sums[Policy::kLoss] += static_cast<Number>(weight) * s.loss;
@@ -250,8 +249,8 @@ STAR_INLINE void add_ratio(Number (&sums)[Policy::kSums], float log_ratio, float
 }
 
 // The same with the weighted advantages of several phrases.
-template <typename Number>
-STAR_INLINE void add_ratio(Number (&sums)[Policy::kSums], float log_ratio, const SignedAdvantage<float>& advantage,
+template <typename Number, int kSize>
+STAR_INLINE void add_ratio(Number (&sums)[kSize], float log_ratio, const SignedAdvantage<float>& advantage,
                            const PolicyArguments& a) {
   const float ratio = expf(log_ratio);
   sums[Policy::kLoss] += signed_surrogate(ratio, advantage, a.clip_low, a.clip_high).loss;
@@ -267,9 +266,10 @@ STAR_INLINE void add_sample_ratio(const PolicyArguments& a, double log_ratio, fl
   metrics[Policy::kApproximateKl] += 0.5 * log_ratio * log_ratio;
 }
 
-// The ratios of a sample's phrases: writes their slopes and adds up their losses and metrics. `more` are the sums after
-// the kSums.
-STAR_INLINE void finish_phrases(const PolicyArguments& a, int64_t b, double log_ratio_sum, const double* more,
+// The ratios of a sample's phrases: writes their slopes and adds up their losses and metrics. more[i] are the sums
+// after the kSums.
+template <typename Sums>
+STAR_INLINE void finish_phrases(const PolicyArguments& a, int64_t b, double log_ratio_sum, const Sums& more,
                                 double inverse, double guard, double (&metrics)[Policy::kMetrics]) {
   const double step = step_weight(a, b), old = a.old_is_scalar ? a.old_log_prob[b] : 0.0f;
   for (int64_t g = 0; g < a.phrases; ++g) {
@@ -288,7 +288,8 @@ STAR_INLINE void finish_phrases(const PolicyArguments& a, int64_t b, double log_
 
 // The ratio of a sample with dense advantages: the value of a location's ratio is the sample's, its gradient the
 // location's own (GSPO-token, arXiv 2507.18071).
-STAR_INLINE void finish_dense(const PolicyArguments& a, int64_t b, double log_ratio_sum, const double* more,
+template <typename Sums>
+STAR_INLINE void finish_dense(const PolicyArguments& a, int64_t b, double log_ratio_sum, const Sums& more,
                               double inverse, double guard, double (&metrics)[Policy::kMetrics]) {
   const double step = step_weight(a, b), old = a.old_is_scalar ? a.old_log_prob[b] : 0.0f;
   const double log_ratio = (log_ratio_sum * inverse - old) * guard, share = share_of_sample(a);
@@ -304,8 +305,9 @@ STAR_INLINE void finish_dense(const PolicyArguments& a, int64_t b, double log_ra
 
 // Turns the sums of a sample into its part of the metrics, and writes what is saved of it and, unreduced, its loss. A
 // sample without a location that counts contributes nothing.
+template <typename Sums>
 STAR_INLINE void finish_sample(const PolicyArguments& a, int64_t b, const double (&sums)[Policy::kSums],
-                               const double* more, double (&metrics)[Policy::kMetrics]) {
+                               const Sums& more, double (&metrics)[Policy::kMetrics]) {
   const Coefficients k = coefficients_of(a.coefficients, a.columns, b);
   const double inverse = inverse_count(a, sums[Policy::kCount]), guard = a.old_output.data ? guard_factor(k) : 1.0f;
   const double step = step_weight(a, b);
@@ -338,12 +340,16 @@ STAR_INLINE float upstream_mean(const PolicyArguments& a, int64_t b) {
   return upstream_gradient(a, b) * a.saved[Policy::slopes(a) * a.batch + b];
 }
 
+// d loss / d output = factor * slope * weight * residual.
+STAR_INLINE float gradient_factor_of_slope(const PolicyArguments& a, const Coefficients& k, int64_t b) {
+  return upstream_mean(a, b) * log_prob_slope(k, 1.0f / static_cast<float>(a.channels));
+}
+
 // d loss / d output = factor * weight * residual, times the slope of the location's surrogate if it has a ratio. `row`
 // is that of the slope: the phrase, or for dense advantages 0 where they are positive and 1 where they are negative,
 // which then multiply the factor by their absolute value.
 STAR_INLINE float gradient_factor(const PolicyArguments& a, const Coefficients& k, int64_t b, int64_t row = 0) {
-  const float inverse_channels = 1.0f / static_cast<float>(a.channels);
-  return upstream_mean(a, b) * log_prob_slope(k, inverse_channels) * a.saved[row * a.batch + b];
+  return gradient_factor_of_slope(a, k, b) * a.saved[row * a.batch + b];
 }
 
 // d loss / d output = factor * (output - ref_output), of the KL penalty, times the weight if that acts on it.

@@ -43,7 +43,8 @@ STAR_INLINE NftErrors nft_errors(float old_error, float change, float beta) {
 }
 
 // Turns the sums of a sample into its part of the metrics, and writes what is saved of it and, unreduced, its loss.
-STAR_INLINE void finish_sample(const NftArguments& a, int64_t b, const double (&sums)[Nft::kSums], const double*,
+template <typename Sums>
+STAR_INLINE void finish_sample(const NftArguments& a, int64_t b, const double (&sums)[Nft::kSums], const Sums&,
                                double (&metrics)[Nft::kMetrics]) {
   const double inverse = inverse_count(a, sums[Nft::kCount]);
   const double inverse_elements = inverse / static_cast<double>(a.channels);

@@ -297,7 +297,8 @@ __device__ __forceinline__ void load_mask(const Objective& a, unsigned b, unsign
   for (int i = 0; i < kSlots; ++i) keep[i] = !a.mask || run.value[i] != 0;
 }
 
-// The weights of the positions of a run, read from the patch grid that divides the latent's; ones without weights.
+// The weights of the positions of a run, read from the patch grid that divides the latent's; ones without weights. Row
+// b is that of a sample, or of a phrase of it.
 template <int kSlots>
 __device__ __forceinline__ void load_weights(const Objective& a, unsigned b, unsigned position,
                                              float (&weights)[kSlots]) {
