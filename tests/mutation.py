@@ -29,8 +29,11 @@ TIMEOUT = 120  # seconds: a mutant may never end
 TARGETS = {  # name -> file, tests, expression that selects them
     "policy": (
         "star_kernels/policy/naive.py",
-        ["test_nft_loss", "test_sampling", "test_policy_options", "test_policy_extremes", "test_policy_loss"],
-        "naive or definition or rounding",
+        [
+            *("test_nft_loss", "test_sampling", "test_policy_options", "test_policy_extremes", "test_policy_loss"),
+            *("test_policy_credit", "test_policy_dense", "test_policy_gradients", "test_policy_phrases"),
+        ],
+        "naive or reference or rounding",
     ),
     "allocation": ("star_kernels/allocation.py", ["test_allocation"], ""),
     "attention": (
@@ -40,7 +43,10 @@ TARGETS = {  # name -> file, tests, expression that selects them
     ),
     "kernels": (
         "csrc/flow_policy.h",
-        ["test_sampling", "test_policy_options", "test_policy_extremes", "test_policy_loss"],
+        [
+            *("test_sampling", "test_policy_options", "test_policy_extremes", "test_policy_loss"),
+            *("test_policy_credit", "test_policy_dense", "test_policy_gradients", "test_policy_phrases"),
+        ],
         "native",
     ),
 }
@@ -75,9 +81,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "slots are expanded along the last dimension; heads of one element, which have no second, come in tests/fuzz.py",
     (
         "star_kernels/policy/naive.py",
-        "log_ratio = log_ratio - (old_log_prob if mask is None else old_log_prob.masked_fill(~mask, 0.0))",
+        "log_ratio = log_ratio - (a.old_log_prob if a.mask is None else a.old_log_prob.masked_fill(~a.mask, 0.0))",
         "0.0 -> 1.0",
-    ): "what stands under the mask is dropped again; it only must not be NaN",
+    ): "values under the mask are dropped later; they only must not be NaN",
     (
         "star_kernels/policy/naive.py",
         "bounds = outside & (bounded > free)",
@@ -85,14 +91,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "equal only where the advantage is zero, and the gradient with it",
     (
         "star_kernels/policy/naive.py",
-        "surrogate = torch.where(bounds, bounded.detach(), -advantage * torch.exp(log_ratio.masked_fill(bounds, 0.0)))",
+        "return torch.where(bounds, bounded.detach(), -advantage * torch.exp(log_ratio.masked_fill(bounds, 0.0)))",
         "0.0 -> 1.0",
-    ): "any finite number will do where the other branch is taken",
+    ): "any finite number is right if the other branch is taken",
     (
         "star_kernels/policy/naive.py",
-        "return latent if mask is None else latent.masked_fill(~mask.unsqueeze(channel_dim), 0.0)",
+        "return latent if a.mask is None else latent.masked_fill(~a.mask.unsqueeze(a.channel_dim), 0.0)",
         "0.0 -> 1.0",
-    ): "what stands under the mask is dropped again; it only must not be NaN",
+    ): "values under the mask are dropped later; they only must not be NaN",
     (
         "csrc/flow_policy.h",
         "return {p[kMeanSample * columns], p[kMeanOutput * columns], p[kStd * columns],",

@@ -1,4 +1,4 @@
-"""What the policy functions accept."""
+"""Checks of the arguments of the policy functions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def resolve_channel_dim(channel_dim: int, model_output: Tensor) -> int:
 
 
 def check_latent(name: str, latent: Tensor, model_output: Tensor) -> None:
-    """A tensor of the shape and device of model_output; its floating-point dtype may differ."""
+    """A latent has the shape and device of model_output; its floating-point dtype may differ."""
     _check_tensor(name, latent)
     if latent.shape != model_output.shape:
         raise ValueError(
@@ -44,7 +44,7 @@ def check_latent(name: str, latent: Tensor, model_output: Tensor) -> None:
     _check_device(name, latent, model_output)
     if (latent.dtype == torch.float64) != (model_output.dtype == torch.float64):
         raise TypeError(
-            f"{name} must be float64 where model_output is, and only there: model_output is {model_output.dtype}, "
+            f"{name} must be float64 exactly if model_output is: model_output is {model_output.dtype}, "
             f"got {latent.dtype}"
         )
 
@@ -59,7 +59,7 @@ def _check_columns(transition: Transition, model_output: Tensor) -> None:
     batch = model_output.shape[0]
     if transition.coefficients.shape[1] not in (1, batch):
         raise ValueError(
-            f"transition must hold one column, or one for each of the {batch} samples, "
+            f"transition must have one column, or one for each of the {batch} samples, "
             f"got {transition.coefficients.shape[1]}"
         )
     _check_device("transition", transition.coefficients, model_output)
@@ -92,7 +92,7 @@ def check_numbers(name: str, numbers: Tensor, model_output: Tensor) -> None:
 
 
 def check_mask(mask: Tensor | None, model_output: Tensor, channel_dim: int) -> None:
-    """Bool, one for each location; on a CPU each sample keeps at least one."""
+    """A mask is bool ``[B, *locations]``; on a CPU it must keep at least one location of each sample."""
     if mask is None:
         return
     _check_mask(mask, model_output, channel_dim)
@@ -107,7 +107,7 @@ def check_mask(mask: Tensor | None, model_output: Tensor, channel_dim: int) -> N
 def _check_mask(mask: Tensor, model_output: Tensor, channel_dim: int) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, true where a location counts, got {got}")
+        raise TypeError(f"mask must be a bool tensor, true for locations that count, got {got}")
     check_dense("mask", mask)
     shape = _locations(model_output, channel_dim)
     if list(mask.shape) != shape:
@@ -157,7 +157,7 @@ def check_ref_model_output(ref_model_output: Tensor | None, model_output: Tensor
 
 
 def check_reduction(reduction: str) -> bool:
-    """Whether each sample keeps its own loss."""
+    """Whether the loss is unreduced."""
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
     return reduction == "none"
@@ -215,7 +215,7 @@ def check_coefficients(advantage_clip: float, kl_coef: float) -> None:
 
 
 def check_beta(beta: float, advantage_clip: float) -> None:
-    """DiffusionNFT's beta, and an advantage clip that can be divided by."""
+    """DiffusionNFT's beta, and an advantage clip that is a finite divisor."""
     check_number("beta", beta)
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be positive and finite, got {beta}")

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import test_nft_loss as nft
-import test_policy_groups as groups
 import test_policy_loss as loss
 import test_policy_options as options
+import test_policy_phrases as phrases
 import test_sampling as sampling
 import torch
 from problems import BATCH, LAYOUTS, MEMORY, SAMPLERS, Problem, locations, make
@@ -93,8 +93,8 @@ CONTRACT: list[tuple[Callable[..., None], tuple]] = [
     (options.test_one_old_log_prob_a_sample_is_the_mean_over_the_mask, ()),
     (options.test_losses_of_samples_have_gradients_of_their_own, ("location",)),
     (options.test_weights_of_the_kl_act_on_the_kl_alone, ()),
-    (groups.test_the_loss_is_the_sum_over_groups_with_one_penalty, ("packed", "location")),
-    (groups.test_one_group_is_the_loss_without_groups_to_the_last_bit, ("sample",)),
+    (phrases.test_the_loss_is_the_sum_over_phrases_with_one_penalty, ("packed", "location")),
+    (phrases.test_one_phrase_is_the_loss_without_phrases_to_the_last_bit, ("sample",)),
     (nft.test_loss_and_gradient_are_the_written_objective_under_every_option, ("image_odd", True)),
     (nft.test_loss_and_gradient_are_the_written_objective_under_every_option, ("channels_between", False)),
     (nft.test_each_option_alone, ("mask",)),
@@ -124,7 +124,7 @@ QUICK = {
     loss.test_metrics_are_what_they_say: (),
     options.test_loss_and_gradient_are_the_written_objective: ("channels_between", "all", "location"),
     options.test_whatever_lies_under_the_mask_reaches_nothing: ("packed", "sample"),
-    groups.test_one_group_is_the_loss_without_groups_to_the_last_bit: ("sample",),
+    phrases.test_one_phrase_is_the_loss_without_phrases_to_the_last_bit: ("sample",),
     nft.test_loss_and_gradient_are_the_written_objective_under_every_option: ("channels_between", False),
     sampling.test_step_and_log_prob_are_those_of_the_gaussian: ("packed", HALF, torch.float32),
 }
