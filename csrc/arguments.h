@@ -1,4 +1,4 @@
-// What the kernels are given, on a CPU and on a GPU. unpack.h fills these in from tensors and checks them.
+// The arguments of the kernels, on a CPU and on a GPU. binding.h fills them in from tensors and checks them.
 #pragma once
 
 #include <cstdint>
@@ -21,19 +21,20 @@ struct Objective {
   int64_t batch, channels, positions;
   int64_t location[3];  // positions = their product
   int64_t grid[3];      // of the weights; each divides the location's
+  int64_t phrases;      // G: fields of weights of a sample
   View model_output;
-  View reference;             // data null: no KL term
-  const float* advantages;    // [B]
-  const float* weights;       // [B, grid] or null
-  const uint8_t* mask;        // [B, P], 0 where a location does not count, or null
+  View ref_output;            // data null: no KL term
+  const float* advantages;    // [B, phrases], or [B, P] if dense
+  const float* weights;       // [B, phrases, grid] or null
+  const uint8_t* mask;        // [B, P], 0 if a location does not count, or null
   const float* step_weights;  // [B] or null
   bool weighted_kl;
-  bool per_sample;  // each sample keeps its own loss, and no mean over the batch is taken
+  bool unreduced;  // the loss of each sample is written, not the mean over the batch
   float advantage_clip, kl_coef;
   double* partial;         // the sums of the tiles, forward
-  float* loss;             // [B] when per_sample, else [1]; forward
+  float* loss;             // [B] if unreduced, else [1]; forward
   float* metrics;          // forward
-  float* statistics;       // [rows, B]: what the backward pass needs of a sample; written forward
+  float* saved;            // [saved_rows, B]; written forward, read backward
   const float* grad_loss;  // like the loss; backward
   View gradient;           // backward
   int threads;             // of a CPU
@@ -44,8 +45,9 @@ struct PolicyArguments : Objective {
   View old_output;            // data null: no GRPO-Guard
   const float* coefficients;  // [6, columns]
   int64_t columns;            // batch or 1
-  const float* old_log_prob;  // [B, P], or [B] when old_is_scalar
+  const float* old_log_prob;  // [B, P], or [B] if old_is_scalar
   bool old_is_scalar;
+  bool dense;  // an advantage for each location; phrases is 1
   bool per_location;
   float clip_low, clip_high;
 };

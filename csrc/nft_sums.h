@@ -6,7 +6,7 @@
 // weighting, sigma^2 / max(sigma mean |error|, 1e-5), which has no gradient. Its gradient is a combination of D and d.
 #pragma once
 
-#include "objective.h"
+#include "flow_policy.h"
 
 namespace star {
 
@@ -26,10 +26,13 @@ struct Nft {
   };
   enum Metric { kPositiveLoss, kNegativeLoss, kMeanDeviation, kPolicyLoss, kKlLoss, kMetrics };
   static constexpr int kLargestSum = -1, kLargestMetric = -1;
-  static constexpr int kStatistics = 3;  // rows: the factors of D and of d in the gradient; one over the count
+
+  STAR_INLINE int64_t more_sums(const NftArguments&) { return 0; }
+  // Rows of what is saved for the backward pass: the factors of D and of d in the gradient; one over the count.
+  STAR_INLINE int64_t saved_rows(const NftArguments&) { return 3; }
 };
 
-constexpr double kLeastError = 1e-5;  // of the mean absolute error that is divided by
+constexpr double kLeastError = 1e-5;  // lower bound of the mean absolute error that is divided by
 
 struct NftErrors {
   float positive, negative;
@@ -39,9 +42,9 @@ STAR_INLINE NftErrors nft_errors(float old_error, float change, float beta) {
   return {old_error + beta * change, old_error - beta * change};
 }
 
-// Turns the sums of a sample into what it adds to the metrics, and writes its statistics and, where samples keep
-// theirs, its loss. The statistics are the factors of D and of d in the gradient, and one over the count.
-STAR_INLINE void finish_sample(const NftArguments& a, int64_t b, const double (&sums)[Nft::kSums],
+// Turns the sums of a sample into its part of the metrics, and writes what is saved of it and, unreduced, its loss.
+template <typename Sums>
+STAR_INLINE void finish_sample(const NftArguments& a, int64_t b, const double (&sums)[Nft::kSums], const Sums&,
                                double (&metrics)[Nft::kMetrics]) {
   const double inverse = inverse_count(a, sums[Nft::kCount]);
   const double inverse_elements = inverse / static_cast<double>(a.channels);
@@ -59,15 +62,15 @@ STAR_INLINE void finish_sample(const NftArguments& a, int64_t b, const double (&
   metrics[Nft::kMeanDeviation] = sums[Nft::kDeviation] * inverse_elements;
   metrics[Nft::kPolicyLoss] =
       factor / a.beta * (likely * metrics[Nft::kPositiveLoss] + (1.0 - likely) * metrics[Nft::kNegativeLoss]);
-  metrics[Nft::kKlLoss] = a.reference.data ? sums[Nft::kSquaredDifference] * inverse_elements : 0.0;
+  metrics[Nft::kKlLoss] = a.ref_output.data ? sums[Nft::kSquaredDifference] * inverse_elements : 0.0;
   const double scale = 2.0 * factor * inverse_elements * share_of_sample(a);
-  a.statistics[b] = static_cast<float>(scale * (likely * positive - (1.0 - likely) * negative));
-  a.statistics[a.batch + b] = static_cast<float>(scale * (likely * positive + (1.0 - likely) * negative) * a.beta);
-  a.statistics[2 * a.batch + b] = static_cast<float>(inverse);
-  if (a.per_sample) a.loss[b] = total_loss(a, metrics, 1.0);
+  a.saved[b] = static_cast<float>(scale * (likely * positive - (1.0 - likely) * negative));
+  a.saved[a.batch + b] = static_cast<float>(scale * (likely * positive + (1.0 - likely) * negative) * a.beta);
+  a.saved[2 * a.batch + b] = static_cast<float>(inverse);
+  if (a.unreduced) a.loss[b] = total_loss(a, metrics, 1.0);
 }
 
-// d loss / d output = weight * (old_error * D + change * d) + kl * (output - reference), kl times the weight where that
+// d loss / d output = weight * (old_error * D + change * d) + kl * (output - ref_output), kl times the weight if that
 // acts on the penalty.
 struct NftFactors {
   float old_error, change, kl;
@@ -75,9 +78,9 @@ struct NftFactors {
 
 STAR_INLINE NftFactors gradient_factors(const NftArguments& a, int64_t b) {
   const float upstream = upstream_gradient(a, b);
-  const float mean = upstream * a.statistics[2 * a.batch + b] / static_cast<float>(a.channels);
+  const float mean = upstream * a.saved[2 * a.batch + b] / static_cast<float>(a.channels);
   const float kl = mean * static_cast<float>(share_of_sample(a)) * a.kl_coef * 2.0f;
-  return {upstream * a.statistics[b], upstream * a.statistics[a.batch + b], kl};
+  return {upstream * a.saved[b], upstream * a.saved[a.batch + b], kl};
 }
 
 }  // namespace star

@@ -72,22 +72,6 @@ def load(name: str) -> tuple[Any | None, str | None]:
         return None, f"{path} cannot be loaded: {error}"
 
 
-_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def zero_counter(device: torch.device) -> torch.Tensor:
-    """An integer that is zero, and that a kernel leaves at zero, for the current stream of a CUDA device.
-
-    Calls on one stream follow one another, so they share it. A graph under capture gets its own.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[key]
-
-
 def threads() -> int:
     """The number of threads that a CPU kernel may use: PyTorch's setting."""
     return torch.get_num_threads()

@@ -29,8 +29,11 @@ TIMEOUT = 120  # seconds; a mutant may cause an infinite loop
 TARGETS = {  # name -> file, test files, expression that selects tests
     "policy": (
         "star_kernels/policy/naive.py",
-        ["test_nft_loss", "test_sampling", "test_policy_options", "test_policy_extremes", "test_policy_loss"],
-        "naive or reference or definition or rounding",
+        [
+            *("test_nft_loss", "test_sampling", "test_policy_options", "test_policy_extremes", "test_policy_loss"),
+            *("test_policy_credit", "test_policy_dense", "test_policy_gradients", "test_policy_phrases"),
+        ],
+        "naive or reference or rounding",
     ),
     "allocation": ("star_kernels/allocation.py", ["test_allocation"], ""),
     "attention": (
@@ -46,7 +49,10 @@ TARGETS = {  # name -> file, test files, expression that selects tests
     ),
     "kernels": (
         "csrc/flow_policy.h",
-        ["test_sampling", "test_policy_options", "test_policy_extremes", "test_policy_loss"],
+        [
+            *("test_sampling", "test_policy_options", "test_policy_extremes", "test_policy_loss"),
+            *("test_policy_credit", "test_policy_dense", "test_policy_gradients", "test_policy_phrases"),
+        ],
         "native",
     ),
 }
@@ -81,7 +87,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "positions are expanded along the last dimension; tests/fuzz.py draws heads of one element",
     (
         "star_kernels/policy/naive.py",
-        "log_ratio = log_ratio - (old_log_prob if mask is None else old_log_prob.masked_fill(~mask, 0.0))",
+        "log_ratio = log_ratio - (a.old_log_prob if a.mask is None else a.old_log_prob.masked_fill(~a.mask, 0.0))",
         "0.0 -> 1.0",
     ): "values at masked locations are discarded; they only must not be NaN",
     (
@@ -91,12 +97,12 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "equal only if the advantage, and therefore the gradient, is zero",
     (
         "star_kernels/policy/naive.py",
-        "surrogate = torch.where(bounds, bounded.detach(), -advantage * torch.exp(log_ratio.masked_fill(bounds, 0.0)))",
+        "return torch.where(bounds, bounded.detach(), -advantage * torch.exp(log_ratio.masked_fill(bounds, 0.0)))",
         "0.0 -> 1.0",
     ): "any finite number works, because the other branch is selected",
     (
         "star_kernels/policy/naive.py",
-        "return latent if mask is None else latent.masked_fill(~mask.unsqueeze(channel_dim), 0.0)",
+        "return latent if a.mask is None else latent.masked_fill(~a.mask.unsqueeze(a.channel_dim), 0.0)",
         "0.0 -> 1.0",
     ): "values at masked locations are discarded; they only must not be NaN",
     (

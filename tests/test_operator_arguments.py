@@ -21,7 +21,7 @@ def operator_arguments(name: str) -> dict[str, Any]:
     coefficients = {"coefficients": TRANSITION.coefficients}
     latent = {n: t[n] for n in ("model_output", "sample", "prev_sample")}
     options = {"weights": t["weights"], "mask": t["mask"], "step_weights": t["step_weights"]}
-    flags = {"weighted_kl": False, "per_sample": False}
+    flags = {"weighted_kl": False, "unreduced": False}
     qkv = {n: t[n] for n in ("query", "key", "value")}
     saved = {"out": t["query"], "lse": t["lse"]}
     policy = {
@@ -46,9 +46,9 @@ def operator_arguments(name: str) -> dict[str, Any]:
             **grad_maps, **maps, "text_to_image": False
         },
         "weighted_policy_loss": policy,
-        "weighted_policy_loss_backward": {"grad_loss": torch.ones(()), "statistics": torch.ones(2, 2), **policy},
+        "weighted_policy_loss_backward": {"grad_loss": torch.ones(()), "saved": torch.ones(2, 2), **policy},
         "weighted_nft_loss": nft,
-        "weighted_nft_loss_backward": {"grad_loss": torch.ones(()), "statistics": torch.ones(3, 2), **nft},
+        "weighted_nft_loss_backward": {"grad_loss": torch.ones(()), "saved": torch.ones(3, 2), **nft},
         "sample_transition": {
             "model_output": t["model_output"], "sample": t["sample"], "noise": t["noise"], **coefficients,
             "channel_dim": 1, "backend": "native",

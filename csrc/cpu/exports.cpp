@@ -8,7 +8,7 @@
 
 #include "cpu/kernels.h"
 #define STAR_DEVICE kDLCPU
-#include "unpack.h"
+#include "binding.h"
 
 namespace star {
 namespace {
@@ -137,7 +137,7 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
 }
 
 void check_weights(const Objective& a) {
-  const int64_t count = a.weights ? a.batch * a.grid[0] * a.grid[1] * a.grid[2] : 0;
+  const int64_t count = a.weights ? a.batch * a.phrases * a.grid[0] * a.grid[1] * a.grid[2] : 0;
   bool good = true;
   for (int64_t i = 0; i < count; ++i) good &= a.weights[i] >= 0.0f && a.weights[i] <= kLargest;
   for (int64_t i = 0; i < count && !good; ++i) {
@@ -159,7 +159,7 @@ void run_forward(Reader& in, Call<typename Kind::Arguments> call, void (*kernel)
   read_forward_results<Kind>(in, call);
   check_weights(a);
   const int64_t tiles = (a.positions + kTilePositions - 1) / kTilePositions;
-  std::vector<double> partial(static_cast<size_t>(a.batch * tiles * Kind::kSums));
+  std::vector<double> partial(static_cast<size_t>(a.batch * tiles * (Kind::kSums + Kind::more_sums(a))));
   a.partial = partial.data();
   kernel(a);
 }

@@ -1,13 +1,12 @@
-// The clipped policy loss with a weight for each location, its gradient, and the sampling step that feeds it.
+// The clipped policy loss with a weight for each location, its gradient, and the sampling step before it.
 //
-// The gradient is computed in the backward pass from the inputs: one read of the latents, nothing of their size kept in
-// between, one rounding.
+// Each pass reads the latents once, whatever the number of phrases. The gradient is computed in the backward pass from
+// the inputs: nothing of the latents' size is stored in between, and the gradient is rounded once.
 #include "flow_policy.h"
 
 #include <cstdint>
 
 #include "cpu/tiles.h"
-#include "policy_sums.h"
 
 namespace star {
 namespace STAR_ISA {
@@ -39,7 +38,7 @@ inline void tile_log_prob(const PolicyArguments& a, const Coefficients& k, const
   for (int64_t i = 0; i < tile.n; ++i) out[i] = log_prob(k, out[i], inverse_channels);
 }
 
-// Log-ratios of a tile's positions, normalised where they are those of locations; zero where the mask drops one.
+// Log-ratios of a tile's positions, normalised if locations have ratios; zero where the mask drops a position.
 void tile_log_ratio(const PolicyArguments& a, const Coefficients& k, const Tile& tile, Buffers& buffers, float* out) {
   tile_log_prob(a, k, tile, buffers, out);
   if (!a.old_is_scalar) {
@@ -56,37 +55,119 @@ void tile_log_ratio(const PolicyArguments& a, const Coefficients& k, const Tile&
   drop(tile_mask(a, tile), out, tile.n);
 }
 
-void forward_tile(const PolicyArguments& a, const Tile& tile, double (&sums)[Policy::kSums]) {
-  const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
+// One advantage for each of a tile's positions; zero where the mask drops a position of dense advantages.
+void tile_advantages(const PolicyArguments& a, const Tile& tile, float* out) {
+  if (!a.dense) return fill(out, tile.n, clamp_advantage(a.advantages[tile.b], a.advantage_clip));
+  const float* advantages = a.advantages + tile.b * a.positions + tile.first;
+  for (int64_t i = 0; i < tile.n; ++i) out[i] = clamp_advantage(advantages[i], a.advantage_clip);
+  drop(tile_mask(a, tile), out, tile.n);
+}
+
+// The weighted advantages of several phrases at each of a tile's positions, by sign.
+struct SignedAdvantages {
+  float positive[kTile], negative[kTile];
+
+  SignedAdvantages(const PolicyArguments& a, const Tile& tile) {
+    fill(positive, tile.n, 0.0f);
+    fill(negative, tile.n, 0.0f);
+    float weights[kTile];
+    for (int64_t g = 0; g < a.phrases; ++g) {
+      tile_weights(a, tile, g, weights);
+      const auto [up, down] = signed_advantage(clamp_advantage(a.advantages[tile.b * a.phrases + g], a.advantage_clip));
+      for (int64_t i = 0; i < tile.n; ++i) positive[i] += weights[i] * up;
+      for (int64_t i = 0; i < tile.n; ++i) negative[i] += weights[i] * down;
+    }
+  }
+  SignedAdvantage<float> operator[](int64_t i) const { return {positive[i], negative[i]}; }
+};
+
+// Sums over the ratios of a tile's locations.
+void add_locations(const PolicyArguments& a, const Tile& tile, const float* log_ratio, const float* weights,
+                   double (&sums)[Policy::kSums]) {
   const uint8_t* mask = tile_mask(a, tile);
+  if (a.phrases > 1) {
+    const SignedAdvantages advantages(a, tile);
+    for (int64_t i = 0; i < tile.n; ++i) {
+      if (!mask || mask[i]) add_ratio(sums, log_ratio[i], advantages[i], a);
+    }
+    return;
+  }
+  float advantages[kTile];
+  tile_advantages(a, tile, advantages);
+  for (int64_t i = 0; i < tile.n; ++i) {
+    if (!mask || mask[i]) add_ratio(sums, log_ratio[i], advantages[i], weights[i], a);
+  }
+}
+
+// The sums after the kSums that ratios of samples need.
+void add_more(const PolicyArguments& a, const Tile& tile, const float* log_ratio, const float* weights, double* more) {
+  float values[kTile], advantages[kTile];
+  for (int64_t g = 1; g < a.phrases; ++g) {
+    tile_weights(a, tile, g, values);
+    more[g - 1] = weighted_sum(values, log_ratio, tile.n);
+  }
+  if (!a.dense) return;
+  tile_advantages(a, tile, advantages);
+  for (int64_t i = 0; i < tile.n; ++i) values[i] = signed_advantage(advantages[i]).positive;
+  more[0] = weighted_sum(weights, values, tile.n);
+  for (int64_t i = 0; i < tile.n; ++i) values[i] = signed_advantage(advantages[i]).negative;
+  more[1] = weighted_sum(weights, values, tile.n);
+}
+
+void forward_tile(const PolicyArguments& a, const Tile& tile, double* sums) {
+  const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
   Buffers buffers;
   float log_ratio[kTile], weights[kTile];
   tile_log_ratio(a, k, tile, buffers, log_ratio);
-  tile_weights(a, tile, weights);
-  sums[Policy::kCount] = static_cast<double>(count_kept(mask, tile.n));
+  tile_weights(a, tile, 0, weights);
+  sums[Policy::kCount] = static_cast<double>(count_kept(tile_mask(a, tile), tile.n));
   if (a.per_location) {
-    const float advantage = clamp_advantage(a.advantages[tile.b], a.advantage_clip);
-    for (int64_t i = 0; i < tile.n; ++i) {
-      if (!mask || mask[i]) add_ratio(sums, log_ratio[i], advantage, weights[i], a);
-    }
+    add_locations(a, tile, log_ratio, weights, *reinterpret_cast<double (*)[Policy::kSums]>(sums));
   } else {
     sums[Policy::kLogRatio] = weighted_sum(weights, log_ratio, tile.n);
+    add_more(a, tile, log_ratio, weights, sums + Policy::kSums);
   }
-  if (a.reference.data) sums[Policy::kSquaredDifference] = kl_sum(a, tile, weights);
+  if (a.ref_output.data) sums[Policy::kSquaredDifference] = kl_sum(a, tile, weights);
 }
 
-// The factor of the residual at each of a tile's positions.
-void tile_factors(const PolicyArguments& a, const Coefficients& k, const Tile& tile, const float* weights,
-                  Buffers& buffers, float* out) {
-  const float common = gradient_factor(a, k, tile.b);
-  if (!a.per_location) {
-    for (int64_t i = 0; i < tile.n; ++i) out[i] = weights[i] * common;
+// The factor of the residual at each of a tile's positions, if samples have ratios.
+void sample_factors(const PolicyArguments& a, const Coefficients& k, const Tile& tile, const float* weights,
+                    float* out) {
+  const float first = gradient_factor(a, k, tile.b);
+  if (a.dense) {
+    float advantages[kTile];
+    tile_advantages(a, tile, advantages);
+    const float negative = gradient_factor(a, k, tile.b, 1);
+    for (int64_t i = 0; i < tile.n; ++i) {
+      out[i] = weights[i] * (advantages[i] > 0.0f ? advantages[i] * first : -advantages[i] * negative);
+    }
     return;
   }
+  for (int64_t i = 0; i < tile.n; ++i) out[i] = weights[i] * first;
+  float others[kTile];
+  for (int64_t g = 1; g < a.phrases; ++g) {
+    tile_weights(a, tile, g, others);
+    const float factor = gradient_factor(a, k, tile.b, g);
+    for (int64_t i = 0; i < tile.n; ++i) out[i] += others[i] * factor;
+  }
+}
+
+// The same if locations have ratios.
+void location_factors(const PolicyArguments& a, const Coefficients& k, const Tile& tile, const float* weights,
+                      Buffers& buffers, float* out) {
+  const float common = gradient_factor(a, k, tile.b);
   tile_log_ratio(a, k, tile, buffers, out);
-  const float advantage = clamp_advantage(a.advantages[tile.b], a.advantage_clip);
+  if (a.phrases > 1) {
+    const SignedAdvantages advantages(a, tile);
+    for (int64_t i = 0; i < tile.n; ++i) {
+      out[i] = common * signed_surrogate(expf(out[i]), advantages[i], a.clip_low, a.clip_high).slope;
+    }
+    return;
+  }
+  float advantages[kTile];
+  tile_advantages(a, tile, advantages);
   for (int64_t i = 0; i < tile.n; ++i) {
-    out[i] = weights[i] * common * clipped_surrogate(out[i], advantage, a.clip_low, a.clip_high).slope;
+    out[i] = weights[i] * common * clipped_surrogate(out[i], advantages[i], a.clip_low, a.clip_high).slope;
   }
 }
 
@@ -95,9 +176,13 @@ void backward_tile(const PolicyArguments& a, const Tile& tile) {
   const View& residual_output = a.old_output.data ? a.old_output : a.model_output;
   Buffers buffers;
   float weights[kTile], factor[kTile], gradient[kRun];
-  tile_weights(a, tile, weights);
-  tile_factors(a, k, tile, weights, buffers, factor);
-  const float kl = a.reference.data ? kl_gradient_factor(a, k, tile.b) : 0.0f;
+  tile_weights(a, tile, 0, weights);
+  if (a.per_location) {
+    location_factors(a, k, tile, weights, buffers, factor);
+  } else {
+    sample_factors(a, k, tile, weights, factor);
+  }
+  const float kl = a.ref_output.data ? kl_gradient_factor(a, k, tile.b) : 0.0f;
   for_each_run(tile, a.channels, [&](int64_t p, int64_t c, int64_t n) {
     const float* x = load_tile_run(a.sample, tile, p, c, n, buffers.x);
     const float* v = load_tile_run(residual_output, tile, p, c, n, buffers.v);
@@ -107,10 +192,10 @@ void backward_tile(const PolicyArguments& a, const Tile& tile) {
     } else {
       for (int64_t i = 0; i < n; ++i) gradient[i] = factor[i] * residual(k, x[i], v[i], prev[i]);
     }
-    if (a.reference.data) {
-      const float* reference = load_tile_run(a.reference, tile, p, c, n, buffers.other);
+    if (a.ref_output.data) {
+      const float* ref_output = load_tile_run(a.ref_output, tile, p, c, n, buffers.other);
       if (a.old_output.data) v = load_tile_run(a.model_output, tile, p, c, n, buffers.v);
-      add_kl_gradient(a, weights, kl, v, reference, p, n, tile.packed, gradient);
+      add_kl_gradient(a, weights, kl, v, ref_output, p, n, tile.packed, gradient);
     }
     if (a.mask) drop_run(tile_mask(a, tile), gradient, p, n, tile.packed);
     store_tile_run(a.gradient, tile, p, c, n, gradient);
@@ -140,7 +225,7 @@ void sample_tile(const SampleArguments& a, const Tile& tile) {
 }  // namespace
 
 void policy_forward(const PolicyArguments& a) {
-  forward<Policy>(a, [&](const Tile& tile, double (&sums)[Policy::kSums]) { forward_tile(a, tile, sums); });
+  forward<Policy>(a, [&](const Tile& tile, double* sums) { forward_tile(a, tile, sums); });
 }
 
 void policy_backward(const PolicyArguments& a) {

@@ -9,7 +9,7 @@ namespace STAR_ISA {
 namespace {
 
 struct Buffers {
-  float v[kRun], old[kRun], target[kRun], reference[kRun];
+  float v[kRun], old[kRun], target[kRun], ref_output[kRun];
 };
 
 // Sums over channels at each of a tile's positions.
@@ -43,7 +43,7 @@ inline void add_errors(const float* v, const float* old, const float* target, fl
   add_run(n, true, sums.deviation + p, [=](int64_t i) { return (v[i] - old[i]) * (v[i] - old[i]); });
 }
 
-void forward_tile(const NftArguments& a, const Tile& tile, double (&sums)[Nft::kSums]) {
+void forward_tile(const NftArguments& a, const Tile& tile, double* sums) {
   const uint8_t* mask = tile_mask(a, tile);
   Buffers buffers;
   PositionSums positions;
@@ -58,21 +58,21 @@ void forward_tile(const NftArguments& a, const Tile& tile, double (&sums)[Nft::k
   });
   for (float* values : every) drop(mask, values, tile.n);
   float weights[kTile];
-  tile_weights(a, tile, weights);
+  tile_weights(a, tile, 0, weights);
   sums[Nft::kPositive] = weighted_sum(weights, positions.positive, tile.n);
   sums[Nft::kNegative] = weighted_sum(weights, positions.negative, tile.n);
   sums[Nft::kPositiveAbsolute] = plain_sum(positions.positive_absolute, tile.n);
   sums[Nft::kNegativeAbsolute] = plain_sum(positions.negative_absolute, tile.n);
   sums[Nft::kDeviation] = plain_sum(positions.deviation, tile.n);
   sums[Nft::kCount] = static_cast<double>(count_kept(mask, tile.n));
-  if (a.reference.data) sums[Nft::kSquaredDifference] = kl_sum(a, tile, weights);
+  if (a.ref_output.data) sums[Nft::kSquaredDifference] = kl_sum(a, tile, weights);
 }
 
 void backward_tile(const NftArguments& a, const Tile& tile) {
   const NftFactors factors = gradient_factors(a, tile.b);
   Buffers buffers;
   float weights[kTile], gradient[kRun];
-  tile_weights(a, tile, weights);
+  tile_weights(a, tile, 0, weights);
   for_each_run(tile, a.channels, [&](int64_t p, int64_t c, int64_t n) {
     const float* v = load_tile_run(a.model_output, tile, p, c, n, buffers.v);
     const float* old = load_tile_run(a.old_output, tile, p, c, n, buffers.old);
@@ -85,9 +85,9 @@ void backward_tile(const NftArguments& a, const Tile& tile) {
     } else {
       for (int64_t i = 0; i < n; ++i) gradient[i] *= weights[i];
     }
-    if (a.reference.data) {
-      const float* reference = load_tile_run(a.reference, tile, p, c, n, buffers.reference);
-      add_kl_gradient(a, weights, factors.kl, v, reference, p, n, tile.packed, gradient);
+    if (a.ref_output.data) {
+      const float* ref_output = load_tile_run(a.ref_output, tile, p, c, n, buffers.ref_output);
+      add_kl_gradient(a, weights, factors.kl, v, ref_output, p, n, tile.packed, gradient);
     }
     if (a.mask) drop_run(tile_mask(a, tile), gradient, p, n, tile.packed);
     store_tile_run(a.gradient, tile, p, c, n, gradient);
@@ -97,7 +97,7 @@ void backward_tile(const NftArguments& a, const Tile& tile) {
 }  // namespace
 
 void nft_forward(const NftArguments& a) {
-  forward<Nft>(a, [&](const Tile& tile, double (&sums)[Nft::kSums]) { forward_tile(a, tile, sums); });
+  forward<Nft>(a, [&](const Tile& tile, double* sums) { forward_tile(a, tile, sums); });
 }
 
 void nft_backward(const NftArguments& a) {

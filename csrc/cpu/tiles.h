@@ -1,13 +1,13 @@
-// How the latent kernels walk: tiles of kTilePositions positions with all their channels, in runs of elements that
-// follow one another. A tile's sums go to a slot of their own and are added up in order, so that no result depends on
-// the number of threads. Internal linkage: compiled once for each instruction set.
+// How the latent kernels walk: tiles of kTilePositions positions with all their channels, in runs of consecutive
+// elements. Each tile has its own slot for its sums, and slots are added up in order, so that no result depends on the
+// number of threads. Internal linkage: compiled once for each instruction set.
 #pragma once
 
 #include <cstdint>
 
 #include "cpu/elements.h"
 #include "cpu/kernels.h"
-#include "objective.h"
+#include "flow_policy.h"
 
 namespace star {
 namespace {
@@ -95,11 +95,11 @@ void squared_differences(const View& x, const View& y, int64_t channels, const T
   });
 }
 
-// Weights of a tile's positions, read from the patch grid that divides the latent's.
-void tile_weights(const Objective& a, const Tile& tile, float* out) {
+// Weights of a tile's positions for one phrase, read from the patch grid that divides the latent's.
+void tile_weights(const Objective& a, const Tile& tile, int64_t phrase, float* out) {
   if (!a.weights) return fill(out, tile.n, 1.0f);
   const int64_t grid = a.grid[0] * a.grid[1] * a.grid[2];
-  const float* weights = a.weights + tile.b * grid;
+  const float* weights = a.weights + (tile.b * a.phrases + phrase) * grid;
   if (grid == a.positions) {
     for (int64_t i = 0; i < tile.n; ++i) out[i] = weights[tile.first + i];
     return;
@@ -120,7 +120,7 @@ void tile_weights(const Objective& a, const Tile& tile, float* out) {
   }
 }
 
-// Which of a tile's positions count; null: all.
+// Which of a tile's positions count, or null if all do.
 const uint8_t* tile_mask(const Objective& a, const Tile& tile) {
   return a.mask ? a.mask + tile.b * a.positions + tile.first : nullptr;
 }
@@ -131,7 +131,7 @@ int64_t count_kept(const uint8_t* mask, int64_t n) {
   return mask ? count : n;
 }
 
-// Zeros where the mask drops a position: NaN times a weight of zero would stay NaN.
+// Zeros where the mask drops a position: NaN times a weight of zero would be NaN.
 void drop(const uint8_t* mask, float* values, int64_t n) {
   for (int64_t i = 0; mask && i < n; ++i) values[i] = mask[i] ? values[i] : 0.0f;
 }
@@ -159,49 +159,59 @@ double plain_sum(const float* values, int64_t n) {
   return sum;
 }
 
-// The KL penalty's sum over a tile, of (output - reference)^2.
+// The KL penalty's sum over a tile, of (output - ref_output)^2.
 double kl_sum(const Objective& a, const Tile& tile, const float* weights) {
   float squares[kTile];
-  squared_differences(a.model_output, a.reference, a.channels, tile, squares);
+  squared_differences(a.model_output, a.ref_output, a.channels, tile, squares);
   drop(tile_mask(a, tile), squares, tile.n);
   return a.weighted_kl ? weighted_sum(weights, squares, tile.n) : plain_sum(squares, tile.n);
 }
 
-// Adds the gradient of the KL penalty to a run: factor * (output - reference), times the weight where that acts on it.
+// Adds the gradient of the KL penalty to a run: factor * (output - ref_output), times the weight if that acts on it.
 inline void add_kl_gradient(const Objective& a, const float* weights, float factor, const float* output,
-                            const float* reference, int64_t p, int64_t n, bool packed, float* gradient) {
+                            const float* ref_output, int64_t p, int64_t n, bool packed, float* gradient) {
   if (!a.weighted_kl) {
-    for (int64_t i = 0; i < n; ++i) gradient[i] += factor * (output[i] - reference[i]);
+    for (int64_t i = 0; i < n; ++i) gradient[i] += factor * (output[i] - ref_output[i]);
   } else if (packed) {
-    for (int64_t i = 0; i < n; ++i) gradient[i] += factor * weights[p] * (output[i] - reference[i]);
+    for (int64_t i = 0; i < n; ++i) gradient[i] += factor * weights[p] * (output[i] - ref_output[i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) gradient[i] += factor * weights[i] * (output[i] - reference[i]);
+    for (int64_t i = 0; i < n; ++i) gradient[i] += factor * weights[i] * (output[i] - ref_output[i]);
   }
 }
 
-// Adds up the tiles in order and writes the loss, the metrics and each sample's statistics.
+// Doubles of a tile's sums.
+template <typename Kind>
+int64_t sums_of(const typename Kind::Arguments& a) {
+  return Kind::kSums + Kind::more_sums(a);
+}
+
+// Adds up the tiles in order, into the slot of each sample's first, and writes the loss, the metrics and what is saved.
 template <typename Kind>
 void finish_forward(const typename Kind::Arguments& a) {
-  const int64_t tiles = tiles_of(a.positions);
+  const int64_t tiles = tiles_of(a.positions), width = sums_of<Kind>(a);
   double total[Kind::kMetrics] = {};
   for (int64_t b = 0; b < a.batch; ++b) {
-    double sums[Kind::kSums] = {}, metrics[Kind::kMetrics];
-    for (int64_t t = 0; t < tiles; ++t) {
-      const auto& tile = *reinterpret_cast<const double (*)[Kind::kSums]>(a.partial + (b * tiles + t) * Kind::kSums);
-      merge<Kind::kLargestSum>(sums, tile);
+    double* sums = a.partial + b * tiles * width;
+    for (int64_t t = 1; t < tiles; ++t) {
+      const double* tile = sums + t * width;
+      for (int64_t i = 0; i < width; ++i) {
+        sums[i] = i == Kind::kLargestSum ? maximum(sums[i], tile[i]) : sums[i] + tile[i];
+      }
     }
-    finish_sample(a, b, sums, metrics);
+    double metrics[Kind::kMetrics];
+    finish_sample(a, b, *reinterpret_cast<const double (*)[Kind::kSums]>(sums), sums + Kind::kSums, metrics);
     merge<Kind::kLargestMetric>(total, metrics);
   }
   finish_batch<Kind::kLargestMetric>(a, total);
 }
 
-// Runs `tile_sums(tile, sums)` for every tile, sums being zero before, and finishes.
+// Runs `tile_sums(tile, sums)` for every tile, with sums that are zero before, and finishes.
 template <typename Kind, typename TileSums>
 void forward(const typename Kind::Arguments& a, TileSums tile_sums) {
+  const int64_t width = sums_of<Kind>(a);
   for_each_tile(a, [&](int64_t i, const Tile& tile) {
-    auto& sums = *reinterpret_cast<double (*)[Kind::kSums]>(a.partial + i * Kind::kSums);
-    for (double& sum : sums) sum = 0.0;
+    double* sums = a.partial + i * width;
+    for (int64_t j = 0; j < width; ++j) sums[j] = 0.0;
     tile_sums(tile, sums);
   });
   finish_forward<Kind>(a);

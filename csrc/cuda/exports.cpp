@@ -1,13 +1,14 @@
-// The CUDA library's functions, as star_kernels/native.py loads them: unpack, launch on the current stream.
-// Outputs and workspace are allocated by the caller; nothing here knows about torch.
+// The CUDA library's functions, loaded by star_kernels/native.py: each reads its arguments and launches a kernel on the
+// current stream. The caller allocates outputs and workspace; this file does not depend on torch.
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/string.h>
 
 #include <string>
+#include <type_traits>
 
 #include "cuda/kernels.h"
 #define STAR_DEVICE kDLCUDA
-#include "unpack.h"
+#include "binding.h"
 
 #if !defined(STAR_CUDA_ARCHITECTURES)
 #error "setup.py names the architectures"
@@ -49,6 +50,9 @@ void check_size(const Arguments& a) {
   constexpr int64_t kMost = 2147483647;
   check(a.channels <= kMost && a.positions <= kMost && cuda::most_tiles(a.batch, a.positions) <= kMost, "model_output",
         "have fewer elements");
+  if constexpr (std::is_base_of_v<Objective, Arguments>) {
+    check(a.batch * a.phrases <= kMost, "weights", "have fewer phrases");
+  }
 }
 
 template <typename Arguments>
@@ -59,19 +63,24 @@ void run(const char* name, const Call<Arguments>& call, void (*kernel)(const Arg
   check_launch(name);
 }
 
-template <typename Kind>
-int64_t workspace_bytes(int64_t batch, int64_t positions) {
+int64_t workspace_bytes(int64_t batch, int64_t positions, int64_t sums) {
   constexpr int64_t kMost = 2147483647;
   check(batch > 0 && batch <= kMost && positions > 0 && positions <= kMost, "batch and positions", "have 32 bits");
-  return cuda::most_tiles(batch, positions) * Kind::kSums * static_cast<int64_t>(sizeof(double));
+  return cuda::most_tiles(batch, positions) * sums * static_cast<int64_t>(sizeof(double));
 }
 
-// `partial` is workspace of workspace_bytes(...), of which nothing is read that was not written.
+int64_t policy_workspace_bytes(int64_t batch, int64_t positions, int64_t phrases) {
+  const int64_t more = phrases > 3 ? phrases - 1 : 2;  // Policy::more_sums, at most
+  return workspace_bytes(batch, positions, Policy::kSums + more);
+}
+
+int64_t nft_workspace_bytes(int64_t batch, int64_t positions) { return workspace_bytes(batch, positions, Nft::kSums); }
+
+// `partial` is workspace of `bytes`, which need not be initialised.
 template <typename Kind>
-void run_forward(const char* name, Reader& in, Call<typename Kind::Arguments> call,
+void run_forward(const char* name, Reader& in, Call<typename Kind::Arguments> call, int64_t bytes,
                  void (*kernel)(const typename Kind::Arguments&, unsigned*, cudaStream_t)) {
   auto& a = call.arguments;
-  const int64_t bytes = workspace_bytes<Kind>(a.batch, a.positions);
   a.partial = reinterpret_cast<double*>(dense_data<uint8_t>("partial", in.tensor("partial"), kDLUInt, 8, bytes));
   unsigned* counter = dense_data<unsigned>("counter", in.tensor("counter"), kDLInt, 32, 1);
   read_forward_results<Kind>(in, call);
@@ -88,13 +97,22 @@ void run_backward(const char* name, Reader& in, Call<typename Kind::Arguments> c
   run(name, call, kernel);
 }
 
-void policy_forward(Reader& in) { run_forward<Policy>("policy_forward", in, read_policy(in), cuda::policy_forward); }
+void policy_forward(Reader& in) {
+  const Call<PolicyArguments> call = read_policy(in);
+  const PolicyArguments& a = call.arguments;
+  const int64_t bytes = policy_workspace_bytes(a.batch, a.positions, a.phrases);
+  run_forward<Policy>("policy_forward", in, call, bytes, cuda::policy_forward);
+}
 
 void policy_backward(Reader& in) {
   run_backward<Policy>("policy_backward", in, read_policy(in), cuda::policy_backward);
 }
 
-void nft_forward(Reader& in) { run_forward<Nft>("nft_forward", in, read_nft(in), cuda::nft_forward); }
+void nft_forward(Reader& in) {
+  const Call<NftArguments> call = read_nft(in);
+  const int64_t bytes = nft_workspace_bytes(call.arguments.batch, call.arguments.positions);
+  run_forward<Nft>("nft_forward", in, call, bytes, cuda::nft_forward);
+}
 
 void nft_backward(Reader& in) { run_backward<Nft>("nft_backward", in, read_nft(in), cuda::nft_backward); }
 
@@ -114,6 +132,6 @@ STAR_EXPORT(policy_backward)
 STAR_EXPORT(nft_forward)
 STAR_EXPORT(nft_backward)
 STAR_EXPORT(sample_transition)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(policy_workspace_bytes, star::workspace_bytes<star::Policy>);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(nft_workspace_bytes, star::workspace_bytes<star::Nft>);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(policy_workspace_bytes, star::policy_workspace_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(nft_workspace_bytes, star::nft_workspace_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(architectures, star::architectures);

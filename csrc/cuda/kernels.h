@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "nft_sums.h"
-#include "policy_sums.h"
 
 namespace star {
 namespace cuda {

@@ -1,11 +1,10 @@
 // DiffusionNFT's loss with a weight for each location, and its gradient; see nft_sums.h for the formulas.
 #include <cstdint>
 
-#include "cuda/gradient.h"
 #include "cuda/kernels.h"
-#include "cuda/launch.h"
-#include "cuda/reduction.h"
-#include "cuda/rows.h"
+#include "cuda/latents.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/reduction.cuh"
 
 namespace star {
 namespace cuda {
@@ -22,7 +21,7 @@ Latents nft_latents(const NftArguments& a) {
 
 template <typename Access>
 struct Runs {
-  OutputRun<Access> v, old, reference;
+  OutputRun<Access> v, old, ref;
   LatentRun<Access> target;
 };
 
@@ -33,7 +32,7 @@ __device__ __forceinline__ Runs<Access> load_runs(const Access& access, const Nf
   runs.v = load_output(access, a.model_output, b, position, c);
   runs.old = load_output(access, a.old_output, b, position, c);
   runs.target = load_latent(access, a.target, b, position, c);
-  if (a.reference.data) runs.reference = load_output(access, a.reference, b, position, c);
+  if (a.ref_output.data) runs.ref = load_output(access, a.ref_output, b, position, c);
   return runs;
 }
 
@@ -69,11 +68,11 @@ __device__ __forceinline__ void add_terms(const Access& access, const NftArgumen
     sums[Nft::kNegativeAbsolute] += fabsf(e.negative);
     sums[Nft::kDeviation] += change * change;
   }
-  if (a.reference.data) {
+  if (a.ref_output.data) {
 #pragma unroll
     for (int i = 0; i < Access::kRun; ++i) {
       const int slot = Access::kPacked ? 0 : i;
-      const float difference = access.value(runs.v, i) - access.value(runs.reference, i);
+      const float difference = access.value(runs.v, i) - access.value(runs.ref, i);
       sums[Nft::kSquaredDifference] += weights.keep[slot] ? weights.kl[slot] * (difference * difference) : 0.0f;
     }
   }
@@ -96,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int i = 0; i < Access::kSlots; ++i) terms[Nft::kCount] += weights.keep[i] && lane == 0 ? 1.0f : 0.0f;
   });
-  reduce<Nft>(t, a, terms, Nft::kSums, counter);
+  reduce<Nft>(t, a, terms, Nft::kSums, false, counter);
 }
 
 template <typename Access>
@@ -120,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const float sum = factors.old_error * (old - access.value(runs.target, i)) + factors.change * change;
         gradient[i] = weights.loss[Access::kPacked ? 0 : i] * sum;
       }
-      if (a.reference.data) add_kl_gradient(access, runs.v, runs.reference, weights.kl, gradient);
+      if (a.ref_output.data) add_kl_gradient(access, runs.v, runs.ref, weights.kl, gradient);
       store_gradient(access, a, b, position, c, weights.keep, gradient);
     };
     for_each_run<Access>(t, a.channels, lane, load, use);

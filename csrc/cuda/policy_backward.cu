@@ -1,15 +1,15 @@
-// The gradient of the policy loss, from the inputs and a few numbers of each sample: nothing of the latent's size is
-// kept between the passes.
+// The gradient of the policy loss, recomputed from the inputs and a few saved numbers per sample: nothing of the
+// latents' size is stored between the passes.
 //
-// With a ratio for each location the gradient waits for the sum over all channels. Latents [C, P] then have a kernel of
-// their own, in which a thread keeps its residuals of kKept channels in registers: other channels, and packed latents,
-// are read a second time, from the cache.
+// With a ratio for each location, the gradient needs the sum over all channels first. Latents [C, P] then have a kernel
+// of their own, in which a thread keeps its residuals of kKept channels in registers. The other channels, and packed
+// latents, are read a second time, from the cache.
 #include <cstdint>
 
-#include "cuda/gradient.h"
 #include "cuda/kernels.h"
-#include "cuda/launch.h"
-#include "cuda/policy.h"
+#include "cuda/latents.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/policy.cuh"
 
 namespace star {
 namespace cuda {
@@ -17,45 +17,85 @@ namespace {
 
 constexpr int kKept = 16;
 
-// What the gradient at the positions of a run is made of.
+// Factors of the residual and of the KL penalty's difference in the gradient at the positions of a run.
 template <typename Access>
 struct Factors {
   float residual[Access::kSlots], kl[Access::kSlots];
   bool keep[Access::kSlots];
 };
 
-// `sums` is read where locations have ratios.
+// Adds up the slopes of phrases, weighted, for the positions of a run.
 template <typename Access>
+__device__ __forceinline__ void add_phrase_slopes(const PolicyArguments& a, unsigned b, unsigned position,
+                                                  float (&slopes)[Access::kSlots]) {
+  const unsigned phrases = static_cast<unsigned>(a.phrases);
+#pragma unroll 1
+  for (unsigned g = 0; g < phrases; ++g) {
+    float weights[Access::kSlots];
+    load_weights<Access::kSlots>(a, b * phrases + g, position, weights);
+    const float slope = a.saved[g * a.batch + b];
+#pragma unroll
+    for (int i = 0; i < Access::kSlots; ++i) slopes[i] += weights[i] * slope;
+  }
+}
+
+// Weight times d loss / d log-ratio for the positions of a run, with advantages of phrases or dense ones.
+template <typename Access>
+__device__ __forceinline__ void split_slopes(const PolicyArguments& a, const Rows<Access>& rows, unsigned b,
+                                             unsigned position, const float (&log_ratio)[Access::kSlots],
+                                             float (&slopes)[Access::kSlots]) {
+  if (!a.per_location && !a.dense) return add_phrase_slopes<Access>(a, b, position, slopes);
+  SignedAdvantage<float> advantages[Access::kSlots];
+  signed_advantages<Access>(a, rows, b, position, advantages);
+  const float up = a.saved[b], down = a.saved[a.batch + b];
+#pragma unroll
+  for (int i = 0; i < Access::kSlots; ++i) {
+    if (a.per_location) {
+      slopes[i] = signed_surrogate(expf(log_ratio[i]), advantages[i], a.clip_low, a.clip_high).slope * up;
+    } else {
+      slopes[i] = weighted(advantages[i].positive, up) + weighted(advantages[i].negative, down);
+    }
+  }
+}
+
+// `sums` is read if locations have ratios.
+template <typename Access, Credit kCredit>
 __device__ __forceinline__ Factors<Access> factors_of(const PolicyArguments& a, const Coefficients& k, unsigned b,
                                                       unsigned position, const Sums<Access>& sums) {
+  constexpr bool kPlain = kCredit == Credit::kPlain;
   const Rows<Access> rows(a, b, position, a.per_location);
-  const float common = gradient_factor(a, k, b), kl = a.reference.data ? kl_gradient_factor(a, k, b) : 0.0f;
-  const float advantage = clamp_advantage(__ldg(a.advantages + b), a.advantage_clip);
-  float log_ratio[Access::kSlots];
+  const float common = gradient_factor_of_slope(a, k, b), kl = a.ref_output.data ? kl_gradient_factor(a, k, b) : 0.0f;
+  const float advantage = kPlain ? clamp_advantage(__ldg(a.advantages + b), a.advantage_clip) : 0.0f;
+  float log_ratio[Access::kSlots], slopes[Access::kSlots] = {};
   if (a.per_location) log_ratios(a, k, rows, sums, log_ratio);
+  if constexpr (!kPlain) split_slopes<Access>(a, rows, b, position, log_ratio, slopes);
   Factors<Access> factors;
 #pragma unroll
   for (int i = 0; i < Access::kSlots; ++i) {
-    factors.residual[i] = rows.weights[i] * common;
     factors.kl[i] = a.weighted_kl ? rows.weights[i] * kl : kl;
     factors.keep[i] = rows.keep[i];
-    if (a.per_location) {
-      factors.residual[i] *= clipped_surrogate(log_ratio[i], advantage, a.clip_low, a.clip_high).slope;
+    if (!kPlain) {
+      factors.residual[i] = slopes[i] * common;
+    } else {
+      factors.residual[i] = rows.weights[i] * (common * a.saved[b]);
+      if (a.per_location) {
+        factors.residual[i] *= clipped_surrogate(log_ratio[i], advantage, a.clip_low, a.clip_high).slope;
+      }
     }
   }
   return factors;
 }
 
-// Whether the general kernel serves ratios of locations.
+// Whether the general kernel is also used for ratios of locations.
 template <typename Access>
-constexpr bool kServesLocations = Access::kPacked || !Access::kVector;
+constexpr bool kTakesLocations = Access::kPacked || !Access::kVector;
 
-template <typename Access>
+template <typename Access, Credit kCredit>
 __global__ void __launch_bounds__(kThreads, 2)
     policy_backward_kernel(const __grid_constant__ PolicyArguments a, const __grid_constant__ Tiling t) {
   struct Runs {
     LatentRun<Access> x, prev;
-    OutputRun<Access> v, output, reference;
+    OutputRun<Access> v, output, ref;
   };
   const Place place = place_of(t, a.positions);
   const unsigned b = place.b;
@@ -64,19 +104,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Access access(a.model_output);
   for_each_position<Access>(t, place, [&](unsigned position, unsigned lane, bool active) {
     Sums<Access> sums{};
-    if constexpr (kServesLocations<Access>) {
+    if constexpr (kTakesLocations<Access>) {
       if (a.per_location) sums = channel_sums(access, a, k, t, b, position, lane, active, View());
     }
     if (!active) return;
-    const Factors<Access> factors = factors_of<Access>(a, k, b, position, sums);
+    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, sums);
     const auto load = [&](int c) {
       Runs runs;
       runs.x = load_latent(access, a.sample, b, position, c);
       runs.v = load_output(access, output, b, position, c);
       runs.prev = load_latent(access, a.prev_sample, b, position, c);
-      if (a.reference.data) {
+      if (a.ref_output.data) {
         runs.output = load_output(access, a.model_output, b, position, c);
-        runs.reference = load_output(access, a.reference, b, position, c);
+        runs.ref = load_output(access, a.ref_output, b, position, c);
       }
       return runs;
     };
@@ -87,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         gradient[i] = factors.residual[Access::kPacked ? 0 : i] *
                       residual(k, access.value(runs.x, i), access.value(runs.v, i), access.value(runs.prev, i));
       }
-      if (a.reference.data) add_kl_gradient(access, runs.output, runs.reference, factors.kl, gradient);
+      if (a.ref_output.data) add_kl_gradient(access, runs.output, runs.ref, factors.kl, gradient);
       store_gradient(access, a, b, position, c, factors.keep, gradient);
     };
     for_each_run<Access>(t, a.channels, lane, load, use);
@@ -95,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // A ratio for each location, latents [C, P].
-template <typename Access>
+template <typename Access, Credit kCredit>
 __global__ void __launch_bounds__(kThreads / 2, 3)
     policy_location_backward_kernel(const __grid_constant__ PolicyArguments a, const __grid_constant__ Tiling t) {
   constexpr int kRun = Access::kRun, kInFlight = 16 / kRun;
@@ -151,14 +191,14 @@ __global__ void __launch_bounds__(kThreads / 2, 3)
 #pragma unroll 1
   for (int c = kKept; c < channels; ++c) add_run(load(c), again);
 
-  const Factors<Access> factors = factors_of<Access>(a, k, b, position, sums);
+  const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, sums);
   const auto store = [&](int c, const float (&residuals)[kRun]) {
     float gradient[kRun];
 #pragma unroll
     for (int j = 0; j < kRun; ++j) gradient[j] = factors.residual[j] * residuals[j];
-    if (a.reference.data) {
+    if (a.ref_output.data) {
       const OutputRun<Access> v = load_output(access, a.model_output, b, position, c);
-      add_kl_gradient(access, v, load_output(access, a.reference, b, position, c), factors.kl, gradient);
+      add_kl_gradient(access, v, load_output(access, a.ref_output, b, position, c), factors.kl, gradient);
     }
     store_gradient(access, a, b, position, c, factors.keep, gradient);
   };
@@ -177,18 +217,21 @@ __global__ void __launch_bounds__(kThreads / 2, 3)
 
 void policy_backward(const PolicyArguments& a, cudaStream_t stream) {
   const Latents latents = policy_latents(a);
-  const auto run = [&](auto type) {
-    using Access = typename decltype(type)::type;
-    launch(policy_backward_kernel<Access>, tiling_of<Access>(latents), stream, a);
-  };
-  if (!a.per_location || latents.packed) return with_access<8>(latents, run);
-  with_types<false, 4>(latents, [&](auto type) {
-    using Access = typename decltype(type)::type;
-    if constexpr (Access::kVector) {
-      launch(policy_location_backward_kernel<Access>, tiling_of<Access>(latents, 2 * kThreads), stream, a);
-    } else {
-      run(type);
-    }
+  with_credit(a, [&](auto credit) {
+    const auto run = [&](auto type) {
+      using Access = typename decltype(type)::type;
+      launch(policy_backward_kernel<Access, credit>, tiling_of<Access>(latents), stream, a);
+    };
+    if (!a.per_location || latents.packed) return with_access<8>(latents, run);
+    with_types<false, 4>(latents, [&](auto type) {
+      using Access = typename decltype(type)::type;
+      if constexpr (Access::kVector) {
+        const Tiling tiling = tiling_of<Access>(latents, 2 * kThreads);
+        launch(policy_location_backward_kernel<Access, credit>, tiling, stream, a);
+      } else {
+        run(type);
+      }
+    });
   });
 }
 

@@ -2,8 +2,8 @@
 #include <cstdint>
 
 #include "cuda/kernels.h"
-#include "cuda/launch.h"
-#include "cuda/tiling.h"
+#include "cuda/latents.cuh"
+#include "cuda/launch.cuh"
 
 namespace star {
 namespace cuda {

@@ -1,4 +1,4 @@
-"""Which implementation of the policy operators serves which tensors."""
+"""Which implementation of the policy operators runs for which tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BACKENDS = ("auto", "naive", "native", "triton")
 
 @torch.compiler.assume_constant_result
 def choose_backend(device: str, dtype: torch.dtype) -> str:
-    """What "auto" means: compiled kernels; on a GPU without them Triton's; else plain PyTorch, with one warning."""
+    """The backend of "auto": compiled kernels; on a GPU without them Triton; else plain PyTorch, with one warning."""
     if dtype == torch.float64:
         return "naive"
     for backend in ("native", "triton"):
@@ -28,7 +28,7 @@ def choose_backend(device: str, dtype: torch.dtype) -> str:
 
 
 def resolve_backend(backend: str, model_output: Tensor) -> str:
-    """The backend that runs, of those named in BACKENDS."""
+    """The backend to run for a value of the argument ``backend``."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     device, dtype = model_output.device.type, model_output.dtype
@@ -41,15 +41,15 @@ def resolve_backend(backend: str, model_output: Tensor) -> str:
 
 @torch.compiler.assume_constant_result
 def obstacle(backend: str, device: str, dtype: torch.dtype) -> str:
-    """What keeps a backend from these inputs, if anything."""
+    """Why a backend cannot run on these inputs, or an empty string if it can."""
     if backend == "naive":
         return ""
     if dtype == torch.float64:
-        return "it has no float64"
+        return "float64 is not supported"
     if backend == "native":
         return native.problem(device)
     if device != "cuda":
-        return "it serves CUDA tensors"
+        return "it requires CUDA tensors"
     return _triton_problem()
 
 
@@ -60,4 +60,4 @@ def _triton_problem() -> str:
 
 @cache
 def _warn_naive(problem: str) -> None:
-    warn(f"star_kernels runs the policy loss in plain PyTorch, some thirty launches a call: {problem}")
+    warn(f"star_kernels: the policy loss falls back to plain PyTorch (about 30 kernel launches per call): {problem}")

@@ -1,13 +1,15 @@
-"""What the policy functions accept."""
+"""Checks of the arguments of the policy functions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from star_kernels.checks import check_dense, check_number, readable
+from star_kernels.policy.arguments import Arguments, Kind, NftArguments, has_phrases
 from star_kernels.policy.transitions import Transition
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -33,7 +35,7 @@ def resolve_channel_dim(channel_dim: int, model_output: Tensor) -> int:
 
 
 def check_latent(name: str, latent: Tensor, model_output: Tensor) -> None:
-    """A tensor of the shape and device of model_output; its floating-point dtype may differ."""
+    """A latent has the shape and device of model_output; its floating-point dtype may differ."""
     _check_tensor(name, latent)
     if latent.shape != model_output.shape:
         raise ValueError(
@@ -42,7 +44,7 @@ def check_latent(name: str, latent: Tensor, model_output: Tensor) -> None:
     _check_device(name, latent, model_output)
     if (latent.dtype == torch.float64) != (model_output.dtype == torch.float64):
         raise TypeError(
-            f"{name} must be float64 where model_output is, and only there: model_output is {model_output.dtype}, "
+            f"{name} must be float64 exactly if model_output is: model_output is {model_output.dtype}, "
             f"got {latent.dtype}"
         )
 
@@ -57,7 +59,7 @@ def _check_columns(transition: Transition, model_output: Tensor) -> None:
     batch = model_output.shape[0]
     if transition.coefficients.shape[1] not in (1, batch):
         raise ValueError(
-            f"transition must hold one column, or one for each of the {batch} samples, "
+            f"transition must have one column, or one for each of the {batch} samples, "
             f"got {transition.coefficients.shape[1]}"
         )
     _check_device("transition", transition.coefficients, model_output)
@@ -74,7 +76,7 @@ def check_old_log_prob(
     if list(old_log_prob.shape) != [batch, *locations]:
         scalar = list(old_log_prob.shape) == [batch]
         if not scalar or weights is not None or ratio == "location":
-            reason = " (one number a sample serves only without weights and with ratio='sample')" if scalar else ""
+            reason = " (shape [B] requires ratio='sample' and no weights)" if scalar else ""
             raise ValueError(
                 f"old_log_prob must have shape [B, *locations] = {[batch, *locations]}, "
                 f"got {list(old_log_prob.shape)}{reason}"
@@ -90,7 +92,7 @@ def check_numbers(name: str, numbers: Tensor, model_output: Tensor) -> None:
 
 
 def check_mask(mask: Tensor | None, model_output: Tensor, channel_dim: int) -> None:
-    """Bool, one for each location; on a CPU each sample keeps at least one."""
+    """A mask is bool ``[B, *locations]``; on a CPU it must keep at least one location of each sample."""
     if mask is None:
         return
     _check_mask(mask, model_output, channel_dim)
@@ -105,7 +107,7 @@ def check_mask(mask: Tensor | None, model_output: Tensor, channel_dim: int) -> N
 def _check_mask(mask: Tensor, model_output: Tensor, channel_dim: int) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, true where a location counts, got {got}")
+        raise TypeError(f"mask must be a bool tensor, true for locations that count, got {got}")
     check_dense("mask", mask)
     shape = _locations(model_output, channel_dim)
     if list(mask.shape) != shape:
@@ -113,66 +115,77 @@ def _check_mask(mask: Tensor, model_output: Tensor, channel_dim: int) -> None:
     _check_device("mask", mask, model_output)
 
 
-def check_weights(weights: Tensor | None, model_output: Tensor, channel_dim: int) -> None:
-    """Shape of the weights: that of the locations, or of a coarser grid that divides theirs."""
-    if weights is not None:
-        _check_weights(weights, [], model_output, channel_dim)
-
-
-def check_groups(
+def check_advantages(
     advantages: Tensor, weights: Tensor | None, model_output: Tensor, channel_dim: int, weighted_kl: bool
-) -> Tensor:
-    """The weights: as many groups of them as of advantages, and no penalty that would need others."""
+) -> None:
+    """Advantages and weights fit each other: advantages are ``[B, G]`` exactly if weights are ``[B, G, *grid]``."""
     _check_float("advantages", advantages, model_output)
+    if weights is not None:
+        _check_float("weights", weights, model_output)
+    elif list(advantages.shape) == [model_output.shape[0]]:
+        return
     batch, *locations = _locations(model_output, channel_dim)
-    if advantages.shape[0] != batch or advantages.shape[1] == 0:
-        raise ValueError(f"advantages must have shape [B] = [{batch}] or [B, G], got {list(advantages.shape)}")
-    groups = advantages.shape[1]
-    if weights is None:
+    shape = list(advantages.shape)
+    phrases: list[int] = []
+    if weights is not None and has_phrases(weights, model_output):
+        phrases = shape[1:]
+        if len(phrases) != 1 or shape[0] != batch or phrases[0] == 0:
+            raise ValueError(
+                f"advantages must have shape [B, G] = [{batch}, {weights.shape[1]}] with weights [B, G, *locations], "
+                f"got advantages {shape} and weights {list(weights.shape)}"
+            )
+        if weighted_kl:
+            raise ValueError(
+                "weighted_kl must be False with weights [B, G, *locations] (the penalty is not weighted then), got True"
+            )
+    elif shape not in ([batch], [batch, *locations]):
         raise ValueError(
-            f"weights must have shape [B, G, *locations] = {[batch, groups, *locations]} where advantages have groups, "
-            f"{list(advantages.shape)}, got None"
+            f"advantages must have shape [B] = [{batch}], [B, *locations] = {[batch, *locations]}, or [B, G] with "
+            f"weights [B, G, *locations], got advantages {shape} and weights "
+            f"{None if weights is None else list(weights.shape)}"
         )
-    _check_weights(weights, [groups], model_output, channel_dim)
-    if weighted_kl:
-        raise ValueError(
-            "weighted_kl must be False where advantages have groups (the penalty has no weights then), got True"
-        )
-    return weights
+    if weights is not None:
+        _check_grid(weights, phrases, [batch, *locations])
 
 
-def check_reference(reference: Tensor | None, model_output: Tensor, kl_coef: float) -> None:
-    """A reference model's output goes with a KL coefficient."""
-    if reference is not None:
-        check_latent("ref_model_output", reference, model_output)
+def check_ref_model_output(ref_model_output: Tensor | None, model_output: Tensor, kl_coef: float) -> None:
+    """The output of the KL penalty's reference model; required if the penalty has a coefficient."""
+    if ref_model_output is not None:
+        check_latent("ref_model_output", ref_model_output, model_output)
     elif kl_coef:
-        raise ValueError(f"ref_model_output must be given where kl_coef is not 0, got None and kl_coef {kl_coef}")
+        raise ValueError(f"ref_model_output must be given if kl_coef is not 0, got None and kl_coef {kl_coef}")
 
 
 def check_reduction(reduction: str) -> bool:
-    """Whether each sample keeps its own loss."""
+    """Whether the loss is unreduced."""
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
     return reduction == "none"
 
 
-def _check_weights(weights: Tensor, groups: list[int], model_output: Tensor, channel_dim: int) -> None:
-    """``groups`` is [G], or empty for weights without groups."""
-    _check_float("weights", weights, model_output)
-    batch, *locations = _locations(model_output, channel_dim)
-    leading = [batch, *groups]
+def check_weights(weights: Tensor | None, model_output: Tensor, channel_dim: int) -> None:
+    """Weights of the locations, or of a coarser grid that divides them."""
+    if weights is not None:
+        _check_float("weights", weights, model_output)
+        _check_grid(weights, [], _locations(model_output, channel_dim))
+
+
+def _check_grid(weights: Tensor, phrases: list[int], shape: list[int]) -> None:
+    """The shape of weights beside locations [B, *locations]; ``phrases`` is [G] for weights of phrases, else []."""
+    batch, *locations = shape
+    leading = [batch, *phrases]
     grid = list(weights.shape[len(leading) :])
     divides = len(grid) == len(locations) and all(
         n > 0 and size % n == 0 for n, size in zip(grid, locations, strict=True)
     )
     if list(weights.shape[: len(leading)]) != leading or not divides or (len(locations) == 1 and grid != locations):
-        coarser = " or lie on a coarser grid that divides it" if len(locations) > 1 else ""
-        names = "[B, G, *locations]" if groups else "[B, *locations]"
+        coarser = " or that of a coarser grid that divides it" if len(locations) > 1 else ""
+        names = "[B, G, *locations]" if phrases else "[B, *locations]"
         raise ValueError(f"weights must have shape {names} = {leading + locations}{coarser}, got {list(weights.shape)}")
 
 
 def check_weight_values(weights: Tensor | None) -> None:
-    """Weights are finite and not negative. The compiled CPU kernel checks this itself; a GPU is not waited for."""
+    """Weights are finite and not negative. The CPU kernel checks this itself; values on a GPU are not read."""
     if weights is not None and readable(weights):
         good = (weights >= 0) & weights.isfinite()
         if not bool(good.all()):
@@ -202,7 +215,7 @@ def check_coefficients(advantage_clip: float, kl_coef: float) -> None:
 
 
 def check_beta(beta: float, advantage_clip: float) -> None:
-    """DiffusionNFT's beta, and an advantage clip that can be divided by."""
+    """DiffusionNFT's beta, and an advantage clip that is a finite divisor."""
     check_number("beta", beta)
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be positive and finite, got {beta}")
@@ -210,33 +223,36 @@ def check_beta(beta: float, advantage_clip: float) -> None:
         raise ValueError(f"advantage_clip must be finite, got {advantage_clip}")
 
 
-def check_operator(
-    names: Sequence[str],
-    tensors: Sequence[Tensor | None],
-    latents: Sequence[int],
-    channel_dim: int,
-    per_location: bool,
-) -> None:
-    """What the operators rely on, for callers of ``torch.ops.star_kernels``; values are not looked at."""
-    given = {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
-    model_output = given["model_output"]
+def check_operator(arguments: Arguments, kinds: Mapping[str, Kind]) -> None:
+    """Checks the arguments of ``torch.ops.star_kernels`` as far as the kernels rely on them; values are not read."""
+    model_output, channel_dim = arguments.model_output, arguments.channel_dim
     if not 0 < channel_dim == resolve_channel_dim(channel_dim, model_output):
         raise ValueError(f"channel_dim must be counted from the front, got {channel_dim}")
     if model_output.dtype == torch.float64:
         raise TypeError("model_output must be float32, float16 or bfloat16, got torch.float64")
-    for i in latents:
-        if names[i] in given:
-            check_latent(names[i], given[names[i]], model_output)
-    for name in {"advantages", "sigma", "step_weights"} & given.keys():
-        check_numbers(name, given[name], model_output)
-    if "coefficients" in given:
-        _check_columns(Transition(given["coefficients"]), model_output)
-    if "mask" in given:
-        _check_mask(given["mask"], model_output, channel_dim)
-    check_weights(given.get("weights"), model_output, channel_dim)
-    if "old_log_prob" in given:
-        ratio = "location" if per_location else "sample"
-        check_old_log_prob(given["old_log_prob"], model_output, channel_dim, given.get("weights"), ratio)
+    for (name, kind), value in zip(kinds.items(), arguments, strict=True):
+        if value is not None:
+            _check_kind(kind, name, value, arguments)
+
+
+def _check_kind(kind: Kind, name: str, value: Any, arguments: Any) -> None:
+    model_output, channel_dim = arguments.model_output, arguments.channel_dim
+    match kind:
+        case Kind.LATENT:
+            check_latent(name, value, model_output)
+        case Kind.PER_SAMPLE:
+            check_numbers(name, value, model_output)
+        case Kind.COEFFICIENTS:
+            _check_columns(Transition(value), model_output)
+        case Kind.MASK:
+            _check_mask(value, model_output, channel_dim)
+        case Kind.ADVANTAGES:
+            check_advantages(value, arguments.weights, model_output, channel_dim, arguments.weighted_kl)
+        case Kind.WEIGHTS if isinstance(arguments, NftArguments):
+            check_weights(value, model_output, channel_dim)
+        case Kind.OLD_LOG_PROB:
+            ratio = "location" if arguments.per_location else "sample"
+            check_old_log_prob(value, model_output, channel_dim, arguments.weights, ratio)
 
 
 def _locations(model_output: Tensor, channel_dim: int) -> list[int]:

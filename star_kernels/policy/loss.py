@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from star_kernels.checks import check_flag
 from star_kernels.operators import constants
 from star_kernels.policy import naive, ops
+from star_kernels.policy.arguments import NftArguments, PolicyArguments
 from star_kernels.policy.backends import resolve_backend
 from star_kernels.policy.checks import (
+    check_advantages,
     check_beta,
     check_clip,
     check_coefficients,
-    check_groups,
     check_latent,
     check_mask,
     check_numbers,
     check_old_log_prob,
     check_reduction,
-    check_reference,
+    check_ref_model_output,
     check_transition,
     check_weight_values,
     check_weights,
@@ -111,42 +111,49 @@ def weighted_policy_loss(
     check_latent("sample", sample, model_output)
     check_latent("prev_sample", prev_sample, model_output)
     check_transition(transition, model_output)
-    check_old_log_prob(old_log_prob, model_output, channel_dim, weights, ratio)
     check_flag("weighted_kl", weighted_kl)
-    groups: list[tuple[Tensor, Tensor | None]]
-    if isinstance(advantages, Tensor) and advantages.ndim == 2:
-        grouped = check_groups(advantages, weights, model_output, channel_dim, weighted_kl)
-        groups = list(zip(advantages.unbind(1), grouped.unbind(1), strict=True))
-    else:
-        check_numbers("advantages", advantages, model_output)
-        check_weights(weights, model_output, channel_dim)
-        groups = [(advantages, weights)]
+    check_advantages(advantages, weights, model_output, channel_dim, weighted_kl)
+    check_old_log_prob(old_log_prob, model_output, channel_dim, weights, ratio)
     clip_low, clip_high = check_clip(clip_range)
     if old_model_output is not None:
         check_latent("old_model_output", old_model_output, model_output)
-    per_sample = _check_common(
+    unreduced = _check_common(
         model_output, channel_dim, mask, step_weights, ref_model_output, advantage_clip, kl_coef, reduction
     )
     backend = resolve_backend(backend, model_output)
-
-    def loss_of(own: Tensor, field: Tensor | None, penalised: bool) -> PolicyLoss:
-        arguments: tuple[Any, ...] = (
-            model_output,
-            *constants(sample, prev_sample, old_log_prob, own, transition.coefficients),
-            *constants(field, mask, step_weights, old_model_output, ref_model_output if penalised else None),
-            channel_dim,
-            ratio == "location",
-            weighted_kl,
-            per_sample,
-            clip_low,
-            clip_high,
-            advantage_clip,
-            kl_coef if penalised else 0.0,
-        )
-        definition, operator = naive.weighted_policy_loss, ops.WEIGHTED_POLICY_LOSS
-        return _computed(definition, operator, naive.METRICS, arguments, field, backend)
-
-    return _summed([loss_of(own, field, penalised=g == 0) for g, (own, field) in enumerate(groups)])
+    sample, prev_sample, old_log_prob, advantages, coefficients = constants(
+        sample, prev_sample, old_log_prob, advantages, transition.coefficients
+    )
+    weights, mask, step_weights, old_model_output, ref_model_output = constants(
+        weights, mask, step_weights, old_model_output, ref_model_output
+    )
+    arguments = PolicyArguments(
+        model_output=model_output,
+        sample=sample,
+        prev_sample=prev_sample,
+        old_log_prob=old_log_prob,
+        advantages=advantages,
+        coefficients=coefficients,
+        weights=weights,
+        mask=mask,
+        step_weights=step_weights,
+        old_model_output=old_model_output,
+        ref_model_output=ref_model_output,
+        channel_dim=channel_dim,
+        per_location=ratio == "location",
+        weighted_kl=weighted_kl,
+        unreduced=unreduced,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        advantage_clip=advantage_clip,
+        kl_coef=kl_coef,
+    )
+    if backend == "naive":
+        check_weight_values(weights)
+        loss, metrics = naive.weighted_policy_loss(arguments)
+    else:
+        loss, metrics, _ = ops.WEIGHTED_POLICY_LOSS(*arguments, backend)
+    return _named(loss, metrics, naive.METRICS)
 
 
 def weighted_nft_loss(
@@ -204,27 +211,40 @@ def weighted_nft_loss(
     check_latent("target", target, model_output)
     check_numbers("advantages", advantages, model_output)
     check_numbers("sigma", sigma, model_output)
-    per_sample = _check_common(
+    unreduced = _check_common(
         model_output, channel_dim, mask, step_weights, ref_model_output, advantage_clip, kl_coef, reduction
     )
     check_beta(beta, advantage_clip)
     check_flag("weighted_kl", weighted_kl)
     check_flag("adaptive", adaptive)
     check_weights(weights, model_output, channel_dim)
-    arguments: tuple[Any, ...] = (
-        model_output,
-        *constants(old_model_output, target, advantages, sigma),
-        *constants(weights, mask, step_weights, ref_model_output),
-        channel_dim,
-        adaptive,
-        weighted_kl,
-        per_sample,
-        beta,
-        advantage_clip,
-        kl_coef,
-    )
     backend = resolve_backend(backend, model_output)
-    return _computed(naive.weighted_nft_loss, ops.WEIGHTED_NFT_LOSS, naive.NFT_METRICS, arguments, weights, backend)
+    old_model_output, target, advantages, sigma = constants(old_model_output, target, advantages, sigma)
+    weights, mask, step_weights, ref_model_output = constants(weights, mask, step_weights, ref_model_output)
+    arguments = NftArguments(
+        model_output=model_output,
+        old_model_output=old_model_output,
+        target=target,
+        advantages=advantages,
+        sigma=sigma,
+        weights=weights,
+        mask=mask,
+        step_weights=step_weights,
+        ref_model_output=ref_model_output,
+        channel_dim=channel_dim,
+        adaptive=adaptive,
+        weighted_kl=weighted_kl,
+        unreduced=unreduced,
+        beta=beta,
+        advantage_clip=advantage_clip,
+        kl_coef=kl_coef,
+    )
+    if backend == "naive":
+        check_weight_values(weights)
+        loss, metrics = naive.weighted_nft_loss(arguments)
+    else:
+        loss, metrics, _ = ops.WEIGHTED_NFT_LOSS(*arguments, backend)
+    return _named(loss, metrics, naive.NFT_METRICS)
 
 
 def _check_common(
@@ -237,42 +257,14 @@ def _check_common(
     kl_coef: float,
     reduction: str,
 ) -> bool:
-    """What the objectives share; whether each sample keeps its own loss."""
+    """Checks what the objectives share; returns whether the loss is unreduced."""
     check_mask(mask, model_output, channel_dim)
     if step_weights is not None:
         check_numbers("step_weights", step_weights, model_output)
     check_coefficients(advantage_clip, kl_coef)
-    check_reference(ref_model_output, model_output, kl_coef)
+    check_ref_model_output(ref_model_output, model_output, kl_coef)
     return check_reduction(reduction)
 
 
-def _computed(
-    definition: Callable[..., tuple[Tensor, Tensor]],
-    operator: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    names: Sequence[str],
-    arguments: tuple[Any, ...],
-    weights: Tensor | None,
-    backend: str,
-) -> PolicyLoss:
-    """An objective by its definition or by a backend's kernels, with its metrics by name."""
-    if backend == "naive":
-        check_weight_values(weights)
-        loss, metrics = definition(*arguments)
-    else:
-        loss, metrics, _ = operator(*arguments, backend)
+def _named(loss: Tensor, metrics: Tensor, names: Sequence[str]) -> PolicyLoss:
     return PolicyLoss(loss, dict(zip(names, metrics.unbind(), strict=True)))
-
-
-def _summed(found: list[PolicyLoss]) -> PolicyLoss:
-    """The losses of groups, whose first one holds the KL penalty, in one."""
-    if len(found) == 1:
-        return found[0]
-    loss = sum((f.loss for f in found[1:]), found[0].loss)
-    metrics = {}
-    for name in found[0].metrics:
-        values = torch.stack([f.metrics[name] for f in found])
-        if name in ("policy_loss", "kl_loss"):
-            metrics[name] = values.sum(dim=0)
-        else:
-            metrics[name] = values.amax(dim=0) if name == "ratio_max" else values.mean(dim=0)
-    return PolicyLoss(loss, metrics)

@@ -1,7 +1,7 @@
 """The policy operators as PyTorch sees them: schema, shapes, autograd.
 
-The forward pass keeps a few numbers per sample for the backward pass, which recomputes the residuals from the inputs:
-no more memory is read than when a gradient is written early and scaled later, and none is held in between.
+The forward pass saves a few numbers per sample for the backward pass, which recomputes the residuals from the inputs.
+That reads no more memory than writing a gradient early and scaling it later, and no gradient is stored in between.
 """
 
 from __future__ import annotations
@@ -12,56 +12,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_kernels import native
 from star_kernels.checks import repeats
 from star_kernels.operators import Operator
-from star_kernels.policy import naive
+from star_kernels.policy import kernels, naive
+from star_kernels.policy.arguments import (
+    Backward,
+    Declaration,
+    Forward,
+    NftArguments,
+    PolicyArguments,
+    SampleArguments,
+)
 from star_kernels.policy.checks import check_operator
 
-# Tensors, then scalars, in the order of star_kernels.policy.naive and of the compiled functions.
-_POLICY_TENSORS = (
-    "Tensor model_output, Tensor sample, Tensor prev_sample, Tensor old_log_prob, Tensor advantages, "
-    "Tensor coefficients, Tensor? weights, Tensor? mask, Tensor? step_weights, Tensor? old_model_output, "
-    "Tensor? ref_model_output"
-)
-_POLICY_SCALARS = (
-    "int channel_dim, bool per_location, bool weighted_kl, bool per_sample, float clip_low, float clip_high, "
-    "float advantage_clip, float kl_coef"
-)
-_POLICY_LATENTS = (0, 1, 2, 9, 10)  # tensors of the latent's shape
-_POLICY_STATISTICS = 2  # rows of [., B]: d loss / d log-ratio; one over the number of locations that count
-_NFT_TENSORS = (
-    "Tensor model_output, Tensor old_model_output, Tensor target, Tensor advantages, Tensor sigma, Tensor? weights, "
-    "Tensor? mask, Tensor? step_weights, Tensor? ref_model_output"
-)
-_NFT_SCALARS = (
-    "int channel_dim, bool adaptive, bool weighted_kl, bool per_sample, float beta, float advantage_clip, float kl_coef"
-)
-_NFT_LATENTS = (0, 1, 2, 8)
-_NFT_STATISTICS = 3  # factors of (v_old - target) and of (v - v_old); one over the number of locations that count
+_DEVICES = ("CPU", "CUDA")
 
 
 class _Objective:
-    """The operators of one objective, forward and backward, and what differs between objectives."""
+    """The forward and the backward operator of one objective."""
 
     def __init__(
-        self, name: str, function: str, tensors: str, scalars: str, latents: tuple[int, ...], metrics: int, rows: int
+        self,
+        name: str,
+        arguments: type[PolicyArguments] | type[NftArguments],
+        *,
+        n_metrics: int,
+        forward: Callable[[str, Any, Forward], None],
+        backward: Callable[[str, Any, Backward], None],
     ) -> None:
-        self._function, self._latents, self._metrics, self._rows = function, latents, metrics, rows
-        self._names = [tensor.split()[-1] for tensor in tensors.split(", ")]
-        self._tensors = len(self._names)
-        self._inputs = self._tensors + scalars.count(",") + 2  # and the backend
-        self._per_sample = self._tensors + [s.split()[-1] for s in scalars.split(", ")].index("per_sample")
-        arguments = f"{tensors}, {scalars}, str backend"
+        self._arguments: Any = arguments
+        self._declared = declared = Declaration(arguments)
+        self._n_metrics, self._forward_kernel, self._backward_kernel = n_metrics, forward, backward
+        schema = f"{declared.schema}, str backend"
         self.backward: Operator = Operator(
-            f"{name}_backward(Tensor grad_loss, Tensor statistics, {arguments}) -> Tensor",
+            f"{name}_backward(Tensor grad_loss, Tensor saved, {schema}) -> Tensor",
             self._run_backward,
             self._shape_backward,
             check=self._check_backward,
             devices=_DEVICES,
         )
         self.forward: Operator = Operator(
-            f"{name}({arguments}) -> (Tensor loss, Tensor metrics, Tensor statistics)",
+            f"{name}({schema}) -> (Tensor loss, Tensor metrics, Tensor saved)",
             self._run,
             self._shapes,
             check=self._check,
@@ -70,134 +61,103 @@ class _Objective:
             devices=_DEVICES,
         )
 
-    def _check(self, *arguments: Any) -> None:
-        n = self._tensors
-        check_operator(
-            self._names, arguments[:n], self._latents, channel_dim=arguments[n], per_location=arguments[n + 1]
-        )
+    def _check(self, *flat: Any) -> None:
+        check_operator(self._arguments._make(flat[:-1]), self._declared.kinds)
 
-    def _check_backward(self, grad_loss: Tensor, statistics: Tensor, *arguments: Any) -> None:
-        self._check(*arguments)
-        batch = arguments[0].shape[0]
-        loss = [batch] if arguments[self._per_sample] else []
-        for name, tensor, shape in (("grad_loss", grad_loss, loss), ("statistics", statistics, [self._rows, batch])):
-            if list(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device != arguments[0].device:
+    def _check_backward(self, grad_loss: Tensor, saved: Tensor, *flat: Any) -> None:
+        self._check(*flat)
+        arguments = self._arguments._make(flat[:-1])
+        batch, device = arguments.model_output.shape[0], arguments.model_output.device
+        loss = [batch] if arguments.unreduced else []
+        for name, tensor, shape in (("grad_loss", grad_loss, loss), ("saved", saved, [arguments.saved_rows, batch])):
+            if list(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device != device:
                 raise ValueError(
-                    f"{name} must be a float32 tensor of shape {shape} on {arguments[0].device}, "
+                    f"{name} must be a float32 tensor of shape {shape} on {device}, "
                     f"got {tensor.dtype}, {list(tensor.shape)} on {tensor.device}"
                 )
 
-    def _run(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *objective, backend = self._prepare(arguments)
-        results = self._shapes(*arguments)
-        _call(f"{self._function}_forward", backend, objective, results, self._workspace(objective, backend))
+    def _run(self, *flat: Any) -> Forward:
+        arguments = _walkable(self._arguments, self._declared, flat)
+        results = self._results(arguments)
+        self._forward_kernel(flat[-1], arguments, results)
         return results
 
-    def _workspace(self, objective: list[Any], backend: str) -> tuple[Tensor, ...]:
-        """Of the CUDA kernel: room for the sums of its tiles, and a counter that tells the last of them that it is."""
-        model_output = objective[0]
-        if backend != "native" or not model_output.is_cuda:
-            return ()
-        batch = model_output.shape[0]
-        positions = model_output.numel() // (batch * model_output.shape[objective[self._tensors]])
-        size = getattr(native.cuda(), f"{self._function}_workspace_bytes")(batch, positions)
-        partial = torch.empty(size, dtype=torch.uint8, device=model_output.device)
-        return partial, native.zero_counter(model_output.device)
+    def _shapes(self, *flat: Any) -> Forward:
+        return self._results(self._arguments._make(flat[:-1]))
 
-    def _shapes(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, metrics and statistics, unwritten."""
-        model_output, batch = arguments[0], arguments[0].shape[0]
-        loss = (batch,) if arguments[self._per_sample] else ()
-        shapes = (loss, (self._metrics,), (self._rows, batch))
-        loss, metrics, statistics = (model_output.new_empty(shape, dtype=torch.float32) for shape in shapes)
-        return loss, metrics, statistics
+    def _results(self, arguments: Any) -> Forward:
+        """Loss, metrics and saved, uninitialised."""
+        model_output = arguments.model_output
+        batch, empty = model_output.shape[0], model_output.new_empty
+        return Forward(
+            empty((batch,) if arguments.unreduced else (), dtype=torch.float32),
+            empty((self._n_metrics,), dtype=torch.float32),
+            empty((arguments.saved_rows, batch), dtype=torch.float32),
+        )
 
-    def _run_backward(self, grad_loss: Tensor, statistics: Tensor, *arguments: Any) -> Tensor:
-        *objective, backend = self._prepare(arguments)
-        gradient = _empty_like(objective[0], arguments[self._tensors])
-        results = (grad_loss.contiguous(), statistics, gradient)
-        _call(f"{self._function}_backward", backend, objective, results)
+    def _run_backward(self, grad_loss: Tensor, saved: Tensor, *flat: Any) -> Tensor:
+        arguments = _walkable(self._arguments, self._declared, flat)
+        gradient = _empty_like(arguments.model_output, arguments.channel_dim)
+        self._backward_kernel(flat[-1], arguments, Backward(grad_loss.contiguous(), saved, gradient))
         return gradient
 
-    def _shape_backward(self, grad_loss: Tensor, statistics: Tensor, *arguments: Any) -> Tensor:
-        channel_dim = arguments[self._tensors]
-        return _empty_like(_collapsible(arguments[0], channel_dim), channel_dim)
+    def _shape_backward(self, grad_loss: Tensor, saved: Tensor, *flat: Any) -> Tensor:
+        arguments = self._arguments._make(flat[:-1])
+        return _empty_like(_collapsible(arguments.model_output, arguments.channel_dim), arguments.channel_dim)
 
-    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.save_for_backward(output[2], *inputs[: self._tensors])
-        ctx.scalars = inputs[self._tensors :]
-        ctx.mark_non_differentiable(output[1], output[2])
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
+        _, metrics, saved = output
+        n = self._declared.n_tensors
+        ctx.save_for_backward(saved, *inputs[:n])
+        ctx.scalars = inputs[n:]
+        ctx.mark_non_differentiable(metrics, saved)
         ctx.set_materialize_grads(False)
 
     def _differentiate(self, ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        others = (None,) * self._declared.n_arguments  # and the backend, less model_output
         if grad_loss is None:
-            return (None,) * self._inputs
-        gradient = self.backward(grad_loss, *ctx.saved_tensors, *ctx.scalars)
-        return (gradient, *(None,) * (self._inputs - 1))
-
-    def _prepare(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments in layouts that the kernels can walk."""
-        channel_dim = arguments[self._tensors]
-        prepared = list(arguments)
-        for i in range(self._tensors):
-            tensor = arguments[i]
-            if tensor is not None:
-                prepared[i] = _collapsible(tensor, channel_dim) if i in self._latents else tensor.contiguous()
-        return tuple(prepared)
+            return (None, *others)
+        return (self.backward(grad_loss, *ctx.saved_tensors, *ctx.scalars), *others)
 
 
-def sample_transition(
-    model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    results = sample_transition_fake(model_output, sample, noise, coefficients, channel_dim, backend)
-    latents = (_collapsible(t, channel_dim) for t in (model_output, sample, noise))
-    _call("sample_transition", backend, [*latents, coefficients.contiguous(), channel_dim], results)
+def _sample_transition(*flat: Any) -> tuple[Tensor, Tensor]:
+    arguments = _walkable(SampleArguments, _SAMPLE, flat)
+    results = _sample_results(arguments)
+    kernels.sample_transition(flat[-1], arguments, *results)
     return results
 
 
-def sample_transition_fake(
-    model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    locations = [n for d, n in enumerate(model_output.shape) if d != channel_dim]
-    prev_sample = _empty_like(_collapsible(sample, channel_dim), channel_dim)
-    return prev_sample, model_output.new_empty(locations, dtype=torch.float32)
+def _sample_shapes(*flat: Any) -> tuple[Tensor, Tensor]:
+    model_output, sample, noise, coefficients, channel_dim, _ = flat
+    sample = _collapsible(sample, channel_dim)
+    return _sample_results(SampleArguments(model_output, sample, noise, coefficients, channel_dim))
 
 
-def _check_sample(
-    model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int, backend: str
-) -> None:
-    names = ("model_output", "sample", "noise", "coefficients")
-    check_operator(names, (model_output, sample, noise, coefficients), (0, 1, 2), channel_dim, False)
+def _sample_results(arguments: SampleArguments) -> tuple[Tensor, Tensor]:
+    """prev_sample and log_prob, uninitialised."""
+    channel_dim = arguments.channel_dim
+    locations = [n for d, n in enumerate(arguments.model_output.shape) if d != channel_dim]
+    log_prob = arguments.model_output.new_empty(locations, dtype=torch.float32)
+    return _empty_like(arguments.sample, channel_dim), log_prob
 
 
-def _call(
-    function: str,
-    backend: str,
-    arguments: list[Any],
-    results: tuple[Tensor, ...],
-    workspace: tuple[Tensor, ...] = (),
-) -> None:
-    """A kernel of the backend, which writes the results."""
-    if backend == "triton":
-        _triton(function)(*arguments, *results)
-    elif arguments[0].is_cuda:
-        getattr(native.cuda(), function)(*arguments, *workspace, *results)
-    else:
-        getattr(native.cpu(), function)(*arguments, native.threads(), *results)
+def _check_sample(*flat: Any) -> None:
+    check_operator(SampleArguments._make(flat[:-1]), _SAMPLE.kinds)
 
 
-def _triton(function: str) -> Callable[..., None]:
-    from star_kernels.policy import triton_loss, triton_nft, triton_sampling
-
-    for module in (triton_loss, triton_nft, triton_sampling):
-        if hasattr(module, function):
-            kernel: Callable[..., None] = getattr(module, function)
-            return kernel
-    raise AttributeError(function)
+def _walkable(arguments: Any, declared: Declaration, flat: tuple[Any, ...]) -> Any:
+    """The arguments in memory layouts that the kernels can walk, from those of an operator."""
+    n = declared.n_tensors
+    channel_dim = flat[n]
+    tensors = [
+        t if t is None else _collapsible(t, channel_dim) if latent else t.contiguous()
+        for t, latent in zip(flat, declared.is_latent, strict=False)
+    ]
+    return arguments._make((*tensors, *flat[n:-1]))
 
 
 def _collapsible(tensor: Tensor, channel_dim: int) -> Tensor:
-    """The tensor, copied if its locations do not follow one another at one stride."""
+    """The tensor, copied if its location dimensions do not collapse into one stride."""
     if tensor.is_contiguous() and channel_dim in (1, tensor.ndim - 1):
         return tensor
     expected: int | None = None
@@ -213,33 +173,34 @@ def _collapsible(tensor: Tensor, channel_dim: int) -> Tensor:
 
 
 def _empty_like(tensor: Tensor, channel_dim: int) -> Tensor:
-    """Memory for a result in the layout of a latent that the kernels can walk, or in one of theirs where it repeats."""
+    """Uninitialised memory in the layout of a collapsible latent, or channels first if its elements share memory."""
     if not repeats(tensor):
         return torch.empty_like(tensor)
     channels_first = tensor.movedim(channel_dim, 1)
     return channels_first.new_empty(channels_first.shape).movedim(1, channel_dim)
 
 
-_DEVICES = ("CPU", "CUDA")
 _POLICY = _Objective(
     "weighted_policy_loss",
-    "policy",
-    _POLICY_TENSORS,
-    _POLICY_SCALARS,
-    _POLICY_LATENTS,
-    len(naive.METRICS),
-    _POLICY_STATISTICS,
+    PolicyArguments,
+    n_metrics=len(naive.METRICS),
+    forward=kernels.policy_forward,
+    backward=kernels.policy_backward,
 )
 _NFT = _Objective(
-    "weighted_nft_loss", "nft", _NFT_TENSORS, _NFT_SCALARS, _NFT_LATENTS, len(naive.NFT_METRICS), _NFT_STATISTICS
+    "weighted_nft_loss",
+    NftArguments,
+    n_metrics=len(naive.NFT_METRICS),
+    forward=kernels.nft_forward,
+    backward=kernels.nft_backward,
 )
+_SAMPLE = Declaration(SampleArguments)
 WEIGHTED_POLICY_LOSS, WEIGHTED_POLICY_LOSS_BACKWARD = _POLICY.forward, _POLICY.backward
 WEIGHTED_NFT_LOSS, WEIGHTED_NFT_LOSS_BACKWARD = _NFT.forward, _NFT.backward
 SAMPLE_TRANSITION = Operator(
-    "sample_transition(Tensor model_output, Tensor sample, Tensor noise, Tensor coefficients, int channel_dim, "
-    "str backend) -> (Tensor prev_sample, Tensor log_prob)",
-    sample_transition,
-    sample_transition_fake,
+    f"sample_transition({_SAMPLE.schema}, str backend) -> (Tensor prev_sample, Tensor log_prob)",
+    _sample_transition,
+    _sample_shapes,
     check=_check_sample,
     devices=_DEVICES,
 )

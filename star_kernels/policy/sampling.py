@@ -1,4 +1,4 @@
-"""The sampling step, which draws the next latent and gives its log-probability at every location."""
+"""The sampling step: the next latent, and its log-probability at every location."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from star_kernels.operators import constants
 from star_kernels.policy import naive, ops
+from star_kernels.policy.arguments import SampleArguments
 from star_kernels.policy.backends import resolve_backend
 from star_kernels.policy.checks import check_latent, check_transition, resolve_channel_dim
 from star_kernels.policy.transitions import Transition
@@ -22,10 +23,10 @@ def sample_transition(
     channel_dim: int = 1,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One denoising step: draws ``prev ~ N(a x + b v, std^2)`` and gives its log-probability at every location.
+    """One denoising step: draws ``prev ~ N(a x + b v, std^2)`` and computes its log-probability at every location.
 
-    The log-probability is that of the value returned, after rounding to the sample's dtype, so that the policy ratio
-    of an unchanged model is exactly one. Not differentiable, in no mode.
+    The log-probability is that of the returned value, after rounding to the sample's dtype, so that the policy ratio
+    of an unchanged model is exactly one. The results are not differentiable, in reverse mode or forward mode.
 
     Args:
         model_output: velocity ``[B, C, H, W]``, ``[B, C, F, H, W]`` or packed ``[B, S, C]`` with ``channel_dim=-1``.
@@ -43,15 +44,16 @@ def sample_transition(
     check_transition(transition, model_output)
     if noise is None:
         wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
-        # What torch.randn does, which takes no generator, not even None, with the sizes of a graph with dynamic shapes.
+        # What torch.randn does; with symbolic sizes it does not accept a generator, even if that is None.
         noise = torch.empty(sample.shape, dtype=wide, device=sample.device).normal_(generator=generator)
     elif generator is not None:
-        raise ValueError("generator must be None where noise is given, got both")
+        raise ValueError("generator must be None if noise is given, got both")
     else:
         check_latent("noise", noise, model_output)
-    arguments = (*constants(model_output, sample, noise, transition.coefficients), channel_dim)
+    model_output, sample, noise, table = constants(model_output, sample, noise, transition.coefficients)
+    arguments = SampleArguments(model_output, sample, noise, table, channel_dim)
     backend = resolve_backend(backend, model_output)
     if backend == "naive":
-        return naive.sample_transition(*arguments)
+        return naive.sample_transition(arguments)
     prev_sample, log_prob = ops.SAMPLE_TRANSITION(*arguments, backend)
     return prev_sample, log_prob

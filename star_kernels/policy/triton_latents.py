@@ -1,39 +1,40 @@
-"""What the Triton kernels of the policy share: tiles of latents, sums over channels, the terms of a location.
+"""Code shared by the Triton kernels of the policy: tiles of latents, sums over channels, the terms of a location.
 
-A program takes a tile [BLOCK_P, BLOCK_C] of positions and channels, whatever the memory layout: the compiler turns the
-strides that are one into 16-byte loads along that axis. Sums over channels run in an order that depends on the number
-of channels alone, written out as additions of elements, and no product is fused with a sum (LAUNCH): the sampling step
-and the loss find the same log-probability to the last bit, whatever dtypes and layouts they are given, and an on-policy
-ratio is exactly one.
+A program processes a tile [BLOCK_P, BLOCK_C] of positions and channels in any memory layout: the compiler turns strides
+of one into 16-byte loads along that axis. The order of a sum over channels depends only on the number of channels (it
+is written out as additions of elements), and no product is fused with a sum (LAUNCH). The sampling step and the loss
+therefore compute the same log-probability to the last bit for all dtypes and layouts, and an on-policy ratio is exactly
+one.
+
+Launchers pass arguments by name. A pointer is None if its argument is not given, and kernels test for that while they
+are compiled.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from star_kernels import native
-
 LAUNCH = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
-_ELEMENTS = 2048  # of a tile: 8 for each thread, and more programs on a multiprocessor than with 16
+_ELEMENTS = 2048  # elements of a tile: 8 per thread; more programs fit on a multiprocessor than with 16
 _WIDEST = 64  # channels of a tile
 _LONGEST = 512  # positions of a tile
-_PROGRAMS = 1024  # of a forward pass: some for each multiprocessor, few enough for the last one to add up
-BLOCK_B = tl.constexpr(8)  # samples, and tiles of each, that the last program adds in one step
-BLOCK_T = tl.constexpr(32)
+_PROGRAMS = 1024  # of a forward pass: several per multiprocessor, but few enough for the last one to add up
+BLOCK_B = tl.constexpr(8)  # samples that the last program adds up in one step
+BLOCK_T = tl.constexpr(32)  # tiles of each of these samples
 
-# Arguments whose values, such as 1 or a multiple of 16, must not start a compilation. Strides are not among them: they
-# say how wide loads may be.
+# Arguments whose values (1, or multiples of 16) must not start a compilation. Strides are left out: the width of loads
+# depends on them.
 SIZES = [
-    "batch", "channels", "positions", "tiles", "columns", "rows_of_location", "columns_of_location", "patch_frames",
-    "patch_rows", "patch_columns", "grid_rows", "grid_columns", "has_weights", "has_step_weights", "old_is_scalar",
-    "weighted_kl", "per_sample", "adaptive",
+    "batch", "channels", "positions", "tiles", "columns", "phrases", "rows_of_location", "columns_of_location",
+    "patch_frames", "patch_rows", "patch_columns", "grid_rows", "grid_columns", "old_is_scalar", "weighted_kl",
+    "unreduced", "adaptive",
 ]  # fmt: skip
-# Pointers that stand in for one another where an argument is missing; a few numbers are read from each.
+# Pointers whose alignment must not start a compilation: few numbers are read from each.
 NUMBERS = ["p_weights", "p_step_weights", "p_old_log_prob", "p_grad_loss"]
 
 
@@ -89,26 +90,31 @@ def add_channels(b_tile, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def load_mask(p_mask, o_b, o_p, positions, HAS_MASK: tl.constexpr):
+def load_mask(p_mask, o_b, o_p, positions):
     """Which positions [BLOCK_P] count."""
     m_p = o_p < positions
-    if HAS_MASK:
+    if p_mask is not None:
         m_p = tl.load(p_mask + o_b.to(tl.int64) * positions + o_p, mask=m_p, other=0) != 0
     return m_p
 
 
 @triton.jit
-def load_weights(
-    p_weights, o_b, o_p, positions, rows_of_location, columns_of_location, patch_frames, patch_rows, patch_columns,
-    grid_rows, grid_columns, has_weights,
-):  # fmt: skip
-    """Weights [BLOCK_P] from the grid of patches that divides the locations; ones without a grid."""
+def grid_cells(
+    o_p, rows_of_location, columns_of_location, patch_frames, patch_rows, patch_columns, grid_rows, grid_columns
+):
+    """The cells [BLOCK_P] of the patch grid that positions lie in."""
     o_line, o_column = o_p // columns_of_location, o_p % columns_of_location
     o_frame, o_row = o_line // rows_of_location, o_line % rows_of_location
-    o_cell = (o_frame // patch_frames * grid_rows + o_row // patch_rows) * grid_columns + o_column // patch_columns
-    cells = positions // (patch_frames * patch_rows * patch_columns)
-    m_weights = (o_p < positions) & (has_weights != 0)
-    return tl.load(p_weights + o_b.to(tl.int64) * cells + o_cell, mask=m_weights, other=1.0)
+    return (o_frame // patch_frames * grid_rows + o_row // patch_rows) * grid_columns + o_column // patch_columns
+
+
+@triton.jit
+def load_weights(p_weights, o_row, o_cell, cells, m_p):
+    """A row of weights [rows, cells], for each position [BLOCK_P]; ones without weights."""
+    if p_weights is None:
+        return tl.full(o_cell.shape, 1.0, dtype=tl.float32)
+    else:
+        return tl.load(p_weights + o_row.to(tl.int64) * cells + o_cell, mask=m_p, other=1.0)
 
 
 @triton.jit
@@ -119,9 +125,9 @@ def clamp_advantage(advantage, advantage_clip):
 
 @triton.jit
 def clipped_surrogate(log_ratio, advantage, clip_low, clip_high):
-    """Ratio, max(-A rho, -A clip(rho)), its slope in log rho, and whether the ratio is outside of the clip range.
+    """Ratio, max(-A rho, -A clip(rho)), its slope in log rho, and whether the ratio is outside the clip range.
 
-    A ratio that overflows and is clipped has slope zero; a NaN is not clipped, and stays visible.
+    A ratio that overflows and is clipped has slope zero; a NaN is not clipped and stays visible.
     """
     ratio = tl.exp(log_ratio)
     free = -advantage * ratio
@@ -132,12 +138,30 @@ def clipped_surrogate(log_ratio, advantage, clip_low, clip_high):
 
 
 @triton.jit
-def last_to_arrive(p_counter):
-    """Whether this is the last program of the launch to get here; it then sees what all others have stored.
+def times(b_factor, b_value):
+    """The product, zero for a factor of zero and an infinite value; a NaN stays visible."""
+    return tl.where(b_factor == 0.0, tl.where(b_value == b_value, 0.0, b_value), b_factor * b_value)
 
-    Loads of that must pass the first-level cache (``load_sums``). The counter is left at zero for the next launch.
+
+@triton.jit
+def signed_surrogates(log_ratio, plus, minus, clip_low, clip_high):
+    """The surrogate of advantages split by sign, plus = sum W max(A, 0) and minus = sum W max(-A, 0).
+
+    Values as of :func:`clipped_surrogate`, which is linear in advantages of one sign.
     """
-    tl.debug_barrier()  # all threads have stored before one of them announces it
+    ratio, gain, gain_slope, outside = clipped_surrogate(log_ratio, 1.0, clip_low, clip_high)
+    _, loss, loss_slope, _ = clipped_surrogate(log_ratio, -1.0, clip_low, clip_high)
+    value = times(plus, gain) + times(minus, loss)
+    return ratio, value, times(plus, gain_slope) + times(minus, loss_slope), outside
+
+
+@triton.jit
+def last_to_arrive(p_counter):
+    """Whether this is the last program of the launch to get here; it then sees all that the others have stored.
+
+    Loads of those values must bypass the first-level cache (``load_sums``). The counter is left at zero.
+    """
+    tl.debug_barrier()  # all threads have stored before one of them increments the counter
     arrived = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu")
     last = arrived == tl.num_programs(0) - 1
     if last:
@@ -153,22 +177,22 @@ def store_sum(p_partial, row, b_terms):
 
 @triton.jit
 def load_sums(p_tile, row, m_tile):
-    """Sums [BLOCK_B, BLOCK_T] that other programs stored in a row."""
+    """Sums [BLOCK_B, BLOCK_T] of a row, stored by other programs."""
     return tl.load(p_tile + row * tl.num_programs(0), mask=m_tile, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
 def reciprocal(x):
-    """1 / x in float64, by two of Newton's steps from float32: a division would be a call, with a stack of its own."""
+    """1 / x in float64, by two Newton steps from float32: a division would be a function call with its own stack."""
     y = (1.0 / x.to(tl.float32)).to(tl.float64)
     y *= 2.0 - x * y
     return y * (2.0 - x * y)
 
 
 @triton.jit
-def inverse_count(b_counts, positions, m_b, HAS_MASK: tl.constexpr):
-    """One over the locations of each sample that count, [BLOCK_B]; 0 where none does."""
-    if HAS_MASK:
+def inverse_count(b_counts, positions, m_b, p_mask):
+    """One over the number of locations of each sample that count, [BLOCK_B]; 0 if there are none."""
+    if p_mask is not None:
         b_count = tl.sum(b_counts, axis=1)
         return tl.where(b_count > 0.0, reciprocal(tl.maximum(b_count, 1.0)), 0.0)
     else:
@@ -177,7 +201,7 @@ def inverse_count(b_counts, positions, m_b, HAS_MASK: tl.constexpr):
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a latent seen as [batch, channels, positions], and its cut into tiles."""
+    """Sizes of a latent seen as [batch, channels, positions], and its division into tiles."""
 
     batch: int
     channels: int
@@ -185,7 +209,7 @@ class Geometry:
 
     @property
     def block_c(self) -> int:
-        """Of the channels alone: the order of their sum follows from it."""
+        """Channels of a tile, a function of ``channels`` only: the order of their sum follows from it."""
         return min(_WIDEST, triton.next_power_of_2(self.channels))
 
     @property
@@ -194,17 +218,17 @@ class Geometry:
 
     @property
     def tiles(self) -> int:
-        """Of a sample, where each program owns one tile."""
+        """Tiles of a sample, one for each program."""
         return triton.cdiv(self.positions, self.block_p)
 
     @property
     def tiles_to_add(self) -> int:
-        """Of a sample, where a program may walk over several tiles and the last program adds up."""
+        """Programs per sample when each may loop over several tiles and the last program adds up."""
         return min(self.tiles, max(1, _PROGRAMS // self.batch))
 
     @property
     def constants(self) -> dict[str, int]:
-        """Tile, and a divisor of each size: with 8, 16-byte accesses are never cut by the end of an axis."""
+        """Tile, and a divisor of each size: if it is 8, no 16-byte access crosses the end of an axis."""
         return {
             "BLOCK_P": self.block_p,
             "BLOCK_C": self.block_c,
@@ -218,8 +242,18 @@ def geometry(latent: Tensor, channel_dim: int) -> Geometry:
     return Geometry(batch, channels, latent.numel() // (batch * channels))
 
 
+def latent_arguments(channel_dim: int, **latents: Tensor | None) -> dict[str, Any]:
+    """``p_x``, ``stride_x_b``, ``stride_x_c`` and ``stride_x_p`` of each latent ``x``; None and zeros without one."""
+    arguments: dict[str, Any] = {}
+    for name, latent in latents.items():
+        steps = (0, 0, 0) if latent is None else strides(latent, channel_dim)
+        arguments[f"p_{name}"] = latent
+        arguments[f"stride_{name}_b"], arguments[f"stride_{name}_c"], arguments[f"stride_{name}_p"] = steps
+    return arguments
+
+
 def strides(latent: Tensor, channel_dim: int) -> tuple[int, int, int]:
-    """Of batch, channels and positions, in elements; the locations follow one another at one stride."""
+    """Strides of batch, channels and positions, in elements; the location dimensions collapse into one."""
     sizes, steps = latent.shape, latent.stride()
     position = 1
     for d in range(1, latent.ndim):
@@ -228,16 +262,19 @@ def strides(latent: Tensor, channel_dim: int) -> tuple[int, int, int]:
     return steps[0] if sizes[0] > 1 else 0, steps[channel_dim] if sizes[channel_dim] > 1 else 0, position
 
 
-def patches(latent: Tensor, channel_dim: int, weights: Tensor | None) -> tuple[int, ...]:
-    """Rows and columns of the locations, frames, rows and columns of a patch, rows and columns of the grid."""
-    if weights is None:
-        return (1,) * 7
+def patch_arguments(latent: Tensor, channel_dim: int, grid: tuple[int, ...] | None) -> dict[str, int]:
+    """Sizes of the locations, of a patch and of the grid that weights lie on; ones without a grid."""
     locations = [latent.shape[d] for d in range(1, latent.ndim) if d != channel_dim]
-    missing = [1] * (3 - len(locations))
-    sizes, grid = missing + locations, missing + list(weights.shape[1:])
-    return (*sizes[1:], *(size // cells for size, cells in zip(sizes, grid, strict=True)), *grid[1:])
-
-
-def zero_counter(device: torch.device) -> Tensor:
-    """An integer that is zero, and that a launch leaves at zero; the interpreter on a CPU gets a fresh one."""
-    return native.zero_counter(device) if device.type == "cuda" else torch.zeros(1, dtype=torch.int32)
+    sizes, cells = (1, 1, 1), (1, 1, 1)
+    if grid is not None:
+        missing = (1,) * (3 - len(locations))
+        sizes, cells = (*missing, *locations), (*missing, *grid)
+    return {
+        "rows_of_location": sizes[1],
+        "columns_of_location": sizes[2],
+        "patch_frames": sizes[0] // cells[0],
+        "patch_rows": sizes[1] // cells[1],
+        "patch_columns": sizes[2] // cells[2],
+        "grid_rows": cells[1],
+        "grid_columns": cells[2],
+    }

@@ -22,6 +22,7 @@ from star_kernels import (
     weighted_policy_loss,
 )
 from star_kernels.policy import naive
+from star_kernels.policy.arguments import SampleArguments
 
 
 def latent_shape(draw: Draw) -> tuple[tuple[int, ...], int]:
@@ -57,7 +58,7 @@ def some_transition(draw: Draw, batch: int) -> Transition:
 
 
 def some_options(draw: Draw, shape: tuple[int, ...], channel_dim: int, output: Tensor) -> dict[str, Any]:
-    """What every objective takes."""
+    """Options that every objective accepts."""
     batch, locations = shape[0], [n for d, n in enumerate(shape) if d not in (0, channel_dim)]
     options: dict[str, Any] = {"channel_dim": draw.choice([channel_dim, channel_dim - len(shape)])}
     if draw.chance(0.6):
@@ -120,7 +121,8 @@ def policy_arguments(draw: Draw) -> dict[str, Any]:
     old = draw.place("old_model_output", (output + draw.choice([0.0, 0.01, 0.05]) * draw.normal(*shape)).to(dtypes[1]))
     sample = output if draw.chance(0.1) else draw.place("sample", draw.normal(*shape).to(dtypes[2]))
     transition = some_transition(draw, batch)
-    drawn, _ = naive.sample_transition(old, sample, draw.normal(*shape), transition.coefficients, channel_dim)
+    noise = draw.normal(*shape)
+    drawn, _ = naive.sample_transition(SampleArguments(old, sample, noise, transition.coefficients, channel_dim))
     prev = sample if draw.chance(0.05) else draw.place("prev_sample", drawn.to(dtypes[3]))
     options = some_options(draw, shape, channel_dim, output)
     options["ratio"] = draw.choice(["sample", "location"])
@@ -135,10 +137,23 @@ def policy_arguments(draw: Draw) -> dict[str, Any]:
         "sample": sample,
         "prev_sample": prev,
         "old_log_prob": draw.place("old_log_prob", log_prob, expands=False),
-        "advantages": draw.place("advantages", draw.choice([0.0, 1.0, 3.0]) * draw.normal(batch)),
+        "advantages": some_advantages(draw, shape, channel_dim, options),
         "transition": transition,
         **options,
     }
+
+
+def some_advantages(draw: Draw, shape: tuple[int, ...], channel_dim: int, options: dict[str, Any]) -> Tensor:
+    """Those of samples, of locations, or of phrases, whose weights then take the place of those in ``options``."""
+    batch, locations = shape[0], [n for d, n in enumerate(shape) if d not in (0, channel_dim)]
+    size: list[int] = draw.choice([[], [], locations])
+    if "weights" in options and draw.chance(0.3):
+        phrases = draw.randint(1, 5)
+        grid = options["weights"].shape[1:]
+        options["weights"] = draw.place("weights", 2 * draw.uniform_tensor(batch, phrases, *grid))
+        options.pop("weighted_kl", None)
+        size = [phrases]
+    return draw.place("advantages", draw.choice([0.0, 1.0, 3.0]) * draw.normal(batch, *size))
 
 
 def policy(draw: Draw) -> None:

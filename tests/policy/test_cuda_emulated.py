@@ -1,4 +1,4 @@
-"""The CUDA kernels' logic without a GPU: csrc/cuda compiled for the host, with a fiber for each thread of a block."""
+"""The CUDA kernels without a GPU: csrc/cuda compiled for the host, with a fiber for each thread of a block."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 import star_kernels as sk
 from star_kernels import native
 from star_kernels.policy import naive
+from star_kernels.policy.arguments import NftArguments, PolicyArguments, SampleArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = Path(__file__).with_name("cuda_emulation")
@@ -36,14 +37,14 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     for kernel in (ROOT / "csrc/cuda").glob("*.cu"):
         sources.append(folder / f"{kernel.stem}.cpp")
         shutil.copyfile(kernel, sources[-1])
-    launch = (ROOT / "csrc/cuda/launch.h").read_text()
+    launch = (ROOT / "csrc/cuda/launch.cuh").read_text()
     native_launch, launcher = (
         "kernel<<<t.blocks, t.threads, 0, stream>>>(",
         "emulation::launch(kernel, t.blocks, t.threads, 0, stream)(",
     )
     assert launch.count("<<<") == launch.count(native_launch) == 1
     (folder / "include/cuda").mkdir(parents=True)
-    (folder / "include/cuda/launch.h").write_text(launch.replace(native_launch, launcher))
+    (folder / "include/cuda/launch.cuh").write_text(launch.replace(native_launch, launcher))
     library = tvm_ffi_cpp.build(
         name="emulated",
         cpp_files=[str(source) for source in sources],
@@ -83,7 +84,7 @@ VECTOR = [
 
 @dataclass(frozen=True)
 class Problem:
-    """A step of a rollout, options of the objective included."""
+    """A step of a rollout and the options of an objective."""
 
     output: Tensor
     sample: Tensor
@@ -99,22 +100,51 @@ class Problem:
     reference: Tensor | None
     channel_dim: int
     guard: bool
-    per_sample: bool
+    unreduced: bool
 
-    def policy(self, per_location: bool) -> list[Any]:
-        """Arguments of the clipped loss, in order."""
-        old = self.old if self.guard else None
-        extras = (self.weights, self.mask, self.step_weights, old, self.reference)
-        scalars = (per_location, self.guard, self.per_sample, 0.99, 1.02, 5.0, 0.04)
-        step = (self.output, self.sample, self.prev, self.old_log_prob, self.advantages, self.coefficients)
-        return [*step, *extras, self.channel_dim, *scalars]
+    def policy(self, per_location: bool) -> PolicyArguments:
+        has_phrases = self.weights is not None and self.weights.ndim == self.output.ndim
+        return PolicyArguments(
+            self.output,
+            self.sample,
+            self.prev,
+            self.old_log_prob,
+            self.advantages,
+            self.coefficients,
+            self.weights,
+            self.mask,
+            self.step_weights,
+            old_model_output=self.old if self.guard else None,
+            ref_model_output=self.reference,
+            channel_dim=self.channel_dim,
+            per_location=per_location,
+            weighted_kl=self.guard and not has_phrases,
+            unreduced=self.unreduced,
+            clip_low=0.99,
+            clip_high=1.02,
+            advantage_clip=5.0,
+            kl_coef=0.04,
+        )
 
-    def nft(self, adaptive: bool) -> list[Any]:
-        """Arguments of DiffusionNFT's loss, in order."""
-        sigma = torch.linspace(0.9, 0.2, len(self.advantages))
-        extras = (self.weights, self.mask, self.step_weights, self.reference)
-        scalars = (adaptive, self.guard, self.per_sample, 0.7, 2.0, 0.1)
-        return [self.output, self.old, self.prev, self.advantages, sigma, *extras, self.channel_dim, *scalars]
+    def nft(self, adaptive: bool) -> NftArguments:
+        return NftArguments(
+            self.output,
+            self.old,
+            self.prev,
+            self.advantages,
+            torch.linspace(0.9, 0.2, len(self.advantages)),
+            self.weights,
+            self.mask,
+            self.step_weights,
+            ref_model_output=self.reference,
+            channel_dim=self.channel_dim,
+            adaptive=adaptive,
+            weighted_kl=self.guard,
+            unreduced=self.unreduced,
+            beta=0.7,
+            advantage_clip=2.0,
+            kl_coef=0.1,
+        )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Problem:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -134,7 +164,7 @@ def make(layout: str, dtypes: str = "float32", extras: bool = False) -> Problem:
     coefficients = sk.flow_sde(sigma, sigma - 0.1, sigma_max=0.95).coefficients
     output, sample, noise = normal().to(dtype), normal().to(latents), normal()
     old = (output.float() + 1e-3 * normal()).to(dtype)
-    prev, old_log_prob = naive.sample_transition(old, sample, noise, coefficients, channel_dim)
+    prev, old_log_prob = naive.sample_transition(SampleArguments(old, sample, noise, coefficients, channel_dim))
     mask = torch.rand(batch, *locations, generator=generator) < 0.7
     mask[-1:] &= batch == 1  # the last sample keeps nothing
     return Problem(
@@ -144,41 +174,56 @@ def make(layout: str, dtypes: str = "float32", extras: bool = False) -> Problem:
         step_weights=torch.rand(batch, generator=generator) + 0.5 if extras else None,
         old=old,
         reference=(output.float() + 0.1 * normal()).to(dtype) if extras else None,
-        channel_dim=channel_dim, guard=extras, per_sample=extras,
+        channel_dim=channel_dim, guard=extras, unreduced=extras,
     )  # fmt: skip
 
 
-def exact(loss: Callable[..., tuple[Tensor, Tensor]], arguments: list[Any], upstream: Tensor) -> tuple[Tensor, ...]:
-    """Loss, metrics and gradient of the definition, in float64."""
-    wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments]
-    wide[0].requires_grad_()
-    value, metrics = loss(*wide)
-    (gradient,) = torch.autograd.grad(value, wide[0], upstream.double())
+def with_credit(problem: Problem, layout: str, credit: str) -> Problem:
+    """With so many phrases, on the layout's grid of weights; or "dense" advantages, or "unweighted dense" ones."""
+    generator = torch.Generator().manual_seed(1)
+    batch, *locations = problem.old_log_prob.shape
+    advantages, weights = torch.randn(batch, *locations, generator=generator), None
+    if credit.isdigit():
+        advantages = torch.randn(batch, int(credit), generator=generator)
+        weights = torch.rand(batch, int(credit), *LAYOUTS[layout][2], generator=generator)
+    elif credit == "dense":
+        weights = torch.rand(batch, *LAYOUTS[layout][2], generator=generator)
+    return replace(problem, advantages=4 * advantages, weights=weights)
+
+
+def exact(loss: Callable[[Any], tuple[Tensor, Tensor]], arguments: Any, upstream: Tensor) -> tuple[Tensor, ...]:
+    """Loss, metrics and gradient of the reference implementation, in float64."""
+    wide = arguments._make(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments)
+    wide.model_output.requires_grad_()
+    value, metrics = loss(wide)
+    (gradient,) = torch.autograd.grad(value, wide.model_output, upstream.double())
     return value.detach(), metrics, gradient
 
 
-def run(emulated: Any, name: str, arguments: list[Any], upstream: Tensor) -> tuple[Tensor, ...]:
-    """The same of the kernels: one launch each, every result written, the counter left at zero."""
-    output, batch = arguments[0], len(upstream) if upstream.ndim else arguments[0].shape[0]
-    channel_dim = next(value for value in arguments if isinstance(value, int))
-    positions = output.numel() // (batch * output.shape[channel_dim])
-    metrics, rows = {"policy": (naive.METRICS, 2), "nft": (naive.NFT_METRICS, 3)}[name]
-    bytes_needed = getattr(emulated, f"{name}_workspace_bytes")(batch, positions)
+def run(emulated: Any, arguments: PolicyArguments | NftArguments, upstream: Tensor) -> tuple[Tensor, ...]:
+    """Loss, metrics and gradient of the kernels: one launch each, every result written, the counter left at zero."""
+    output, batch = arguments.model_output, arguments.model_output.shape[0]
+    size = batch, output.numel() // (batch * output.shape[arguments.channel_dim])
+    if isinstance(arguments, PolicyArguments):
+        name, metrics = "policy", naive.METRICS
+        bytes_needed = emulated.policy_workspace_bytes(*size, arguments.phrases)
+    else:
+        name, metrics, bytes_needed = "nft", naive.NFT_METRICS, emulated.nft_workspace_bytes(*size)
     workspace = torch.full((bytes_needed,), 255, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
     loss, summary = torch.full_like(upstream, torch.nan), torch.full((len(metrics),), torch.nan)
-    statistics, gradient = torch.full((rows, batch), torch.nan), torch.full_like(output, torch.nan)
+    saved, gradient = torch.full((arguments.saved_rows, batch), torch.nan), torch.full_like(output, torch.nan)
     launches = emulated.launches()
-    getattr(emulated, f"{name}_forward")(*arguments, *workspace, loss, summary, statistics)
-    getattr(emulated, f"{name}_backward")(*arguments, upstream, statistics, gradient)
+    getattr(emulated, f"{name}_forward")(*arguments, *workspace, loss, summary, saved)
+    getattr(emulated, f"{name}_backward")(*arguments, upstream, saved, gradient)
     assert emulated.launches() == launches + 2
     assert workspace[1].item() == 0
-    assert bool(statistics.isfinite().all()) or bool(output.isnan().any())
+    assert not bool(saved.isnan().any()) or bool(output.isnan().any())
     return loss, summary, gradient
 
 
 def upstream_of(problem: Problem) -> Tensor:
     scale = 2.0**12 if problem.output.dtype == F16 else 1.0  # keeps the gradient's elements normal numbers
-    return scale * (torch.linspace(0.5, 1.5, len(problem.advantages)) if problem.per_sample else torch.tensor(0.5))
+    return scale * (torch.linspace(0.5, 1.5, len(problem.advantages)) if problem.unreduced else torch.tensor(0.5))
 
 
 def assert_exact(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -195,6 +240,8 @@ def spoilt(problem: Problem) -> Problem:
     keep = {problem.mask.ndim: problem.mask, problem.output.ndim: problem.mask.unsqueeze(problem.channel_dim)}
     names = ("output", "sample", "prev", "old_log_prob", "old", "reference")
     tensors = {name: getattr(problem, name) for name in names if getattr(problem, name) is not None}
+    if problem.advantages.shape == problem.mask.shape:
+        tensors["advantages"] = problem.advantages
     return replace(problem, **{n: t.masked_fill(~keep[t.ndim], torch.nan) for n, t in tensors.items()})
 
 
@@ -206,23 +253,71 @@ CASES = mostly_exhaustive(
 
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "every option"])
 @pytest.mark.parametrize(("layout", "dtypes"), CASES)
-def test_loss_metrics_and_gradient_are_those_of_the_definition(
+def test_loss_metrics_and_gradient_are_those_of_the_reference(
     emulated: Any, layout: str, dtypes: str, extras: bool
 ) -> None:
     problem = make(layout, dtypes, extras)
     upstream = upstream_of(problem)
     for per_location in (False, True):
         expected = exact(naive.weighted_policy_loss, problem.policy(per_location), upstream)
-        found = run(emulated, "policy", spoilt(problem).policy(per_location), upstream)
+        found = run(emulated, spoilt(problem).policy(per_location), upstream)
         assert_exact(found, expected)
         expected = exact(naive.weighted_nft_loss, problem.nft(per_location), upstream)
-        assert_exact(run(emulated, "nft", spoilt(problem).nft(per_location), upstream), expected)
+        assert_exact(run(emulated, spoilt(problem).nft(per_location), upstream), expected)
         if extras:
             dropped = ~problem.mask.unsqueeze(problem.channel_dim).expand_as(found[2])
             assert not found[2][dropped].any()
 
 
-OPTIONS = ["weights", "mask", "step_weights", "reference", "guard", "per_sample"]
+CREDITS = ["1", "2", "4", "5", "40", "dense", "unweighted dense"]
+CREDIT_CASES = mostly_exhaustive(
+    itertools.product(LAYOUTS, ["float32", "bfloat16", "mixed"], CREDITS),
+    lambda layout, dtypes, credit: (
+        layout in ("tiles and a bit", "runs across rows", "packed")
+        and (dtypes, credit) in (("float32", "5"), ("mixed", "2"), ("float32", "dense"))
+    ),
+)
+
+
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "every option"])
+@pytest.mark.parametrize(("layout", "dtypes", "credit"), CREDIT_CASES)
+def test_phrases_and_dense_advantages_are_those_of_the_reference(
+    emulated: Any, layout: str, dtypes: str, credit: str, extras: bool
+) -> None:
+    problem = with_credit(make(layout, dtypes, extras), layout, credit)
+    upstream = upstream_of(problem)
+    for per_location in (False, True):
+        expected = exact(naive.weighted_policy_loss, problem.policy(per_location), upstream)
+        found = run(emulated, spoilt(problem).policy(per_location), upstream)
+        assert_exact(found, expected)
+        if extras:
+            assert not found[2][~problem.mask.unsqueeze(problem.channel_dim).expand_as(found[2])].any()
+
+
+@pytest.mark.parametrize("layout", ["tiles and a bit", "packed"])
+def test_a_single_phrase_has_the_bits_of_advantages_of_samples(emulated: Any, layout: str) -> None:
+    phrase = with_credit(make(layout, extras=True), layout, "1")
+    plain = replace(phrase, advantages=phrase.advantages[:, 0], weights=phrase.weights[:, 0])
+    for per_location in (False, True):
+        arguments = [p.policy(per_location)._replace(weighted_kl=False) for p in (phrase, plain)]
+        both = [run(emulated, each, upstream_of(phrase)) for each in arguments]
+        assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize("credit", ["2", "dense"])
+def test_a_ratio_that_overflows_costs_only_advantages_that_it_does_not_clip(emulated: Any, credit: str) -> None:
+    """An infinite ratio is clipped for a positive advantage; the sum for negative ones is then zero, not 0 * inf."""
+    for layout in ("tiles and a bit", "packed"):
+        problem = with_credit(make(layout), layout, credit)
+        problem = replace(problem, advantages=problem.advantages.abs(), old_log_prob=problem.old_log_prob - 400)
+        for per_location in (False, True):
+            loss, _, gradient = run(emulated, problem.policy(per_location), torch.tensor(1.0))
+            expected = naive.weighted_policy_loss(problem.policy(per_location))[0]
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0.0)
+            assert not gradient.any()
+
+
+OPTIONS = ["weights", "mask", "step_weights", "reference", "guard", "unreduced"]
 
 
 @pytest.mark.parametrize("layout", mostly_exhaustive(["patch grid", "packed"], ["packed"]))
@@ -233,9 +328,9 @@ def test_each_option_alone(emulated: Any, option: str, layout: str) -> None:
     upstream = upstream_of(problem)
     for flag in (False, True):
         expected = exact(naive.weighted_policy_loss, problem.policy(flag), upstream)
-        assert_exact(run(emulated, "policy", spoilt(problem).policy(flag), upstream), expected)
+        assert_exact(run(emulated, spoilt(problem).policy(flag), upstream), expected)
         expected = exact(naive.weighted_nft_loss, problem.nft(flag), upstream)
-        assert_exact(run(emulated, "nft", spoilt(problem).nft(flag), upstream), expected)
+        assert_exact(run(emulated, spoilt(problem).nft(flag), upstream), expected)
 
 
 def misaligned(tensor: Tensor) -> Tensor:
@@ -258,11 +353,18 @@ def test_aligned_latents_are_read_16_bytes_at_a_time_and_others_give_the_same(em
         upstream, found = upstream_of(problem), []
         for variant in variants:
             before = emulated.wide_loads()
-            results = [run(emulated, "policy", variant.policy(flag), upstream) for flag in (False, True)]
-            results += [run(emulated, "nft", variant.nft(flag), upstream) for flag in (False, True)]
+            results = [run(emulated, variant.policy(flag), upstream) for flag in (False, True)]
+            results += [run(emulated, variant.nft(flag), upstream) for flag in (False, True)]
             wide = emulated.wide_loads() > before
             if dtypes == "float32":
                 assert wide == (layout in VECTOR and variant is problem)
+            for credit in ("2", "dense"):
+                moved = with_credit(problem, layout, credit)
+                if variant is variants[1]:
+                    moved = moved.map(misaligned)
+                elif variant is variants[2]:
+                    moved = replace(moved, **{name: getattr(variant, name) for name in latents})
+                results += [run(emulated, moved.policy(flag), upstream) for flag in (False, True)]
             found.append(results)
         for other in found[1:]:
             for got, want in zip(other, found[0], strict=True):
@@ -292,7 +394,7 @@ def test_sampling_equals_the_cpu_kernel_and_the_ratio_of_an_unchanged_model_is_o
         step = replace(problem, prev=prev, old_log_prob=log_prob, old=problem.output.clone())
         for variant in (step, step.map(misaligned), replace(step, guard=True)):
             for per_location in (False, True):
-                _, metrics, _ = run(emulated, "policy", variant.policy(per_location), torch.tensor(1.0))
+                _, metrics, _ = run(emulated, variant.policy(per_location), torch.tensor(1.0))
                 assert metrics[0].item() == metrics[1].item() == 1.0
 
 
@@ -302,7 +404,7 @@ def test_uniform_weights_give_the_bits_of_none(emulated: Any) -> None:
         uniform = replace(problem, weights=torch.ones_like(problem.old_log_prob))
         for flag in (False, True):
             for name in ("policy", "nft"):
-                both = [run(emulated, name, getattr(p, name)(flag), torch.tensor(1.0)) for p in (problem, uniform)]
+                both = [run(emulated, getattr(p, name)(flag), torch.tensor(1.0)) for p in (problem, uniform)]
                 assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
@@ -313,9 +415,7 @@ def test_a_nan_in_one_sample_stays_visible_and_out_of_the_others_gradients(emula
         broken.output[1].view(-1)[5] = torch.nan
         for flag in (False, True):
             for name in ("policy", "nft"):
-                clean, found = (
-                    run(emulated, name, getattr(p, name)(flag), torch.tensor(1.0)) for p in (problem, broken)
-                )
+                clean, found = (run(emulated, getattr(p, name)(flag), torch.tensor(1.0)) for p in (problem, broken))
                 assert found[0].isnan()
                 assert found[1][:2].isnan().all()
                 assert found[2][1].isnan().any()

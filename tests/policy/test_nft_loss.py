@@ -242,7 +242,7 @@ def test_the_gradient_goes_to_model_output_alone(policy_backend: tuple[str, str]
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.3])
-def test_gradcheck_of_the_definition(beta: float) -> None:
+def test_gradcheck_of_the_reference(beta: float) -> None:
     output, old, target = torch.randn(3, BATCH, 3, 2, 2, dtype=torch.float64)
     advantages, sigma = torch.randn(BATCH, dtype=torch.float64), SIGMA.double()
     mask = torch.rand(BATCH, 2, 2) < 0.7

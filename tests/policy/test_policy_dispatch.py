@@ -1,4 +1,4 @@
-"""Which backend "auto" takes for the policy functions, and what keeps the others away."""
+"""Which backend "auto" chooses for the policy functions, and why the others cannot run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         cached.cache_clear()
 
 
-def test_compiled_kernels_come_first_and_triton_follows_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_kernels_come_first_and_then_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_triton_problem", lambda: "")
     missing: set[str] = set()
     monkeypatch.setattr(native, "problem", lambda device: "not built" if device in missing else "")
@@ -36,21 +36,21 @@ def test_compiled_kernels_come_first_and_triton_follows_on_a_gpu(monkeypatch: py
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_float64_is_the_definitions(device: str) -> None:
+def test_float64_runs_the_reference(device: str) -> None:
     assert choose_backend(device, torch.float64) == "naive"
     assert obstacle("naive", device, torch.float64) == ""
     for backend in ("native", "triton"):
-        assert obstacle(backend, device, torch.float64) == "it has no float64"
+        assert obstacle(backend, device, torch.float64) == "float64 is not supported"
 
 
-def test_a_gpu_that_must_take_the_definition_says_so_once(bare: None, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_gpu_that_falls_back_to_the_reference_warns_once(bare: None, recwarn: pytest.WarningsRecorder) -> None:
     assert choose_backend("cuda", torch.float32) == "naive"
     assert choose_backend("cuda", torch.float32) == "naive"
     (message,) = [str(warning.message) for warning in recwarn]
     assert "no library for cuda, and the package triton is not installed" in message
 
 
-def test_a_cpu_that_must_take_the_definition_says_nothing_here(bare: None, recwarn: pytest.WarningsRecorder) -> None:
-    """The library that is missing has warned by itself."""
+def test_a_cpu_that_falls_back_to_the_reference_does_not_warn(bare: None, recwarn: pytest.WarningsRecorder) -> None:
+    """The missing library has warned already."""
     assert choose_backend("cpu", torch.float32) == "naive"
     assert not recwarn

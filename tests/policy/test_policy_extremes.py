@@ -165,7 +165,7 @@ def test_differences_too_small_for_a_normal_number_are_kept(ratio: str, policy_b
 
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("shift", [-1e4, -200.0, -80.0, 80.0, 200.0, 1e4])
-def test_ratios_beyond_the_range_of_numbers_are_what_the_definition_says(
+def test_ratios_beyond_the_range_of_float32_equal_the_reference(
     shift: float, ratio: str, policy_backend: tuple[str, str]
 ) -> None:
     problem = make(policy_backend)
@@ -183,7 +183,7 @@ ENDS = [(1.0, 0.9), (1.0, 0.0), (0.05, 0.0), (1e-3, 0.0), (0.5, 0.4999)]
 
 @pytest.mark.parametrize(("sigma", "following"), ENDS)
 @pytest.mark.parametrize("sampler", ["flow_sde", "flow_cps", "dance_sde"])
-def test_a_step_at_either_end_of_the_schedule_is_the_definition(
+def test_a_step_at_either_end_of_the_schedule_equals_the_reference(
     sampler: str, sigma: float, following: float, policy_backend: tuple[str, str]
 ) -> None:
     backend, device = policy_backend

@@ -32,24 +32,24 @@ def test_peak_memory_is_one_gradient(ratio: str, peak_memory: Callable) -> None:
     assert peak_memory(step) <= output.nbytes + 4096
 
 
-def operator_arguments(problem: Problem, output: Tensor, extras: bool, per_location: bool, per_sample: bool) -> tuple:
+def operator_arguments(problem: Problem, output: Tensor, extras: bool, per_location: bool, unreduced: bool) -> tuple:
     """Of the operator: tensors, scalars, backend."""
     weights = patch_weights(problem, locations(tuple(output.shape), problem.channel_dim))
     shape, device = problem.old_log_prob.shape, output.device
     mask = torch.rand(shape, device=device) < 0.8
     mask.flatten(1)[:, 0] = True
     options = (weights, mask, torch.rand(BATCH, device=device), output + 0.01, output + 0.1) if extras else (None,) * 5
-    scalars = (problem.channel_dim % output.ndim, per_location, extras, per_sample, 0.5, 1.5, 5.0, 0.1 * extras)
+    scalars = (problem.channel_dim % output.ndim, per_location, extras, unreduced, 0.5, 1.5, 5.0, 0.1 * extras)
     tensors = (problem.sample, problem.prev_sample, problem.old_log_prob, problem.advantages)
     return (output, *tensors, problem.transition.coefficients, *options, *scalars, "native")
 
 
-def nft_arguments(problem: Problem, output: Tensor, extras: bool, per_sample: bool) -> tuple:
+def nft_arguments(problem: Problem, output: Tensor, extras: bool, unreduced: bool) -> tuple:
     _, _, _, _, advantages, _, weights, mask, numbers, old, reference, *_ = operator_arguments(
-        problem, output, extras, False, per_sample
+        problem, output, extras, False, unreduced
     )
     sigma = SIGMA.to(output.device)
-    scalars = (problem.channel_dim % output.ndim, True, extras, per_sample, 0.7, 5.0, 0.1 * extras)
+    scalars = (problem.channel_dim % output.ndim, True, extras, unreduced, 0.7, 5.0, 0.1 * extras)
     old = output + 0.01 if old is None else old
     return (output, old, problem.sample, advantages, sigma, weights, mask, numbers, reference, *scalars, "native")
 
@@ -73,10 +73,10 @@ def test_the_policy_operators_pass_opcheck(dtype: torch.dtype, per_location: boo
         arguments = operator_arguments(problem, output.detach().requires_grad_(), extras, per_location, extras)
         torch.library.opcheck(operators.weighted_policy_loss.default, arguments, **tolerance)
         detached = (output.detach(), *arguments[1:])
-        loss, _, statistics = operators.weighted_policy_loss(*detached)
+        loss, _, saved = operators.weighted_policy_loss(*detached)
         torch.library.opcheck(
             operators.weighted_policy_loss_backward.default,
-            (torch.ones_like(loss), statistics, *detached),
+            (torch.ones_like(loss), saved, *detached),
             test_utils=("test_schema", "test_faketensor"),
         )
 
@@ -90,10 +90,10 @@ def test_the_nft_operators_pass_opcheck(extras: bool, layout: str) -> None:
     arguments = nft_arguments(problem, problem.model_output.detach().requires_grad_(), extras, extras)
     torch.library.opcheck(operators.weighted_nft_loss.default, arguments)
     detached = (arguments[0].detach(), *arguments[1:])
-    loss, _, statistics = operators.weighted_nft_loss(*detached)
+    loss, _, saved = operators.weighted_nft_loss(*detached)
     torch.library.opcheck(
         operators.weighted_nft_loss_backward.default,
-        (torch.ones_like(loss), statistics, *detached),
+        (torch.ones_like(loss), saved, *detached),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -113,13 +113,13 @@ def test_the_sampling_operator_passes_opcheck(layout: str) -> None:
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("per_sample", [True, False])
+@pytest.mark.parametrize("unreduced", [True, False])
 @pytest.mark.parametrize("per_location", [True, False])
-def test_no_result_of_an_operator_is_left_unwritten(per_location: bool, per_sample: bool, poisoned: None) -> None:
+def test_no_result_of_an_operator_is_left_unwritten(per_location: bool, unreduced: bool, poisoned: None) -> None:
     problem = make(("native", "cpu"))
     for extras in (True, False):
-        policy = operator_arguments(problem, problem.model_output, extras, per_location, per_sample)
-        nft = nft_arguments(problem, problem.model_output, extras, per_sample)
+        policy = operator_arguments(problem, problem.model_output, extras, per_location, unreduced)
+        nft = nft_arguments(problem, problem.model_output, extras, unreduced)
         results = [
             *torch.ops.star_kernels.weighted_policy_loss(*policy),
             *torch.ops.star_kernels.weighted_nft_loss(*nft),

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from star_kernels import sample_transition, weighted_policy_loss
 from star_kernels.policy import naive
+from star_kernels.policy.arguments import PolicyArguments
 
 Options = dict[str, Any]
 
@@ -292,17 +293,32 @@ def test_weights_on_a_patch_grid_equal_the_upsampled_ones_under_every_option(pol
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_in_the_definition_a_sample_without_a_location_contributes_nothing(ratio: str) -> None:
-    """The public function refuses such a mask where it can look at it, on a CPU; kernels on a GPU are held to this."""
+def test_in_the_reference_a_sample_without_a_location_contributes_nothing(ratio: str) -> None:
+    """On a CPU the public function refuses such a mask; on a GPU it does not read masks, and kernels must do this."""
     problem = make(("naive", "cpu"), "packed", drift=0.01)
     given = options_of(problem, "masked KL")
     given["mask"][1] = False
     leaf = problem.model_output.detach().requires_grad_()
-    tensors = (given.get(name) for name in ("weights", "mask", "step_weights", "old_model_output", "ref_model_output"))
     losses, metrics = naive.weighted_policy_loss(
-        leaf, *problem.positional[1:5], problem.transition.coefficients, *tensors,
-        2, ratio == "location", False, True, 0.5, 1.5, 5.0, 0.04,
-    )  # fmt: skip
+        PolicyArguments(
+            leaf,
+            *problem.positional[1:5],
+            coefficients=problem.transition.coefficients,
+            weights=None,
+            mask=given["mask"],
+            step_weights=None,
+            old_model_output=None,
+            ref_model_output=given["ref_model_output"],
+            channel_dim=2,
+            per_location=ratio == "location",
+            weighted_kl=False,
+            unreduced=True,
+            clip_low=0.5,
+            clip_high=1.5,
+            advantage_clip=5.0,
+            kl_coef=0.04,
+        )
+    )
     (gradient,) = torch.autograd.grad(losses.sum(), leaf)
     assert losses[1] == 0
     assert not gradient[1].any()
@@ -315,7 +331,7 @@ def test_in_the_definition_a_sample_without_a_location_contributes_nothing(ratio
 
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_gradcheck_of_the_definition(name: str, ratio: str) -> None:
+def test_gradcheck_of_the_reference(name: str, ratio: str) -> None:
     problem = make(("naive", "cpu"), "packed")
     problem = Problem(
         *(t[:, :5, :2].double() for t in (problem.model_output, problem.sample, problem.prev_sample)),

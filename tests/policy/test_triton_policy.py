@@ -1,8 +1,8 @@
-"""The Triton kernels of the policy, held to the contract of every backend by Triton's interpreter on a CPU.
+"""The Triton kernels of the policy under the contract of every backend, run by Triton's interpreter on a CPU.
 
-The tests of this file run in the interpreter's process, whose output is shown where one fails. The contract's tests
-are called here with a choice of their parameters; a machine with a GPU runs them all. Rounding to bfloat16 is left to
-such a machine: the interpreter cuts bits off.
+The tests of this file run in a process of their own, whose output is shown if one fails. The contract's tests are
+called here with a selection of their parameters; a machine with a GPU runs all of them. Rounding to bfloat16 is tested
+on such a machine only: the interpreter truncates.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import test_nft_loss as nft
-import test_policy_groups as groups
 import test_policy_loss as loss
 import test_policy_options as options
+import test_policy_phrases as phrases
 import test_sampling as sampling
 import torch
 from problems import BATCH, LAYOUTS, MEMORY, SAMPLERS, Problem, locations, make
@@ -27,10 +27,11 @@ from star_kernels import sample_transition, weighted_nft_loss, weighted_policy_l
 from star_kernels.policy import loss as public_loss
 from star_kernels.policy import naive, ops
 from star_kernels.policy import sampling as public_sampling
+from star_kernels.policy.arguments import NftArguments, PolicyArguments
 
 require_interpreter()
 if INTERPRETED:
-    from star_kernels.policy import triton_latents, triton_loss, triton_nft, triton_sampling
+    from star_kernels.policy import triton_gradient, triton_latents, triton_loss, triton_nft, triton_sampling
 
 BACKEND = ("triton", "cpu")
 
@@ -43,14 +44,14 @@ def test_in_the_interpreter(tier: str) -> None:
 
 @pytest.fixture(autouse=True)
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets CPU tensors through to the backend that is asked for."""
+    """Passes CPU tensors to the requested backend."""
     for module in (public_loss, public_sampling):
         monkeypatch.setattr(module, "resolve_backend", lambda backend, _: backend)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tiles for each sample, one of them partial, where there were four: the interpreter takes them in turn."""
+    """Two tiles per sample, one of them partial, instead of four: the interpreter runs them one after the other."""
     for layout, shape in (("image", (16, 12, 20)), ("packed", (37, 64)), ("many_channels", (300, 3, 3))):
         monkeypatch.setitem(LAYOUTS, layout, ((BATCH, *shape), LAYOUTS[layout][1]))
 
@@ -92,8 +93,8 @@ CONTRACT: list[tuple[Callable[..., None], tuple]] = [
     (options.test_one_old_log_prob_a_sample_is_the_mean_over_the_mask, ()),
     (options.test_losses_of_samples_have_gradients_of_their_own, ("location",)),
     (options.test_weights_of_the_kl_act_on_the_kl_alone, ()),
-    (groups.test_the_loss_is_the_sum_over_groups_with_one_penalty, ("packed", "location")),
-    (groups.test_one_group_is_the_loss_without_groups_to_the_last_bit, ("sample",)),
+    (phrases.test_the_loss_is_the_sum_over_phrases_with_one_penalty, ("packed", "location")),
+    (phrases.test_one_phrase_is_the_loss_without_phrases_to_the_last_bit, ("sample",)),
     (nft.test_loss_and_gradient_are_the_written_objective_under_every_option, ("image_odd", True)),
     (nft.test_loss_and_gradient_are_the_written_objective_under_every_option, ("channels_between", False)),
     (nft.test_each_option_alone, ("mask",)),
@@ -123,7 +124,7 @@ QUICK = {
     loss.test_metrics_are_what_they_say: (),
     options.test_loss_and_gradient_are_the_written_objective: ("channels_between", "all", "location"),
     options.test_whatever_lies_under_the_mask_reaches_nothing: ("packed", "sample"),
-    groups.test_one_group_is_the_loss_without_groups_to_the_last_bit: ("sample",),
+    phrases.test_one_phrase_is_the_loss_without_phrases_to_the_last_bit: ("sample",),
     nft.test_loss_and_gradient_are_the_written_objective_under_every_option: ("channels_between", False),
     sampling.test_step_and_log_prob_are_those_of_the_gaussian: ("packed", HALF, torch.float32),
 }
@@ -146,52 +147,98 @@ def test_the_contract_holds(test: Callable[..., None], parameters: tuple, poison
 EVERY_OPTION = ("image_odd", "many_channels", "packed", "one_position", "rows")
 
 
-def policy_arguments(problem: Problem, ratio: str, every_option: bool) -> tuple:
-    """Those of naive.weighted_policy_loss."""
+def policy_arguments(problem: Problem, ratio: str, every_option: bool, credit: str = "plain") -> PolicyArguments:
+    """``credit``: "plain" advantages [B], "dense" or "unweighted dense" ones, or the number of phrases."""
     given = options.options_of(problem, "all") if every_option else {}
+    size = locations(tuple(problem.sample.shape), problem.channel_dim)
+    generator = torch.Generator().manual_seed(4)
+    advantages = problem.advantages
+    if credit.isdigit():
+        advantages = 4 * torch.randn(BATCH, int(credit), generator=generator)
+        given["weights"] = torch.rand(BATCH, int(credit), *size, generator=generator)
+    elif credit != "plain":
+        advantages = 4 * torch.randn(BATCH, *size, generator=generator)
+        given["weights"] = None if "unweighted" in credit else torch.rand(BATCH, *size, generator=generator)
     clip = 0.4 if ratio == "location" else 0.02
-    names = ("weights", "mask", "step_weights", "old_model_output", "ref_model_output")
-    scalars = (problem.channel_dim % problem.sample.ndim, ratio == "location", every_option, False)
-    coefficients = problem.transition.coefficients
-    tensors = (*problem.positional[:5], coefficients, *(given.get(name) for name in names))
-    return (*tensors, *scalars, 1 - clip, 1 + clip, 5.0, given.get("kl_coef", 0.0))
+    return PolicyArguments(
+        problem.model_output,
+        problem.sample,
+        problem.prev_sample,
+        problem.old_log_prob,
+        advantages,
+        problem.transition.coefficients,
+        weights=given.get("weights"),
+        mask=given.get("mask"),
+        step_weights=given.get("step_weights"),
+        old_model_output=given.get("old_model_output"),
+        ref_model_output=given.get("ref_model_output"),
+        channel_dim=problem.channel_dim % problem.sample.ndim,
+        per_location=ratio == "location",
+        weighted_kl=every_option and not credit.isdigit(),
+        unreduced=False,
+        clip_low=1 - clip,
+        clip_high=1 + clip,
+        advantage_clip=5.0,
+        kl_coef=given.get("kl_coef", 0.0),
+    )
 
 
-def nft_arguments(layout: str) -> tuple:
-    """Those of naive.weighted_nft_loss, with every option."""
+def nft_arguments(layout: str) -> NftArguments:
+    """With every option."""
     batch = nft.Batch(BACKEND, layout)
     given = batch.options()
-    names = ("weights", "mask", "step_weights", "ref_model_output")
-    scalars = (batch.channel_dim % batch.output.ndim, True, True, False, 0.5, 5.0, 0.1)
-    tensors = (batch.output, batch.old, batch.target, batch.advantages, batch.sigma, *(given[n] for n in names))
-    return (*tensors, *scalars)
+    return NftArguments(
+        batch.output,
+        batch.old,
+        batch.target,
+        batch.advantages,
+        batch.sigma,
+        given["weights"],
+        given["mask"],
+        given["step_weights"],
+        given["ref_model_output"],
+        channel_dim=batch.channel_dim % batch.output.ndim,
+        adaptive=True,
+        weighted_kl=True,
+        unreduced=False,
+        beta=0.5,
+        advantage_clip=5.0,
+        kl_coef=0.1,
+    )
 
 
-def wide(arguments: tuple) -> tuple:
-    return tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments)
+def wide(arguments: Any) -> Any:
+    return arguments._make(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments)
 
 
-def differentiate(function: Callable, arguments: tuple, *rest: str) -> tuple[Tensor, Tensor]:
+def policy_kernels(arguments: PolicyArguments) -> tuple[Tensor, ...]:
+    return ops.WEIGHTED_POLICY_LOSS(*arguments, "triton")
+
+
+def nft_kernels(arguments: NftArguments) -> tuple[Tensor, ...]:
+    return ops.WEIGHTED_NFT_LOSS(*arguments, "triton")
+
+
+def differentiate(function: Callable, arguments: Any) -> tuple[Tensor, Tensor]:
     """Loss and gradient."""
-    leaf = arguments[0].detach().requires_grad_()
-    result = function(leaf, *arguments[1:], *rest)[0]
+    leaf = arguments.model_output.detach().requires_grad_()
+    result = function(arguments._replace(model_output=leaf))[0]
     return result.detach(), torch.autograd.grad(result.sum(), leaf)[0]
 
 
-def hold_to_pytorch(operator: Callable, definition: Callable, arguments: tuple) -> None:
+def check_errors(kernels: Callable, reference: Callable, arguments: Any) -> None:
     """At most twice PyTorch's own error in float32, both against float64, and at most 1e-6.
 
     PyTorch's loss may happen to be exact; one unit in the last place of the samples' losses is always allowed.
     """
-    got, pytorch = differentiate(operator, arguments, "triton"), differentiate(definition, arguments)
-    exact = differentiate(definition, wide(arguments))
-    per_sample = 14 if definition is naive.weighted_policy_loss else 12
-    each, _ = definition(*wide(arguments[:per_sample]), True, *arguments[per_sample + 1 :])
+    got, pytorch = differentiate(kernels, arguments), differentiate(reference, arguments)
+    exact = differentiate(reference, wide(arguments))
+    each, _ = reference(wide(arguments)._replace(unreduced=True))
     size = float(each.abs().mean())
-    error, reference = (abs(float(loss) - float(exact[0])) / size for loss, _ in (got, pytorch))
-    assert error <= min(1e-6, 2 * reference + torch.finfo(torch.float32).eps)
-    error, reference = (float((grad - exact[1]).norm() / exact[1].norm()) for _, grad in (got, pytorch))
-    assert error <= min(1e-6, 2 * reference)
+    error, own = (abs(float(loss) - float(exact[0])) / size for loss, _ in (got, pytorch))
+    assert error <= min(1e-6, 2 * own + torch.finfo(torch.float32).eps)
+    error, own = (float((grad - exact[1]).norm() / exact[1].norm()) for _, grad in (got, pytorch))
+    assert error <= min(1e-6, 2 * own)
 
 
 @inner
@@ -200,13 +247,82 @@ def hold_to_pytorch(operator: Callable, definition: Callable, arguments: tuple) 
 @pytest.mark.parametrize("layout", mostly_exhaustive(EVERY_OPTION, ["rows"]))
 def test_errors_are_at_most_twice_pytorchs(layout: str, every_option: bool, ratio: str, poisoned: None) -> None:
     arguments = policy_arguments(make(BACKEND, layout, drift=0.01), ratio, every_option)
-    hold_to_pytorch(ops.WEIGHTED_POLICY_LOSS, naive.weighted_policy_loss, arguments)
+    check_errors(policy_kernels, naive.weighted_policy_loss, arguments)
+
+
+CREDITS = ["1", "2", "4", "5", "dense", "unweighted dense"]
+
+
+@inner
+@pytest.mark.parametrize("ratio", ["sample", "location"])
+@pytest.mark.parametrize("every_option", [False, True], ids=["plain", "every_option"])
+@pytest.mark.parametrize(
+    ("layout", "credit"),
+    mostly_exhaustive(
+        [(layout, credit) for layout in ("rows", "image_odd", "packed", "one_position") for credit in CREDITS],
+        lambda layout, credit: layout == "rows" and credit in ("5", "dense"),
+    ),
+)
+def test_errors_with_phrases_and_dense_advantages_are_at_most_twice_pytorchs(
+    layout: str, credit: str, every_option: bool, ratio: str, poisoned: None
+) -> None:
+    arguments = policy_arguments(make(BACKEND, layout, drift=0.01), ratio, every_option, credit)
+    check_errors(policy_kernels, naive.weighted_policy_loss, arguments)
+    result, metrics, saved = policy_kernels(arguments)
+    expected = naive.weighted_policy_loss(wide(arguments))[1]
+    torch.testing.assert_close(metrics.double(), expected, rtol=1e-5, atol=1e-6)
+    assert bool(saved.isfinite().all())
+
+
+@inner
+@pytest.mark.parametrize("ratio", ["sample", "location"])
+@pytest.mark.parametrize("credit", mostly_exhaustive(CREDITS, ["4", "dense"]))
+def test_unreduced_losses_on_a_grid_of_weights_have_gradients_of_their_own(
+    credit: str, ratio: str, poisoned: None
+) -> None:
+    arguments = policy_arguments(make(BACKEND, "channels_between", drift=0.01), ratio, True, credit)
+    arguments = arguments._replace(unreduced=True)
+    if arguments.weights is not None:  # locations (12, 14)
+        coarse = torch.rand(*arguments.weights.shape[:-2], 6, 7, generator=torch.Generator().manual_seed(5))
+        arguments = arguments._replace(weights=coarse)
+    leaf, exact = arguments.model_output.clone().requires_grad_(), wide(arguments)
+    loss, upstream = policy_kernels(arguments._replace(model_output=leaf))[0], torch.tensor([1.0, 0.0, 0.5, -2.0])
+    (gradient,) = torch.autograd.grad(loss, leaf, upstream)
+    exact.model_output.requires_grad_()
+    expected = naive.weighted_policy_loss(exact)[0]
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-6)
+    (expected_gradient,) = torch.autograd.grad(expected, exact.model_output, upstream.double())
+    assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) <= 1e-6
+    assert not gradient[1].any()
+
+
+@inner
+@pytest.mark.parametrize("ratio", ["sample", "location"])
+def test_a_single_phrase_has_the_bits_of_advantages_of_samples(ratio: str) -> None:
+    phrase = policy_arguments(make(BACKEND, "rows", drift=0.01), ratio, True, "1")
+    plain = phrase._replace(advantages=phrase.advantages[:, 0], weights=phrase.weights[:, 0])
+    for one, two in zip(policy_kernels(phrase), policy_kernels(plain), strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(differentiate(policy_kernels, phrase)[1], differentiate(policy_kernels, plain)[1])
+
+
+@inner
+@pytest.mark.parametrize("credit", ["2", "dense"])
+def test_a_ratio_that_overflows_costs_only_advantages_that_it_does_not_clip(credit: str, poisoned: None) -> None:
+    """An infinite ratio is clipped for a positive advantage; the sum for negative ones is then zero, not 0 * inf."""
+    for ratio in ("sample", "location"):
+        arguments = policy_arguments(make(BACKEND, "rows", drift=0.01), ratio, False, credit)
+        arguments = arguments._replace(advantages=arguments.advantages.abs(), old_log_prob=arguments.old_log_prob - 200)
+        loss, gradient = differentiate(policy_kernels, arguments)
+        expected, _ = differentiate(naive.weighted_policy_loss, wide(arguments))
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0.0)
+        assert not gradient.any()
 
 
 @inner
 @pytest.mark.parametrize("layout", mostly_exhaustive(EVERY_OPTION, ["rows"]))
 def test_nft_errors_are_at_most_twice_pytorchs(layout: str, poisoned: None) -> None:
-    hold_to_pytorch(ops.WEIGHTED_NFT_LOSS, naive.weighted_nft_loss, nft_arguments(layout))
+    check_errors(nft_kernels, naive.weighted_nft_loss, nft_arguments(layout))
 
 
 @inner
@@ -235,31 +351,32 @@ def test_an_unchanged_model_has_a_ratio_of_exactly_one_wherever_its_numbers_lie(
 def test_a_sample_without_a_location_contributes_nothing(ratio: str, poisoned: None) -> None:
     """The public function refuses such a mask on a CPU, but looks at none on a GPU."""
     problem = make(BACKEND, "rows", drift=0.01)
-    for arguments, operator, definition in (
-        (policy_arguments(problem, ratio, True), ops.WEIGHTED_POLICY_LOSS, naive.weighted_policy_loss),
-        (nft_arguments("rows"), ops.WEIGHTED_NFT_LOSS, naive.weighted_nft_loss),
+    policies = [policy_arguments(problem, ratio, True, credit) for credit in ("plain", "2", "dense")]
+    for arguments, kernels, reference in (
+        *((policy, policy_kernels, naive.weighted_policy_loss) for policy in policies),
+        (nft_arguments("rows"), nft_kernels, naive.weighted_nft_loss),
     ):
-        mask = next(t for t in arguments if isinstance(t, Tensor) and t.dtype == torch.bool)
-        mask[2] = False
-        arguments[1][2] = torch.nan  # whatever lies there
-        result, gradient = differentiate(operator, arguments, "triton")
-        expected, _ = differentiate(definition, wide(arguments))
+        arguments.mask[2] = False
+        arguments[1][2] = torch.nan  # sample or old_model_output, at dropped locations
+        result, gradient = differentiate(kernels, arguments)
+        expected, _ = differentiate(reference, wide(arguments))
         torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-7)
         assert not gradient[2].any()
         assert bool(gradient[[0, 1, 3]].flatten(1).any(dim=1).all())
-        assert bool(operator(*arguments, "triton")[1].isfinite().all())
+        assert bool(kernels(arguments)[1].isfinite().all())
 
 
 @inner
 @pytest.mark.parametrize("ratio", ["sample", "location"])
-def test_programs_that_walk_over_tiles_find_the_same_loss(ratio: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_that_loop_over_tiles_compute_the_same_loss(ratio: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for programs in (1024, BATCH):
         monkeypatch.setattr(triton_latents, "_PROGRAMS", programs)
-        policy = policy_arguments(make(BACKEND, "packed", drift=0.01), ratio, True)
-        nft_results = ops.WEIGHTED_NFT_LOSS(*nft_arguments("packed"), "triton")
-        found.append([*ops.WEIGHTED_POLICY_LOSS(*policy, "triton"), *nft_results])
-    shape = triton_latents.geometry(policy[0], 2)
+        problem, results = make(BACKEND, "packed", drift=0.01), [*nft_kernels(nft_arguments("packed"))]
+        for credit in ("plain", "5", "dense"):
+            results += policy_kernels(policy_arguments(problem, ratio, True, credit))
+        found.append(results)
+    shape = triton_latents.geometry(problem.model_output, 2)
     assert (shape.tiles, shape.tiles_to_add) == (2, 1)
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
@@ -268,17 +385,21 @@ def test_programs_that_walk_over_tiles_find_the_same_loss(ratio: str, monkeypatc
 @inner
 @pytest.mark.parametrize("shape", [(19, 2, 3), (1, 64, 33 * 32)], ids=["many_samples", "many_tiles"])
 def test_all_samples_and_all_tiles_are_added_up(shape: tuple[int, int, int], poisoned: None) -> None:
-    """More than the last program takes in one step."""
+    """More than the last program adds up in one step."""
     output, sample, prev = torch.randn(3, *shape)
     advantages, old = torch.randn(shape[0]), torch.full((shape[0], shape[2]), -1.0)
     coefficients = torch.tensor([[1.0], [-0.1], [0.3], [0.2], [0.5], [1.0]])
-    scalars = (1, True, False, False, 0.5, 1.5, 5.0, 0.0)
-    arguments = (output, sample, prev, old, advantages, coefficients, *(None,) * 5, *scalars)
-    results = ops.WEIGHTED_POLICY_LOSS(*arguments, "triton")
-    expected = naive.weighted_policy_loss(*wide(arguments))
-    torch.testing.assert_close(results[0].double(), expected[0], rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(results[1].double(), expected[1], rtol=1e-6, atol=1e-6)
-    assert bool(results[2].isfinite().all())
+    phrases = torch.randn(shape[0], 3), torch.rand(shape[0], 3, shape[2])
+    for (credit, weights), per_location in (
+        ((advantages, None), True), (phrases, False), ((torch.randn(shape[0], shape[2]), None), False)
+    ):  # fmt: skip
+        scalars = (1, per_location, False, False, 0.5, 1.5, 5.0, 0.0)
+        arguments = PolicyArguments(output, sample, prev, old, credit, coefficients, weights, *(None,) * 4, *scalars)
+        results = policy_kernels(arguments)
+        expected = naive.weighted_policy_loss(wide(arguments))
+        torch.testing.assert_close(results[0].double(), expected[0], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(results[1].double(), expected[1], rtol=1e-6, atol=1e-6)
+        assert bool(results[2].isfinite().all())
 
 
 class Counted:
@@ -295,7 +416,7 @@ class Counted:
 @inner
 def test_each_pass_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels: dict[str, Counted] = {}
-    for module in (triton_loss, triton_nft, triton_sampling):
+    for module in (triton_loss, triton_gradient, triton_nft, triton_sampling):
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             kernels[name] = Counted(getattr(module, name))
             monkeypatch.setattr(module, name, kernels[name])
@@ -316,6 +437,12 @@ def test_each_pass_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched() == {"policy_forward_kernel": 1}
     result.loss.backward()
     assert launched() == {"policy_backward_kernel": 1}
+    for credit in ("4", "dense"):  # the latents are read once
+        arguments = policy_arguments(problem, "sample", False, credit)
+        result = policy_kernels(arguments._replace(model_output=leaf))[0]
+        assert launched() == {"policy_forward_kernel": 1}
+        result.backward()
+        assert launched() == {"policy_backward_kernel": 1}
     result = weighted_nft_loss(leaf, problem.sample, problem.sample, problem.advantages, torch.ones(BATCH), **extras)
     assert launched() == {"nft_forward_kernel": 1}
     result.loss.backward()
@@ -328,6 +455,6 @@ def test_equal_calls_give_equal_bits() -> None:
     found = []
     for copy in (problem, replace(problem, model_output=problem.model_output.clone())):
         arguments = policy_arguments(copy, "location", True)
-        found.append([*differentiate(ops.WEIGHTED_POLICY_LOSS, arguments, "triton")])
-        found[-1] += differentiate(ops.WEIGHTED_NFT_LOSS, nft_arguments("packed"), "triton")
+        found.append([*differentiate(policy_kernels, arguments)])
+        found[-1] += differentiate(nft_kernels, nft_arguments("packed"))
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))

@@ -15,6 +15,8 @@
 #include <functional>
 #include <vector>
 
+#include "cpu/elements.h"  // conversions of 16-bit elements, which are instructions on a GPU
+
 #define __global__
 #define __device__
 #define __forceinline__ inline

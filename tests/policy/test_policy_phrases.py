@@ -1,4 +1,4 @@
-"""Advantages of groups of tokens: each acts by weights, a ratio and a clip of its own; the loss is their sum."""
+"""Advantages of phrases: each acts by its own weights, ratio and clip; the loss is their sum."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch import Tensor
 
 from star_kernels import Transition, allocate, weighted_policy_loss
 
-GROUPS = 3
+PHRASES = 3
 
 
-def grouped(problem: Problem, groups: int = GROUPS) -> tuple[Problem, Tensor]:
+def with_phrases(problem: Problem, phrases: int = PHRASES) -> tuple[Problem, Tensor]:
     """The problem with advantages ``[B, G]``, and weights ``[B, G, *locations]``."""
     generator = torch.Generator().manual_seed(3)
     size = locations(tuple(problem.model_output.shape), problem.channel_dim)
-    maps = torch.rand(BATCH, groups, *size, generator=generator) ** 3
+    maps = torch.rand(BATCH, phrases, *size, generator=generator) ** 3
     weights = allocate(maps, layout=("bgp", "bghw", "bgfhw")[len(size) - 1])
-    advantages = torch.randn(BATCH, groups, generator=generator) * 4
+    advantages = torch.randn(BATCH, phrases, generator=generator) * 4
     device = problem.model_output.device
     return replace(problem, advantages=advantages.to(device)), weights.to(device)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("layout", mostly_exhaustive(LAYOUTS, ["image_odd", "rows", "packed_wide"]))
-def test_the_loss_is_the_sum_over_groups_with_one_penalty(
+def test_the_loss_is_the_sum_over_phrases_with_one_penalty(
     layout: str, ratio: str, policy_backend: tuple[str, str]
 ) -> None:
-    problem, weights = grouped(make(policy_backend, layout))
+    problem, weights = with_phrases(make(policy_backend, layout))
     shape = problem.model_output.shape
     mask = torch.rand(BATCH, *locations(tuple(shape), problem.channel_dim)) < 0.8
     mask.flatten(1)[:, 0] = True
@@ -53,7 +53,7 @@ def test_the_loss_is_the_sum_over_groups_with_one_penalty(
             **shared,
             **(penalty if g == 0 else {}),
         )
-        for g in range(GROUPS)
+        for g in range(PHRASES)
     ]
     assert float(loss) == pytest.approx(sum(float(part[0]) for part in parts), rel=1e-6, abs=1e-6)
     close(gradient, sum(part[1].double() for part in parts), 1e-6)
@@ -65,8 +65,8 @@ def test_the_loss_is_the_sum_over_groups_with_one_penalty(
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_one_group_is_the_loss_without_groups_to_the_last_bit(ratio: str, policy_backend: tuple[str, str]) -> None:
-    problem, weights = grouped(make(policy_backend), groups=1)
+def test_one_phrase_is_the_loss_without_phrases_to_the_last_bit(ratio: str, policy_backend: tuple[str, str]) -> None:
+    problem, weights = with_phrases(make(policy_backend), phrases=1)
     loss, gradient, metrics = run(problem, policy_backend, weights=weights, ratio=ratio)
     plain = replace(problem, advantages=problem.advantages[:, 0])
     same_loss, same_gradient, same_metrics = run(plain, policy_backend, weights=weights[:, 0], ratio=ratio)
@@ -75,8 +75,8 @@ def test_one_group_is_the_loss_without_groups_to_the_last_bit(ratio: str, policy
     assert all(torch.equal(metrics[name], same_metrics[name]) for name in metrics)
 
 
-def test_an_advantage_of_zero_takes_a_group_out(policy_backend: tuple[str, str]) -> None:
-    problem, weights = grouped(make(policy_backend))
+def test_an_advantage_of_zero_removes_a_phrase(policy_backend: tuple[str, str]) -> None:
+    problem, weights = with_phrases(make(policy_backend))
     problem.advantages[1, 2] = problem.advantages[3, 0] = 0
     loss, gradient, _ = run(problem, policy_backend, weights=weights)
     other = weights.clone()
@@ -87,8 +87,8 @@ def test_an_advantage_of_zero_takes_a_group_out(policy_backend: tuple[str, str])
 
 
 def test_weights_on_the_grid_of_patches_and_a_loss_of_each_sample(policy_backend: tuple[str, str]) -> None:
-    problem, _ = grouped(make(policy_backend))
-    coarse = torch.rand(BATCH, GROUPS, 12, 10, device=problem.model_output.device)
+    problem, _ = with_phrases(make(policy_backend))
+    coarse = torch.rand(BATCH, PHRASES, 12, 10, device=problem.model_output.device)
     fine = coarse.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     losses = [
         weighted_policy_loss(*problem.positional, weights=weights, reduction="none", backend=policy_backend[0]).loss
@@ -100,12 +100,12 @@ def test_weights_on_the_grid_of_patches_and_a_loss_of_each_sample(policy_backend
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_gradcheck_of_the_definition(ratio: str) -> None:
+def test_gradcheck_of_the_reference(ratio: str) -> None:
     generator = torch.Generator().manual_seed(0)
     output, sample, prev = torch.randn(3, BATCH, 2, 3, 2, generator=generator, dtype=torch.float64)
     transition = SAMPLERS["flow_sde"]()
-    weights = torch.rand(BATCH, GROUPS, 3, 2, generator=generator, dtype=torch.float64)
-    advantages = torch.randn(BATCH, GROUPS, generator=generator, dtype=torch.float64)
+    weights = torch.rand(BATCH, PHRASES, 3, 2, generator=generator, dtype=torch.float64)
+    advantages = torch.randn(BATCH, PHRASES, generator=generator, dtype=torch.float64)
     old = torch.full((BATCH, 3, 2), -1.0, dtype=torch.float64)
 
     def loss(v: Tensor) -> Tensor:
@@ -117,48 +117,52 @@ def test_gradcheck_of_the_definition(ratio: str) -> None:
     assert torch.autograd.gradcheck(loss, output.requires_grad_())
 
 
-@pytest.mark.native
-@pytest.mark.parametrize("backend", mostly_exhaustive(["auto", "naive"], ["auto"]))
-def test_compiles_to_one_graph(backend: str) -> None:
-    def step(output: Tensor, problem: tuple[Tensor, ...], transition: Transition, weights: Tensor) -> Tensor:
-        return weighted_policy_loss(output, *problem, transition, weights=weights, backend=backend).loss
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    problem, weights = grouped(make(("naive", "cpu")))
-    tensors = (problem.sample, problem.prev_sample, problem.old_log_prob, problem.advantages)
-    found = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaf = problem.model_output.clone().requires_grad_()
-        loss = function(leaf, tensors, problem.transition, weights)
-        found.append([loss, torch.autograd.grad(loss, leaf)[0]])
-    for eager, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-7)
-    assert not torch._dynamo.utils.counters["graph_break"]
-
-
 FIELD = torch.ones(2, 3, 6, 8)
-GROUP_ERRORS = [
-    ({"weights": None}, r"weights must have shape \[B, G, \*locations\] = \[2, 3, 6, 8\] where advantages.*got None"),
+PHRASE_ERRORS = [
+    ({"weights": None}, r"advantages must have shape \[B\] = \[2\], \[B, \*locations\] = \[2, 6, 8\], or .*got .*None"),
     ({"weights": FIELD, "advantages": torch.ones(2, 1)}, r"\[2, 1, 6, 8\].*got \[2, 3, 6, 8\]"),
-    ({"weights": FIELD[:, 0]}, r"weights must have shape \[B, G, \*locations\].*got \[2, 6, 8\]"),
+    (
+        {"weights": FIELD[:, 0]},
+        r"advantages must .*or \[B, G\] with weights .*got advantages \[2, 3\] and .*\[2, 6, 8\]",
+    ),
     ({"weights": FIELD[:, :2]}, r"weights must have shape \[B, G, \*locations\] = \[2, 3, 6, 8\].*got \[2, 2, 6, 8\]"),
     ({"weights": torch.ones(2, 3, 4, 8)}, r"coarser grid that divides it, got \[2, 3, 4, 8\]"),
-    ({"advantages": torch.ones(1, 3)}, r"advantages must have shape \[B\] = \[2\] or \[B, G\], got \[1, 3\]"),
-    ({"advantages": torch.ones(2, 0)}, r"advantages must have shape \[B\] = \[2\] or \[B, G\], got \[2, 0\]"),
-    ({"weighted_kl": True}, "weighted_kl must be False where advantages have groups.*got True"),
+    ({"weights": FIELD.double()}, r"weights must be float32 .*got torch.float64"),
+    (
+        {"advantages": torch.ones(2)},
+        r"advantages must have shape \[B, G\] = \[2, 3\] with weights .*got advantages \[2\]",
+    ),
+    ({"advantages": torch.ones(2, 6, 8)}, r"advantages must have shape \[B, G\].*got advantages \[2, 6, 8\]"),
+    ({"advantages": torch.ones(1, 3)}, r"advantages must have shape \[B, G\] = \[2, 3\].*got advantages \[1, 3\]"),
+    ({"advantages": torch.ones(2, 0)}, r"advantages must have shape \[B, G\] = \[2, 3\].*got advantages \[2, 0\]"),
+    ({"weighted_kl": True}, r"weighted_kl must be False with weights \[B, G, \*locations\].*got True"),
     ({"weights": -FIELD}, "weights must.*negative"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), GROUP_ERRORS)
+@pytest.mark.parametrize(("change", "message"), PHRASE_ERRORS)
 @pytest.mark.parametrize("backend", ["naive", "auto"])
-def test_groups_that_do_not_fit(change: dict[str, Any], message: str, backend: str) -> None:
+def test_phrases_that_do_not_fit(change: dict[str, Any], message: str, backend: str) -> None:
     latent = torch.zeros(2, 4, 6, 8)
     transition = SAMPLERS["flow_sde"]()
     halved = Transition(transition.coefficients[:, :2])
     arguments = {"advantages": torch.ones(2, 3), "weights": FIELD, **change}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         weighted_policy_loss(
             latent, latent, latent, torch.zeros(2, 6, 8), transition=halved, backend=backend, **arguments
         )
+
+
+def test_the_dimensions_of_the_weights_decide_between_phrases_and_locations(policy_backend: tuple[str, str]) -> None:
+    """Packed latents with as many phrases as locations: [B, G] and [B, S] are the same shape."""
+    problem = make(policy_backend, "packed_wide")
+    size = problem.model_output.shape[1]
+    advantages = torch.linspace(-1, 1, BATCH * size, device=problem.advantages.device).view(BATCH, size)
+    problem = replace(problem, advantages=advantages)
+    eye = torch.eye(size, device=advantages.device).expand(BATCH, size, size)  # phrase g acts at location g alone
+    options: dict[str, Any] = {"ratio": "location", "clip_range": 0.2}
+    dense = run(problem, policy_backend, **options)
+    phrases = run(problem, policy_backend, weights=eye, **options)
+    torch.testing.assert_close(phrases[0], dense[0], rtol=1e-6, atol=1e-7)
+    close(phrases[1], dense[1].double(), 1e-6)
+    assert not torch.allclose(run(problem, policy_backend, weights=eye)[0], run(problem, policy_backend)[0])

@@ -5,8 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/access.h"
-#include "cuda/tiling.h"
+#include "cuda/latents.cuh"
 
 namespace star {
 namespace cuda {
@@ -63,7 +62,7 @@ struct Latents {
 
   void read_objective(const Objective& a) {
     read(a.model_output, output);
-    read(a.reference, output);
+    read(a.ref_output, output);
     read(a.gradient, output);
     if (a.weights) read_weights(a);
     read_row(a.mask, 1);

@@ -9,8 +9,8 @@
 
 #include <cstdint>
 
-#include "cuda/tiling.h"
-#include "objective.h"
+#include "cuda/latents.cuh"
+#include "flow_policy.h"
 
 namespace star {
 namespace cuda {
@@ -28,18 +28,20 @@ __device__ __forceinline__ void merge_lanes(double (&sums)[kSize], unsigned widt
   }
 }
 
-// Writes the first `used` sums over the block's threads to partial[sum][block].
-template <typename Kind>
-__device__ __forceinline__ void store_tile(const Tiling& t, const float (&terms)[Kind::kSums], int used,
+// Writes sums over the block's threads to partial[sum][block]: the first `used`, and with `more` those from kSums on.
+template <typename Kind, int kTerms>
+__device__ __forceinline__ void store_tile(const Tiling& t, const float (&terms)[kTerms], int used, bool more,
                                            double* partial) {
-  __shared__ float shared[Kind::kSums][kThreads];
+  __shared__ float shared[kTerms][kThreads];
+  const auto stored = [&](int i) { return i < used || (i >= Kind::kSums && more); };
 #pragma unroll
-  for (int i = 0; i < Kind::kSums; ++i) {
-    if (i < used) shared[i][threadIdx.x] = terms[i];
+  for (int i = 0; i < kTerms; ++i) {
+    if (stored(i)) shared[i][threadIdx.x] = terms[i];
   }
   __syncthreads();
   const unsigned lane = threadIdx.x % 32;
-  for (int i = static_cast<int>(threadIdx.x / 32); i < used; i += static_cast<int>(t.threads / 32)) {
+  for (int i = static_cast<int>(threadIdx.x / 32); i < kTerms; i += static_cast<int>(t.threads / 32)) {
+    if (!stored(i)) continue;
     double sum[1] = {shared[i][lane]};
     const bool largest = i == Kind::kLargestSum;
     for (unsigned thread = lane + 32; thread < t.threads; thread += 32) {
@@ -66,8 +68,27 @@ __device__ __forceinline__ bool is_last_block(const Tiling& t, unsigned* counter
   return last;
 }
 
-// The last block's work: a few threads for each sample add up its tiles, and the block the samples. A function of its
-// own: it is the same for every kind of access, and it is long.
+// The sums of a sample after the kSums, each in the place of its first tile.
+struct MoreSums {
+  double* first;
+  int64_t stride;
+  __device__ __forceinline__ double operator[](int64_t i) const { return first[i * stride]; }
+};
+
+// Adds up the tiles of a sample for `count` such sums.
+__device__ __forceinline__ void add_tiles(const Tiling& t, const MoreSums& more, int64_t count, bool active,
+                                          unsigned member) {
+  for (int64_t i = 0; i < count; ++i) {
+    double* tiles = more.first + i * more.stride;
+    double sum[1] = {};
+    for (unsigned tile = member; active && tile < t.tiles; tile += t.finish) sum[0] += tiles[tile];
+    merge_lanes<-1>(sum, t.finish);
+    if (active && member == 0) tiles[0] = sum[0];
+  }
+}
+
+// The last block's work: a few threads for each sample add up its tiles, and the block adds up the samples. Not
+// inlined: it is long, and the same for every access.
 template <typename Kind>
 __device__ __noinline__ void finish_forward(const Tiling& t, const typename Kind::Arguments& a, int used) {
   double total[Kind::kMetrics] = {};
@@ -84,9 +105,11 @@ __device__ __noinline__ void finish_forward(const Tiling& t, const typename Kind
       merge<Kind::kLargestSum>(sums, other);
     }
     merge_lanes<Kind::kLargestSum>(sums, t.finish);
+    const MoreSums more{a.partial + static_cast<int64_t>(Kind::kSums) * t.blocks + b * t.tiles, t.blocks};
+    add_tiles(t, more, Kind::more_sums(a), b < a.batch, member);
     if (b < a.batch && member == 0) {
       double metrics[Kind::kMetrics];
-      finish_sample(a, b, sums, metrics);
+      finish_sample(a, b, sums, more, metrics);
       merge<Kind::kLargestMetric>(total, metrics);
     }
   }
@@ -101,11 +124,11 @@ __device__ __noinline__ void finish_forward(const Tiling& t, const typename Kind
   finish_batch<Kind::kLargestMetric>(a, total);
 }
 
-// All of it. Sums from `used` on are zero in every thread.
-template <typename Kind>
-__device__ __forceinline__ void reduce(const Tiling& t, const typename Kind::Arguments& a,
-                                       const float (&terms)[Kind::kSums], int used, unsigned* counter) {
-  store_tile<Kind>(t, terms, used, a.partial);
+// All of it; `used` and `more` as in store_tile.
+template <typename Kind, int kTerms>
+__device__ __forceinline__ void reduce(const Tiling& t, const typename Kind::Arguments& a, const float (&terms)[kTerms],
+                                       int used, bool more, unsigned* counter) {
+  store_tile<Kind>(t, terms, used, more, a.partial);
   if (is_last_block(t, counter)) finish_forward<Kind>(t, a, used);
 }
 
