@@ -157,9 +157,8 @@ def test_split_equals_that_of_star_train(config: Config) -> None:
     credit = agreement.credit(graded, phrases, config)
     terms = allocations.fields(rollout, credit, 0, [1])["split"]
     assert batch.shares is not None
-    advantages = advantages_per_map(
-        advantages_of(Scores(graded, {}, phrases), config).values, batch.shares, config.allocation, 5.0
-    )
+    own = advantages_of(Scores(graded, {}, phrases), config).values
+    advantages = advantages_per_map(own, batch.shares, config.allocation, 5.0)
     for at, step in enumerate(batch.steps):
         assert step.weights is not None
         expected = (advantages[:, :, None] * step.weights.flatten(2)).sum(dim=1)
