@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reporting.tables import markdown_table
-from studies.agreement import Multiple, cosines, multiple, shown
+from studies.agreement import shown
+from studies.cosines import Multiple, cosines, multiple
 from studies.learning import EARLY, by_arm, differences, early, mean_curve, paired
 from studies.learning import text as learning_text
 
