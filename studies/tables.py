@@ -49,7 +49,7 @@ def small_models() -> str:
         "all fulfilled",
         "text",
         "all fulfilled",
-        "correlation of map and object half-way, by block",
+        "correlation of map and object in the middle step, by block",
         "minutes",
     ]
     rows = {}
@@ -137,7 +137,7 @@ def agreement_steps() -> str:
         for name in steps
     }
     signals = ("contrast", "change", "noise")
-    table = markdown_table("scalar advantages, one step alone: cosine", ["batches", *KINDS], rows)
+    table = markdown_table("scalar advantages, single steps: cosine", ["batches", *KINDS], rows)
     worth = markdown_table(
         "weights over steps: effective-sample multiple",
         ["unscaled", *KINDS],

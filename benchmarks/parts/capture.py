@@ -19,7 +19,7 @@ from star_kernels import TokenSelection
 from star_kernels.capture import capture_maps
 
 SELECTED = 8
-SAMPLES = 1  # the batch also holds the unconditional half
+SAMPLES = 1  # plus the unconditional half of the batch
 SIZES = {
     "cpu": Size(blocks=2, latent=128, text=333, groups=1, group=1, steps=1),
     "cuda": Size(blocks=24, latent=128, text=333, groups=1, group=1, steps=1),
