@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reporting.tables import markdown_table
-from studies.agreement import Multiple, cosines, multiple, shown
+from studies.agreement import shown
+from studies.cosines import Multiple, cosines, multiple
 from studies.learning import EARLY, by_arm, differences, early, mean_curve, paired
 from studies.learning import text as learning_text
 
@@ -48,7 +49,7 @@ def small_models() -> str:
         "all fulfilled",
         "text",
         "all fulfilled",
-        "correlation of map and object half-way, by block",
+        "correlation of map and object in the middle step, by block",
         "minutes",
     ]
     rows = {}
@@ -136,7 +137,7 @@ def agreement_steps() -> str:
         for name in steps
     }
     signals = ("contrast", "change", "noise")
-    table = markdown_table("scalar advantages, one step alone: cosine", ["batches", *KINDS], rows)
+    table = markdown_table("scalar advantages, single steps: cosine", ["batches", *KINDS], rows)
     worth = markdown_table(
         "weights over steps: effective-sample multiple",
         ["unscaled", *KINDS],

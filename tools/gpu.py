@@ -105,13 +105,13 @@ def steps(out: Path) -> list[Step]:
     tool = sanitizer()
     if tool is not None:
         # Each tensor has its own allocation, so that the sanitizer sees accesses past its end.
-        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         for name in ("memcheck", "racecheck"):
             # The sanitizer is not applied to child processes, such as Triton's compiler, which it would slow down.
             options = ["--tool", name, "--error-exitcode", "9", "--target-processes", "application-only"]
             options += ["--launch-timeout", "120"]  # seconds; the tests use all processors at the same time
             command = [tool, *options, python, "tests/small_calls.py"]
-            found.append(Step(name, command, 220.0, findings, timed=False, environment=alone))
+            found.append(Step(name, command, 220.0, findings, timed=False, environment=separate))
     tune = [python, "-m", "tools.tune_attention", "--out", str(out), "--seconds", "90"]
     overhead = [python, "benchmarks/overhead.py", "--thorough", "--out", str(out), "--seconds", "4"]
     suite = [python, "-m", "pytest", "-q", "benchmarks/test_policy.py", "benchmarks/test_attention.py"]

@@ -83,7 +83,7 @@ def measure_case(shape: Shape, dtype: torch.dtype, device: torch.device, budget:
         "backend": backend_of(inputs),
         "clock": clock.name,
         **columns,
-        "ratios": {key: {"label": label, **times.ratio(a, b).as_dict()} for key, (label, a, b) in ratios.items()},
+        "ratios": times.ratios(ratios),
         "notes": [
             f"backend: {backend_of(inputs)}; {SELECTED} selected tokens",
             *filter(None, (shape.note, times.note)),

@@ -58,7 +58,7 @@ def measure_case(shape: Shape, dtype: torch.dtype, device: torch.device, budget:
         "dtype": name,
         "clock": clock.name,
         **times.columns(found, "sdpa"),
-        "ratios": {key: {"label": label, **times.ratio(a, b).as_dict()} for key, (label, a, b) in ratios.items()},
+        "ratios": times.ratios(ratios),
         "notes": [*filter(None, (times.note,))],
     }
 

@@ -19,7 +19,7 @@ from star_kernels import TokenSelection
 from star_kernels.capture import capture_maps
 
 SELECTED = 8
-SAMPLES = 1  # the batch also holds the unconditional half
+SAMPLES = 1  # plus the unconditional half of the batch
 SIZES = {
     "cpu": Size(blocks=2, latent=128, text=333, groups=1, group=1, steps=1),
     "cuda": Size(blocks=24, latent=128, text=333, groups=1, group=1, steps=1),
@@ -31,13 +31,13 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 def measure(request: Request) -> Iterator[dict[str, Any]]:
-    """Yields one case, in the first dtype requested. Default: bfloat16 on a GPU, float32 on a CPU."""
-    device, dtypes, batch, budget, extent = request
+    """Yields one case, in the dtype of the request."""
+    device, extent = request.device, request.extent
     size = SHORT if extent == "default" and device.type == "cpu" else SIZES[device.type]
     if extent == "quick":
         size = QUICK
-    dtype = (dtypes or [torch.bfloat16 if device.type == "cuda" else torch.float32])[0]
-    yield measure_case(replace(size, group=batch or SAMPLES), dtype, device, budget, extent == "quick")
+    size = replace(size, group=request.batch or SAMPLES)
+    yield measure_case(size, request.dtype, device, request.budget, extent == "quick")
 
 
 @torch.no_grad()

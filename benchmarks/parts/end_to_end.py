@@ -187,13 +187,12 @@ class Trainer:
 
 
 def measure(request: Request, *, prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """Yields one case, in the first dtype requested. Default: bfloat16 on a GPU, float32 on a CPU.
+    """Yields one case, in the dtype of the request.
 
     Only a thorough run includes the step with Flow-GRPO's arithmetic in eager PyTorch.
     """
-    device, dtypes, batch, budget, extent = request
-    dtype = (dtypes or [torch.bfloat16 if device.type == "cuda" else torch.float32])[0]
-    size = size_for(device, batch, extent)
+    device, dtype, extent = request.device, request.dtype, request.extent
+    size = size_for(device, request.batch, extent)
     title = "end to end"
     with Progress(f"{title} · checking", 0) as progress:
         # In float32 with two blocks: in 16 bits, rounding alone changes the step of a whole model by 6 %.
@@ -208,7 +207,7 @@ def measure(request: Request, *, prompts: list[str], tokenizer: PreTrainedTokeni
     arms = (PLAIN, STAR, EAGER) if extent == "thorough" else (PLAIN, STAR)
     variants = [Variant(arm.name, arm.label, _Counted(trainer, arm)) for arm in arms]
     clock = CpuClock(device)
-    times = interleave(variants, clock, budget, title, warm_up=0 if warm else 1)
+    times = interleave(variants, clock, request.budget, title, warm_up=0 if warm else 1)
     ratios = {"star_over_plain": ("OVERHEAD STAR / plain Flow-GRPO", "star", "plain")}
     if EAGER in arms:
         ratios["star_over_eager"] = ("STAR / plain Flow-GRPO, eager arithmetic", "star", "eager")
@@ -223,7 +222,7 @@ def measure(request: Request, *, prompts: list[str], tokenizer: PreTrainedTokeni
         **times.columns(variants, "plain"),
         "trained_parameters": sum(p.numel() for p in trainer.trained),
         "parameters": sum(p.numel() for p in trainer.transformer.parameters()),
-        "ratios": {key: {"label": label, **times.ratio(a, b).as_dict()} for key, (label, a, b) in ratios.items()},
+        "ratios": times.ratios(ratios),
         "differences": differences,
         "core_words": [{"prompt": prompt, "core": " ".join(core_content(prompt).words)} for prompt in prompts[:3]],
     }

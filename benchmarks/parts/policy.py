@@ -81,7 +81,7 @@ def measure_case(
         "clock": clock.name,
         **times.columns(found, "ours"),
         "ratios": {
-            **{key: {"label": label, **times.ratio(a, b).as_dict()} for key, (label, a, b) in ratios.items()},
+            **times.ratios(ratios),
             **{MEMORY[key][0]: {"label": MEMORY[key][1], "median": value} for key, value in memory.items()},
             **calls,
         },

@@ -17,3 +17,10 @@ class Request(NamedTuple):
     batch: int | None
     budget: Budget
     extent: Extent
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The first requested dtype. Default: bfloat16 on a GPU, float32 on a CPU."""
+        if self.dtypes:
+            return self.dtypes[0]
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -93,6 +93,10 @@ class Times:
     def difference(self, more: str, less: str) -> Figure:
         """Difference of the times of two variants in seconds, over the rounds in which both ran."""
         return self._summarise(self._pairs(more, less), lambda s: s[0].seconds - s[1].seconds)
+
+    def ratios(self, pairs: Mapping[str, tuple[str, str, str]]) -> dict[str, dict[str, Any]]:
+        """The entries of a case's report for ratios, from their label, numerator and denominator."""
+        return {key: {"label": label, **self.ratio(a, b).as_dict()} for key, (label, a, b) in pairs.items()}
 
     def fastest(self, names: Sequence[str]) -> str:
         return min(names, key=lambda name: self.figure(name).median)

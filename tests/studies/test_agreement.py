@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from star_trainer.config import Config
-from studies import agreement, allocations
+from studies import agreement, allocations, cosines
 
 
 @pytest.mark.exhaustive
@@ -60,9 +60,9 @@ def test_further_allocations_are_added_to_the_unit_with_the_same_batches(
 def test_agreement_is_the_mean_cosine_between_different_vectors() -> None:
     vectors = torch.randn(6, 500) + 0.5
     pairs = [torch.cosine_similarity(a, b, dim=0) for i, a in enumerate(vectors) for b in vectors[:i]]
-    found = agreement.agreement(vectors)
+    found = cosines.agreement(vectors)
     assert found["cosine"] == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-5)
-    without = agreement.agreement(vectors[1:])["cosine"]
+    without = cosines.agreement(vectors[1:])["cosine"]
     assert found["without"][0] == pytest.approx(without, abs=1e-5)
 
 
@@ -70,7 +70,7 @@ def test_scaled_cosines_and_those_along_scalar() -> None:
     """An entry with large gradients dominates the cosine, unless each entry is divided by its root mean square."""
     noise, loud = torch.randn(2, 6, 400), torch.cat([torch.full((1,), 1e3), torch.ones(399)])
     scalar, other = (noise + 0.5) * loud
-    found = agreement.compared(
+    found = cosines.compared(
         {
             "scalar": dict(enumerate(scalar)),
             "other": dict(enumerate(other)),
@@ -78,24 +78,24 @@ def test_scaled_cosines_and_those_along_scalar() -> None:
         }
     )
     rms = scalar.square().mean(dim=0).sqrt()
-    cosines = [torch.cosine_similarity(a / rms, b / rms, dim=0) for i, a in enumerate(other) for b in other[:i]]
-    assert found["other"]["scaled"]["cosine"] == pytest.approx(float(torch.stack(cosines).mean()), abs=1e-5)
+    expected = [torch.cosine_similarity(a / rms, b / rms, dim=0) for i, a in enumerate(other) for b in other[:i]]
+    assert found["other"]["scaled"]["cosine"] == pytest.approx(float(torch.stack(expected).mean()), abs=1e-5)
     pairs = [(a, b) for i, a in enumerate(other) for j, b in enumerate(scalar) if i != j]
-    cosines = [torch.cosine_similarity(a / rms, b / rms, dim=0) for a, b in pairs]
-    assert found["other"]["along scalar"]["cosine"] == pytest.approx(float(torch.stack(cosines).mean()), abs=1e-5)
+    expected = [torch.cosine_similarity(a / rms, b / rms, dim=0) for a, b in pairs]
+    assert found["other"]["along scalar"]["cosine"] == pytest.approx(float(torch.stack(expected).mean()), abs=1e-5)
     assert found["scalar"]["along scalar"] == found["scalar"]["scaled"]
     own = other.square().mean(dim=0).sqrt()  # scale of a step of Adam with these gradients
-    cosines = [torch.cosine_similarity(a / own, b, dim=0) for a, b in pairs]
-    assert found["other"]["step"]["cosine"] == pytest.approx(float(torch.stack(cosines).mean()), abs=1e-5)
+    expected = [torch.cosine_similarity(a / own, b, dim=0) for a, b in pairs]
+    assert found["other"]["step"]["cosine"] == pytest.approx(float(torch.stack(expected).mean()), abs=1e-5)
     some = [5, 0, 2, 3]
-    expected = agreement.agreement(other[some], scalar[some], 1 / rms)
+    expected = cosines.agreement(other[some], scalar[some], 1 / rms)
     assert found["other, step 1"]["along scalar"]["cosine"] == pytest.approx(expected["cosine"], abs=1e-6)
-    without = agreement.agreement(other[1:], scalar[1:], 1 / rms)["cosine"]
+    without = cosines.agreement(other[1:], scalar[1:], 1 / rms)["cosine"]
     assert found["other"]["along scalar"]["without"][0] == pytest.approx(without, abs=1e-5)
 
 
 def test_the_jackknife_error_is_about_the_standard_deviation_over_repetitions() -> None:
-    found = [agreement.agreement(torch.randn(12, 200) + 0.4) for _ in range(60)]
+    found = [cosines.agreement(torch.randn(12, 200) + 0.4) for _ in range(60)]
     deviation = float(torch.tensor([f["cosine"] for f in found]).std())
     errors = float(torch.tensor([f["error"] for f in found]).mean())
     assert errors == pytest.approx(deviation, rel=0.4)
@@ -103,8 +103,8 @@ def test_the_jackknife_error_is_about_the_standard_deviation_over_repetitions() 
 
 def test_gradients_from_twice_the_samples_have_a_multiple_of_two() -> None:
     signal = 0.05
-    single = agreement.agreement(torch.randn(40, 4000) + signal)
-    double = agreement.agreement(torch.randn(40, 2, 4000).mean(dim=1) + signal)
-    times = agreement.multiple(double, single)
+    single = cosines.agreement(torch.randn(40, 4000) + signal)
+    double = cosines.agreement(torch.randn(40, 2, 4000).mean(dim=1) + signal)
+    times = cosines.multiple(double, single)
     assert times.low < 2 < times.high
-    assert agreement.multiple({**single, "cosine": -0.01}, single).known is False
+    assert cosines.multiple({**single, "cosine": -0.01}, single).known is False

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """A clock that does not run the calls; a call takes the seconds that it has as an attribute, or a millisecond."""
+    """A clock that does not run the calls; the time of a call is its attribute ``seconds``, or a millisecond."""
 
     name = "none"
 
