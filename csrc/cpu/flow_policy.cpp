@@ -70,9 +70,9 @@ struct SignedAdvantages {
   SignedAdvantages(const PolicyArguments& a, const Tile& tile) {
     fill(positive, tile.n, 0.0f);
     fill(negative, tile.n, 0.0f);
-    float weights[kTile];
+    float buffer[kTile];
     for (int64_t g = 0; g < a.phrases; ++g) {
-      tile_weights(a, tile, g, weights);
+      const float* weights = tile_weights(a, tile, g, buffer);
       const auto [up, down] = signed_advantage(clamp_advantage(a.advantages[tile.b * a.phrases + g], a.advantage_clip));
       for (int64_t i = 0; i < tile.n; ++i) positive[i] += weights[i] * up;
       for (int64_t i = 0; i < tile.n; ++i) negative[i] += weights[i] * down;
@@ -103,8 +103,7 @@ void add_locations(const PolicyArguments& a, const Tile& tile, const float* log_
 void add_more(const PolicyArguments& a, const Tile& tile, const float* log_ratio, const float* weights, double* more) {
   float values[kTile], advantages[kTile];
   for (int64_t g = 1; g < a.phrases; ++g) {
-    tile_weights(a, tile, g, values);
-    more[g - 1] = weighted_sum(values, log_ratio, tile.n);
+    more[g - 1] = weighted_sum(tile_weights(a, tile, g, values), log_ratio, tile.n);
   }
   if (!a.dense) return;
   tile_advantages(a, tile, advantages);
@@ -117,9 +116,9 @@ void add_more(const PolicyArguments& a, const Tile& tile, const float* log_ratio
 void forward_tile(const PolicyArguments& a, const Tile& tile, double* sums) {
   const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
   Buffers buffers;
-  float log_ratio[kTile], weights[kTile];
+  float log_ratio[kTile], buffer[kTile];
   tile_log_ratio(a, k, tile, buffers, log_ratio);
-  tile_weights(a, tile, 0, weights);
+  const float* weights = tile_weights(a, tile, 0, buffer);
   sums[Policy::kCount] = static_cast<double>(count_kept(tile_mask(a, tile), tile.n));
   if (a.per_location) {
     add_locations(a, tile, log_ratio, weights, *reinterpret_cast<double (*)[Policy::kSums]>(sums));
@@ -144,9 +143,9 @@ void sample_factors(const PolicyArguments& a, const Coefficients& k, const Tile&
     return;
   }
   for (int64_t i = 0; i < tile.n; ++i) out[i] = weights[i] * first;
-  float others[kTile];
+  float buffer[kTile];
   for (int64_t g = 1; g < a.phrases; ++g) {
-    tile_weights(a, tile, g, others);
+    const float* others = tile_weights(a, tile, g, buffer);
     const float factor = gradient_factor(a, k, tile.b, g);
     for (int64_t i = 0; i < tile.n; ++i) out[i] += others[i] * factor;
   }
@@ -175,8 +174,8 @@ void backward_tile(const PolicyArguments& a, const Tile& tile) {
   const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
   const View& residual_output = a.old_output.data ? a.old_output : a.model_output;
   Buffers buffers;
-  float weights[kTile], factor[kTile], gradient[kRun];
-  tile_weights(a, tile, 0, weights);
+  float buffer[kTile], factor[kTile], gradient[kRun];
+  const float* weights = tile_weights(a, tile, 0, buffer);
   if (a.per_location) {
     location_factors(a, k, tile, weights, buffers, factor);
   } else {
