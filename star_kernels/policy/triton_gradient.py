@@ -25,8 +25,8 @@ from star_kernels.policy.triton_latents import (
     load_weights,
     signed_surrogates,
     store_tile,
-    times,
     transition_mean,
+    weighted,
 )
 from star_kernels.policy.triton_ratios import (
     channel_sums,
@@ -84,11 +84,13 @@ def policy_backward_kernel(
             b_factor += b_weight * tl.load(p_saved + g * batch + o_b)
         b_factor = b_factor * factor
     elif PHRASES or DENSE:
-        b_plus, b_minus = signed_advantages(
+        b_positive, b_negative = signed_advantages(
             p_advantages, p_weights, o_b, o_p, o_cell, cells, positions, phrases, advantage_clip, DENSE
         )
         if not PER_LOCATION:
-            b_factor = times(b_plus, tl.load(p_saved + o_b)) + times(b_minus, tl.load(p_saved + batch + o_b))
+            b_factor = weighted(b_positive, tl.load(p_saved + o_b)) + weighted(
+                b_negative, tl.load(p_saved + batch + o_b)
+            )
             b_factor = b_factor * factor
         else:
             factor *= tl.load(p_saved + o_b)
@@ -105,7 +107,7 @@ def policy_backward_kernel(
             inverse_channels, 0, True,
         )  # fmt: skip
         if PHRASES or DENSE:
-            _, _, b_slope, _ = signed_surrogates(b_log_ratio, b_plus, b_minus, clip_low, clip_high)
+            _, _, b_slope, _ = signed_surrogates(b_log_ratio, b_positive, b_negative, clip_low, clip_high)
             b_factor = b_slope * factor
         else:
             advantage = clamp_advantage(tl.load(p_advantages + o_b), advantage_clip)

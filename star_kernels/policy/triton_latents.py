@@ -138,21 +138,21 @@ def clipped_surrogate(log_ratio, advantage, clip_low, clip_high):
 
 
 @triton.jit
-def times(b_factor, b_value):
-    """The product, zero for a factor of zero and an infinite value; a NaN stays visible."""
-    return tl.where(b_factor == 0.0, tl.where(b_value == b_value, 0.0, b_value), b_factor * b_value)
+def weighted(b_weight, b_value):
+    """weight * value, 0 for a weight of 0 even if the value is infinite."""
+    return tl.where(b_weight == 0.0, 0.0, b_weight * b_value)
 
 
 @triton.jit
-def signed_surrogates(log_ratio, plus, minus, clip_low, clip_high):
-    """The surrogate of advantages split by sign, plus = sum W max(A, 0) and minus = sum W max(-A, 0).
+def signed_surrogates(log_ratio, positive, negative, clip_low, clip_high):
+    """The results of :func:`clipped_surrogate` for sums of W max(A, 0) and of W max(-A, 0), W not negative.
 
-    Values as of :func:`clipped_surrogate`, which is linear in advantages of one sign.
+    Surrogates are positively homogeneous in A: theirs add up to positive * surrogate(1) + negative * surrogate(-1).
     """
-    ratio, gain, gain_slope, outside = clipped_surrogate(log_ratio, 1.0, clip_low, clip_high)
-    _, loss, loss_slope, _ = clipped_surrogate(log_ratio, -1.0, clip_low, clip_high)
-    value = times(plus, gain) + times(minus, loss)
-    return ratio, value, times(plus, gain_slope) + times(minus, loss_slope), outside
+    ratio, up, up_slope, outside = clipped_surrogate(log_ratio, 1.0, clip_low, clip_high)
+    _, down, down_slope, _ = clipped_surrogate(log_ratio, -1.0, clip_low, clip_high)
+    value = weighted(positive, up) + weighted(negative, down)
+    return ratio, value, weighted(positive, up_slope) + weighted(negative, down_slope), outside
 
 
 @triton.jit

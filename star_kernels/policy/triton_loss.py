@@ -1,8 +1,8 @@
 """The clipped policy loss with a weight for each location, in one launch.
 
 Advantages are [B], those of phrases [B, G] with weights [B, G, *grid], or dense [B, *locations]. The latents are read
-once in each case. Terms that are linear in advantages of one sign are split by sign: plus = sum W max(A, 0) and
-minus = sum W max(-A, 0), over phrases or over locations.
+once in each case. Advantages that share a ratio enter by two sums, of W max(A, 0) and of W max(-A, 0), over the phrases
+of a location or over the locations of a sample.
 
 Each program adds up the terms of its positions. The last program to finish adds up all programs in a fixed order, and
 writes the loss, the metrics and the numbers saved for the backward pass, float32 [rows, B]: the slope
@@ -47,8 +47,8 @@ from star_kernels.policy.triton_ratios import (
 )
 
 # Rows of the partial sums. Ratios of samples: a weighted log-ratio, or one per phrase in the rows from LOG_RATIO on, or
-# with dense advantages one and the sums PLUS and MINUS. Ratios of locations: the rows from LOSS on.
-COUNT, KL, LOG_RATIO, PLUS, MINUS = (tl.constexpr(row) for row in range(5))
+# with dense advantages one and the sums POSITIVE and NEGATIVE. Ratios of locations: the rows from LOSS on.
+COUNT, KL, LOG_RATIO, POSITIVE, NEGATIVE = (tl.constexpr(row) for row in range(5))
 LOSS, RATIO, RATIO_MAX, CLIPPED, SQUARED = (tl.constexpr(row) for row in range(2, 7))
 ROWS = 7
 
@@ -72,7 +72,7 @@ def _finish(
         o_b = b0 + tl.arange(0, BLOCK_B)
         m_b = o_b < batch
         b_count = tl.zeros([BLOCK_B, BLOCK_T], dtype=tl.float64)
-        b_kl, b_log_ratio, b_loss, b_ratio, b_max, b_clipped, b_squared, b_plus, b_minus = (
+        b_kl, b_log_ratio, b_loss, b_ratio, b_max, b_clipped, b_squared, b_positive, b_negative = (
             b_count, b_count, b_count, b_count, b_count, b_count, b_count, b_count, b_count,
         )  # fmt: skip
         for t0 in range(0, tiles, BLOCK_T):
@@ -92,8 +92,8 @@ def _finish(
             elif not PHRASES:
                 b_log_ratio += load_sums(p_tile, LOG_RATIO, m_tile)
             if DENSE and not PER_LOCATION:
-                b_plus += load_sums(p_tile, PLUS, m_tile)
-                b_minus += load_sums(p_tile, MINUS, m_tile)
+                b_positive += load_sums(p_tile, POSITIVE, m_tile)
+                b_negative += load_sums(p_tile, NEGATIVE, m_tile)
         b_inverse = inverse_count(b_count, positions, m_b, p_mask)
         m_some = b_inverse > 0.0  # a sample without a location contributes nothing
 
@@ -154,15 +154,15 @@ def _finish(
             # in float32, as the reference implementation's: what overflows there does so here
             b_log_rho = b_mean.to(tl.float32)
             if DENSE:
-                b_mean_plus = (tl.sum(b_plus, axis=1) * b_inverse).to(tl.float32)
-                b_mean_minus = (tl.sum(b_minus, axis=1) * b_inverse).to(tl.float32)
+                b_mean_positive = (tl.sum(b_positive, axis=1) * b_inverse).to(tl.float32)
+                b_mean_negative = (tl.sum(b_negative, axis=1) * b_inverse).to(tl.float32)
                 b_rho, b_surrogate, _, b_outside = signed_surrogates(
-                    b_log_rho, b_mean_plus, b_mean_minus, clip_low, clip_high
+                    b_log_rho, b_mean_positive, b_mean_negative, clip_low, clip_high
                 )
                 _, _, b_surrogate_slope, _ = clipped_surrogate(b_log_rho, 1.0, clip_low, clip_high)
-                _, _, b_minus_slope, _ = clipped_surrogate(b_log_rho, -1.0, clip_low, clip_high)
-                b_minus_slope = tl.where(m_some, b_slope * b_minus_slope, 0.0)
-                tl.store(p_slope + batch, b_minus_slope * b_share, mask=m_b)
+                _, _, b_negative_slope, _ = clipped_surrogate(b_log_rho, -1.0, clip_low, clip_high)
+                b_negative_slope = tl.where(m_some, b_slope * b_negative_slope, 0.0)
+                tl.store(p_slope + batch, b_negative_slope * b_share, mask=m_b)
             else:
                 b_advantage = clamp_advantage(tl.load(p_advantages + o_b, mask=m_b, other=0.0), advantage_clip)
                 b_rho, b_surrogate, b_surrogate_slope, b_outside = clipped_surrogate(
@@ -228,7 +228,7 @@ def policy_forward_kernel(
     o_g = tl.arange(0, BLOCK_G)
     b_phrases = tl.zeros([BLOCK_G], dtype=tl.float64)
     b_count = tl.zeros([BLOCK_P], dtype=tl.float32)
-    b_first, b_ratio, b_max, b_clipped, b_squared, b_plus, b_minus = (
+    b_first, b_ratio, b_max, b_clipped, b_squared, b_positives, b_negatives = (
         b_count, b_count, b_count, b_count, b_count, b_count, b_count,
     )  # fmt: skip
     b_kl = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
@@ -281,8 +281,8 @@ def policy_forward_kernel(
         else:
             b_first += tl.where(m_p, b_weight * b_log_ratio, 0.0)
             if DENSE:
-                b_plus += tl.where(m_p, b_positive, 0.0)
-                b_minus += tl.where(m_p, b_negative, 0.0)
+                b_positives += tl.where(m_p, b_positive, 0.0)
+                b_negatives += tl.where(m_p, b_negative, 0.0)
     if p_mask is not None:
         store_sum(p_partial, COUNT, b_count)
     if p_ref is not None:
@@ -299,8 +299,8 @@ def policy_forward_kernel(
     else:
         store_sum(p_partial, LOG_RATIO, b_first.to(tl.float64))
         if DENSE:
-            store_sum(p_partial, PLUS, b_plus.to(tl.float64))
-            store_sum(p_partial, MINUS, b_minus.to(tl.float64))
+            store_sum(p_partial, POSITIVE, b_positives.to(tl.float64))
+            store_sum(p_partial, NEGATIVE, b_negatives.to(tl.float64))
     if last_to_arrive(p_counter):
         _finish(
             p_partial, p_old_log_prob, p_advantages, p_table, p_mask, p_step_weights, p_old, p_ref, p_loss, p_metrics,

@@ -74,22 +74,22 @@ def log_ratios(
 def signed_advantages(
     p_advantages, p_weights, o_b, o_p, o_cell, cells, positions, phrases, advantage_clip, DENSE: tl.constexpr
 ):
-    """plus and minus [BLOCK_P] of each location: of its dense advantage, or the sums over phrases."""
+    """W max(A, 0) and W max(-A, 0) [BLOCK_P]: of the dense advantage of each location, or summed over phrases."""
     m_p = o_p < positions
     if DENSE:
         b_advantage = tl.load(p_advantages + o_b * positions + o_p, mask=m_p, other=0.0)
         b_advantage = clamp_advantage(b_advantage, advantage_clip)
         b_weight = load_weights(p_weights, o_b, o_cell, cells, m_p)
-        b_plus, b_minus = b_weight * _positive_part(b_advantage), b_weight * _positive_part(-b_advantage)
+        b_positive, b_negative = b_weight * _positive_part(b_advantage), b_weight * _positive_part(-b_advantage)
     else:
-        b_plus = tl.zeros(o_p.shape, dtype=tl.float32)
-        b_minus = tl.zeros(o_p.shape, dtype=tl.float32)
+        b_positive = tl.zeros(o_p.shape, dtype=tl.float32)
+        b_negative = tl.zeros(o_p.shape, dtype=tl.float32)
         for g in range(phrases):
             b_weight = load_weights(p_weights, o_b * phrases + g, o_cell, cells, m_p)
             advantage = clamp_advantage(tl.load(p_advantages + o_b * phrases + g), advantage_clip)
-            b_plus += b_weight * _positive_part(advantage)
-            b_minus += b_weight * _positive_part(-advantage)
-    return b_plus, b_minus
+            b_positive += b_weight * _positive_part(advantage)
+            b_negative += b_weight * _positive_part(-advantage)
+    return b_positive, b_negative
 
 
 @triton.jit

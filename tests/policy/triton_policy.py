@@ -1,0 +1,21 @@
+"""What tests of the policy's Triton kernels change for Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+from problems import BATCH, LAYOUTS
+
+from star_kernels.policy import loss, sampling
+
+BACKEND = ("triton", "cpu")
+
+
+def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes CPU tensors to the requested backend, and shrinks the layouts of three problems.
+
+    These have two tiles per sample, one of them partial, instead of four: the interpreter runs them one after the other.
+    """
+    for module in (loss, sampling):
+        monkeypatch.setattr(module, "resolve_backend", lambda backend, _: backend)
+    for layout, shape in (("image", (16, 12, 20)), ("packed", (37, 64)), ("many_channels", (300, 3, 3))):
+        monkeypatch.setitem(LAYOUTS, layout, ((BATCH, *shape), LAYOUTS[layout][1]))
