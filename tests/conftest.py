@@ -41,12 +41,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(name, backends, ids=ids)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "native: needs the compiled CPU library")
-    config.addinivalue_line("markers", "gpu: runs on a GPU")
-    config.addinivalue_line("markers", "exhaustive: runs only with make test-all (see tiers.py)")
-
-
 def pytest_report_header(config: pytest.Config) -> str | None:
     if config.getoption("markexpr") == "not exhaustive":
         return "exhaustive tests (whole grids, ahead-of-time compiles, kill points, notebooks) run with make test-all"

@@ -37,7 +37,6 @@ def measure(request: Request) -> Iterator[dict[str, Any]]:
     materialised variant takes seconds. On a GPU, and in a thorough run, the first shape is measured in both dtypes.
     """
     device, dtypes, batch, budget, extent = request
-    device, dtypes, batch, budget, extent = request
     usual = torch.bfloat16 if device.type == "cuda" else torch.float32
     both = [torch.float32, torch.bfloat16] if extent == "thorough" or device.type == "cuda" else [usual]
     shapes = shapes_for(device, batch, extent)
