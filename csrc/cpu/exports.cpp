@@ -97,9 +97,9 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
   a.slots = index.size(1);
   check(weight.ndim() == 3 && weight.size(0) == a.batch && weight.size(1) > 0 && weight.size(2) == a.slots, "weight",
         "have shape [B, G, T], G above 0");
-  a.groups = weight.size(1);
+  a.phrases = weight.size(1);
   check(maps.ndim() == (reduce_heads ? 3 : 4), "maps", "have shape [B, G, R], or [B, G, H, R] of each head");
-  a.rows = maps.size(maps.ndim() - 1);
+  a.n_rows = maps.size(maps.ndim() - 1);
   a.start = start;
   a.scale = static_cast<float>(scale);
   a.text_to_image = text_to_image;
@@ -110,14 +110,14 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
   a.gathered = text_to_image ? queries : keys;
   a.dense_length = text_to_image ? key.size(2) : query.size(2);
   a.gathered_length = text_to_image ? query.size(2) : key.size(2);
-  check(start >= 0 && a.rows > 0 && start <= a.dense_length - a.rows, "rows", "lie within the sequence");
+  check(start >= 0 && a.n_rows > 0 && start <= a.dense_length - a.n_rows, "rows", "lie within the sequence");
   check_memory("lse", lse);
   check(lse.ndim() == 3 && lse.size(0) == a.batch && lse.size(1) == a.heads && lse.size(2) == query.size(2), "lse",
         "have shape [B, H, Sq]");
   check(dtype_of("lse", lse) == DType::kFloat32, "lse", "be float32");
   a.lse = {lse.data_ptr(), DType::kFloat32, lse.stride(0), lse.stride(1), lse.stride(2)};
   a.index = dense_data<int32_t>("index", index, kDLInt, 32, a.batch * a.slots);
-  a.weight = floats("weight", weight, a.batch * a.groups * a.slots);
+  a.weight = floats("weight", weight, a.batch * a.phrases * a.slots);
   for (int64_t i = 0; i < a.batch * a.slots; ++i) {
     if (a.index[i] >= a.gathered_length) {
       TVM_FFI_THROW(ValueError) << "selection.index must be below the length of the sequence, " << a.gathered_length
@@ -129,8 +129,8 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
     check(mask.ndim() == 2 && mask.size(0) == a.batch && mask.size(1) == key.size(2), "key_mask", "have shape [B, Sk]");
     a.key_mask = dense_data<uint8_t>("key_mask", mask, kDLBool, 8, mask.numel());
   }
-  a.maps = floats("maps", maps, a.batch * a.groups * (reduce_heads ? 1 : a.heads) * a.rows);
-  a.threads = threads_for(a.batch * a.heads * a.rows * a.slots * a.head_dim, kMapsGrain, threads);
+  a.maps = floats("maps", maps, a.batch * a.phrases * (reduce_heads ? 1 : a.heads) * a.n_rows);
+  a.threads = threads_for(a.batch * a.heads * a.n_rows * a.slots * a.head_dim, kMapsGrain, threads);
   std::vector<float> scratch(static_cast<size_t>(kernels().maps_scratch_floats(a)));
   a.scratch = scratch.data();
   kernels().attention_maps(a);
