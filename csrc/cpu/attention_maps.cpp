@@ -28,7 +28,7 @@ inline __attribute__((always_inline)) Vec load(const float* p) {
 inline __attribute__((always_inline)) void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 // Cephes' exponential: n = round(x / ln 2), a degree-6 polynomial on the remainder, 2^n put in through the exponent.
-// Below -87.3 the result would be denormal and is 0; above 88.4, which no probability reaches, it is inf; NaN stays NaN.
+// Below -87.3 the result would be denormal and is 0; above 88.4, beyond any probability, it is inf; NaN stays NaN.
 inline __attribute__((always_inline)) Vec exponential(Vec x) {
   const Vec low = Vec{} - 87.33f, high = Vec{} + 88.73f;  // at high, n is 128: the exponent of infinity
   Vec y = x > high ? high : x;
@@ -171,7 +171,7 @@ void one_head(const MapsArguments& a, const Scratch& scratch, const Tile& tile, 
   }
 }
 
-// maps[r] = factor * sum over tokens of weight * accumulated P. In a lane without weight P may have any value, even inf.
+// maps[r] = factor * sum over tokens of weight * accumulated P. In a lane without weight P may have any value, inf too.
 void aggregate(const MapsArguments& a, const float* weights, const float* accumulator, int64_t n_rows, float factor,
                float* maps) {
   const int64_t chunks = chunks_of(a);

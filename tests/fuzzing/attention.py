@@ -94,8 +94,8 @@ def compare_attention(
         )
         found.append({**results, **{f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}})
     got, eager, exact = found
-    # The error of a probability is that of the log-sum-exp, which grows with its size; PyTorch's 16-bit attention rounds
-    # it to less than float32, and computes its gradients from a rounded output.
+    # The error of a probability is that of the log-sum-exp, which grows with its size; PyTorch's 16-bit attention
+    # rounds it to less than float32, and computes its gradients from a rounded output.
     fused = lse is None
     lse = exact["lse"].detach() if lse is None else lse
     least = max(1.0, float(lse.masked_fill(lse.isinf(), 0.0).abs().max()))
