@@ -81,8 +81,13 @@ class Operator:
         return self._implementation(*arguments)
 
 
+def constant(tensor: Tensor) -> Tensor:
+    """The tensor as a constant: detached if any mode would differentiate it."""
+    return tensor.detach() if tensor.requires_grad or WATCH.dual() else tensor
+
+
 def constants(*tensors: Any) -> list[Any]:
-    """The tensors (or None) as constants: detached if any mode would differentiate them."""
+    """The same for several tensors, any of which may be None."""
     dual = WATCH.dual()
     return [t.detach() if t is not None and (dual or t.requires_grad) else t for t in tensors]
 

@@ -1,8 +1,8 @@
 // Token-aggregated attention maps from a given log-sum-exp: P = exp(scale * q k - lse), in one read of the rows.
 //
-// A thread computes a tile of rows for all heads, so the mean over heads needs no second pass, and the order of every
-// sum is independent of the number of threads. The selected tokens are packed once, lanes innermost: the dot products
-// of a row with a chunk of tokens are then one vector multiply-add for each dimension of the head.
+// A thread computes all heads of a tile of rows, so the mean over heads needs no second pass, and every sum has a fixed
+// order for any number of threads. The selected tokens are packed once, lanes innermost, so that the dot products of a
+// row with a chunk of tokens take one vector multiply-add for each dimension of the head.
 #include <cstdint>
 #include <cstring>
 
@@ -27,8 +27,8 @@ inline __attribute__((always_inline)) Vec load(const float* p) {
 
 inline __attribute__((always_inline)) void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// The exponential of Cephes: n = round(x / ln 2), a polynomial of degree 6 on the remainder, 2^n through the exponent.
-// Below -87.3 the result would be subnormal and is 0; above 88.4, beyond any probability, it is inf; NaN stays NaN.
+// Cephes' exponential: n = round(x / ln 2), a degree-6 polynomial on the remainder, 2^n put in through the exponent.
+// Below -87.3 the result would be denormal and is 0; above 88.4, beyond any probability, it is inf; NaN stays NaN.
 inline __attribute__((always_inline)) Vec exponential(Vec x) {
   const Vec low = Vec{} - 87.33f, high = Vec{} + 88.73f;  // at high, n is 128: the exponent of infinity
   Vec y = x > high ? high : x;
@@ -76,7 +76,7 @@ struct Scratch {
   int64_t floats(int threads) const { return tokens_size + lse_size + weights_size + threads * accumulator_size; }
 };
 
-// Whether slot t of sequence b counts: it has a token, which is not masked if tokens are keys.
+// Whether slot t of sequence b counts: it is filled, and its token is not a masked key.
 bool counts(const MapsArguments& a, int64_t b, int64_t t) {
   const int64_t position = a.index[b * a.slots + t];
   return position >= 0 && (a.text_to_image || !a.key_mask || a.key_mask[b * a.gathered_length + position]);
@@ -123,10 +123,10 @@ void pack_weights(const MapsArguments& a, const Scratch& scratch, int64_t b) {
 }
 
 struct Tile {
-  int64_t b, first, rows;  // first: of the row range
+  int64_t b, first, n_rows;  // first: within the range of rows
 };
 
-// The rows of the next head are far away in memory, and hardware prefetchers do not predict them.
+// The rows of the next head are far away in memory, beyond the reach of hardware prefetchers.
 void prefetch_row(const MapsArguments& a, int64_t offset) {
   const int64_t size = a.dense.dtype == DType::kFloat32 ? 4 : 2;
   const char* row = static_cast<const char*>(a.dense.data) + offset * size;
@@ -141,12 +141,12 @@ void one_head(const MapsArguments& a, const Scratch& scratch, const Tile& tile, 
   const float* token_lse = scratch.token_lse + (tile.b * a.heads + h) * chunks * kLanes;
   const float* lse = static_cast<const float*>(a.lse.data) + tile.b * a.lse.batch + h * a.lse.channel;
   float buffer[kBlock][kMaxHeadDim];
-  for (int64_t block = 0; block < tile.rows; block += kBlock) {
+  for (int64_t block = 0; block < tile.n_rows; block += kBlock) {
     const float* row[kBlock];
     float row_lse[kBlock];
     bool masked[kBlock];
     for (int r = 0; r < kBlock; ++r) {  // a short block repeats its last row
-      const int64_t in_tile = block + r < tile.rows ? block + r : tile.rows - 1;
+      const int64_t in_tile = block + r < tile.n_rows ? block + r : tile.n_rows - 1;
       const int64_t position = a.start + tile.first + in_tile;
       const int64_t offset = tile.b * a.dense.batch + h * a.dense.channel + position * a.dense.position;
       if (h + 1 < a.heads) prefetch_row(a, offset + a.dense.channel);
@@ -162,7 +162,7 @@ void one_head(const MapsArguments& a, const Scratch& scratch, const Tile& tile, 
         for (int r = 0; r < kBlock; ++r) score[r] += row[r][d] * token;
       }
       const Vec by_token = load(token_lse + chunk * kLanes);
-      for (int r = 0; r < kBlock && block + r < tile.rows; ++r) {
+      for (int r = 0; r < kBlock && block + r < tile.n_rows; ++r) {
         const Vec p = masked[r] ? Vec{} : exponential(score[r] - (by_token + row_lse[r]));
         float* target = accumulator + (chunk * kTileRows + block + r) * kLanes;
         store(target, add ? load(target) + p : p);
@@ -171,11 +171,11 @@ void one_head(const MapsArguments& a, const Scratch& scratch, const Tile& tile, 
   }
 }
 
-// maps[r] = factor * sum over tokens of weight * accumulated P. A lane of weight 0 may have any value, even inf.
-void aggregate(const MapsArguments& a, const float* weights, const float* accumulator, int64_t rows, float factor,
+// maps[r] = factor * sum over tokens of weight * accumulated P. In a lane without weight P may have any value, inf too.
+void aggregate(const MapsArguments& a, const float* weights, const float* accumulator, int64_t n_rows, float factor,
                float* maps) {
   const int64_t chunks = chunks_of(a);
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < n_rows; ++r) {
     float sum = 0.0f;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const Vec weight = load(weights + chunk * kLanes);
@@ -194,7 +194,7 @@ int64_t maps_scratch_floats(const MapsArguments& a) { return Scratch(a).floats(a
 void attention_maps(const MapsArguments& a) {
   const Scratch scratch(a);
   const int64_t padded = chunks_of(a) * kLanes;
-  const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows;
+  const int64_t tiles = (a.n_rows + kTileRows - 1) / kTileRows;
   parallel_for(a.batch * a.heads, a.threads, [&](int64_t bh, int) {
     pack_tokens(a, scratch, bh / a.heads, bh % a.heads);
     if (bh % a.heads == 0) pack_weights(a, scratch, bh / a.heads);
@@ -202,8 +202,8 @@ void attention_maps(const MapsArguments& a) {
   parallel_for(a.batch * tiles, a.threads, [&](int64_t i, int thread) {
     float* accumulator = scratch.accumulator + thread * scratch.accumulator_size;
     const int64_t first = i % tiles * kTileRows;
-    const Tile tile{i / tiles, first, first + kTileRows <= a.rows ? kTileRows : a.rows - first};
-    const bool empty = !any_counts(a, tile.b);  // one half of a batch doubled for guidance
+    const Tile tile{i / tiles, first, first + kTileRows <= a.n_rows ? kTileRows : a.n_rows - first};
+    const bool empty = !any_counts(a, tile.b);  // as in half of a batch that is doubled for guidance
     for (int64_t h = 0; h < a.heads; ++h) {
       if (!empty) one_head(a, scratch, tile, h, a.reduce_heads && h > 0, accumulator);
       if (a.reduce_heads && h + 1 < a.heads) continue;
@@ -211,11 +211,11 @@ void attention_maps(const MapsArguments& a) {
       for (int64_t g = 0; g < a.phrases; ++g) {
         const int64_t bg = tile.b * a.phrases + g;
         const int64_t map = a.reduce_heads ? bg : bg * a.heads + h;
-        float* maps = a.maps + map * a.rows + first;
+        float* maps = a.maps + map * a.n_rows + first;
         if (empty) {
-          std::memset(maps, 0, static_cast<size_t>(tile.rows) * sizeof(float));
+          std::memset(maps, 0, static_cast<size_t>(tile.n_rows) * sizeof(float));
         } else {
-          aggregate(a, scratch.weights + bg * padded, accumulator, tile.rows, factor, maps);
+          aggregate(a, scratch.weights + bg * padded, accumulator, tile.n_rows, factor, maps);
         }
       }
     }

@@ -99,7 +99,7 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
         "have shape [B, G, T], G above 0");
   a.phrases = weight.size(1);
   check(maps.ndim() == (reduce_heads ? 3 : 4), "maps", "have shape [B, G, R], or [B, G, H, R] of each head");
-  a.rows = maps.size(maps.ndim() - 1);
+  a.n_rows = maps.size(maps.ndim() - 1);
   a.start = start;
   a.scale = static_cast<float>(scale);
   a.text_to_image = text_to_image;
@@ -110,7 +110,7 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
   a.gathered = text_to_image ? queries : keys;
   a.dense_length = text_to_image ? key.size(2) : query.size(2);
   a.gathered_length = text_to_image ? query.size(2) : key.size(2);
-  check(start >= 0 && a.rows > 0 && start <= a.dense_length - a.rows, "rows", "lie within the sequence");
+  check(start >= 0 && a.n_rows > 0 && start <= a.dense_length - a.n_rows, "rows", "lie within the sequence");
   check_memory("lse", lse);
   check(lse.ndim() == 3 && lse.size(0) == a.batch && lse.size(1) == a.heads && lse.size(2) == query.size(2), "lse",
         "have shape [B, H, Sq]");
@@ -129,8 +129,8 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
     check(mask.ndim() == 2 && mask.size(0) == a.batch && mask.size(1) == key.size(2), "key_mask", "have shape [B, Sk]");
     a.key_mask = dense_data<uint8_t>("key_mask", mask, kDLBool, 8, mask.numel());
   }
-  a.maps = floats("maps", maps, a.batch * a.phrases * (reduce_heads ? 1 : a.heads) * a.rows);
-  a.threads = threads_for(a.batch * a.heads * a.rows * a.slots * a.head_dim, kMapsGrain, threads);
+  a.maps = floats("maps", maps, a.batch * a.phrases * (reduce_heads ? 1 : a.heads) * a.n_rows);
+  a.threads = threads_for(a.batch * a.heads * a.n_rows * a.slots * a.head_dim, kMapsGrain, threads);
   std::vector<float> scratch(static_cast<size_t>(kernels().maps_scratch_floats(a)));
   a.scratch = scratch.data();
   kernels().attention_maps(a);

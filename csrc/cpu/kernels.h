@@ -13,8 +13,8 @@
 namespace star {
 namespace {
 
-// Calls body(i, thread) for i below n. One thread runs without OpenMP, which would otherwise rebuild its team for this
-// call and again for PyTorch's next operation.
+// Calls body(i, thread) for i below n. A single thread does not use OpenMP, which would rebuild its team of threads for
+// this call and again for PyTorch's next operation.
 template <typename Body>
 inline void parallel_for(int64_t n, int threads, Body body) {
 #if defined(_OPENMP)
@@ -30,9 +30,9 @@ inline void parallel_for(int64_t n, int threads, Body body) {
 }  // namespace
 
 struct MapsArguments {
-  int64_t batch, heads, rows, head_dim, slots, phrases, dense_length, gathered_length;
+  int64_t batch, heads, n_rows, head_dim, slots, phrases, dense_length, gathered_length;
   View dense, gathered;  // [B, H, S, D], unit stride in D; rows are read from dense, tokens from gathered
-  int64_t start;         // first row
+  int64_t start;         // first row with a map
   float scale;
   bool text_to_image;  // tokens are queries (lse per token), else keys (lse per row)
   bool reduce_heads;

@@ -32,30 +32,38 @@ def autocasted(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, sequence_axis: int) -> None:
-    """Raises unless query, key and value are valid and agree; ``sequence_axis`` is 2, or 1 in layout "bshd"."""
-    names = "[B, H, S, D]" if sequence_axis == 2 else "[B, S, H, D]"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    """Raises unless query, key and value are valid and agree; ``sequence_axis`` is 2, or 1 in layout "bshd".
+
+    Without a value, pass the key in its place.
+    """
+    shape = "[B, H, S, D]" if sequence_axis == 2 else "[B, S, H, D]"
+    tensors: tuple[tuple[str, Tensor], ...] = (("query", query), ("key", key))
+    if value is not key:
+        tensors = (*tensors, ("value", value))
+    for name, tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.layout is not torch.strided or tensor.is_nested:
             check_dense(name, tensor)
         if tensor.ndim != 4 or not tensor.numel():
-            raise ValueError(f"{name} must have shape {names}, none of them 0, got {list(tensor.shape)}")
+            raise ValueError(f"{name} must have shape {shape}, none of them 0, got {list(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-        if tensor is not query and (tensor.dtype != query.dtype or tensor.device != query.device):
+        if tensor is query:
+            dtype, device = query.dtype, query.device
+        elif tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
-                f"{name} must have the dtype and device of query, {query.dtype} on {query.device}, "
+                f"{name} must have the dtype and device of query, {dtype} on {device}, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
-    if key.shape != value.shape:
-        raise ValueError(f"value must have the shape of key, {list(key.shape)}, got {list(value.shape)}")
-    heads = 3 - sequence_axis
     queries, keys = query.shape, key.shape
+    if value is not key and keys != value.shape:
+        raise ValueError(f"value must have the shape of key, {list(keys)}, got {list(value.shape)}")
+    heads = 3 - sequence_axis
     if keys[0] != queries[0] or keys[heads] != queries[heads] or keys[3] != queries[3]:
         raise ValueError(
-            f"key must agree with query in batch, heads and head dimension: {names} is {list(query.shape)} for query, "
-            f"got {list(key.shape)}"
+            f"key must agree with query in batch, heads and head dimension: {shape} is {list(queries)} for query, "
+            f"got {list(keys)}"
         )
 
 

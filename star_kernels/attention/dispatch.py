@@ -129,7 +129,7 @@ def maps_kernel(query: Tensor) -> str:
     """The kernel for maps from a log-sum-exp: "triton", "native", or "naive", the reference implementation."""
     if query.is_cuda:
         return "triton" if triton_problem() is None else "naive"
-    if query.is_cpu and query.size(3) <= NATIVE_HEAD_DIM and native.cpu() is not None:
+    if query.is_cpu and query.shape[3] <= NATIVE_HEAD_DIM and native.cpu() is not None:
         return "native"
     return "naive"
 

@@ -20,7 +20,7 @@ from star_kernels.attention.checks import (
     resolve_scale,
 )
 from star_kernels.checks import check_flag
-from star_kernels.operators import constants
+from star_kernels.operators import constant
 from star_kernels.selection import TokenSelection
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -87,27 +87,27 @@ def attention(
     check_qkv(query, key, value, axis)
     if axis == 1:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    check_selection(selection, query, length=key.shape[2])
-    check_key_mask(key_mask, query, key.shape[2])
+    keys, head_dim = key.shape[2], query.shape[3]
+    check_selection(selection, query, length=keys)
+    check_key_mask(key_mask, query, keys)
     start, n_rows = resolve_rows(rows, query.shape[2])
-    scale = resolve_scale(scale, query.shape[3])
+    scale = resolve_scale(scale, head_dim)
     check_flag("reduce_heads", reduce_heads)
     check_flag("return_lse", return_lse)
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(dispatch.BACKENDS)}, got {backend!r}")
-    device, dtype, head_dim = query.device.type, query.dtype, index_of(query.shape[3])  # constant in a graph
+    device, dtype, head_dim = query.device.type, query.dtype, index_of(head_dim)  # constant in a graph
     if backend == "auto":
         backend = dispatch.choose_backend(device, dtype, head_dim, key_mask is not None)
     elif problem := dispatch.obstacle(backend, device, dtype, head_dim, key_mask is not None):
         raise ValueError(
             f"backend {backend!r} cannot run here: {problem}; got {dtype}, head dimension {head_dim}, on {device}"
         )
-    (weight,) = constants(selection.weight)
-    arguments = MapArguments(selection.index, weight, key_mask, start, n_rows, scale, reduce_heads)
+    flat = selection.index, constant(selection.weight), key_mask, start, n_rows, scale, reduce_heads
     if backend == "naive":
-        out, maps, lse = naive.attention(query, key, value, arguments)
+        out, maps, lse = naive.attention(query, key, value, MapArguments(*flat))
     else:
-        out, maps, lse = ops.ATTENTION(query, key, value, *arguments[:-1], backend)
+        out, maps, lse = ops.ATTENTION(query, key, value, *flat, backend)
     return AttentionOutput(out.transpose(1, 2) if axis == 1 else out, maps, lse if return_lse else None)
 
 
@@ -160,11 +160,10 @@ def attention_maps(
     check_flag("reduce_heads", reduce_heads)
     if backend not in ("auto", "naive"):
         raise ValueError(f"backend must be auto or naive, got {backend!r}")
-    (weight,) = constants(selection.weight)
-    arguments = MapArguments(selection.index, weight, key_mask, start, n_rows, scale, reduce_heads, text_to_image)
+    flat = selection.index, constant(selection.weight), key_mask, start, n_rows, scale, reduce_heads, text_to_image
     if backend == "naive" or query.dtype == torch.float64:
-        return naive.attention_maps(query, key, lse, arguments)
-    maps: Tensor = ops.ATTENTION_MAPS(query, key, lse, *arguments)
+        return naive.attention_maps(query, key, lse, MapArguments(*flat))
+    maps: Tensor = ops.ATTENTION_MAPS(query, key, lse, *flat)
     return maps
 
 

@@ -33,6 +33,8 @@ def for_pytorch(*tensors: Tensor) -> tuple[Tensor, ...]:
     Its CPU kernel returns results in the layout of the query, and writes them incorrectly if rows or heads of the query
     share memory.
     """
+    if all([t.is_contiguous() and t.stride(-1) == 1 for t in tensors]):
+        return tensors
     if not tensors[0].is_cuda:
         tensors = tuple([t.contiguous() if repeats(t) else t for t in tensors])
     return unit_strides(*tensors)

@@ -149,7 +149,7 @@ def _maps(query: Tensor, key: Tensor, lse: Tensor, arguments: MapArguments) -> T
 
 
 def _empty_maps(query: Tensor, arguments: MapArguments) -> Tensor:
-    return torch.empty(arguments.shape(query.shape[1]), dtype=torch.float32, device=query.device)
+    return query.new_empty(arguments.shape(query.shape[1]), dtype=torch.float32)
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -70,7 +70,7 @@ struct MapsInputs {
   std::vector<std::string> run(int threads) const {
     std::vector<float> maps = unwritten(batch * phrases * (reduce_heads ? 1 : heads) * rows);
     star::MapsArguments a{};
-    a.batch = batch, a.heads = heads, a.rows = rows, a.head_dim = width, a.slots = slots, a.phrases = phrases;
+    a.batch = batch, a.heads = heads, a.n_rows = rows, a.head_dim = width, a.slots = slots, a.phrases = phrases;
     a.dense_length = dense_length, a.gathered_length = gathered_length;
     a.dense = dense.view, a.gathered = gathered.view, a.lse = lse.view;
     a.start = start;

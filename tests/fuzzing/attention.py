@@ -14,7 +14,7 @@ from star_kernels import TokenSelection, attention, attention_maps
 
 
 def some_selection(draw: Draw, batch: int, length: int) -> TokenSelection:
-    slots, groups = draw.choice([1, 2, 3, 8, 9, draw.randint(1, 40)]), draw.choice([1, 1, 2, 4])
+    slots, phrases = draw.choice([1, 2, 3, 8, 9, draw.randint(1, 40)]), draw.choice([1, 1, 2, 4])
     index = torch.randint(-1, length, (batch, slots), generator=draw.generator, dtype=torch.int32)
     if draw.chance(0.3):
         index[:, -1] = index[:, 0]  # a repeated token
@@ -22,7 +22,7 @@ def some_selection(draw: Draw, batch: int, length: int) -> TokenSelection:
         index[draw.randrange(batch)] = -1  # an empty sequence
     if draw.chance(0.05):
         index[:] = -1
-    weight = draw.uniform_tensor(batch, groups, slots) * (draw.uniform_tensor(batch, groups, slots) < 0.7)
+    weight = draw.uniform_tensor(batch, phrases, slots) * (draw.uniform_tensor(batch, phrases, slots) < 0.7)
     return TokenSelection(draw.place("selection.index", index), draw.place("selection.weight", weight))
 
 
@@ -77,7 +77,10 @@ def compare_attention(
     run: Callable[[Callable[[Any], Any], str], tuple[dict[str, Tensor], dict[str, Tensor]]],
     lse: Tensor | None = None,
 ) -> None:
-    """Runs a call three ways; it gives its results and the tensors that gradients go to."""
+    """Compares a call with the reference in the same dtype and in float64.
+
+    ``run`` returns the results of the call and its differentiable inputs.
+    """
     found = []
     upstream: dict[str, Tensor] = {}
     for convert, backend in ((lambda value: value, "auto"), (plain, "naive"), (wide, "naive")):
@@ -91,8 +94,8 @@ def compare_attention(
         )
         found.append({**results, **{f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}})
     got, eager, exact = found
-    # A probability is as exact as the log-sum-exp, whose rounding grows with it; PyTorch's 16-bit attention rounds it
-    # to less than float32, and takes its gradients from a rounded output.
+    # The error of a probability is that of the log-sum-exp, which grows with its size; PyTorch's 16-bit attention
+    # rounds it to less than float32, and computes its gradients from a rounded output.
     fused = lse is None
     lse = exact["lse"].detach() if lse is None else lse
     least = max(1.0, float(lse.masked_fill(lse.isinf(), 0.0).abs().max()))
