@@ -63,10 +63,10 @@ overhead: $(STAMP)
 
 OUT ?= benchmarks/results
 gpu: $(STAMP)
-	$(PYTHON) benchmarks/gpu.py --out $(OUT)
+	$(PYTHON) -m tools.gpu --out $(OUT)
 
 gpu-study: $(STAMP)
-	$(PYTHON) benchmarks/learning.py --design benchmarks/learning_design_gpu.yaml --runs runs/learning-gpu \
+	$(PYTHON) -m studies.learning --design studies/designs/gpu.yaml --runs runs/learning-gpu \
 		--out $(OUT)/learning-gpu.json $(ARGS)
 
 sanitize: $(STAMP)

@@ -20,21 +20,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script: import the packages of the folder above
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory is chatty
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import attention_backward
-import attention_overhead
-import environment
-import plot
-import policy_overhead
-import progress
-import report
-import summary
 import torch
-from harness import Budget, Extent
-from thresholds import FAILED, HELD, UNDECIDED, Outcome, evaluate
+
+from benchmarks.parts import attention, backward, policy
+from benchmarks.reporting import environment, plot, summary, tables
+from benchmarks.reporting.thresholds import FAILED, HELD, UNDECIDED, Outcome, evaluate
+from benchmarks.timing import progress
+from benchmarks.timing.harness import Budget, Extent
 
 PARTS = ("attention", "backward", "policy", "capture", "end-to-end", "epoch")
 THOROUGH_ON_CPU = ("attention", "policy", "capture", "end-to-end", "epoch")  # attention's backward pass is PyTorch's
@@ -73,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out / f"overhead-{environment.slug(described)}.json"
     takes = progress.duration(plan.left)
     print(f"{len(chosen)} parts{takes and ', ' + takes}; Ctrl-C ends the run with what it has measured", flush=True)
-    print(report.beginning(described, options.thorough), flush=True)
+    print(tables.beginning(described, options.thorough), flush=True)
     started = time.perf_counter()
     progress.follow(plan)
     try:
@@ -83,8 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
                 result["parts"].setdefault(part, []).append(case)
                 result["seconds"] = round(time.perf_counter() - started, 1)
                 result["thresholds"] = [outcome.as_dict() for outcome in evaluate(result["parts"], device.type)]
-                report.write_json(path, result)
-                print(report.case_text(part, case, options.thorough), flush=True)
+                tables.write_json(path, result)
+                print(tables.case_text(part, case, options.thorough), flush=True)
         result["complete"] = True
     except KeyboardInterrupt:
         print(f"\ninterrupted in part {plan.current!r}", file=sys.stderr)
@@ -99,7 +98,7 @@ def finish(result: dict[str, Any], path: Path, options: argparse.Namespace) -> i
     if not result["parts"]:
         print("nothing was measured: no file was written")
         return status
-    report.write_json(path, result)
+    tables.write_json(path, result)
     plot.draw(path.with_suffix(".png"), result)
     print(f"\n{summary.text(result)}")
     if options.check:
@@ -135,7 +134,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="folder of a fast tokenizer (default: trained on the prompts)")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for JSON and plot (default: runs/overhead)")
     parser.add_argument(
-        "--check", action="store_true", help="also judge the figures by benchmarks/thresholds.py: status 1 if one fails"
+        "--check",
+        action="store_true",
+        help="also compare the figures with the limits of benchmarks/reporting/thresholds.py: status 1 if one fails",
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: shows that everything runs")
     options = parser.parse_args(arguments)
@@ -149,7 +150,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--device: this torch cannot use {options.device!r} here")
     if device.type == "cpu" and "backward" in (options.only or ()):
         parser.error("--only backward needs a GPU: on a CPU the backward pass of attention is PyTorch's own")
-    from prompt_tokens import PromptError, load_tokenizer, read_prompts
+    from benchmarks.variants.prompt_tokens import PromptError, load_tokenizer, read_prompts
 
     try:  # before anything is timed
         options.texts = read_prompts(options.prompts)
@@ -166,23 +167,23 @@ def measure(
     extent: Extent = "quick" if options.quick else "thorough" if options.thorough else "default"
     common = device, dtypes, options.batch, budget_of(options, part), extent
     if part == "attention":
-        return attention_overhead.measure(*common)
+        return attention.measure(*common)
     if part == "backward":
-        return attention_backward.measure(*common)
+        return backward.measure(*common)
     if part == "policy":
-        return policy_overhead.measure(*common)
+        return policy.measure(*common)
     # These import diffusers, which takes seconds.
     if part == "capture":
-        import capture_overhead
+        from benchmarks.parts import capture
 
-        return capture_overhead.measure(*common)
+        return capture.measure(*common)
     if part == "end-to-end":
-        import end_to_end
+        from benchmarks.parts import end_to_end
 
         return end_to_end.measure(*common, prompts=options.texts, tokenizer=options.loaded_tokenizer)
-    import epoch_overhead
+    from benchmarks.parts import epoch
 
-    return epoch_overhead.measure(*common)
+    return epoch.measure(*common)
 
 
 def budget_of(options: argparse.Namespace, part: str) -> Budget:

@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from attention_variants import SD35_512, TOLERANCES, bare_variants, definition, make_inputs, map_error, map_variants
 from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.variants.attention import (
+    SD35_512,
+    TOLERANCES,
+    bare_variants,
+    definition,
+    make_inputs,
+    map_error,
+    map_variants,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = replace(SD35_512, batch=1, heads=8)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from policy_family import pairs
-from policy_overhead import SHAPE, check_equal, settle_allocator
-from policy_variants import make_inputs, variants
 from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.parts.policy import SHAPE, check_equal, settle_allocator
+from benchmarks.variants.objectives import pairs
+from benchmarks.variants.policy import make_inputs, variants
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

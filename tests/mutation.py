@@ -242,7 +242,7 @@ def stale() -> list[tuple[str, str, str]]:
 def copy_tree(folder: Path) -> Path:
     tree = folder / "tree"
     ignored = shutil.ignore_patterns("__pycache__", "results", ".*", "*cuda.so")
-    for name in ("star_kernels", "tests", "csrc", "benchmarks", "python"):
+    for name in ("star_kernels", "tests", "csrc", "benchmarks", "studies", "tools", "python"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
     for name in ("pyproject.toml", "setup.py"):
         shutil.copyfile(ROOT / name, tree / name)

@@ -5,7 +5,7 @@ through shared memory, so it wants the largest tile that does not spill; two res
 one another's softmax behind matrix products, so 8 warps are held to 128 registers and 4 warps to 168 where they fit.
 Other limits keep the compiler from spending free registers on the maps. With warp-group products (sm_90, sm_100)
 operands stay in shared memory; on sm_80 they take registers, and tiles shrink. tests/attention/test_triton_compile.py
-holds them to what they promise; `python benchmarks/compile_report.py` prints the outcome.
+holds them to what they promise; `python -m tools.compile_report` prints the outcome.
 """
 
 from __future__ import annotations

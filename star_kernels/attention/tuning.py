@@ -1,6 +1,6 @@
 """Which kernels of a GPU compute attention, by measurement where there is one.
 
-A table is a JSON file for a kind of device, made by benchmarks/tune_attention.py: in the folder that the environment
+A table is a JSON file for a kind of device, made by tools/tune_attention.py: in the folder that the environment
 variable ``STAR_KERNELS_TUNED`` names, or beside this file in ``tuned/``. An entry is for a dtype, a head dimension and
 a class of sequence lengths. It names the forward kernel (which has the maps in its epilogue, or a map kernel behind it)
 and the backward kernel.

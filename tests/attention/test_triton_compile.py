@@ -1,6 +1,6 @@
 """Every shipped configuration of the Triton kernels, compiled ahead of time: no GPU is needed.
 
-What is compiled, and how registers and resident blocks are counted, is in benchmarks/compile_report.py.
+What is compiled, and how registers and resident blocks are counted, is in tools/compile_report.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels of the interpreter cannot be compiled", allow_module_level=True)
 
-from compile_report import DTYPES, KERNELS, NVIDIA, WIDTHS, Variant, build, instructions, measure  # noqa: E402
-
 from star_kernels.attention.triton_config import Tile, descriptor_tiles  # noqa: E402
+from tools.compile_report import DTYPES, KERNELS, NVIDIA, WIDTHS, Variant, build, instructions, measure  # noqa: E402
 
 VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 SHIPPED = [

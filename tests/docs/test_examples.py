@@ -105,7 +105,7 @@ def _prompts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def _recipes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "recipes"))
     pipeline = request.getfixturevalue("small_pipeline")
     trained = type(pipeline.transformer).from_config(pipeline.transformer.config).eval()
     return {"pipeline": pipeline, "trained": trained}

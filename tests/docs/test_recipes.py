@@ -20,7 +20,7 @@ from star_trainer.rewards.registry import build
 from star_trainer.scenes import draw, sample_scene
 
 PAGE = ROOT / "docs" / "recipes.md"
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 
 
 def commands() -> list[list[str]]:
@@ -63,13 +63,13 @@ def test_every_recipe_has_a_command_for_the_small_model_and_for_sd35_medium() ->
 
 
 def test_labels_quote_the_text_that_their_metadata_asks_for() -> None:
-    for prompt in load_prompts("recipes/labels.jsonl"):
+    for prompt in load_prompts("examples/recipes/labels.jsonl"):
         assert target_text(prompt.text, {}) == prompt.metadata["text"]
 
 
 def test_the_example_reward_prefers_the_brands_colours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    settings = command.parse(["--config", "recipes/house-style.yaml"]).reward
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "recipes"))
+    settings = command.parse(["--config", "examples/recipes/house-style.yaml"]).reward
     reward = build({"house_style:HouseStyle": 1.0}, options=settings.options)
     (palette,) = [list(options["palette"]) for options in settings.options.values()]
     ours = torch.tensor([int(palette[1][i : i + 2], 16) / 255 for i in (1, 3, 5)]).view(3, 1, 1).expand(3, 8, 8)
@@ -80,8 +80,8 @@ def test_the_example_reward_prefers_the_brands_colours(monkeypatch: pytest.Monke
 
 
 def test_the_house_style_and_the_scenes_checker_score_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    settings = command.parse(["--config", "recipes/house-style.yaml"]).reward
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "recipes"))
+    settings = command.parse(["--config", "examples/recipes/house-style.yaml"]).reward
     scenes = [sample_scene(random.Random(seed), "composition") for seed in range(2)]
     scores = build(settings.weights, options=settings.options).scores(
         torch.stack([draw(scene) for scene in scenes]), [s.prompt for s in scenes], [s.metadata for s in scenes]
@@ -101,6 +101,6 @@ def test_the_house_style_and_the_scenes_checker_score_together(monkeypatch: pyte
 def test_bad_options_of_the_example_reward_are_named(
     options: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "recipes"))
     with pytest.raises(ValueError, match=re.escape(message)):
         build({"house_style:HouseStyle": 1.0}, options={"house_style:HouseStyle": options})

@@ -24,10 +24,10 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels of the interpreter cannot be compiled", allow_module_level=True)
 
-from compile_report import NVIDIA, TARGETS, resources  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from star_kernels.policy import triton_latents, triton_loss, triton_nft, triton_sampling  # noqa: E402
+from tools.compile_report import NVIDIA, TARGETS, resources  # noqa: E402
 
 # Bandwidth times latency, for each multiprocessor: 2, 3.35 and 8 TB/s, 0.7 us, 108, 132 and 148 of them.
 BYTES_IN_FLIGHT = {"sm_80": 13 * 1024, "sm_90": 18 * 1024, "sm_100": 38 * 1024}

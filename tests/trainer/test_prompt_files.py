@@ -148,7 +148,7 @@ def test_evaluation_has_other_scenes() -> None:
 
 def test_benchmarks_read_prompts_in_the_same_way(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
-    from prompt_tokens import PromptError, read_prompts
+    from benchmarks.variants.prompt_tokens import PromptError, read_prompts
 
     path = tmp_path / "prompts.JSONL"
     path.write_bytes('\ufeff{"prompt": "a dog\u2028and a cat"}\r\n'.encode())

@@ -1,0 +1,1 @@
+"""What star-kernels costs: overhead.py is the command, the packages are its parts."""

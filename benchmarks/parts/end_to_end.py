@@ -1,0 +1,270 @@
+"""Part (c): one rollout-and-update step of Flow-GRPO on a diffusers transformer, and the same step with STAR."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.timing.clocks import CpuClock
+from benchmarks.timing.harness import Budget, Extent, Variant, interleave
+from benchmarks.timing.progress import Progress
+from benchmarks.variants.policy import ADVANTAGE_CLIP, CLIP_RANGE, NOISE_LEVEL, flow_grpo_loss, flow_grpo_step
+from benchmarks.variants.prompt_tokens import encode
+from benchmarks.variants.sd3_model import CHANNELS, Size, TextEmbeddings, build, size_for
+from star_kernels import TokenSelection, allocate, flow_sde, sample_transition, weighted_policy_loss
+from star_kernels.capture import capture_maps
+from star_kernels.prompts import TextRegion, core_content, select_tokens
+
+GUIDANCE = 4.5
+SHIFT = 3.0
+LEARNING_RATE = 1e-5  # small: every arm trains the same weights, in turn
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What differs between the steps compared."""
+
+    name: str
+    label: str
+    star: bool = False
+    eager: bool = False
+    strength: float = 1.0
+
+
+PLAIN = Arm("plain", "plain Flow-GRPO, our loss and sampler")
+STAR = Arm("star", "STAR: the same with maps and weights", star=True)
+EAGER = Arm("eager", "plain Flow-GRPO, eager arithmetic", eager=True)
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What a rollout keeps of one step."""
+
+    step: int
+    sample: Tensor
+    prev_sample: Tensor
+    log_prob: Tensor
+    weights: Tensor | None
+
+
+class Trainer:
+    """Everything a step needs. ``step(arm, number)`` is deterministic in the weights, the prompts and the number."""
+
+    def __init__(
+        self,
+        size: Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        prompts: list[str],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.size, self.dtype, self.device = size, dtype, device
+        self.prompts, self.tokenizer = prompts, tokenizer
+        self.regions = [TextRegion("text", tokenizer, size.text, after_image=True)]
+        self.transformer = build(size, dtype, device)
+        self.trained = [p for p in self.transformer.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
+        self.embeddings = TextEmbeddings(dtype, device)
+        self.unconditional = self.embeddings([[tokenizer.pad_token_id] * size.text])
+        t = torch.linspace(1, 0, size.steps + 1)
+        self.sigmas: list[float] = (SHIFT * t / (1 + (SHIFT - 1) * t)).tolist()
+        pairs = list(zip(self.sigmas[:-1], self.sigmas[1:], strict=True))
+        self.transitions = [
+            flow_sde(a, b, noise_level=NOISE_LEVEL, sigma_max=self.sigmas[1]).to(device) for a, b in pairs
+        ]
+        columns = [torch.tensor([[s] * size.batch for s in pair], device=device) for pair in pairs]
+        self.schedule = [(first, then, self.sigmas[1]) for first, then in columns]  # as the eager arithmetic takes it
+
+    def step(self, arm: Arm, number: int, optimise: bool = True) -> Tensor:
+        """Rollout, rewards, advantages, update. Returns the loss, summed over the trained steps."""
+        generator = torch.Generator().manual_seed(number)
+        chosen = [self.prompts[(number * self.size.groups + g) % len(self.prompts)] for g in range(self.size.groups)]
+        prompts = [p for p in chosen for _ in range(self.size.group)]
+        text = self._doubled(encode(self.tokenizer, prompts, self.size.text))
+        selection = None
+        if arm.star:
+            selection = select_tokens(prompts, self.regions, image_tokens=self.size.image).selection.to(self.device)
+        trajectory = self.rollout(arm, text, selection, generator)
+        rewards = torch.rand(self.size.groups, self.size.group, generator=generator)
+        spread = rewards.std(dim=1, keepdim=True) + 1e-4
+        advantages = ((rewards - rewards.mean(dim=1, keepdim=True)) / spread).flatten().to(self.device)
+        return self.update(arm, text, trajectory[:-1], advantages, optimise)  # the last step is not trained
+
+    @torch.no_grad()
+    def rollout(
+        self, arm: Arm, text: tuple[Tensor, Tensor], selection: TokenSelection | None, generator: torch.Generator
+    ) -> list[Transition]:
+        size = self.size
+        shape = (size.batch, CHANNELS, size.latent, size.latent)
+        latents = torch.randn(shape, generator=generator).to(self.device)
+        trajectory = []
+        capturing = (
+            nullcontext() if selection is None else capture_maps(self.transformer, selection, blocks="all", cfg="last")
+        )
+        with capturing as maps:
+            for i, transition in enumerate(self.transitions):
+                velocity = self.velocity(latents, i, text)
+                noise = torch.randn(shape, generator=generator).to(self.device)
+                if arm.eager:
+                    drawn, log_prob = flow_grpo_step(velocity, latents, *self.schedule[i], noise=noise)
+                else:
+                    drawn, log_prob = sample_transition(velocity, latents, transition, noise=noise)
+                weights = None
+                if maps is not None:
+                    weights = allocate(maps.value[:, 0], layout="bhw", strength=arm.strength)
+                trajectory.append(Transition(i, latents, drawn, log_prob, weights))
+                latents = drawn
+        return trajectory
+
+    def update(
+        self, arm: Arm, text: tuple[Tensor, Tensor], trajectory: list[Transition], advantages: Tensor, optimise: bool
+    ) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        for kept in trajectory:
+            velocity = self.velocity(kept.sample, kept.step, text)
+            if arm.eager:
+                _, log_prob = flow_grpo_step(
+                    velocity,
+                    kept.sample,
+                    *self.schedule[kept.step],
+                    prev_sample=kept.prev_sample,
+                )
+                loss, _ = flow_grpo_loss(log_prob, kept.log_prob, advantages)
+            else:
+                loss, _ = weighted_policy_loss(
+                    velocity,
+                    kept.sample,
+                    kept.prev_sample,
+                    kept.log_prob,
+                    advantages,
+                    self.transitions[kept.step],
+                    weights=kept.weights,
+                    clip_range=CLIP_RANGE,
+                    advantage_clip=ADVANTAGE_CLIP,
+                )
+            (loss / len(trajectory)).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        if optimise:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def velocity(self, latents: Tensor, step: int, text: tuple[Tensor, Tensor]) -> Tensor:
+        """With classifier-free guidance: one forward pass of a doubled batch, the conditional half last."""
+        batch = 2 * self.size.batch
+        output = self.transformer(
+            hidden_states=torch.cat([latents, latents]).to(self.dtype),
+            encoder_hidden_states=text[0],
+            pooled_projections=text[1],
+            timestep=torch.full((batch,), 1000 * self.sigmas[step], device=self.device),
+            return_dict=False,
+        )[0]
+        without, conditional = output.chunk(2)
+        guided: Tensor = without + GUIDANCE * (conditional - without)
+        return guided
+
+    def gradient(self, arm: Arm) -> tuple[Tensor, Tensor]:
+        """Loss and gradient of a step that changes nothing."""
+        loss = self.step(arm, 0, optimise=False)
+        gradient = torch.cat([p.grad.flatten().float() for p in self.trained if p.grad is not None])
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, gradient
+
+    def _doubled(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        conditional = self.embeddings(ids)
+        tokens, pooled = (torch.cat([u.expand_as(c), c]) for u, c in zip(self.unconditional, conditional, strict=True))
+        return tokens, pooled
+
+
+def measure(
+    device: torch.device,
+    dtypes: list[torch.dtype] | None,
+    batch: int | None,
+    budget: Budget,
+    extent: Extent,
+    *,
+    prompts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Iterator[dict[str, Any]]:
+    """One case, in the first dtype asked for: by default bfloat16 on a GPU and float32 on a CPU.
+
+    The eager arithmetic, whose cost the policy loss shows by itself, is left to a thorough run.
+    """
+    dtype = (dtypes or [torch.bfloat16 if device.type == "cuda" else torch.float32])[0]
+    size = size_for(device, batch, extent)
+    title = "end to end"
+    with Progress(f"{title} · checking", 0) as progress:
+        # In float32 and two blocks: through a whole model in 16 bits the same step, rounded otherwise, differs by 6 %.
+        progress.show("two blocks in float32")
+        checked = replace(size, blocks=min(size.blocks, 2))
+        trainer = Trainer(checked, torch.float32, device, prompts, tokenizer)
+        differences = check_arms(trainer, progress)
+        warm = (size, dtype) == (checked, torch.float32)  # the same model, whose arms have run
+        if not warm:
+            progress.show("building the model")
+            trainer = Trainer(size, dtype, device, prompts, tokenizer)
+    arms = (PLAIN, STAR, EAGER) if extent == "thorough" else (PLAIN, STAR)
+    variants = [Variant(arm.name, arm.label, _Counted(trainer, arm)) for arm in arms]
+    clock = CpuClock(device)
+    times = interleave(variants, clock, budget, title, warm_up=0 if warm else 1)
+    ratios = {"star_over_plain": ("STAR / plain", "star", "plain")}
+    if EAGER in arms:
+        ratios["star_over_eager"] = ("STAR / plain with eager arithmetic", "star", "eager")
+    name = str(dtype).removeprefix("torch.")
+    case: dict[str, Any] = {
+        "name": "smoke test" if extent == "quick" else "SD3.5-M step",
+        "title": f"SD3.5-M, {size.blocks} of 24 blocks, {8 * size.latent}², {size.text} text tokens, {name}, "
+        f"{size.batch} samples, {size.steps} steps, CFG",
+        "size": asdict(size),
+        "dtype": name,
+        "clock": clock.name,
+        **times.columns(variants, "plain"),
+        "trained_parameters": sum(p.numel() for p in trainer.trained),
+        "parameters": sum(p.numel() for p in trainer.transformer.parameters()),
+        "ratios": {key: {"label": label, **times.ratio(a, b).as_dict()} for key, (label, a, b) in ratios.items()},
+        "differences": differences,
+        "core_words": [{"prompt": prompt, "core": " ".join(core_content(prompt).words)} for prompt in prompts[:3]],
+    }
+    case["notes"] = [
+        f"a step: {size.steps} rollout steps, of which all but the last are trained, and one AdamW step",
+        *filter(None, (times.note,)),
+        *(f"core words of {prompt[:40]!r}...: {' '.join(core_content(prompt).words)}" for prompt in prompts[:3]),
+    ]
+    yield case
+
+
+TOLERANCE = 1e-4  # relative RMS: the same gradient by other sums
+
+
+def check_arms(trainer: Trainer, progress: Progress) -> dict[str, float]:
+    """Flow-GRPO's eager arithmetic and STAR with uniform weights take the same step as the plain arm."""
+    uniform = Arm("star_uniform", "STAR with uniform weights", star=True, strength=0.0)
+    progress.show(PLAIN.label)
+    trainer.step(PLAIN, 0)  # the optimiser makes its state
+    loss, expected = trainer.gradient(PLAIN)
+    differences = {}
+    for arm in (EAGER, uniform):
+        progress.show(arm.label)
+        other_loss, gradient = trainer.gradient(arm)
+        differences[arm.name] = float((gradient - expected).norm() / expected.norm())
+        same = differences[arm.name] <= TOLERANCE and abs(float(other_loss - loss)) <= 1e-3
+        if not same:
+            raise RuntimeError(f"{arm.label} is not the step of {PLAIN.label}: gradients differ by {differences}")
+    return differences
+
+
+class _Counted:
+    """Calls an arm with the number of the call, so that all arms see the same prompts and noise in a round."""
+
+    def __init__(self, trainer: Trainer, arm: Arm) -> None:
+        self.trainer, self.arm, self.number = trainer, arm, 0
+
+    def __call__(self) -> Tensor:
+        self.number += 1
+        return self.trainer.step(self.arm, self.number)

@@ -1,0 +1,1 @@
+"""Tables, summary, plot, limits and the description of the machine."""

@@ -1,0 +1,1 @@
+"""Clocks, interleaved rounds and the progress line."""

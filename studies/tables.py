@@ -1,0 +1,265 @@
+"""The tables of the studies, made from the JSON files in studies/results. tools/evidence.py writes them into pages."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reporting.tables import markdown_table
+from studies.agreement import Multiple, cosines, multiple, shown
+from studies.learning import EARLY, by_arm, differences, early, mean_curve, paired
+from studies.learning import text as learning_text
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "studies" / "results"
+AGREEMENT = RESULTS / "gradient-agreement.json"
+SMALL_MODELS = {
+    "A": RESULTS / "small-sd3-model-a.json",
+    "B": RESULTS / "small-sd3-model-b.json",
+    "C, which ships": ROOT / "python" / "star_trainer" / "assets" / "small-sd3" / "metrics.json",
+}
+LEARNING = RESULTS / "learning.json"
+LEARNING_FIRST = RESULTS / "learning-first.json"
+DEMO = RESULTS / "demo.jsonl"
+PARTS = RESULTS / "learning-parts.json"
+TUNING = RESULTS / "learning-tuning.json"
+KINDS = ("scaled", "along scalar")
+LARGE = 5_000  # samples of a unit of agreement whose intervals are narrow enough to compare allocations
+
+
+def demo() -> str:
+    """The run of ``make demo`` whose pictures are in docs/pictures."""
+    lines = [json.loads(line) for line in DEMO.read_text().splitlines()]
+    evaluations = [line for line in lines if line["event"] == "evaluation"]
+    epochs = [line for line in lines if line["event"] == "epoch"]
+    seconds = sum(value for line in epochs for name, value in line.items() if name.startswith("seconds/"))
+    return (
+        f"In {len(epochs)} epochs, {seconds / 60:.1f} minutes on one core, the graded reward of held-out prompts "
+        f"rises from {evaluations[0]['reward']:.3f} to {evaluations[-1]['reward']:.3f}."
+    )
+
+
+def small_models() -> str:
+    """Metrics of the three models that ``star-train-small`` made, the last of which ships."""
+    heads = [
+        "composition",
+        "all fulfilled",
+        "text",
+        "all fulfilled",
+        "correlation of map and object half-way, by block",
+        "minutes",
+    ]
+    rows = {}
+    for title, path in SMALL_MODELS.items():
+        found = json.loads(path.read_text())
+        scores = [
+            f"{found['scenes'][task][kind]:.3f}" for task in ("composition", "text") for kind in ("graded", "exact")
+        ]
+        finding = [f"{n}: {steps[len(steps) // 2]:.2f}" for n, steps in enumerate(found["localisation"])]
+        threads = f"{found['threads']} thread" + "s" * (found["threads"] > 1)
+        rows[title] = [*scores, ", ".join(finding), f"{found['training_minutes']:.0f}, {threads}"]
+    return markdown_table("", heads, rows)
+
+
+def agreement() -> str:
+    """Mean cosines of gradients and effective-sample multiples, a table for each unit of the study."""
+    tables = []
+    for unit in json.loads(AGREEMENT.read_text())["units"]:
+        arms = shown(unit)
+        kinds = list(cosines(arms["scalar"]))
+        key = unit["key"]
+        title = (
+            f"{unit['label']}, {key['task']}, {key['batches']} batches of {key['samples']}, reward {unit['reward']:.2f}"
+        )
+        rows = {name: [_agreement(arms, name, kind) for kind in kinds] for name in arms}
+        tables.append(markdown_table(title, [kind or "cosine" for kind in kinds], rows))
+    return "\n\n".join(tables)
+
+
+def agreement_multiples() -> str:
+    """STAR's allocation, "split" and their controls at every policy and task of the study, scaled and along scalar."""
+    units = {
+        f"{unit['label']}, {unit['key']['task']}": unit["agreement"]
+        for unit in _large_units()
+        if _says_something(unit) and not unit["key"]["size"]
+    }
+    names = {
+        "core": "core, the paper's map, all blocks",
+        "core, preset blocks": "core, blocks that find the words",
+        "shuffled": "core at random positions",
+        "inverted": "core inverted",
+        "split": "**split**, blocks that find the words",
+        "split, shuffled": "split at random positions",
+        "means of one": "means of one, all blocks",
+        "means of one, preset blocks": "means of one, blocks that find the words",
+        "means of one, rest by core": "means of one, the rest by the core map of those blocks",
+        "means of one, shuffled": "means of one at random positions",
+        "means of one, inverted": "means of one inverted",
+        "object mask (oracle)": "mask of the finished image",
+        "parts off other objects (oracle)": "parts off other objects of the finished image",
+        "parts on own objects (oracle)": "parts on their own objects of the finished image",
+    }
+    tables = []
+    for kind in (*KINDS, "step"):
+        columns = {title: arms for title, arms in units.items() if kind in cosines(arms["scalar"])}
+        rows = {}
+        for name, title in names.items():
+            there = [name in arms and kind in cosines(arms[name]) for arms in columns.values()]
+            if any(there):
+                values = zip(columns.values(), there, strict=True)
+                rows[title] = [str(_times(arms, name, kind)) if known else "" for arms, known in values]
+        tables.append(markdown_table(f"{kind}: times the samples", list(columns), rows))
+    return "\n\n".join(tables)
+
+
+def agreement_sizes() -> str:
+    """What allocations are worth where one thing is asked for, by its size."""
+    units = {size: _unit(f"model C, {size} objects")["agreement"] for size in ("small", "large")}
+    rows = {
+        name: [str(_times(arms, name, kind)) for kind in KINDS for arms in units.values()]
+        for name in units["small"]
+        if name != "scalar" and ", step" not in name
+    }
+    heads = [f"{kind}, {size}" for kind in KINDS for size in units]
+    scalar = [_cosine(cosines(arms["scalar"])[kind]) for kind in KINDS for arms in units.values()]
+    return markdown_table("times the samples", heads, {"scalar, its cosine": scalar, **rows})
+
+
+def agreement_steps() -> str:
+    """Agreement of single denoising steps, and what weights over steps are worth."""
+    arms = _unit("model A, other samples")["agreement"]
+    steps = sorted(name for name in arms if name.startswith("scalar, step"))
+    rows = {
+        f"step {name.split()[-1]}": [str(len(arms[name]["without"])), *(_cosine(arms[name][kind]) for kind in KINDS)]
+        for name in steps
+    }
+    signals = ("contrast", "change", "noise")
+    table = markdown_table("scalar advantages, one step alone: cosine", ["batches", *KINDS], rows)
+    worth = markdown_table(
+        "weights of steps: times the samples",
+        ["gradients as they are", *KINDS],
+        {name: [str(_times(arms, f"steps by {name}", kind)) for kind in ("", *KINDS)] for name in signals},
+    )
+    return f"{table}\n\n{worth}"
+
+
+def agreement_training() -> str:
+    """Cosines at the start and after training."""
+    units = {name: _unit(f"model C, first two steps{name}")["agreement"] for name in ("", ", after training")}
+    rows = {}
+    for name in ("scalar", "core, preset blocks", "split", "means of one, preset blocks", "object mask (oracle)"):
+        rows[name] = [_cosine(cosines(arms[name])[kind]) for kind in KINDS for arms in units.values()]
+    return markdown_table("cosine", [f"{kind}, {when}" for kind in KINDS for when in ("start", "after training")], rows)
+
+
+def agreement_phrases() -> str:
+    """Credit by phrase at model A."""
+    arms = _unit("model A")["agreement"]
+    rows = {
+        "**means of one**, each phrase's part by its own map": "means of one",
+        "**phrase**, advantages of phrases, by their maps": "phrases alone",
+        "**phrase**, without maps": "phrases without maps",
+    }
+    learned = [_learned(arm, LEARNING_FIRST) for arm in ("split, means of one", "phrases", "phrases without maps")]
+    return markdown_table(
+        "times the samples",
+        ["gradients as they are", "scaled", "along scalar", "reward after training, beside plain Flow-GRPO"],
+        {
+            title: [*(str(_times(arms, name, kind)) for kind in ("", *KINDS)), end]
+            for (title, name), end in zip(rows.items(), learned, strict=True)
+        },
+    )
+
+
+def learning_tuning() -> str:
+    """Plain Flow-GRPO under the settings that the second study was chosen from."""
+    found = json.loads(TUNING.read_text())
+    rows = {}
+    for arm, runs in by_arm(found, "composition").items():
+        curve = mean_curve(runs)
+        own = [" ".join(f"{run['evaluations'][-1][1]:.3f}" for run in runs.values())]
+        rows[arm] = [*(f"{reward - curve[0][1]:+.4f}" for _, reward in curve[1:]), *own]
+    epochs = [epoch for epoch, _ in curve[1:]]
+    return markdown_table(
+        "plain Flow-GRPO", [*(f"gain after {epoch} epochs" for epoch in epochs), "final, each seed"], rows
+    )
+
+
+def learning_table(path: Path) -> str:
+    """A study's final rewards, and their differences from plain Flow-GRPO with the same seeds."""
+    return f"```text\n{learning_text(json.loads(path.read_text())).strip()}\n```"
+
+
+def learning_result(path: Path = LEARNING, baseline: str = "plain", share: bool = False) -> str:
+    """The comparisons of a study with its baseline, a sentence each; with ``share`` also at EARLY of the samples."""
+    arms = by_arm(json.loads(path.read_text()), _task(path))
+    gain = statistics.mean(run["evaluations"][-1][1] - run["evaluations"][0][1] for run in arms[baseline].values())
+    lines = [f"The reward of {baseline} rises by {gain:.4f}. Difference of the final reward from {baseline}:", ""]
+    for arm in arms:
+        if arm == baseline:
+            continue
+        line = f"- {arm}: {_learned(arm, path)}"
+        if share:
+            difference, reach, p = paired(early(arms[baseline], arms[arm]))
+            line += f"; after {EARLY:g} of the samples {difference:+.4f} ± {reach:.4f} (p = {p:.2g})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def learning_parts() -> str:
+    """What the arms of the second study have learnt, part by part."""
+    runs = json.loads(PARTS.read_text())["runs"]
+    rows = {}
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        own = [run for run in runs if run["arm"] == arm]
+        means = {name: statistics.mean(run[name] for run in own) for name in ("reward", "phrases", "rest")}
+        objects = {name: statistics.mean(run[name] for run in own) for name in ("surplus", "missing")}
+        values = [*(f"{value:.3f}" for value in means.values()), *(f"{value:.2f}" for value in objects.values())]
+        rows[f"{arm} ({len(own)})" if own[0]["seed"] is not None else arm] = values
+    heads = ["reward", "from phrases", "from the rest", "surplus objects", "missing objects"]
+    return markdown_table("means over images and seeds", heads, rows)
+
+
+def _learned(arm: str, path: Path) -> str:
+    """An arm's final reward minus plain's, with its interval and p-value."""
+    arms = by_arm(json.loads(path.read_text()), _task(path))
+    pairs = differences(arms["plain"], arms[arm])
+    difference, reach, p = paired(pairs)
+    return f"{difference:+.4f} ± {reach:.4f}, p = {p:.2g}, {len(pairs)} seeds"
+
+
+def _task(path: Path) -> str:
+    return "text" if path.stem.endswith("text") else "composition"
+
+
+def _large_units() -> list[dict[str, Any]]:
+    """The units of agreement that can tell allocations apart."""
+    units = json.loads(AGREEMENT.read_text())["units"]
+    return [unit for unit in units if unit["key"]["batches"] * unit["key"]["samples"] >= LARGE]
+
+
+def _says_something(unit: dict[str, Any]) -> bool:
+    """Whether plain Flow-GRPO's own cosine, which multiples are of, is above the noise."""
+    scaled = unit["agreement"]["scalar"]["scaled"]
+    return bool(scaled["cosine"] > 1.96 * scaled["error"])
+
+
+def _unit(label: str) -> dict[str, Any]:
+    return next(unit for unit in _large_units() if unit["label"] == label)
+
+
+def _times(arms: dict[str, Any], name: str, kind: str) -> Multiple:
+    return multiple(cosines(arms[name])[kind], cosines(arms["scalar"])[kind])
+
+
+def _agreement(arms: dict[str, Any], name: str, kind: str) -> str:
+    if kind not in cosines(arms[name]):
+        return ""
+    own, times = cosines(arms[name])[kind], _times(arms, name, kind)
+    return f"{_cosine(own)}, {times}" if name != "scalar" and times.known else _cosine(own)
+
+
+def _cosine(found: dict[str, Any]) -> str:
+    return f"{found['cosine']:.4f} ± {1.96 * found['error']:.4f}"

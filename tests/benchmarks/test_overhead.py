@@ -1,0 +1,228 @@
+"""The benchmark of the overhead: its intervals, its limits, its progress, and what its last screen says."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import overhead
+from benchmarks.reporting import plot, summary, thresholds
+from benchmarks.timing import harness, progress
+from benchmarks.timing.clocks import Sample
+
+RESULTS = sorted((Path(overhead.__file__).parent / "results").glob("overhead-*.json"))
+
+
+class SteadyClock:
+    """Whose calls take a second each and no time."""
+
+    name = "steady"
+
+    def time(self, runs: Any) -> list[Sample]:
+        return [Sample(1.0) for _ in runs]
+
+
+def variants() -> list[harness.Variant]:
+    return [harness.Variant(name, name, lambda: None) for name in ("a", "b")]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 8, 9, 30, 101, 1500])
+def test_the_interval_has_the_median_with_95_percent(count: int) -> None:
+    rank = harness.interval_rank(count)
+    missed = [
+        2 * sum(math.comb(count, k) for k in range(r + 1)) / 2**count
+        for r in ((-1, 0, 1) if rank is None else (rank, rank + 1))
+    ]
+    if rank is None:
+        assert count < 6
+        assert missed[1] > 0.05
+    else:
+        assert missed[0] <= 0.05 < missed[1]  # and no narrower one does
+        figure = harness.summarise(list(range(count)))
+        assert (figure.low, figure.high) == (rank, count - 1 - rank)
+
+
+def test_fewer_than_six_rounds_have_no_interval() -> None:
+    assert "low" not in harness.summarise([1.0, 2.0, 3.0]).as_dict()
+
+
+def test_a_comparison_ends_with_its_budget_preparation_included() -> None:
+    late = harness.Budget(100, until=time.perf_counter() - 1)
+    assert harness.interleave(variants(), SteadyClock(), late, "late").figure("a").count == 2
+    assert harness.interleave(variants(), SteadyClock(), harness.Budget(7), "by rounds").figure("a").count == 7
+
+
+def test_a_budget_for_all_is_shared_and_one_for_each_is_not() -> None:
+    now = time.perf_counter()
+    assert harness.Budget(9, seconds=8.0, until=now + 60).for_one(3).until == pytest.approx(now + 20, abs=1)
+    assert harness.Budget(9, seconds=8.0, until=now + 60).for_one(3).seconds == 8.0
+    assert harness.Budget(9, seconds=8.0).for_one(3).until == math.inf
+    assert harness.Budget(9, seconds=8.0).share(0.25).seconds == 2.0
+
+
+def test_a_plan_tells_its_place_and_what_is_left() -> None:
+    plan = progress.Plan({"attention": 60.0, "policy": 120.0})
+    assert (plan.place, plan.left) == ("", 180.0)
+    plan.begin("policy")
+    assert plan.place == "[2/2]"
+    assert plan.left == pytest.approx(120, abs=1)
+    plan.began -= 500  # later than planned
+    assert plan.left == 0
+    assert [progress.duration(s) for s in (4, 44, 70, 200, math.inf)] == [
+        "about 10 s", "about 40 s", "about 1 min", "about 3 min", ""
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("figure", "verdict"),
+    [
+        ({"median": 1.01, "low": 1.0, "high": 1.02, "count": 9}, thresholds.HELD),
+        ({"median": 1.01, "low": 1.0, "high": 1.04, "count": 9}, thresholds.UNDECIDED),
+        ({"median": 1.05, "low": 1.02, "high": 1.06, "count": 9}, thresholds.UNDECIDED),
+        ({"median": 1.05, "low": 1.04, "high": 1.06, "count": 9}, thresholds.FAILED),
+        ({"median": 1.5, "count": 3}, thresholds.UNDECIDED),  # no interval
+        ({"median": 1.0}, thresholds.HELD),  # counted, not timed
+        ({"median": 1.5}, thresholds.FAILED),
+        ({}, thresholds.UNDECIDED),  # not measured
+    ],
+)
+def test_a_limit_fails_only_where_the_whole_interval_lies_beyond_it(figure: dict[str, Any], verdict: str) -> None:
+    case = {"name": thresholds.STEP, "dtype": "float32", "ratios": {"star_over_plain": figure}}
+    (outcome,) = thresholds.evaluate({"end-to-end": [case]}, "cpu")
+    assert outcome.verdict == verdict
+    assert outcome.passed == (verdict == thresholds.HELD)
+
+
+def test_no_limit_of_a_cpu_is_beyond_what_amx_gives() -> None:
+    ratios = {"overhead": {"median": 1.017}, "materialised_over_ours": {"median": 2.7}}
+    case = {"name": thresholds.ATTENTION, "dtype": "bfloat16", "ratios": ratios}
+    assert [o.verdict for o in thresholds.evaluate({"attention": [case]}, "cpu")] == [thresholds.HELD] * 2
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_last_screen_is_a_screenful(path: Path) -> None:
+    found = json.loads(path.read_text())
+    text = summary.text(found)
+    lines = text.splitlines()
+    assert len(lines) <= 23  # and one for the files
+    assert max(map(len, lines)) <= 100
+    assert "[" not in text
+    assert "BUSY" in text
+
+
+def test_the_last_screen_of_a_calm_machine_says_so() -> None:
+    found = json.loads(RESULTS[0].read_text())
+    for cases in found["parts"].values():
+        for case in cases:
+            case["disturbed_calls"] = 0.01
+            for figure in case["ratios"].values():
+                figure |= {"calm": True, "count": 9}
+    text = summary.text(found)
+    assert "The machine was calm: other programs took the processor in 1% of the calls." in text
+    assert "*" not in text
+    assert "+0.6 %   +0.4 to +1.1 %" in text
+    assert "none" not in text
+
+
+@pytest.fixture
+def stubs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Parts that take no time, one that the list names being interrupted; and no plot."""
+    committed = json.loads(next(path for path in RESULTS if "amd" in path.name).read_text())["parts"]
+    interrupted: list[str] = []
+
+    def measure(part: str, *_: Any) -> Iterator[dict[str, Any]]:
+        if part in interrupted:
+            raise KeyboardInterrupt
+        yield from committed[part]
+
+    monkeypatch.setattr(overhead, "measure", measure)
+    monkeypatch.setattr(overhead, "ON_CPU", ("attention", "policy", "end-to-end"))
+    monkeypatch.setattr(plot, "draw", lambda path, result: path.write_text("a plot"))
+    return interrupted
+
+
+def run(out: Path, *arguments: str) -> int:
+    return overhead.main(["--device", "cpu", "--out", str(out), *arguments])
+
+
+def test_results_come_part_by_part_and_the_summary_last(
+    stubs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path) == 0
+    told = capsys.readouterr().out
+    places = [
+        told.index(text) for text in ("3 parts, about 2 min", "ATTENTION", "POLICY", "END-TO-END", "WHAT MAPS", "wrote")
+    ]
+    assert places == sorted(places)
+    assert len(told[told.index("WHAT MAPS") :].splitlines()) <= 24
+    assert "FAILED" not in told
+    assert "undecided" not in told
+    (written,) = tmp_path.glob("*.json")
+    found = json.loads(written.read_text())
+    assert found["complete"]
+    assert list(found["parts"]) == ["attention", "policy", "end-to-end"]
+    assert {row["verdict"] for row in found["thresholds"]} == {thresholds.HELD, thresholds.UNDECIDED}
+    assert written.with_suffix(".png").exists()
+
+
+def test_an_interrupted_run_keeps_its_complete_parts(
+    stubs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stubs.append("end-to-end")
+    assert run(tmp_path) == 130
+    told = capsys.readouterr()
+    assert "interrupted in part 'end-to-end'" in told.err
+    assert "WHAT MAPS" in told.out
+    (written,) = tmp_path.glob("*.json")
+    found = json.loads(written.read_text())
+    assert not found["complete"]
+    assert list(found["parts"]) == ["attention", "policy"]
+
+
+def test_an_interruption_before_any_part_writes_nothing(
+    stubs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stubs.append("attention")
+    assert run(tmp_path / "out") == 130
+    assert "nothing was measured" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_alone_judges(
+    stubs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path, "--check") == 0
+    assert "LIMITS: 17 held, 0 FAILED, 1 undecided" in capsys.readouterr().out
+    beyond = thresholds.Threshold("policy", "eager_over_ours", ">=", 50.0)
+    monkeypatch.setattr(thresholds, "THRESHOLDS", (*thresholds.THRESHOLDS, beyond))
+    assert run(tmp_path) == 0
+    assert run(tmp_path, "--check") == 1
+
+
+def test_what_a_cpu_has_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, told in (
+        (["--only", "backward"], "--only backward needs a GPU"),
+        (["--quick", "--thorough"], "exclude"),
+    ):
+        with pytest.raises(SystemExit):
+            overhead.parse(["--device", "cpu", *arguments])
+        assert told in capsys.readouterr().err
+
+
+def test_a_run_does_not_write_over_the_committed_results() -> None:
+    assert overhead.parse([]).out == Path(overhead.__file__).resolve().parents[1] / "runs" / "overhead"
+
+
+def test_a_part_measures_and_reports_its_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "--quick", "--only", "attention") == 0
+    told = capsys.readouterr()
+    assert "[1/1] attention · smoke test · float32 ... about 10 s left" in told.err
+    assert "smoke test, 2 of 24 heads, float32" in told.out
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.stat().st_size > 10_000

@@ -1,0 +1,147 @@
+"""The study of learning curves: its designs, controls and statistics."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import yaml
+
+from star_trainer.command import parse as parse_settings
+from star_trainer.config import Config
+from star_trainer.prompts import load_prompts
+from studies import learning, learning_parts
+
+
+def test_paired_is_students_t() -> None:
+    from scipy.stats import ttest_1samp
+
+    values = [0.02, 0.01, 0.03, -0.01, 0.02]
+    mean, reach, p = learning.paired(values)
+    expected = ttest_1samp(values, 0.0)
+    assert p == pytest.approx(expected.pvalue)
+    low, high = expected.confidence_interval(0.95)
+    assert (mean - reach, mean + reach) == pytest.approx((low, high))
+    assert math.isnan(learning.paired([1.0])[2])
+
+
+def test_samples_to_is_between_the_evaluations_where_the_mean_curve_crosses() -> None:
+    plain = {0: {"evaluations": [[0, 0.0], [10, 0.5], [20, 1.0]]}}
+    fast = {0: {"evaluations": [[0, 0.0], [10, 0.8], [20, 1.2]]}}
+    slow = {0: {"evaluations": [[0, 0.0], [10, 0.1], [20, 0.2]]}}
+    early = {0: {"evaluations": [[0, 0.0], [10, 1.0], [20, 1.2]]}}
+    assert learning.samples_to(plain, fast) == (0.5, 1.0)
+    assert learning.samples_to(plain, plain) == (0.5, 1.0)
+    assert learning.samples_to(plain, early) == (0.0, 0.5)
+    assert learning.samples_to(plain, slow) == (1.0, math.inf)
+    design = {"tasks": ["text"], "settings": {"evaluation.prompts": 1}}
+    runs = [
+        {
+            "task": "text",
+            "arm": arm,
+            "seed": seed,
+            "evaluations": [[e, r + seed / 8] for e, r in found[0]["evaluations"]],
+        }
+        for arm, found in (("plain", plain), ("fast", fast), ("early", early), ("slow", slow))
+        for seed in (0, 1)
+    ]
+    told = {line.split()[0]: line for line in learning.text({"design": design, "runs": runs}).splitlines() if line}
+    assert " 0.5 to 1 " in told["fast"]
+    assert " <= 0.5 " in told["early"]
+    assert " > 1 " in told["slow"]
+
+
+def test_early_is_the_last_reward_within_the_share_of_samples_less_plains_final_one() -> None:
+    plain = {seed: {"evaluations": [[0, 0.0], [30, 1.0 + seed]]} for seed in (0, 1, 2)}
+    runs = {seed: {"evaluations": [[0, 0.0], [10, 0.5], [21, 1.25], [22, 2.0], [30, 3.0]]} for seed in (2, 1)}
+    assert learning.early(plain, runs) == [1.25 - 2.0, 1.25 - 3.0]
+
+
+@pytest.mark.parametrize(
+    "design", sorted(p for p in learning.DESIGNS.glob("*.yaml") if p.stem != "tuning"), ids=lambda p: p.stem
+)
+def test_the_driver_takes_every_arm_of_a_committed_design(design: Path) -> None:
+    found = yaml.safe_load(design.read_text())
+    for arm in found["arms"].values():
+        config = parse_settings([f"--{k}={v}" for k, v in {**found["settings"], **arm}.items() if k != "control"])
+        assert arm.get("control", "shuffled") in learning.CONTROLS
+        assert config.samples % config.train.updates == 0
+    assert len(found["seeds"]) >= 5
+    assert found["settings"]["evaluation.prompts"] >= 1024
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("credit", ["image", "split"])
+def test_shuffled_moves_each_map_to_random_positions_the_same_ones_in_all_steps(
+    credit: Literal["image", "split"], config: Config, tmp_path: Path
+) -> None:
+    config = replace(
+        config,
+        data=replace(config.data, prompts="scenes:composition"),
+        allocation=replace(config.allocation, blocks="all", credit=credit),
+        output=replace(config.output, folder=str(tmp_path)),
+    )
+    prompts = [p for p in load_prompts("scenes:composition")[:3] for _ in range(2)]
+    rolled = {
+        control: learning.StudyTrainer(config, control, math.inf).roll_out(prompts, range(6))
+        for control in (None, "shuffled")
+    }
+    own, moved = (torch.stack([s.weights.flatten(-2) for s in rolled[c].steps], dim=1) for c in rolled)
+    assert own.shape == moved.shape
+    for before, after in zip(own.flatten(1, -2), moved.flatten(1, -2), strict=True):
+        assert not torch.equal(before, after)
+        columns = sorted(before.T.tolist())
+        assert sorted(after.T.tolist()) == columns  # a position keeps its steps and phrases
+
+
+@pytest.mark.exhaustive
+def test_a_study_runs_resumes_and_reports(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {
+        "model.path": str(pipeline_folder), "allocation.blocks": "all",
+        "train.epochs": 2, "rollout.steps": 3, "rollout.groups": 1, "rollout.group_size": 2,
+        "rollout.batch": 2, "rollout.window": 1, "rollout.window_end": 2, "evaluation.every": 1,
+        "evaluation.prompts": 2, "evaluation.steps": 2,
+    }  # fmt: skip
+    arms = {"plain": {"allocation.method": "plain"}, "star": {}, "shuffled": {"control": "shuffled"}}
+    design = tmp_path / "design.yaml"
+    design.write_text(yaml.safe_dump({"tasks": ["text"], "seeds": [0, 1], "arms": arms, "settings": settings}))
+    command = ["--design", str(design), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out.json")]
+    assert learning.main([*command, "--minutes", "0"]) == 0
+    assert "6 runs are left" in capsys.readouterr().out
+    for _ in range(7):  # each piece is too short for more than an epoch
+        assert learning.main([*command, "--minutes", "0.0001", "--worker", "0/1"]) == 0
+    learning.main(command)
+    assert "all runs are done" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found["runs"]) == 6
+    assert all(len(run["rollouts"]) == 2 and len(run["evaluations"]) == 3 for run in found["runs"])
+    learning.main([*command, "--report"])
+    assert "plain" in capsys.readouterr().out
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+@pytest.mark.exhaustive
+def test_the_parts_of_what_runs_have_learnt_sum_to_the_reward(pipeline_folder: Path, tmp_path: Path) -> None:
+    settings = {
+        "model.path": str(pipeline_folder), "allocation.blocks": "all", "train.epochs": 1, "rollout.steps": 3,
+        "rollout.groups": 1, "rollout.group_size": 2, "rollout.batch": 2, "rollout.window": 1, "rollout.window_end": 2,
+        "evaluation.every": 1, "evaluation.prompts": 2, "evaluation.steps": 2,
+    }  # fmt: skip
+    design = tmp_path / "design.yaml"
+    arms = {"plain": {"allocation.method": "plain"}}
+    design.write_text(yaml.safe_dump({"tasks": ["composition"], "seeds": [0, 1], "arms": arms, "settings": settings}))
+    learning.train(learning.Unit("composition", "plain", 0), yaml.safe_load(design.read_text()), tmp_path, math.inf)
+    command = ["--design", str(design), "--runs", str(tmp_path), "--prompts", "70", "--out", str(tmp_path / "out.json")]
+    assert learning_parts.main(command) == 0
+    runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert [(run["arm"], run["seed"]) for run in runs] == [("start", None), ("plain", 0)]
+    for run in runs:
+        assert run["phrases"] + run["rest"] == pytest.approx(run["reward"], abs=2e-4)
+        assert run["surplus"] + run["missing"] > 0

@@ -1,0 +1,222 @@
+"""Writes the measured figures into README, docs and studies/results/README.md: python -m tools.evidence [--check]
+
+A block between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is made from the JSON files in benchmarks/results and
+studies/results by the function of that name, so that no figure is copied by hand. ``--check`` changes nothing and exits
+with status 1 if a page and the JSON files differ; a test does the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reporting.tables import markdown_table
+from benchmarks.timing.harness import interval_rank
+from studies import tables
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+OVERHEAD = RESULTS / "overhead-amd-epyc-2-threads-avx2.json"
+EPOCH = RESULTS / "epoch-amd-epyc-2-threads-avx2.json"
+GPU = RESULTS / "overhead-nvidia-h200.json"
+EPILOGUES = RESULTS / "epilogue-nvidia-h200.json"
+OTHER_WAYS = {  # to attention maps
+    "lse_difference": "log-sum-exp difference",
+    "augmented_value": "augmented V",
+    "materialised": "materialised softmax",
+}
+STUDIES = ("learning", "learning-text", "learning-ratio", "learning-when", "learning-first")
+_BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def attention() -> str:
+    """Attention with maps beside other ways to get them."""
+    columns = {"ours": "ours", **OTHER_WAYS}
+    rows = {}
+    for case in _cases("attention"):
+        heads = re.search(r"batch \d+, (\d+) heads", case["title"])
+        part = f"{heads[1]} of 24 heads" if heads and heads[1] != "24" else "batch 2"
+        rows[f"{case['name']}, {part}, {case['dtype']}"] = [_relative(case, name) for name in columns]
+    return markdown_table(
+        "attention with maps of 8 tokens, relative to PyTorch's SDPA without maps", list(columns.values()), rows
+    )
+
+
+def policy() -> str:
+    """Times of the policy loss."""
+    columns = {
+        "ours": "ours",
+        "ours_weighted": "ours, with weights",
+        "eager": "eager Flow-GRPO",
+        "compiled": "the same under torch.compile",
+    }
+    rows = {
+        case["dtype"]: [f"{1e3 * case['times'][name]['median']:.2f} ms" for name in columns]
+        for case in _cases("policy")
+    }
+    return markdown_table("policy loss, forward and backward, batch 8 of 16x64x64", list(columns.values()), rows)
+
+
+def steps() -> str:
+    """Memory of the loss; capture, a training step and an epoch with STAR relative to without."""
+    memory = [case["ratios"]["memory_over_gradient_eager"]["median"] for case in _cases("policy")]
+    (capture,), (step,), (epoch,) = _cases("capture"), _cases("end-to-end"), _cases("epoch", EPOCH)
+    return "\n".join(
+        [
+            f"The loss's extra memory is one gradient; eager arithmetic takes {memory[0]:.0f} (float32) to "
+            f"{memory[1]:.0f} (bfloat16) of them.",
+            "",
+            "| with STAR, relative to without | time | peak memory |",
+            "|---|---|---|",
+            f"| forward pass of {capture['size']['blocks']} blocks of SD3.5-M at 1024², maps captured | "
+            f"{_ratio(capture, 'capture_over_plain')} | {_ratio(capture, 'capture_memory')} |",
+            f"| rollout and update of 2 blocks of SD3.5-M at 256² | {_ratio(step, 'star_over_plain')} | |",
+            f"| epoch of the driver with the small model, rewards included | {_ratio(epoch, 'star_over_plain')} | "
+            f"{_ratio(epoch, 'star_memory')} |",
+            f"| the same epoch, all that STAR adds timed by itself | {_ratio(epoch, 'star_by_parts')} | |",
+        ]
+    )
+
+
+def gpu_attention() -> str:
+    """Attention with maps on a GPU, with what maps add to the same kernel."""
+    columns = {"sdpa_flash": "flash without maps", "ours": "ours, with maps", **OTHER_WAYS}
+    rows = {}
+    for case in _cases("attention", GPU):
+        cells = [_relative(case, name) if name in case["relative"] else "" for name in columns]
+        rows[f"{case['name']}, batch {case['batch']}, {case['dtype']}"] = [
+            f"{1e3 * case['times']['sdpa']['median']:.2f} ms", *cells, _three(case["ratios"]["overhead"]["median"])
+        ]  # fmt: skip
+    heads = ["PyTorch's SDPA", *columns.values(), "maps over the same kernel without"]
+    return markdown_table("relative to PyTorch's SDPA without maps (cuDNN's in bfloat16)", heads, rows)
+
+
+def gpu_steps() -> str:
+    """The policy loss, a forward pass and a step on a GPU."""
+    (capture,), (step,) = _cases("capture", GPU), _cases("end-to-end", GPU)
+    losses = [case for case in _cases("policy", GPU) if case["name"] == "policy loss"]
+    (large,) = [case for case in _cases("policy", GPU) if case["name"] == "policy loss, large"]
+    lines = [
+        f"| policy loss, batch 8 of 16x64x64, {case['dtype']}, forward and backward | "
+        f"{1e6 * case['times']['ours']['median']:.0f} µs; eager Flow-GRPO {_ratio(case, 'eager_over_ours')} times "
+        f"that, the same under torch.compile {_ratio(case, 'compiled_over_ours')} |"
+        for case in losses
+    ]
+    return "\n".join(
+        [
+            "| on an NVIDIA H200 | |",
+            "|---|---|",
+            *lines,
+            f"| policy loss, batch 64 of 16x128x128, float32 | {_ratio(large, 'copy_over_ours')} of the bandwidth of "
+            "a copy |",
+            f"| forward pass of SD3.5-M at 1024², batch 2, maps captured, over without | "
+            f"{_ratio(capture, 'capture_over_plain')} |",
+            f"| rollout and update of SD3.5-M at 512², 4 samples, STAR over plain | "
+            f"{_ratio(step, 'star_over_plain')} |",
+        ]
+    )
+
+
+def gpu_epilogues() -> str:
+    """What maps add to the Triton kernel, by the order of its epilogue."""
+    found = json.loads(EPILOGUES.read_text())
+    rows = {
+        made["epilogue"]: [f"{case['overhead']:.3f}" for case in made["cases"].values()]
+        for made in found["epilogues"].values()
+    }
+    rows |= {
+        f"{name}, without the mean over heads": [f"{value:.3f}" for value in values.values()]
+        for name, values in found["without_mean_over_heads"].items()
+    }
+    heads = list(found["epilogues"]["before"]["cases"])
+    return markdown_table("Triton's kernel with maps over without, H200, bfloat16", heads, rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "attention": attention,
+    "policy": policy,
+    "steps": steps,
+    "gpu-attention": gpu_attention,
+    "gpu-steps": gpu_steps,
+    "gpu-epilogues": gpu_epilogues,
+    "demo": tables.demo,
+    "small-models": tables.small_models,
+    "agreement": tables.agreement,
+    "agreement-multiples": tables.agreement_multiples,
+    "agreement-phrases": tables.agreement_phrases,
+    "agreement-training": tables.agreement_training,
+    "agreement-sizes": tables.agreement_sizes,
+    "agreement-steps": tables.agreement_steps,
+    "learning-tuning": tables.learning_tuning,
+    "learning-result": partial(tables.learning_result, share=True),
+    "learning-parts": tables.learning_parts,
+    **{study: partial(tables.learning_table, tables.RESULTS / f"{study}.json") for study in STUDIES},
+    **{
+        f"{study}-result": partial(tables.learning_result, tables.RESULTS / f"{study}.json")
+        for study in STUDIES
+        if study != "learning"
+    },
+}
+
+
+def pages() -> Iterator[Path]:
+    yield ROOT / "README.md"
+    yield from sorted((ROOT / "docs").glob("*.md"))
+    yield tables.RESULTS / "README.md"
+
+
+def render(text: str) -> str:
+    """A page with its blocks made anew.
+
+    Raises:
+        KeyError: a block of an unknown name.
+    """
+    return _BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]]()}\n{found[4]}", text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a page is out of date")
+    options = parser.parse_args(arguments)
+    stale = [page for page in pages() if render(page.read_text()) != page.read_text()]
+    for page in stale:
+        print(f"{page.relative_to(ROOT)} {'is out of date' if options.check else 'written'}")
+        if not options.check:
+            page.write_text(render(page.read_text()))
+    return int(options.check and bool(stale))
+
+
+def _cases(part: str, path: Path = OVERHEAD) -> list[dict[str, Any]]:
+    cases: list[dict[str, Any]] = json.loads(path.read_text())["parts"][part]
+    return cases
+
+
+def _relative(case: dict[str, Any], name: str) -> str:
+    return _three(case["relative"][name]["median"])
+
+
+def _ratio(case: dict[str, Any], name: str) -> str:
+    """With its 95 % interval, or the number of rounds where they are too few for one; what is counted has neither."""
+    figure = case["ratios"][name]
+    if "count" not in figure:
+        return f"{figure['median']:.3f}"
+    known = interval_rank(figure["count"]) is not None
+    more = f"[{figure['low']:.3f}, {figure['high']:.3f}]" if known else f"({figure['count']} rounds)"
+    return f"{figure['median']:.3f} {more}"
+
+
+def _three(value: float) -> str:
+    """Three decimals near one, else three digits at most."""
+    if value < 1.1:
+        return f"{value:.3f}"
+    return f"{value:.2f}" if value < 2.5 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
