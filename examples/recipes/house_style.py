@@ -1,6 +1,6 @@
 """A house style as a reward: images in the colours of a brand.
 
-    PYTHONPATH=recipes star-train --config recipes/house-style.yaml
+    PYTHONPATH=examples/recipes star-train --config examples/recipes/house-style.yaml
 
 A template for a reward of your own: a class with a ``name``, which is called with images, prompts and metadata.
 """

@@ -55,7 +55,7 @@ def test_a_command_of_the_page_is_taken_by_the_driver(arguments: list[str]) -> N
 
 def test_every_recipe_has_a_command_for_the_small_model_and_for_sd35_medium() -> None:
     for recipe in RECIPES:
-        own = [arguments for arguments in commands() if f"recipes/{recipe.name}" in arguments]
+        own = [arguments for arguments in commands() if f"examples/recipes/{recipe.name}" in arguments]
         assert sorted(command.parse(arguments).model.path for arguments in own) == [
             "small",
             "stabilityai/stable-diffusion-3.5-medium",
