@@ -55,12 +55,15 @@ void tile_log_ratio(const PolicyArguments& a, const Coefficients& k, const Tile&
   drop(tile_mask(a, tile), out, tile.n);
 }
 
-// One advantage for each of a tile's positions; zero where the mask drops a position of dense advantages.
+// Dense advantages of a tile's positions; zero where the mask drops a position.
 void tile_advantages(const PolicyArguments& a, const Tile& tile, float* out) {
-  if (!a.dense) return fill(out, tile.n, clamp_advantage(a.advantages[tile.b], a.advantage_clip));
   const float* advantages = a.advantages + tile.b * a.positions + tile.first;
   for (int64_t i = 0; i < tile.n; ++i) out[i] = clamp_advantage(advantages[i], a.advantage_clip);
   drop(tile_mask(a, tile), out, tile.n);
+}
+
+float sample_advantage(const PolicyArguments& a, const Tile& tile) {
+  return clamp_advantage(a.advantages[tile.b], a.advantage_clip);
 }
 
 // The weighted advantages of several phrases at each of a tile's positions, by sign.
@@ -85,17 +88,21 @@ struct SignedAdvantages {
 void add_locations(const PolicyArguments& a, const Tile& tile, const float* log_ratio, const float* weights,
                    double (&sums)[Policy::kSums]) {
   const uint8_t* mask = tile_mask(a, tile);
+  const auto add_each = [&](auto add) {
+    for (int64_t i = 0; i < tile.n; ++i) {
+      if (!mask || mask[i]) add(i);
+    }
+  };
   if (a.phrases > 1) {
     const SignedAdvantages advantages(a, tile);
-    for (int64_t i = 0; i < tile.n; ++i) {
-      if (!mask || mask[i]) add_ratio(sums, log_ratio[i], advantages[i], a);
-    }
-    return;
-  }
-  float advantages[kTile];
-  tile_advantages(a, tile, advantages);
-  for (int64_t i = 0; i < tile.n; ++i) {
-    if (!mask || mask[i]) add_ratio(sums, log_ratio[i], advantages[i], weights[i], a);
+    add_each([&](int64_t i) { add_ratio(sums, log_ratio[i], advantages[i], a); });
+  } else if (a.dense) {
+    float advantages[kTile];
+    tile_advantages(a, tile, advantages);
+    add_each([&](int64_t i) { add_ratio(sums, log_ratio[i], advantages[i], weights[i], a); });
+  } else {
+    const float advantage = sample_advantage(a, tile);
+    add_each([&](int64_t i) { add_ratio(sums, log_ratio[i], advantage, weights[i], a); });
   }
 }
 
@@ -156,17 +163,21 @@ void location_factors(const PolicyArguments& a, const Coefficients& k, const Til
                       Buffers& buffers, float* out) {
   const float common = gradient_factor(a, k, tile.b);
   tile_log_ratio(a, k, tile, buffers, out);
+  const auto factor = [&](int64_t i, float advantage) {
+    return weights[i] * common * clipped_surrogate(out[i], advantage, a.clip_low, a.clip_high).slope;
+  };
   if (a.phrases > 1) {
     const SignedAdvantages advantages(a, tile);
     for (int64_t i = 0; i < tile.n; ++i) {
       out[i] = common * signed_surrogate(expf(out[i]), advantages[i], a.clip_low, a.clip_high).slope;
     }
-    return;
-  }
-  float advantages[kTile];
-  tile_advantages(a, tile, advantages);
-  for (int64_t i = 0; i < tile.n; ++i) {
-    out[i] = weights[i] * common * clipped_surrogate(out[i], advantages[i], a.clip_low, a.clip_high).slope;
+  } else if (a.dense) {
+    float advantages[kTile];
+    tile_advantages(a, tile, advantages);
+    for (int64_t i = 0; i < tile.n; ++i) out[i] = factor(i, advantages[i]);
+  } else {
+    const float advantage = sample_advantage(a, tile);
+    for (int64_t i = 0; i < tile.n; ++i) out[i] = factor(i, advantage);
   }
 }
 
