@@ -1,8 +1,8 @@
 // Token-aggregated attention maps from a given log-sum-exp: P = exp(scale * q k - lse), in one read of the rows.
 //
-// A thread owns a tile of rows and walks over all heads, so the mean over heads needs no second pass, and every sum
-// runs in a fixed order whatever the number of threads. The selected tokens are packed once, lanes innermost, so that
-// a row's dot products with a chunk of tokens are one vector multiply-add for each of the head's dimensions.
+// A thread computes a tile of rows for all heads, so the mean over heads needs no second pass, and the order of every
+// sum is independent of the number of threads. The selected tokens are packed once, lanes innermost: the dot products
+// of a row with a chunk of tokens are then one vector multiply-add for each dimension of the head.
 #include <cstdint>
 #include <cstring>
 
@@ -27,8 +27,8 @@ inline __attribute__((always_inline)) Vec load(const float* p) {
 
 inline __attribute__((always_inline)) void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// Cephes' exponential: n = round(x / ln 2), a degree-6 polynomial on the remainder, 2^n put in through the exponent.
-// Below -87.3 the result would be denormal and is 0; above 88.4, where no probability is, it is inf; NaN stays NaN.
+// The exponential of Cephes: n = round(x / ln 2), a polynomial of degree 6 on the remainder, 2^n through the exponent.
+// Below -87.3 the result would be subnormal and is 0; above 88.4, beyond any probability, it is inf; NaN stays NaN.
 inline __attribute__((always_inline)) Vec exponential(Vec x) {
   const Vec low = Vec{} - 87.33f, high = Vec{} + 88.73f;  // at high, n is 128: the exponent of infinity
   Vec y = x > high ? high : x;
@@ -66,7 +66,7 @@ struct Scratch {
     const int64_t padded = chunks_of(a) * kLanes;
     tokens_size = a.batch * a.heads * a.head_dim * padded;
     lse_size = a.batch * a.heads * padded;
-    weights_size = a.batch * a.groups * padded;
+    weights_size = a.batch * a.phrases * padded;
     accumulator_size = padded * kTileRows;
     tokens = a.scratch;
     token_lse = tokens + tokens_size;
@@ -76,7 +76,7 @@ struct Scratch {
   int64_t floats(int threads) const { return tokens_size + lse_size + weights_size + threads * accumulator_size; }
 };
 
-// Whether slot t of sequence b counts: filled, and (where tokens are keys) not masked.
+// Whether slot t of sequence b counts: it has a token, which is not masked if tokens are keys.
 bool counts(const MapsArguments& a, int64_t b, int64_t t) {
   const int64_t position = a.index[b * a.slots + t];
   return position >= 0 && (a.text_to_image || !a.key_mask || a.key_mask[b * a.gathered_length + position]);
@@ -114,10 +114,10 @@ void pack_tokens(const MapsArguments& a, const Scratch& scratch, int64_t b, int6
 
 void pack_weights(const MapsArguments& a, const Scratch& scratch, int64_t b) {
   const int64_t padded = chunks_of(a) * kLanes;
-  for (int64_t g = 0; g < a.groups; ++g) {
-    float* weights = scratch.weights + (b * a.groups + g) * padded;
+  for (int64_t g = 0; g < a.phrases; ++g) {
+    float* weights = scratch.weights + (b * a.phrases + g) * padded;
     for (int64_t t = 0; t < padded; ++t) {
-      weights[t] = t < a.slots && counts(a, b, t) ? a.weight[(b * a.groups + g) * a.slots + t] : 0.0f;
+      weights[t] = t < a.slots && counts(a, b, t) ? a.weight[(b * a.phrases + g) * a.slots + t] : 0.0f;
     }
   }
 }
@@ -126,7 +126,7 @@ struct Tile {
   int64_t b, first, rows;  // first: of the row range
 };
 
-// The next head's rows lie far away, and no hardware prefetcher sees them coming.
+// The rows of the next head are far away in memory, and hardware prefetchers do not predict them.
 void prefetch_row(const MapsArguments& a, int64_t offset) {
   const int64_t size = a.dense.dtype == DType::kFloat32 ? 4 : 2;
   const char* row = static_cast<const char*>(a.dense.data) + offset * size;
@@ -171,7 +171,7 @@ void one_head(const MapsArguments& a, const Scratch& scratch, const Tile& tile, 
   }
 }
 
-// maps[r] = factor * sum over tokens of weight * accumulated P. A lane without weight may hold anything, inf included.
+// maps[r] = factor * sum over tokens of weight * accumulated P. A lane of weight 0 may have any value, even inf.
 void aggregate(const MapsArguments& a, const float* weights, const float* accumulator, int64_t rows, float factor,
                float* maps) {
   const int64_t chunks = chunks_of(a);
@@ -203,13 +203,13 @@ void attention_maps(const MapsArguments& a) {
     float* accumulator = scratch.accumulator + thread * scratch.accumulator_size;
     const int64_t first = i % tiles * kTileRows;
     const Tile tile{i / tiles, first, first + kTileRows <= a.rows ? kTileRows : a.rows - first};
-    const bool empty = !any_counts(a, tile.b);  // half of a batch doubled for guidance
+    const bool empty = !any_counts(a, tile.b);  // one half of a batch doubled for guidance
     for (int64_t h = 0; h < a.heads; ++h) {
       if (!empty) one_head(a, scratch, tile, h, a.reduce_heads && h > 0, accumulator);
       if (a.reduce_heads && h + 1 < a.heads) continue;
       const float factor = a.reduce_heads ? 1.0f / static_cast<float>(a.heads) : 1.0f;
-      for (int64_t g = 0; g < a.groups; ++g) {
-        const int64_t bg = tile.b * a.groups + g;
+      for (int64_t g = 0; g < a.phrases; ++g) {
+        const int64_t bg = tile.b * a.phrases + g;
         const int64_t map = a.reduce_heads ? bg : bg * a.heads + h;
         float* maps = a.maps + map * a.rows + first;
         if (empty) {

@@ -1,7 +1,7 @@
 // Reading and writing runs of float32, float16 and bfloat16 elements as float32.
 //
 // Written with integer operations that every compiler vectorises. All functions have internal linkage: this header
-// is compiled once for each instruction set, and the linker must never swap one for another.
+// is compiled once for each instruction set, and the linker must not replace one version by another.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +52,7 @@ inline __attribute__((always_inline)) uint16_t to_float16(float value) {
   return static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite));
 }
 
-// n elements from `offset` with `stride`, as float32: in place where that is possible, else through `scratch`.
+// n elements from `offset` with `stride`, as float32: in place if possible, else copied to `scratch`.
 inline const float* load_run(const View& view, int64_t offset, int64_t stride, int64_t n, float* scratch) {
   if (view.dtype == DType::kFloat32) {
     const float* source = static_cast<const float*>(view.data) + offset;

@@ -1,5 +1,5 @@
-// The CPU library's functions, as star_kernels/native.py loads them: unpack, choose the instruction set, call.
-// Outputs are allocated by the caller; nothing here knows about torch.
+// The CPU library's functions, as star_kernels/native.py loads them: read the arguments, select the instruction set,
+// call. The caller allocates outputs; this library does not depend on torch.
 #include <tvm/ffi/string.h>
 
 #include <cstdlib>
@@ -30,7 +30,7 @@ struct Kernels {
         isa::nft_backward, isa::sample_transition                                                                     \
   }
 
-// What was compiled and this processor can run, best first.
+// The compiled instruction sets that this processor can run, best first.
 std::vector<Kernels> runnable() {
   std::vector<Kernels> list;
 #if defined(STAR_X86)
@@ -45,7 +45,7 @@ std::vector<Kernels> runnable() {
   return list;
 }
 
-// STAR_KERNELS_ISA names one to use instead of the best, for tests and comparisons.
+// The best instruction set, or the one named by STAR_KERNELS_ISA, for tests and comparisons.
 Kernels choose() {
   const std::vector<Kernels> list = runnable();
   const char* wanted = std::getenv("STAR_KERNELS_ISA");
@@ -64,7 +64,7 @@ const Kernels& kernels() {
   return chosen;
 }
 
-// One thread for each `grain` of work: waking a thread costs about as much as a small call.
+// One thread for each `grain` of work: starting a thread costs about as much as a small call.
 int threads_for(int64_t work, int64_t grain, int64_t threads) {
   check(threads >= 1 && threads <= 2147483647, "threads", "be at least 1");
   const int64_t useful = (work + grain - 1) / grain;
@@ -97,7 +97,7 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
   a.slots = index.size(1);
   check(weight.ndim() == 3 && weight.size(0) == a.batch && weight.size(1) > 0 && weight.size(2) == a.slots, "weight",
         "have shape [B, G, T], G above 0");
-  a.groups = weight.size(1);
+  a.phrases = weight.size(1);
   check(maps.ndim() == (reduce_heads ? 3 : 4), "maps", "have shape [B, G, R], or [B, G, H, R] of each head");
   a.rows = maps.size(maps.ndim() - 1);
   a.start = start;
@@ -117,7 +117,7 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
   check(dtype_of("lse", lse) == DType::kFloat32, "lse", "be float32");
   a.lse = {lse.data_ptr(), DType::kFloat32, lse.stride(0), lse.stride(1), lse.stride(2)};
   a.index = dense_data<int32_t>("index", index, kDLInt, 32, a.batch * a.slots);
-  a.weight = floats("weight", weight, a.batch * a.groups * a.slots);
+  a.weight = floats("weight", weight, a.batch * a.phrases * a.slots);
   for (int64_t i = 0; i < a.batch * a.slots; ++i) {
     if (a.index[i] >= a.gathered_length) {
       TVM_FFI_THROW(ValueError) << "selection.index must be below the length of the sequence, " << a.gathered_length
@@ -129,7 +129,7 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
     check(mask.ndim() == 2 && mask.size(0) == a.batch && mask.size(1) == key.size(2), "key_mask", "have shape [B, Sk]");
     a.key_mask = dense_data<uint8_t>("key_mask", mask, kDLBool, 8, mask.numel());
   }
-  a.maps = floats("maps", maps, a.batch * a.groups * (reduce_heads ? 1 : a.heads) * a.rows);
+  a.maps = floats("maps", maps, a.batch * a.phrases * (reduce_heads ? 1 : a.heads) * a.rows);
   a.threads = threads_for(a.batch * a.heads * a.rows * a.slots * a.head_dim, kMapsGrain, threads);
   std::vector<float> scratch(static_cast<size_t>(kernels().maps_scratch_floats(a)));
   a.scratch = scratch.data();

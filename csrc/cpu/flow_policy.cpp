@@ -55,12 +55,15 @@ void tile_log_ratio(const PolicyArguments& a, const Coefficients& k, const Tile&
   drop(tile_mask(a, tile), out, tile.n);
 }
 
-// One advantage for each of a tile's positions; zero where the mask drops a position of dense advantages.
+// Dense advantages of a tile's positions; zero where the mask drops a position.
 void tile_advantages(const PolicyArguments& a, const Tile& tile, float* out) {
-  if (!a.dense) return fill(out, tile.n, clamp_advantage(a.advantages[tile.b], a.advantage_clip));
   const float* advantages = a.advantages + tile.b * a.positions + tile.first;
   for (int64_t i = 0; i < tile.n; ++i) out[i] = clamp_advantage(advantages[i], a.advantage_clip);
   drop(tile_mask(a, tile), out, tile.n);
+}
+
+float sample_advantage(const PolicyArguments& a, const Tile& tile) {
+  return clamp_advantage(a.advantages[tile.b], a.advantage_clip);
 }
 
 // The weighted advantages of several phrases at each of a tile's positions, by sign.
@@ -70,9 +73,9 @@ struct SignedAdvantages {
   SignedAdvantages(const PolicyArguments& a, const Tile& tile) {
     fill(positive, tile.n, 0.0f);
     fill(negative, tile.n, 0.0f);
-    float weights[kTile];
+    float buffer[kTile];
     for (int64_t g = 0; g < a.phrases; ++g) {
-      tile_weights(a, tile, g, weights);
+      const float* weights = tile_weights(a, tile, g, buffer);
       const auto [up, down] = signed_advantage(clamp_advantage(a.advantages[tile.b * a.phrases + g], a.advantage_clip));
       for (int64_t i = 0; i < tile.n; ++i) positive[i] += weights[i] * up;
       for (int64_t i = 0; i < tile.n; ++i) negative[i] += weights[i] * down;
@@ -85,17 +88,21 @@ struct SignedAdvantages {
 void add_locations(const PolicyArguments& a, const Tile& tile, const float* log_ratio, const float* weights,
                    double (&sums)[Policy::kSums]) {
   const uint8_t* mask = tile_mask(a, tile);
+  const auto add_each = [&](auto add) {
+    for (int64_t i = 0; i < tile.n; ++i) {
+      if (!mask || mask[i]) add(i);
+    }
+  };
   if (a.phrases > 1) {
     const SignedAdvantages advantages(a, tile);
-    for (int64_t i = 0; i < tile.n; ++i) {
-      if (!mask || mask[i]) add_ratio(sums, log_ratio[i], advantages[i], a);
-    }
-    return;
-  }
-  float advantages[kTile];
-  tile_advantages(a, tile, advantages);
-  for (int64_t i = 0; i < tile.n; ++i) {
-    if (!mask || mask[i]) add_ratio(sums, log_ratio[i], advantages[i], weights[i], a);
+    add_each([&](int64_t i) { add_ratio(sums, log_ratio[i], advantages[i], a); });
+  } else if (a.dense) {
+    float advantages[kTile];
+    tile_advantages(a, tile, advantages);
+    add_each([&](int64_t i) { add_ratio(sums, log_ratio[i], advantages[i], weights[i], a); });
+  } else {
+    const float advantage = sample_advantage(a, tile);
+    add_each([&](int64_t i) { add_ratio(sums, log_ratio[i], advantage, weights[i], a); });
   }
 }
 
@@ -103,8 +110,7 @@ void add_locations(const PolicyArguments& a, const Tile& tile, const float* log_
 void add_more(const PolicyArguments& a, const Tile& tile, const float* log_ratio, const float* weights, double* more) {
   float values[kTile], advantages[kTile];
   for (int64_t g = 1; g < a.phrases; ++g) {
-    tile_weights(a, tile, g, values);
-    more[g - 1] = weighted_sum(values, log_ratio, tile.n);
+    more[g - 1] = weighted_sum(tile_weights(a, tile, g, values), log_ratio, tile.n);
   }
   if (!a.dense) return;
   tile_advantages(a, tile, advantages);
@@ -117,9 +123,9 @@ void add_more(const PolicyArguments& a, const Tile& tile, const float* log_ratio
 void forward_tile(const PolicyArguments& a, const Tile& tile, double* sums) {
   const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
   Buffers buffers;
-  float log_ratio[kTile], weights[kTile];
+  float log_ratio[kTile], buffer[kTile];
   tile_log_ratio(a, k, tile, buffers, log_ratio);
-  tile_weights(a, tile, 0, weights);
+  const float* weights = tile_weights(a, tile, 0, buffer);
   sums[Policy::kCount] = static_cast<double>(count_kept(tile_mask(a, tile), tile.n));
   if (a.per_location) {
     add_locations(a, tile, log_ratio, weights, *reinterpret_cast<double (*)[Policy::kSums]>(sums));
@@ -144,9 +150,9 @@ void sample_factors(const PolicyArguments& a, const Coefficients& k, const Tile&
     return;
   }
   for (int64_t i = 0; i < tile.n; ++i) out[i] = weights[i] * first;
-  float others[kTile];
+  float buffer[kTile];
   for (int64_t g = 1; g < a.phrases; ++g) {
-    tile_weights(a, tile, g, others);
+    const float* others = tile_weights(a, tile, g, buffer);
     const float factor = gradient_factor(a, k, tile.b, g);
     for (int64_t i = 0; i < tile.n; ++i) out[i] += others[i] * factor;
   }
@@ -157,17 +163,21 @@ void location_factors(const PolicyArguments& a, const Coefficients& k, const Til
                       Buffers& buffers, float* out) {
   const float common = gradient_factor(a, k, tile.b);
   tile_log_ratio(a, k, tile, buffers, out);
+  const auto factor = [&](int64_t i, float advantage) {
+    return weights[i] * common * clipped_surrogate(out[i], advantage, a.clip_low, a.clip_high).slope;
+  };
   if (a.phrases > 1) {
     const SignedAdvantages advantages(a, tile);
     for (int64_t i = 0; i < tile.n; ++i) {
       out[i] = common * signed_surrogate(expf(out[i]), advantages[i], a.clip_low, a.clip_high).slope;
     }
-    return;
-  }
-  float advantages[kTile];
-  tile_advantages(a, tile, advantages);
-  for (int64_t i = 0; i < tile.n; ++i) {
-    out[i] = weights[i] * common * clipped_surrogate(out[i], advantages[i], a.clip_low, a.clip_high).slope;
+  } else if (a.dense) {
+    float advantages[kTile];
+    tile_advantages(a, tile, advantages);
+    for (int64_t i = 0; i < tile.n; ++i) out[i] = factor(i, advantages[i]);
+  } else {
+    const float advantage = sample_advantage(a, tile);
+    for (int64_t i = 0; i < tile.n; ++i) out[i] = factor(i, advantage);
   }
 }
 
@@ -175,8 +185,8 @@ void backward_tile(const PolicyArguments& a, const Tile& tile) {
   const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
   const View& residual_output = a.old_output.data ? a.old_output : a.model_output;
   Buffers buffers;
-  float weights[kTile], factor[kTile], gradient[kRun];
-  tile_weights(a, tile, 0, weights);
+  float buffer[kTile], factor[kTile], gradient[kRun];
+  const float* weights = tile_weights(a, tile, 0, buffer);
   if (a.per_location) {
     location_factors(a, k, tile, weights, buffers, factor);
   } else {

@@ -1,5 +1,5 @@
-// The CPU kernels. Each is compiled once for every instruction set, in a namespace of that name; exports.cpp chooses.
-// Tiles have a fixed size, so that no sum depends on the number of threads.
+// The CPU kernels. Each is compiled once for every instruction set, in a namespace of that name; exports.cpp selects
+// one. Tiles have a fixed size, so that no sum depends on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@
 namespace star {
 namespace {
 
-// Calls body(i, thread) for i below n. One thread does without OpenMP, whose team would otherwise be rebuilt for it and
-// again for PyTorch's next operation.
+// Calls body(i, thread) for i below n. One thread runs without OpenMP, which would otherwise rebuild its team for this
+// call and again for PyTorch's next operation.
 template <typename Body>
 inline void parallel_for(int64_t n, int threads, Body body) {
 #if defined(_OPENMP)
@@ -30,7 +30,7 @@ inline void parallel_for(int64_t n, int threads, Body body) {
 }  // namespace
 
 struct MapsArguments {
-  int64_t batch, heads, rows, head_dim, slots, groups, dense_length, gathered_length;
+  int64_t batch, heads, rows, head_dim, slots, phrases, dense_length, gathered_length;
   View dense, gathered;  // [B, H, S, D], unit stride in D; rows are read from dense, tokens from gathered
   int64_t start;         // first row
   float scale;

@@ -57,8 +57,8 @@ void forward_tile(const NftArguments& a, const Tile& tile, double* sums) {
     add_errors(v, old, target, a.beta, p, n, tile.packed, positions);
   });
   for (float* values : every) drop(mask, values, tile.n);
-  float weights[kTile];
-  tile_weights(a, tile, 0, weights);
+  float buffer[kTile];
+  const float* weights = tile_weights(a, tile, 0, buffer);
   sums[Nft::kPositive] = weighted_sum(weights, positions.positive, tile.n);
   sums[Nft::kNegative] = weighted_sum(weights, positions.negative, tile.n);
   sums[Nft::kPositiveAbsolute] = plain_sum(positions.positive_absolute, tile.n);
@@ -71,8 +71,8 @@ void forward_tile(const NftArguments& a, const Tile& tile, double* sums) {
 void backward_tile(const NftArguments& a, const Tile& tile) {
   const NftFactors factors = gradient_factors(a, tile.b);
   Buffers buffers;
-  float weights[kTile], gradient[kRun];
-  tile_weights(a, tile, 0, weights);
+  float buffer[kTile], gradient[kRun];
+  const float* weights = tile_weights(a, tile, 0, buffer);
   for_each_run(tile, a.channels, [&](int64_t p, int64_t c, int64_t n) {
     const float* v = load_tile_run(a.model_output, tile, p, c, n, buffers.v);
     const float* old = load_tile_run(a.old_output, tile, p, c, n, buffers.old);

@@ -95,15 +95,16 @@ void squared_differences(const View& x, const View& y, int64_t channels, const T
   });
 }
 
-// Weights of a tile's positions for one phrase, read from the patch grid that divides the latent's.
-void tile_weights(const Objective& a, const Tile& tile, int64_t phrase, float* out) {
-  if (!a.weights) return fill(out, tile.n, 1.0f);
+// Weights of a tile's positions for one phrase, read from the patch grid that divides the latent's: in place if the
+// grid is the latent's own, else copied to `out`.
+const float* tile_weights(const Objective& a, const Tile& tile, int64_t phrase, float* out) {
+  if (!a.weights) {
+    fill(out, tile.n, 1.0f);
+    return out;
+  }
   const int64_t grid = a.grid[0] * a.grid[1] * a.grid[2];
   const float* weights = a.weights + (tile.b * a.phrases + phrase) * grid;
-  if (grid == a.positions) {
-    for (int64_t i = 0; i < tile.n; ++i) out[i] = weights[tile.first + i];
-    return;
-  }
+  if (grid == a.positions) return weights + tile.first;
   const int64_t columns = a.location[2], patch = columns / a.grid[2];
   for (int64_t i = 0; i < tile.n;) {  // one row of the latent at a time
     const int64_t position = tile.first + i, column = position % columns;
@@ -118,6 +119,7 @@ void tile_weights(const Objective& a, const Tile& tile, int64_t phrase, float* o
       }
     }
   }
+  return out;
 }
 
 // Which of a tile's positions count, or null if all do.

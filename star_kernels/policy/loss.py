@@ -1,4 +1,4 @@
-"""The policy losses of the family: clipped ratios of transitions, and DiffusionNFT's forward process."""
+"""The policy losses: clipped ratios of transitions, and DiffusionNFT's loss of the forward process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from star_kernels.policy.transitions import Transition
 
 
 class PolicyLoss(NamedTuple):
-    """A loss, and detached 0-dimensional metrics that cost no wait for a device until they are read."""
+    """A loss, and detached 0-dimensional metrics; reading a metric of a GPU synchronises, computing it does not."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -62,38 +62,54 @@ def weighted_policy_loss(
 ) -> PolicyLoss:
     """Flow-GRPO's clipped policy loss, with the advantage allocated over latent positions by ``weights``.
 
-    With d_p the channel-mean log-ratio at position p and W the weights (mean one, from :func:`star_kernels.allocate`):
+    Let d_p be the channel-mean log-ratio at position p and W the weights (mean one, from
+    :func:`star_kernels.allocate`):
 
     * ``ratio="sample"``: ``rho = exp(mean_p W_p d_p)``, one clip per sample. Without weights this is Flow-GRPO
-      (arXiv 2505.05470), and advantage-weighted matching with the transition :func:`flow_matching`.
-    * ``ratio="location"``: ``rho_p = exp(d_p)``, ``loss = mean_p W_p max(-A rho_p, -A clip(rho_p))``. A position's
-      log-ratio is about sqrt(P) wider than a sample's, so the clip range must be.
+      (arXiv 2505.05470), and with the transition :func:`flow_matching` advantage-weighted matching.
+    * ``ratio="location"``: ``rho_p = exp(d_p)``, ``loss = mean_p W_p max(-A rho_p, -A clip(rho_p))``. The log-ratio of
+      a position is about sqrt(P) wider than that of a sample, so it needs a wider clip range.
 
-    The gradient goes to ``model_output`` alone; it is the first, in reverse mode (``backend="naive"`` has them all).
+    Advantages of phrases, ``[B, G]`` with weights ``[B, G, *locations]`` (not in the STAR paper; see docs/method.md),
+    give the sum of the G losses and one KL penalty:
+
+    * ``ratio="sample"``: ``rho_g = exp(mean_p W_gp d_p)``, ``loss = sum_g max(-A_g rho_g, -A_g clip(rho_g))``.
+    * ``ratio="location"``: ``loss = mean_p sum_g W_gp max(-A_g rho_p, -A_g clip(rho_p))``.
+
+    Dense advantages ``[B, *locations]`` have a sign and a size at each location:
+
+    * ``ratio="sample"``: ``loss = mean_p W_p max(-A_p s_p, -A_p clip(s_p))`` with the ratio of GSPO-token
+      (arXiv 2507.18071): ``s_p`` has the value of ``rho``, the same at all locations, and the gradient
+      ``rho grad d_p``. A constant A_p gives the loss of advantages ``[B]``, if the weights have mean one.
+    * ``ratio="location"``: ``loss = mean_p W_p max(-A_p rho_p, -A_p clip(rho_p))``.
+
+    Only ``model_output`` receives a gradient. The kernels support the first derivative in reverse mode;
+    ``backend="naive"`` supports all derivatives.
 
     Args:
         model_output: velocity of the model in training, ``[B, C, H, W]``, ``[B, C, F, H, W]`` or packed ``[B, S, C]``
-            with ``channel_dim=-1``; float32, float16 or bfloat16. Arithmetic is float32; float64 runs the definition.
+            with ``channel_dim=-1``; float32, float16 or bfloat16. Arithmetic is float32; float64 runs the reference
+            implementation.
         sample, prev_sample: the latents before and after the step, of that shape.
         old_log_prob: float32 ``[B, *locations]`` from :func:`sample_transition`; without weights and with
             ``ratio="sample"`` also ``[B]``, its mean over locations.
-        advantages: float32 ``[B]``, clamped to ``+-advantage_clip``; or ``[B, G]`` for credit by group of tokens, where
-            each group's advantage acts by the group's own weights, with a ratio and a clip of its own, and the loss is
-            the sum over groups (divide the advantages by their number for a mean; an advantage of zero takes a group
-            out). Not in the paper; see docs/method.md. Costs one pass over the latents for each group.
+        advantages: float32 ``[B]``; dense ``[B, *locations]``; or ``[B, G]`` with the weights of G phrases (divide them
+            by G for a mean over phrases; an advantage of zero removes a phrase). Clamped to ``+-advantage_clip``. All
+            forms read the latents once in each pass.
         transition: the sampler's coefficients, see :func:`flow_sde`.
-        weights: float32 ``[B, *locations]``, or on a coarser (patch) grid that divides the latent's; not negative.
-            With advantages of groups ``[B, G, *locations]`` or ``[B, G, *grid]``, and required.
+        weights: float32 ``[B, *locations]``, or ``[B, *grid]`` on a coarser (patch) grid that divides the latent's; not
+            negative. Weights of phrases, ``[B, G, *locations]`` or ``[B, G, *grid]``, have one dimension more: this
+            decides whether advantages are ``[B, G]``, even if G is the number of locations.
         clip_range: half-width of the ratio's trust region, or (below, above) one.
         ref_model_output: velocity of the reference model; adds ``kl_coef * mean(kl_scale (mean - mean_ref)^2)``.
-        weighted_kl: whether the weights act on that penalty too; not with advantages of groups.
-        old_model_output: velocity of the rollout's model; turns on GRPO-Guard's normalisation of the ratio
+        weighted_kl: whether the weights also apply to that penalty; must be False with the weights of phrases.
+        old_model_output: velocity of the rollout's model; enables GRPO-Guard's normalisation of the ratio
             (arXiv 2510.22319): ``d_p <- (d_p + scale (mean - mean_old)^2) / (2 scale std)``, so that the log-ratio
             has mean zero and the same width at every step. The paper's balance of the steps is
             ``step_weights = 1 / (sigma - sigma_next)``.
         step_weights: float32 ``[B]``, a factor of each sample's policy loss (not of its KL penalty).
-        mask: bool ``[B, *locations]``, true where a location counts, as for the padding of packed latents. All means
-            are over those locations, and weights have mean one over them.
+        mask: bool ``[B, *locations]``, true for locations that count, for example to exclude the padding of packed
+            latents. All means are over those locations, and weights should have mean one over them.
         reduction: "mean" over the batch, or "none": the loss is ``[B]``.
         channel_dim: the dimension that log-probabilities are averaged over.
         backend: "auto", "native" (compiled kernels), "triton" (on CUDA) or "naive" (plain PyTorch).
@@ -101,11 +117,12 @@ def weighted_policy_loss(
     Returns:
         ``(loss, metrics)``: the float32 loss, and ``ratio_mean``, ``ratio_max``, ``clip_fraction`` (ratios outside the
         clip range), ``approx_kl`` (half the mean squared log-ratio), ``policy_loss`` and ``kl_loss`` (before
-        ``kl_coef``), over the batch; with groups ``policy_loss`` is their sum, the others are over all groups.
+        ``kl_coef``), over the batch. With phrases ``policy_loss`` is the sum over them, ``ratio_max`` the maximum, and
+        the other metrics of ratios are means over phrases.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape, dtype, device or range; the message names it. Values
-            of tensors on a GPU are not looked at: there a sample whose mask is empty contributes nothing.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or range; the message names it.
+            Values of tensors on a GPU are not checked: there a sample whose mask is empty contributes nothing.
     """
     channel_dim = resolve_channel_dim(channel_dim, model_output)
     check_latent("sample", sample, model_output)
@@ -178,26 +195,26 @@ def weighted_nft_loss(
 ) -> PolicyLoss:
     """DiffusionNFT's loss of the forward process (arXiv 2509.16117), with weights for the latent positions.
 
-    With the implicit policies ``v+ = v_old + beta (v - v_old)`` and ``v- = v_old - beta (v - v_old)``, W the weights
-    (mean one), and ``r = (clip(A / advantage_clip, -1, 1) + 1) / 2``:
+    The implicit policies are ``v+ = v_old + beta (v - v_old)`` and ``v- = v_old - beta (v - v_old)``. With the weights W
+    (mean one) and ``r = (clip(A / advantage_clip, -1, 1) + 1) / 2``:
 
         loss = advantage_clip / beta * mean_b [ r E(v+) + (1 - r) E(v-) ],   E(u) = mean_p W_p mean_c (u - target)^2
 
-    With ``adaptive``, as in the paper's experiments, E is that of the image, ``x0 = x - sigma u``, divided by its own
-    mean absolute error (over all positions, without gradient, at least 1e-5). The gradient goes to ``model_output``
-    alone.
+    With ``adaptive``, as in the paper's experiments, E is the error of the image, ``x0 = x - sigma u``, divided by its
+    own mean absolute error (over all positions, without gradient, at least 1e-5). Only ``model_output`` receives a
+    gradient.
 
     Args:
         model_output: velocity of the model in training at a noised image, shapes as in :func:`weighted_policy_loss`.
-        old_model_output: velocity of the model that drew the images, of that shape.
+        old_model_output: velocity of the model that generated the images, of that shape.
         target: the velocity of the noised image, ``eps - x0``, of that shape.
         advantages: float32 ``[B]``.
-        sigma: float32 ``[B]``, the noise level; read with ``adaptive``.
+        sigma: float32 ``[B]``, the noise level; used only if ``adaptive`` is True.
         weights, mask, step_weights, reduction, channel_dim, backend: as in :func:`weighted_policy_loss`.
-        beta: how far the implicit policies lie from the old one, positive.
-        advantage_clip: the advantage at which a sample is wholly good, positive.
+        beta: the distance of the implicit policies from the old one, positive.
+        advantage_clip: the advantage at which r is 1, positive.
         ref_model_output: velocity of the reference model; adds ``kl_coef * mean((v - v_ref)^2)``.
-        weighted_kl: whether the weights act on that penalty too.
+        weighted_kl: whether the weights also apply to that penalty.
 
     Returns:
         ``(loss, metrics)``: the float32 loss, and ``positive_loss`` and ``negative_loss`` (the means of E),

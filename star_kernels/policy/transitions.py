@@ -1,7 +1,8 @@
 """The transitions of one denoising step: every sampler of the family is linear in sample and velocity, plus noise.
 
-``prev ~ N(a x + b v, std^2)`` and ``log p = offset - scale * (prev - mean)^2``. Only their six coefficients differ, so
-one kernel serves them all. Sigma runs from 1 (noise) to 0 (image); arithmetic is float64, rounded once.
+``prev ~ N(a x + b v, std^2)`` and ``log p = offset - scale * (prev - mean)^2``. Samplers differ only in six
+coefficients, so one kernel computes them all. Sigma runs from 1 (noise) to 0 (image); arithmetic is float64, rounded
+once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 
 @dataclass(frozen=True, eq=False)
 class Transition:
-    """Coefficients of one step for each sample of a batch (or one column that serves every sample).
+    """Coefficients of one step, a column for each sample of a batch or one column for all samples.
 
     Args:
         coefficients: float32 ``[6, B]`` or ``[6, 1]``, with the rows
@@ -28,7 +29,7 @@ class Transition:
             ``std`` of the noise;
             ``scale`` and ``offset`` of the log-probability;
             ``kl_scale``, the factor of ``(mean - mean_ref)^2`` in the KL penalty: 1 / (2 s^2) for the samplers
-            (Flow-GRPO leaves dt out of it), the loss weight for flow matching.
+            (as in Flow-GRPO, without dt), the loss weight for flow matching.
     """
 
     coefficients: Tensor
@@ -79,18 +80,18 @@ def flow_sde(
 ) -> Transition:
     """Flow-GRPO's SDE step (arXiv 2505.05470).
 
-    ``s = noise_level sqrt(sigma / (1 - sigma*))`` with ``sigma* = sigma_max`` where sigma is 1 and sigma elsewhere;
+    ``s = noise_level sqrt(sigma / (1 - sigma*))``, with ``sigma* = sigma_max`` if sigma is 1 and sigma otherwise;
     ``mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt``; ``std = s sqrt(-dt)``.
 
     Args:
         sigma, sigma_next: noise levels of this step and the next, floats or tensors ``[]`` or ``[B]``,
             1 >= sigma > sigma_next >= 0.
         noise_level: positive.
-        sigma_max: stands in for sigma = 1, where the SDE is singular: the schedule's second sigma, between 0 and 1.
+        sigma_max: replaces sigma = 1, at which the SDE is singular: the second sigma of the schedule, between 0 and 1.
 
     Raises:
-        ValueError: a value out of range, or shapes that do not fit. Values of tensors on a GPU are not looked at, so
-            as not to wait for it.
+        ValueError: a value is out of range, or shapes do not match. Values of tensors on a GPU are not checked, to
+            avoid a synchronisation.
     """
     sigma, sigma_next = _sigmas(sigma, sigma_next)
     _positive("noise_level", noise_level)
@@ -118,8 +119,8 @@ def flow_cps(sigma: Tensor | float, sigma_next: Tensor | float, *, noise_level: 
 
     With ``x0 = x - sigma v``, ``x1 = x + (1 - sigma) v`` and ``s = sigma_next sin(noise_level pi / 2)``:
     ``mean = (1 - sigma_next) x0 + sqrt(sigma_next^2 - s^2) x1``, ``std = s``, ``log p = -(prev - mean)^2``.
-    Arguments and errors as in :func:`flow_sde`; noise_level lies between 0 and 1. At sigma_next = 0 nothing is random
-    and the KL penalty is undefined: do not train that step with a KL.
+    Arguments and errors as in :func:`flow_sde`; noise_level is above 0 and at most 1. At sigma_next = 0 the step is
+    deterministic and the KL penalty is undefined: do not train that step with a KL penalty.
     """
     sigma, sigma_next = _sigmas(sigma, sigma_next)
     check_number("noise_level", noise_level)
@@ -134,13 +135,13 @@ def flow_cps(sigma: Tensor | float, sigma_next: Tensor | float, *, noise_level: 
 
 
 def flow_matching(sigma: Tensor | float, *, weight: Tensor | float | None = None) -> Transition:
-    """Advantage-weighted flow matching: ``log p = -weight (target - v)^2``, with no sampler at all.
+    """Advantage-weighted flow matching: ``log p = -weight (target - v)^2``, without a sampler.
 
     Pass the velocity target ``eps - x0`` as ``prev_sample``. Weighted matching is a Gaussian policy with mean v and
     variance ``1 / (2 weight)``.
 
     Args:
-        sigma: noise level of the training sample, ``[]`` or ``[B]``, above 0 and at most 1; it fixes the batch.
+        sigma: noise level of the training sample, ``[]`` or ``[B]``, above 0 and at most 1; its shape is the batch.
         weight: positive, ``[]`` or ``[B]``; 1 by default.
     """
     sigma = _wide("sigma", sigma)
@@ -196,7 +197,7 @@ def _wide(name: str, value: Tensor | float, device: torch.device | None = None) 
 
 
 def _column(name: str, value: Tensor, sigma: Tensor, *, widens: bool = True) -> Tensor:
-    """``[]`` or ``[B]`` as ``[1]`` or ``[B]``; B is sigma's, or may be its own where sigma is one number."""
+    """``[]`` or ``[B]`` as ``[1]`` or ``[B]``; B is that of sigma, or any if sigma is one number."""
     if not widens and value.numel() not in (1, sigma.numel()):
         shape = f"[] or [B] = [{sigma.numel()}]"
         raise ValueError(f"{name} must be a float or have shape {shape}, got {list(value.shape)}")
@@ -217,6 +218,6 @@ def _positive(name: str, value: float) -> None:
 
 
 def _in_range(name: str, value: Tensor, good: Tensor, requirement: str) -> None:
-    """Raises unless all values are good; looks only where looking costs no wait for a device."""
+    """Raises unless all values are good; does not read values of a GPU, which would synchronise."""
     if readable(value) and not bool(good.all()):
         raise ValueError(f"{name} must {requirement}, got {value[~good].flatten()[0].item():g}")

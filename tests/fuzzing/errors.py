@@ -96,7 +96,8 @@ def spoilt(draw: Draw, operation: str, name: str, value: Any) -> Any:
         bad += [value[..., :0], value[(None,) * 6], value.flatten()]
     elif name == "key":  # of any length
         bad += [value.unsqueeze(-1), value[None]]
-    elif name == "old_log_prob" and value.ndim == 1:
+    elif (name == "old_log_prob" and value.ndim == 1) or name in ("advantages", "weights"):
+        # Another dimension may make them those of locations or of phrases.
         bad += [torch.cat([value] * 2)]
     else:
         bad += [value.unsqueeze(-1), value[None], torch.cat([value] * 2)]
