@@ -82,16 +82,15 @@ def policy_backward_kernel(
         for g in range(phrases):
             b_weight = load_weights(p_weights, o_b * phrases + g, o_cell, cells, o_p < positions)
             b_factor += b_weight * tl.load(p_saved + g * batch + o_b)
-        b_factor = b_factor * factor
+        b_factor *= factor
     elif PHRASES or DENSE:
         b_positive, b_negative = signed_advantages(
             p_advantages, p_weights, o_b, o_p, o_cell, cells, positions, phrases, advantage_clip, DENSE
         )
         if not PER_LOCATION:
-            b_factor = weighted(b_positive, tl.load(p_saved + o_b)) + weighted(
-                b_negative, tl.load(p_saved + batch + o_b)
-            )
-            b_factor = b_factor * factor
+            b_factor = weighted(b_positive, tl.load(p_saved + o_b))
+            b_factor += weighted(b_negative, tl.load(p_saved + batch + o_b))
+            b_factor *= factor
         else:
             factor *= tl.load(p_saved + o_b)
     else:

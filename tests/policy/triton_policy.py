@@ -11,9 +11,9 @@ BACKEND = ("triton", "cpu")
 
 
 def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes CPU tensors to the requested backend, and shrinks the layouts of three problems.
+    """Passes CPU tensors to the requested backend, and shrinks three layouts, since the interpreter is slow.
 
-    These have two tiles per sample, one of them partial, instead of four: the interpreter runs them one after the other.
+    Their samples have two tiles, one of them partial, instead of four.
     """
     for module in (loss, sampling):
         monkeypatch.setattr(module, "resolve_backend", lambda backend, _: backend)
