@@ -55,24 +55,24 @@ def test_the_library_names_the_instruction_set_it_uses() -> None:
     assert "baseline" in library.runnable_isas().split()
 
 
-def test_without_the_library_everything_runs_and_one_warning_says_why(no_library: Path) -> None:
+def test_without_the_library_everything_runs_with_one_warning(no_library: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         results = policy_results()
         query = torch.randn(1, 2, 9, 8)
         attention(query, query, query, TokenSelection.from_positions([[1]]))
         policy_results()
-    told = [w for w in caught if "star_kernels" in str(w.message)]
-    assert len(told) == 1
-    assert issubclass(told[0].category, UserWarning)
-    assert "libstar_kernels_cpu.so" in str(told[0].message)
+    found = [w for w in caught if "star_kernels" in str(w.message)]
+    assert len(found) == 1
+    assert issubclass(found[0].category, UserWarning)
+    assert "libstar_kernels_cpu.so" in str(found[0].message)
     for got, want in zip(results, policy_results("naive"), strict=True):
         assert torch.equal(got, want)
     with pytest.raises(ValueError, match=r"backend 'native' cannot run here: .*was not built"):
         policy_results("native")
 
 
-def test_a_file_that_is_no_library_is_reported_and_not_raised(no_library: Path) -> None:
+def test_a_file_that_is_not_a_library_is_reported_without_an_exception(no_library: Path) -> None:
     (no_library / "libstar_kernels_cpu.so").write_bytes(b"not a library")
     library, problem = native.load("libstar_kernels_cpu.so")
     assert library is None
@@ -81,7 +81,7 @@ def test_a_file_that_is_no_library_is_reported_and_not_raised(no_library: Path) 
 
 @pytest.mark.exhaustive
 @pytest.mark.native
-def test_a_folder_of_other_builds_is_taken_by_name(tmp_path: Path) -> None:
+def test_libraries_are_loaded_from_the_folder_that_the_environment_names(tmp_path: Path) -> None:
     (tmp_path / "libstar_kernels_cpu.so").symlink_to(native.FOLDER / "libstar_kernels_cpu.so")
     code = "from star_kernels import native; print(native.FOLDER, native.cpu().isa(), native.load('none.so')[1])"
     environment = {**os.environ, "STAR_KERNELS_LIB": str(tmp_path)}
@@ -146,7 +146,7 @@ def growth(height):
     return (peak() - before) / output.nbytes
 
 growth(64)
-ballast = torch.ones(2**26)  # above what loading needed: from here on, what is held is the peak
+ballast = torch.ones(2**26)  # more than loading needed, so that later allocations raise the peak
 print(growth(1024))
 """
 

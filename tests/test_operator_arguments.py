@@ -123,7 +123,7 @@ def test_torch_ops_under_torch_func_is_an_error_that_names_an_alternative(name: 
 
 @pytest.mark.native
 @pytest.mark.parametrize("threads", [0, -1, -(2**40), 2**40])
-def test_the_library_refuses_a_number_of_threads_that_is_none(threads: int) -> None:
+def test_the_library_rejects_an_invalid_number_of_threads(threads: int) -> None:
     library, t = native.cpu(), inputs()
     out, log_prob, maps = torch.empty(2, 4, 3, 4), torch.empty(2, 3, 4), torch.empty(2, 2, 5)
     latents, chosen = (t["model_output"], t["sample"], t["noise"]), (SELECTION.index, SELECTION.weight, None)

@@ -26,12 +26,11 @@ from star_kernels.attention.triton_tiles import (
     mask_bytes,
     padded,
 )
+from star_kernels.counters import zero_counters
 
 PART_CHUNK = tl.constexpr(16)  # parts that the last program adds in one step
 
 PROGRAMS = 384  # in a launch of maps_kernel: about as many as run at once on a large GPU
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 @triton.jit
@@ -265,29 +264,9 @@ def map_buffers(query: Tensor, arguments: MapArguments, tiles: int, parts: int) 
     if heads == 1:
         return partial.view(batch, phrases, n_rows), partial, None
     maps = torch.empty(batch, phrases, n_rows, dtype=torch.float32, device=query.device)
-    return maps, partial, _arrival_counter(query.device, batch * tiles)
+    return maps, partial, zero_counters(query.device, batch * tiles)
 
 
 def finished(maps: Tensor, reduce_heads: bool) -> Tensor:
     """The maps of a launch, averaged over heads if ``reduce_heads`` and the kernel has not done so."""
     return maps.mean(dim=2) if reduce_heads and maps.ndim == 4 else maps
-
-
-def _arrival_counter(device: torch.device, size: int) -> Tensor:
-    """int32 zeros that every launch resets to zero.
-
-    One buffer for each device and stream: launches on one stream run in order, so they can share it, and streams that
-    run concurrently do not. A launch that is captured in a graph may be replayed on any stream, so it gets a buffer
-    of its own, which the graph clears.
-    """
-    if device.type != "cuda":
-        stream = 0
-    elif torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.int32, device=device)
-    else:
-        stream = torch.cuda.current_stream(device).cuda_stream
-    counter = _counters.get((device, stream))
-    if counter is None or counter.numel() < size:
-        counter = torch.zeros(triton.next_power_of_2(size), dtype=torch.int32, device=device)
-        _counters[device, stream] = counter
-    return counter

@@ -1,6 +1,6 @@
 """Every shipped configuration of the Triton kernels, compiled ahead of time: no GPU is needed.
 
-What is compiled, and how registers and resident blocks are counted, is in tools/compile_report.py.
+tools/compile_report.py defines what is compiled, and how registers and resident blocks are counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tools.compile_report import DTYPES, KERNELS, NVIDIA, WIDTHS, Variant, build
 VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 SHIPPED = [
     *((architecture, width) for architecture in NVIDIA for width in WIDTHS),
-    ("sm_90", 72),  # have lines of their own
+    ("sm_90", 72),  # head dims with a separate configuration
     ("sm_100", 72),
 ]
 VARIANTS = {
@@ -55,7 +55,7 @@ CASES = [
 def guaranteed(request: pytest.FixtureRequest) -> None:
     architecture = getattr(request.node, "callspec", None) and request.node.callspec.params.get("architecture")
     if architecture == "sm_80" and VERSION >= (3, 9):
-        pytest.skip("triton 3.9 holds operands of sm_80 in registers across the loop: some configurations spill")
+        pytest.skip("triton 3.9 keeps operands of sm_80 in registers across the loop: some configurations spill")
 
 
 def check(variant: Variant) -> None:
@@ -81,7 +81,7 @@ def test_maps_cost_no_spills_and_no_occupancy(kernel: str, architecture: str, wi
 
 @pytest.mark.exhaustive
 def test_no_kernel_takes_more_registers_than_it_did() -> None:
-    """On Hopper; of the tiles that the tests around compile anyway."""
+    """On Hopper, for tiles that other tests compile anyway."""
     variants = [Variant(kernel, "sm_90", width) for kernel in KERNELS for width in WIDTHS]
     measured = {f"{v.architecture} {v.kernel} {v.width} {v.dtype}": measure(v).registers for v in variants}
     baselines.compare("registers", f"triton {triton.__version__}", measured, allowed=0.05)
@@ -115,7 +115,7 @@ def test_float32_does_not_spill(architecture: str, width: int, kernel: str) -> N
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("text_to_image", [False, True], ids=["image_to_text", "text_to_image"])
 @pytest.mark.parametrize("architecture", NVIDIA)
-def test_the_kernel_for_maps_alone_does_not_spill(architecture: str, text_to_image: bool) -> None:
+def test_the_maps_kernel_does_not_spill(architecture: str, text_to_image: bool) -> None:
     plain = Variant("maps", architecture, 64, text_to_image=text_to_image)
     for width in (64, 128, 256):
         for dtype in ("bf16", "fp32"):
@@ -128,8 +128,8 @@ def test_the_kernel_for_maps_alone_does_not_spill(architecture: str, text_to_ima
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_hopper_runs_warp_group_products_that_follow_one_another(kernel: str) -> None:
-    """Where ptxas sees too few registers or a mixed-up accumulator it fences every single product of a tile."""
+def test_warp_group_products_on_hopper_are_not_serialised(kernel: str) -> None:
+    """With too few registers or several accumulators in one loop ptxas fences every product of a tile."""
     for width in (64, 72, 128):
         found = instructions(build(Variant(kernel, "sm_90", width)))
         assert 0 < found["WARPGROUP"] < found["HGMMA"]
@@ -155,7 +155,7 @@ def test_descriptors_replace_address_registers_by_bulk_copies(tile: Tile, dtype:
 
 @pytest.mark.exhaustive
 def test_arrival_is_announced_after_all_stores_and_read_before_all_loads() -> None:
-    """Barrier, acquire-release on the counter, barrier: the order that the mean over heads rests on."""
+    """Barrier, acquire-release on the counter, barrier: the mean over heads requires this order."""
     for architecture in NVIDIA:
         ptx = build(Variant("forward", architecture, 64)).asm["ptx"]
         before, after = re.split(r"atom\.[\w.:]*acq_rel[\w.:]*", ptx)

@@ -1,6 +1,6 @@
-"""The Triton kernels against their definition, run by Triton's interpreter on a CPU.
+"""The Triton kernels against the reference, run by Triton's interpreter on a CPU.
 
-The tests of this file run in the interpreter's process, whose output is shown where one fails.
+The tests of this file run in the interpreter's process, whose output is shown if one fails.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from triton_cases import (
 )
 from triton_interpreter import INTERPRETED, TIERS, inner, outer, require_interpreter, run_interpreted
 
+from star_kernels import counters
 from star_kernels.attention import naive
 
 require_interpreter()
@@ -303,7 +304,7 @@ def test_on_amd_the_mean_over_heads_is_a_separate_step(monkeypatch: pytest.Monke
     lse = exact_lse(inputs).float()
     expected = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)[1]
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(triton_maps, "_arrival_counter", lambda *_: pytest.fail("a counter was requested"))
+    monkeypatch.setattr(triton_maps, "zero_counters", lambda *_: pytest.fail("a counter was requested"))
     for maps in (
         triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)[1],
         triton_maps.attention_maps(*inputs.tensors[:2], lse, inputs.arguments, config=TILE),
@@ -316,7 +317,7 @@ def test_rows_outside_the_range_write_nothing(monkeypatch: pytest.MonkeyPatch) -
     """Tiles without a row of the range do not increment the arrival counter, and no map is written twice."""
     inputs = make(Case((1, 3, 128, 40, 16), rows=(33, 20)), torch.float32)
     arrivals = torch.zeros(4, dtype=torch.int32)
-    monkeypatch.setattr(triton_maps, "_arrival_counter", lambda device, size: arrivals.fill_(-1000))
+    monkeypatch.setattr(triton_maps, "zero_counters", lambda device, size: arrivals.fill_(-1000))
     triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
     assert arrivals.tolist() == [-1000, -997, -1000, -1000]
 
@@ -336,6 +337,6 @@ def test_arrival_counters_are_left_at_zero() -> None:
     for shape in ((2, 3, 40, 40, 16), (4, 2, 100, 20, 16)):
         inputs = make(Case(shape), torch.float32)
         triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
-        counters = list(triton_maps._counters.values())
-        assert counters
-        assert not any(counter.any() for counter in counters)
+        found = list(counters._counters.values())
+        assert found
+        assert not any(counter.any() for counter in found)
