@@ -22,8 +22,6 @@ def policy_forward(backend: str, arguments: PolicyArguments, results: Forward) -
 
         triton_loss.policy_forward(arguments, results)
     elif arguments.model_output.is_cuda:
-        if arguments.phrases > 1 or arguments.dense:
-            raise NotImplementedError("advantages of phrases or of locations")
         library = _cuda()
         workspace = _workspace(library.policy_workspace_bytes, arguments, arguments.phrases)
         library.policy_forward(*arguments, *workspace, *results)

@@ -265,8 +265,10 @@ def strides(latent: Tensor, channel_dim: int) -> tuple[int, int, int]:
 def patch_arguments(latent: Tensor, channel_dim: int, grid: tuple[int, ...] | None) -> dict[str, int]:
     """Sizes of the locations, of a patch and of the grid that weights lie on; ones without a grid."""
     locations = [latent.shape[d] for d in range(1, latent.ndim) if d != channel_dim]
-    missing = (1,) * (3 - len(locations))
-    sizes, cells = ((*missing, *locations), (*missing, *grid)) if grid is not None else ((1, 1, 1), (1, 1, 1))
+    sizes, cells = [1, 1, 1], [1, 1, 1]
+    if grid is not None:
+        missing = [1] * (3 - len(locations))
+        sizes, cells = [*missing, *locations], [*missing, *grid]
     return {
         "rows_of_location": sizes[1],
         "columns_of_location": sizes[2],

@@ -171,7 +171,7 @@ def spoilt(problem: Problem) -> Problem:
     keep = {problem.mask.ndim: problem.mask, problem.output.ndim: problem.mask.unsqueeze(problem.channel_dim)}
     names = ("output", "sample", "prev", "old_log_prob", "old", "reference")
     tensors = {name: getattr(problem, name) for name in names if getattr(problem, name) is not None}
-    if problem.advantages.shape == problem.mask.shape:
+    if problem.policy(False).dense:
         tensors["advantages"] = problem.advantages
     return replace(problem, **{n: t.masked_fill(~keep[t.ndim], torch.nan) for n, t in tensors.items()})
 
