@@ -195,8 +195,8 @@ def weighted_nft_loss(
 ) -> PolicyLoss:
     """DiffusionNFT's loss of the forward process (arXiv 2509.16117), with weights for the latent positions.
 
-    The implicit policies are ``v+ = v_old + beta (v - v_old)`` and ``v- = v_old - beta (v - v_old)``. With the weights W
-    (mean one) and ``r = (clip(A / advantage_clip, -1, 1) + 1) / 2``:
+    The implicit policies are ``v+ = v_old + beta (v - v_old)`` and ``v- = v_old - beta (v - v_old)``. With the weights
+    W (mean one) and ``r = (clip(A / advantage_clip, -1, 1) + 1) / 2``:
 
         loss = advantage_clip / beta * mean_b [ r E(v+) + (1 - r) E(v-) ],   E(u) = mean_p W_p mean_c (u - target)^2
 
