@@ -84,6 +84,8 @@ class PolicyArguments(NamedTuple):
 
         d loss / d log-ratio of each phrase, or for dense advantages of both signs; one over the number of locations.
         """
+        if self.advantages.ndim == 1:
+            return 2
         return 3 if self.dense else self.phrases + 1
 
 

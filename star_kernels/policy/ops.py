@@ -120,25 +120,22 @@ class _Objective:
         return (self.backward(grad_loss, *ctx.saved_tensors, *ctx.scalars), *others)
 
 
-def _sample_transition(*flat: Any) -> tuple[Tensor, Tensor]:
-    arguments = _walkable(SampleArguments, _SAMPLE, flat)
-    results = _sample_results(arguments)
-    kernels.sample_transition(flat[-1], arguments, *results)
+def _sample_transition(
+    model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    results = _sample_shapes(model_output, sample, noise, coefficients, channel_dim, backend)
+    model_output, sample, noise = (_collapsible(t, channel_dim) for t in (model_output, sample, noise))
+    arguments = SampleArguments(model_output, sample, noise, coefficients.contiguous(), channel_dim)
+    kernels.sample_transition(backend, arguments, *results)
     return results
 
 
-def _sample_shapes(*flat: Any) -> tuple[Tensor, Tensor]:
-    model_output, sample, noise, coefficients, channel_dim, _ = flat
-    sample = _collapsible(sample, channel_dim)
-    return _sample_results(SampleArguments(model_output, sample, noise, coefficients, channel_dim))
-
-
-def _sample_results(arguments: SampleArguments) -> tuple[Tensor, Tensor]:
-    """prev_sample and log_prob, uninitialised."""
-    channel_dim = arguments.channel_dim
-    locations = [n for d, n in enumerate(arguments.model_output.shape) if d != channel_dim]
-    log_prob = arguments.model_output.new_empty(locations, dtype=torch.float32)
-    return _empty_like(arguments.sample, channel_dim), log_prob
+def _sample_shapes(
+    model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    locations = [n for d, n in enumerate(model_output.shape) if d != channel_dim]
+    prev_sample = _empty_like(_collapsible(sample, channel_dim), channel_dim)
+    return prev_sample, model_output.new_empty(locations, dtype=torch.float32)
 
 
 def _check_sample(*flat: Any) -> None:

@@ -51,9 +51,8 @@ def sample_transition(
     else:
         check_latent("noise", noise, model_output)
     model_output, sample, noise, table = constants(model_output, sample, noise, transition.coefficients)
-    arguments = SampleArguments(model_output, sample, noise, table, channel_dim)
     backend = resolve_backend(backend, model_output)
     if backend == "naive":
-        return naive.sample_transition(arguments)
-    prev_sample, log_prob = ops.SAMPLE_TRANSITION(*arguments, backend)
+        return naive.sample_transition(SampleArguments(model_output, sample, noise, table, channel_dim))
+    prev_sample, log_prob = ops.SAMPLE_TRANSITION(model_output, sample, noise, table, channel_dim, backend)
     return prev_sample, log_prob

@@ -141,6 +141,24 @@ def test_losses_of_samples_have_gradients_of_their_own(ratio: str, kind: str, po
 @pytest.mark.native
 @kinds
 @ratios
+def test_the_number_of_threads_does_not_change_bits(ratio: str, kind: str, threads: Callable[[int], None]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    output, sample, prev = torch.randn(3, 4, 16, 64, 64, generator=generator)  # work for seven threads
+    problem = make(("native", "cpu"))
+    problem = replace(problem, model_output=output, sample=sample, prev_sample=prev, old_model_output=output + 0.01)
+    problem = replace(problem, old_log_prob=torch.randn(4, 64, 64, generator=generator) - 5)
+    problem, weights = KINDS[kind](problem)
+    arguments = declared(problem, weights, ratio, extras=True)
+    found = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        found.append(differentiate(operator("native"), arguments))
+    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
+
+
+@pytest.mark.native
+@kinds
+@ratios
 def test_the_operators_pass_opcheck(ratio: str, kind: str) -> None:
     problem, weights = KINDS[kind](make(("native", "cpu"), "image_odd"))
     for extras in (True, False):
