@@ -1,4 +1,4 @@
-// The CUDA kernels' launchers. Every call is one launch on the given stream, with no wait for the device.
+// The CUDA kernels' launchers. Every call is one launch on the given stream and does not synchronise with the device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 namespace star {
 namespace cuda {
 
-// The most tiles that a forward pass cuts a batch into: `Objective::partial` holds the sums of each.
+// The largest number of tiles of a batch in a forward pass; `Objective::partial` stores the sums of each.
 int64_t most_tiles(int64_t batch, int64_t positions);
 
 // `counter` is one unsigned integer on the device that is 0 before the call and 0 again after it.

@@ -1,4 +1,4 @@
-// The host's side of a launch: which access the latents allow, and how many blocks of which size run.
+// The host code of a launch: which access the latents allow, and the number and size of the blocks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t kEnoughBlocks = 2 * 132;  // two for each multiprocessor of an H100
 
-// A tile's positions: as many as keep a block of 256 threads busy, fewer where the batch would not fill the device.
-// Those of a packed latent never exceed those of another, see most_tiles.
+// Positions of a tile: enough to keep a block of 256 threads busy, fewer if the batch would not fill the device. Tiles
+// of packed latents are never larger than the others, which most_tiles relies on.
 unsigned tile_positions(int64_t batch, int64_t positions, bool packed, unsigned largest) {
   const unsigned smallest = packed ? 32 : 256;
   unsigned tile = packed ? 256 : largest;
@@ -22,7 +22,7 @@ unsigned tile_positions(int64_t batch, int64_t positions, bool packed, unsigned 
   return tile;
 }
 
-// What a kernel reads and writes, seen as runs of elements.
+// The tensors of a kernel, seen as runs of elements.
 struct Latents {
   int64_t batch, channels, positions;
   bool packed;
@@ -35,7 +35,7 @@ struct Latents {
     packed = channels > 1 && a.model_output.channel < a.model_output.position;
   }
 
-  // The longest run of which every tensor allows 16 bytes at a time.
+  // The longest run that every tensor can read 16 bytes at a time.
   int run() const { return packed ? kPackedRun : (output != DType::kFloat32 && latent == output ? 8 : 4); }
 
   void read(const View& view, DType dtype) {
@@ -49,12 +49,12 @@ struct Latents {
     aligned &= unit == 1 && run_length % run() == 0 && fits(other, others) && fits(view.batch, batch);
   }
 
-  // A tensor [B, P], or null: as many of its elements at a time as a run has positions.
+  // A tensor [B, P] or null, read as many elements at a time as a run has positions.
   void read_row(const void* row, int64_t size) {
     if (!packed) aligned &= reinterpret_cast<uintptr_t>(row) % (run() * size < 16 ? run() * size : 16) == 0;
   }
 
-  // A run of positions reads a row of the weights, or meets at most two rows of the patch grid.
+  // A run of positions reads a row of the weights, or crosses at most two rows of the patch grid.
   void read_weights(const Objective& a) {
     if (a.grid[0] * a.grid[1] * a.grid[2] == a.positions) return read_row(a.weights, 4);
     if (!packed) aligned &= a.location[2] >= run();

@@ -36,7 +36,7 @@ __device__ __forceinline__ Runs<Access> load_runs(const Access& access, const Nf
   return runs;
 }
 
-// What the positions of a run weigh: in the loss, in the KL penalty, and whether they count at all.
+// The weights of the positions of a run in the loss and in the KL penalty, and whether they count.
 template <typename Access>
 struct Weights {
   float loss[Access::kSlots], kl[Access::kSlots];
@@ -50,7 +50,7 @@ struct Weights {
   }
 };
 
-// Adds the terms of a run. All sums are linear, so that neither positions nor the lanes of a position need their own.
+// Adds the terms of a run. All sums are linear, so positions and the lanes of a position share them.
 template <typename Access>
 __device__ __forceinline__ void add_terms(const Access& access, const NftArguments& a, const Runs<Access>& runs,
                                           const Weights<Access>& weights, float (&terms)[Nft::kSums]) {

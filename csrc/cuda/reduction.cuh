@@ -1,8 +1,8 @@
-// The end of a forward kernel: a block leaves the sums of its tile, and the last block to finish (a counter that
-// returns to zero by itself) adds them up in a fixed order, so that equal inputs give equal bits.
+// The end of a forward kernel: each block stores the sums of its tile, and the last block to finish (found by a
+// counter, which it leaves at zero) adds them up in a fixed order, so that equal inputs give equal bits.
 //
-// A thread's sums are float32 over a few positions; from there on they are float64, one warp for each sum: some ten
-// additions a block, which costs nothing even where float64 runs at 1/64 of the rate.
+// A thread's sums are float32 over a few positions. From there on sums are float64, one warp for each: about ten
+// additions per block, whose cost is negligible even on devices with float64 at 1/64 of the float32 rate.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,7 +17,7 @@ namespace cuda {
 
 constexpr int kWarps = kThreads / 32;
 
-// Adds up `width` neighbouring lanes, the sum being in the first of them. Every lane of the warp takes part.
+// Adds up `width` neighbouring lanes; the first of them gets the sum. Every lane of the warp must call this.
 template <int kLargest, int kSize>
 __device__ __forceinline__ void merge_lanes(double (&sums)[kSize], unsigned width) {
   for (unsigned distance = width / 2; distance > 0; distance /= 2) {
@@ -57,7 +57,7 @@ __device__ __forceinline__ void store_tile(const Tiling& t, const float (&terms)
   }
 }
 
-// Whether this block is the last to get here. What the others wrote before is then visible.
+// Whether this block is the last to get here. The other blocks' earlier stores are then visible to it.
 __device__ __forceinline__ bool is_last_block(const Tiling& t, unsigned* counter) {
   __shared__ bool last;
   __threadfence();

@@ -1,7 +1,7 @@
-// As much of CUDA as csrc/cuda needs to run on a CPU: a fiber for each thread of a block, blocks in turn.
+// The parts of CUDA that csrc/cuda needs to run on a CPU: a fiber for each thread of a block, one block after the other.
 //
-// A fiber runs until it waits for others, so that a missing barrier shows as data not yet written; every other block
-// runs its threads in reverse, so that it shows in both directions.
+// A fiber runs until it waits for others, so that a missing barrier shows as data not yet written. Every other block runs
+// its threads in reverse order, so that a barrier missing in either direction shows.
 #pragma once
 
 #include <setjmp.h>

@@ -1,4 +1,4 @@
-// What the tests ask of the emulation itself.
+// Counters of the emulation, for the tests.
 #include <tvm/ffi/function.h>
 
 #include "cuda_runtime.h"
