@@ -53,7 +53,7 @@ def test_the_warning_about_the_missing_library_points_to_the_caller(name: str, n
 def test_the_warning_about_missing_gpu_kernels_points_to_the_caller(nothing_compiled: None) -> None:
     with FakeTensorMode():
         latent, numbers = torch.empty(2, 4, 3, 4, device="cuda"), torch.empty(2, device="cuda")
-        with pytest.warns(UserWarning, match="runs the policy loss in plain PyTorch") as caught:
+        with pytest.warns(UserWarning, match="policy loss is falling back to PyTorch") as caught:
             weighted_nft_loss(latent, latent, latent, numbers, numbers)
     assert [warning.filename for warning in caught] == [__file__]
 

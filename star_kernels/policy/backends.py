@@ -60,4 +60,4 @@ def _triton_problem() -> str:
 
 @cache
 def _warn_naive(problem: str) -> None:
-    warn(f"star_kernels: the policy loss falls back to plain PyTorch (about 30 kernel launches per call): {problem}")
+    warn(f"star_kernels: the policy loss is falling back to PyTorch (about 30 kernel launches per call): {problem}")
