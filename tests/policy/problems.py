@@ -1,4 +1,4 @@
-"""Problems for the tests of the policy losses: rollouts in every layout, and the objectives as papers write them."""
+"""Problems for the tests of the policy losses: rollouts in every layout, and the objectives of the papers."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 
 
 def log_density(sampler: str, v: Tensor, x: Tensor, prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p of each element, the mean, and s of the KL term, as the samplers' papers write them."""
+    """log p of each element, the mean, and s of the KL term, as the papers of the samplers define them."""
     sigma, following = column(SIGMA, x), column(SIGMA_NEXT, x)
     dt = following - sigma
     if sampler == "flow_matching":

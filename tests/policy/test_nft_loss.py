@@ -1,4 +1,4 @@
-"""The contract of ``weighted_nft_loss``, which every backend keeps."""
+"""The contract of ``weighted_nft_loss``, for every backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from star_kernels import weighted_nft_loss
 
 
 class Batch:
-    """Images noised to several levels, what two models say of them, and how good they are."""
+    """Images noised to several levels, the outputs of two models, and advantages."""
 
     def __init__(self, backend: tuple[str, str], layout: str = "image", drift: float = 0.05) -> None:
         shape, self.channel_dim = LAYOUTS[layout]
@@ -68,7 +68,7 @@ class Batch:
         kl_coef: float = 0.0,
         weighted_kl: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Loss [B] and gradient in float64, from predictions of the image as the paper's experiments have them."""
+        """Loss [B] and gradient in float64, from predictions of the image, as in the paper's experiments."""
         v = self.output.double().requires_grad_()
         old, x0, noise = self.old.double(), self.image.double(), self.noise.double()
         losses = []
@@ -176,7 +176,7 @@ def test_metrics_are_what_they_say(policy_backend: tuple[str, str]) -> None:
         torch.testing.assert_close(metrics[name].double(), value, rtol=2e-6, atol=0)
 
 
-def test_the_least_error_keeps_a_perfect_model_finite(policy_backend: tuple[str, str]) -> None:
+def test_the_least_error_keeps_the_loss_of_a_perfect_model_finite(policy_backend: tuple[str, str]) -> None:
     batch = Batch(policy_backend, drift=0.0)
     batch.old = batch.output = batch.target.clone()
     loss, gradient, _ = batch.run()

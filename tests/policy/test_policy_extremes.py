@@ -1,4 +1,4 @@
-"""The objectives and the sampling step at the ends of their ranges, and with numbers that are none in one sample."""
+"""The objectives and the sampling step at the ends of their ranges, and with NaN or infinity in one sample."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def broken(tensor: Tensor, value: float) -> Tensor:
 @pytest.mark.parametrize("value", BROKEN, ids=str)
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("layout", ["image_odd", "packed"])
-def test_a_broken_sample_of_the_policy_loss_reaches_no_other(
+def test_a_non_finite_sample_of_the_policy_loss_affects_no_other(
     layout: str, ratio: str, value: float, policy_backend: tuple[str, str]
 ) -> None:
     backend, device = policy_backend
@@ -77,7 +77,7 @@ def test_a_broken_sample_of_the_policy_loss_reaches_no_other(
 
 
 @pytest.mark.parametrize("value", BROKEN, ids=str)
-def test_a_broken_sample_of_the_nft_loss_reaches_no_other(value: float, policy_backend: tuple[str, str]) -> None:
+def test_a_non_finite_sample_of_the_nft_loss_affects_no_other(value: float, policy_backend: tuple[str, str]) -> None:
     backend, device = policy_backend
     problem = make(policy_backend)
     names = ("model_output", "old_model_output", "target", "advantages", "sigma", "step_weights", "ref_model_output")
@@ -108,7 +108,7 @@ def test_a_broken_sample_of_the_nft_loss_reaches_no_other(value: float, policy_b
 
 
 @pytest.mark.parametrize("value", BROKEN, ids=str)
-def test_a_broken_sample_is_drawn_apart(value: float, policy_backend: tuple[str, str]) -> None:
+def test_a_non_finite_sample_does_not_affect_the_step_of_others(value: float, policy_backend: tuple[str, str]) -> None:
     backend, _ = policy_backend
     problem = make(policy_backend)
     latents = [problem.model_output, problem.sample, problem.prev_sample]
@@ -123,7 +123,7 @@ def test_a_broken_sample_is_drawn_apart(value: float, policy_backend: tuple[str,
         assert not results[0][1].isfinite().all()
 
 
-def test_a_weight_that_is_no_number_is_refused(policy_backend: tuple[str, str]) -> None:
+def test_weights_that_are_not_finite_are_an_error(policy_backend: tuple[str, str]) -> None:
     problem = make(policy_backend)
     if policy_backend[1] != "cpu":
         pytest.skip("values on a GPU are not looked at")
@@ -215,8 +215,8 @@ def test_a_step_at_either_end_of_the_schedule_equals_the_reference(
         close(gradient, exact, 10 * error)
 
 
-def test_what_has_no_meaning_without_noise_stays_visible(policy_backend: tuple[str, str]) -> None:
-    """Flow-CPS's last step: the KL penalty and GRPO-Guard divide by the noise."""
+def test_terms_that_divide_by_the_noise_are_not_finite_without_it(policy_backend: tuple[str, str]) -> None:
+    """The last step of Flow-CPS: the KL penalty and GRPO-Guard divide by the standard deviation of the noise."""
     backend, device = policy_backend
     base = make(policy_backend)
     transition = flow_cps(torch.tensor([0.5] * BATCH), torch.tensor([0.4, 0.0, 0.3, 0.2])).to(device)

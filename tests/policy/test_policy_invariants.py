@@ -1,4 +1,4 @@
-"""What docs/method.md promises of the objectives and of the sampling step, whatever the numbers."""
+"""Properties of the objectives and of the sampling step that docs/method.md states, for random inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def policy(problem: Problem, backend: tuple[str, str], **options: Any) -> tuple[
 
 
 def nft(problem: Problem, backend: tuple[str, str], **options: Any) -> tuple[Tensor, Tensor]:
-    """The same of DiffusionNFT's loss: the old model made the samples, and the next latent is the target."""
+    """The same for DiffusionNFT's loss: the old model generated the samples, and the next latent is the target."""
     leaf = problem.model_output.detach().requires_grad_()
     sigma = torch.linspace(0.9, 0.3, BATCH, device=leaf.device)
     if "order" in options:
@@ -60,7 +60,7 @@ def options_of(problem: Problem) -> dict[str, Any]:
 
 @pytest.mark.parametrize("objective", ["sample", "location", "nft"])
 @pytest.mark.parametrize("layout", ["image_odd", "packed", "channels_between"])
-def test_samples_do_not_know_of_one_another(layout: str, objective: str, policy_backend: tuple[str, str]) -> None:
+def test_samples_are_independent(layout: str, objective: str, policy_backend: tuple[str, str]) -> None:
     problem = make(policy_backend, layout)
     options = options_of(problem)
     moved = {name: value[ORDER] if isinstance(value, Tensor) else value for name, value in options.items()}
@@ -77,7 +77,7 @@ def test_samples_do_not_know_of_one_another(layout: str, objective: str, policy_
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_samples_are_drawn_one_by_one(layout: str, policy_backend: tuple[str, str]) -> None:
+def test_a_step_of_a_batch_equals_the_steps_of_its_samples(layout: str, policy_backend: tuple[str, str]) -> None:
     problem = make(policy_backend, layout)
     shape, channel_dim = LAYOUTS[layout]
     noise = torch.randn(shape).to(policy_backend[1])
@@ -91,7 +91,7 @@ def test_samples_are_drawn_one_by_one(layout: str, policy_backend: tuple[str, st
 
 
 def assert_as_contiguous(view: Callable[[Tensor], Tensor], problem: Problem, policy_backend: tuple[str, str]) -> None:
-    """Views of the latents give what their copies give."""
+    """Views of the latents give the results of their copies."""
     options = {"channel_dim": problem.channel_dim, "backend": policy_backend[0]}
     found = []
     for made in (view, lambda t: view(t).contiguous()):
@@ -105,7 +105,7 @@ def assert_as_contiguous(view: Callable[[Tensor], Tensor], problem: Problem, pol
 
 @pytest.mark.parametrize("dims", [(0,), (1,), (2,), (3,), (1, 3), (2, 3), (0, 2), (0, 1, 2, 3)], ids=str)
 @pytest.mark.parametrize("layout", ["image_odd", "channels_innermost", "channels_between"])
-def test_expanded_latents_are_what_they_stand_for(
+def test_expanded_latents_equal_their_copies(
     layout: str, dims: tuple[int, ...], policy_backend: tuple[str, str]
 ) -> None:
     problem = make(policy_backend, layout)
@@ -118,7 +118,7 @@ def test_expanded_latents_are_what_they_stand_for(
 
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("layout", ["image_odd", "channels_innermost"])
-def test_latents_that_overlap_in_memory_are_what_they_stand_for(
+def test_latents_that_overlap_in_memory_equal_their_copies(
     layout: str, step: int, policy_backend: tuple[str, str]
 ) -> None:
     problem = make(policy_backend, layout)
@@ -137,7 +137,7 @@ def test_latents_that_overlap_in_memory_are_what_they_stand_for(
 def test_on_policy_weights_multiply_the_gradient_of_flow_grpo(
     layout: str, sampler: str, policy_backend: tuple[str, str]
 ) -> None:
-    """Of both ratios: the sign of the advantage never flips, and a location of weight zero is left alone."""
+    """For both ratios: the sign of the advantage never flips, and a location of weight zero has no gradient."""
     problem = make(policy_backend, layout, sampler, drift=0.0)
     weights = patch_weights(problem, locations(*LAYOUTS[layout]))
     _, plain = policy(problem, policy_backend)

@@ -1,4 +1,4 @@
-"""The contract of ``weighted_policy_loss``, which every backend keeps."""
+"""The contract of ``weighted_policy_loss``, for every backend."""
 
 from __future__ import annotations
 

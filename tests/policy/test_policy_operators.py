@@ -33,7 +33,7 @@ def test_peak_memory_is_one_gradient(ratio: str, peak_memory: Callable) -> None:
 
 
 def operator_arguments(problem: Problem, output: Tensor, extras: bool, per_location: bool, unreduced: bool) -> tuple:
-    """Of the operator: tensors, scalars, backend."""
+    """The arguments of the operator: tensors, scalars, backend."""
     weights = patch_weights(problem, locations(tuple(output.shape), problem.channel_dim))
     shape, device = problem.old_log_prob.shape, output.device
     mask = torch.rand(shape, device=device) < 0.8

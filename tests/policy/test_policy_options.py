@@ -98,7 +98,7 @@ def written(
 
 
 def options_of(problem: Problem, name: str) -> Options:
-    """The option by its name, and what goes with it."""
+    """The option of a name, with the arguments that it requires."""
     shape, device = list(problem.old_log_prob.shape), problem.sample.device
     generator = torch.Generator().manual_seed(3)
     mask = torch.rand(shape, generator=generator) < 0.7
@@ -158,7 +158,7 @@ def test_loss_and_gradient_are_the_written_objective(
 def test_guard_makes_the_log_ratio_the_projection_of_the_change_on_the_noise(
     sampler: str, policy_backend: tuple[str, str]
 ) -> None:
-    """For any sampler: log rho = mean((mean - mean_old) eps), with eps the noise that was drawn, of unit variance."""
+    """For any sampler: log rho = mean((mean - mean_old) eps), with eps the sampled noise, of unit variance."""
     problem = make(policy_backend, sampler=sampler, drift=0.02)
     old = problem.old_model_output
     _, mean, _ = log_density(sampler, problem.model_output.double(), problem.sample.double(), problem.prev_sample)
@@ -233,7 +233,7 @@ def test_a_mask_of_padding_gives_the_loss_of_the_shorter_latent(ratio: str, poli
     close(gradient[:, :101], short_gradient.double(), 1e-6)
 
 
-def test_a_mask_that_keeps_everything_changes_nothing(policy_backend: tuple[str, str]) -> None:
+def test_a_mask_of_all_locations_changes_nothing(policy_backend: tuple[str, str]) -> None:
     problem = make(policy_backend, "image_odd")
     mask = torch.ones_like(problem.old_log_prob, dtype=torch.bool)
     for ratio in RATIOS:

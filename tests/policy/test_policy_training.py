@@ -1,4 +1,4 @@
-"""The losses in the machinery of a trainer: checkpointing, accumulation, mixed precision, several processes."""
+"""The losses inside a trainer: activation checkpointing, gradient accumulation, mixed precision, several processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONS = {"clip_range": 0.9}
 
 
 def scene() -> tuple[nn.Module, tuple]:
-    """A model in the place of a transformer, and one of its rollouts."""
+    """A small model instead of a transformer, and one of its rollouts."""
     problem = make(("auto", "cpu"))
     torch.manual_seed(0)
     model = nn.Conv2d(16, 16, 3, padding=1)
@@ -98,7 +98,7 @@ def test_a_scaled_loss_gives_scaled_gradients() -> None:
 
 
 @pytest.mark.parametrize("name", ["policy", "nft"])
-def test_a_second_derivative_is_an_error_that_says_so(name: str) -> None:
+def test_a_second_derivative_is_an_error(name: str) -> None:
     _, (sample, prev, old, advantages, transition) = scene()
     leaf = torch.randn_like(sample).requires_grad_()
     if name == "policy":

@@ -1,4 +1,4 @@
-"""The sampling step: what it draws, and the log-probability of what it returns."""
+"""The sampling step: the distribution of its results, and their log-probability."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_16_bit_latent_survives_a_step_that_changes_nothing(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_rounding_to_16_bits_is_pytorchs(dtype: torch.dtype, policy_backend: tuple[str, str]) -> None:
+def test_rounding_to_16_bits_equals_pytorchs(dtype: torch.dtype, policy_backend: tuple[str, str]) -> None:
     backend, device = policy_backend
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).float()
     every = every[every.isfinite()]
@@ -151,7 +151,7 @@ def test_a_step_keeps_no_graph(policy_backend: tuple[str, str]) -> None:
     assert not log_prob.requires_grad
 
 
-def test_inputs_are_left_as_they_were(policy_backend: tuple[str, str]) -> None:
+def test_inputs_are_not_modified(policy_backend: tuple[str, str]) -> None:
     backend, device = policy_backend
     tensors = [torch.randn(2, 4, 8, 8, device=device) for _ in range(3)]
     before = [t.clone() for t in tensors]

@@ -1,4 +1,4 @@
-"""The coefficients of every sampler, against its step as the papers write it."""
+"""The coefficients of every sampler, compared with the step that its paper defines."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_batch_is_its_samples_one_by_one(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("sigma", "following"), [(torch.tensor([0.875, 0.75]), 0.25), (0.875, torch.tensor([0.25, 0.5]))]
 )
-def test_one_sigma_serves_a_batch(sigma: Tensor | float, following: Tensor | float) -> None:
+def test_one_sigma_applies_to_a_batch(sigma: Tensor | float, following: Tensor | float) -> None:
     both = torch.broadcast_tensors(torch.as_tensor(sigma), torch.as_tensor(following))
     for make in (flow_cps, dance_sde):
         assert torch.equal(make(sigma, following).coefficients, make(*both).coefficients)

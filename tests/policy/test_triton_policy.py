@@ -91,7 +91,7 @@ CONTRACT: list[tuple[Callable[..., None], tuple]] = [
     (nft.test_uniform_weights_equal_no_weights_bit_by_bit, ("packed",)),
     (nft.test_weights_on_a_patch_grid_equal_the_upsampled_ones, ()),
     (nft.test_metrics_are_what_they_say, ()),
-    (nft.test_the_least_error_keeps_a_perfect_model_finite, ()),
+    (nft.test_the_least_error_keeps_the_loss_of_a_perfect_model_finite, ()),
     (nft.test_whatever_lies_under_the_mask_reaches_nothing, ("video",)),
     (nft.test_nan_in_one_sample_stays_visible_and_out_of_the_others_gradients, ("target",)),
     (nft.test_16_bit_outputs_give_a_gradient_with_one_rounding, ("video", HALF)),
