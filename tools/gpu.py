@@ -1,9 +1,10 @@
-"""Runs everything that requires a GPU: python -m tools.gpu --out DIR
+"""Runs what requires a GPU, most valuable first: python -m tools.gpu --out DIR
 
-The steps are the tests of all kernels and, in parallel, the kernels at small sizes under compute-sanitizer; then, one
-after the other, the tuning and the benchmarks. Each step has a time limit, and the whole run takes less than nine
-minutes. Logs, JSON and plots are written to DIR, and a table is printed at the end. The exit status is 1 if a test
-fails, a sanitizer reports an error or a step does not finish. Benchmark targets that are missed do not change it.
+The queue has a smoke test of all kernels, benchmarks, tuning, tests and compute-sanitizer. A run takes what fits into
+--minutes and skips entries with a recorded result: one for the same sources of the kernels, command, device and
+versions. Every outcome is appended to DIR/queue.jsonl; logs and results are in DIR/queue, and the benchmark results
+of these kernels, of all runs, in DIR/queue-DEVICE.json. Ctrl-C ends the run. A table is printed at the end. The exit
+status is 1 if the result of an entry is a failure. Benchmark targets that are missed do not change it.
 """
 
 from __future__ import annotations
@@ -14,73 +15,181 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-TOTAL = 530.0  # seconds
+from tools.device_queue import (
+    INTERRUPTED,
+    NO_TIME,
+    OK,
+    ROOT,
+    Entry,
+    Machine,
+    Queue,
+    Records,
+    Result,
+    entry_digest,
+    kernels_digest,
+    last_line,
+)
+
 CUDA_BIN = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command, its time limit in seconds, and a function that summarises its output."""
-
-    name: str
-    command: list[str]
-    seconds: float
-    summary: Callable[[str], str]
-    timed: bool = True  # runs alone on the machine
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Result:
-    step: str
-    outcome: str  # "ok", "FAILED" or "too slow"
-    seconds: float
-    detail: str
-
-    @property
-    def good(self) -> bool:
-        return self.outcome == "ok"
+TUNED_SHAPES = 5  # of tools/tune_attention.py
 
 
 def main(arguments: list[str] | None = None) -> int:
+    names = [entry.name for entry in entries()]
     parser = argparse.ArgumentParser(
         prog="python -m tools.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results", help="output folder (default: benchmarks/results)"
     )
-    parser.add_argument("--only", action="append", choices=NAMES, help="run only this step (may be repeated)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of the run (default: 8)")
+    parser.add_argument("--only", action="append", choices=names, help="run only this entry (may be repeated)")
+    parser.add_argument("--again", action="store_true", help="also run entries with a recorded result")
+    parser.add_argument("--list", action="store_true", help="show the queue and its recorded results, and run nothing")
     options = parser.parse_args(arguments)
-    problem = cuda_problem()
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be positive, got {options.minutes:g}")
+    chosen = [entry for entry in entries() if not options.only or entry.name in options.only]
+    out, problem = options.out.resolve(), cuda_problem()
+    if options.list:
+        print(listing(chosen, Records(out / "queue.jsonl"), None if problem else this_machine()))
+        return 0
     if problem:
         parser.error(problem)
-    out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+    queue = Queue(chosen, out, this_machine(), words=words(), seconds=60 * options.minutes, again=options.again)
+    results = queue.run()
+    merged = merge(queue)
+    print(table(results, targets(merged), time.monotonic() - started))
+    if queue.interrupted:
+        return 130
+    return int(any(result.outcome not in (OK, NO_TIME) for result in results))
 
-    def result_of(step: Step) -> Result:
-        left = TOTAL - (time.monotonic() - started)
-        result = run(step, out, min(step.seconds, left))
-        print(f"{step.name}: {result.outcome}, {result.detail}", flush=True)
-        return result
 
-    chosen = [step for step in steps(out) if not options.only or step.name in options.only]
-    with ThreadPoolExecutor() as pool:
-        results = list(pool.map(result_of, [step for step in chosen if not step.timed]))
-    results += [result_of(step) for step in chosen if step.timed]
-    if sanitizer() is None and not options.only:
-        results.append(Result("sanitizers", "FAILED", 0.0, "compute-sanitizer is not on PATH or in CUDA_HOME/bin"))
-    print(table(results, targets(out), time.monotonic() - started))
-    return 0 if all(result.good for result in results) else 1
+def entries() -> list[Entry]:
+    """The queue, most valuable first."""
+    # With one compile thread, Inductor starts no pool of processes, for whose end pytest would wait.
+    tests = ("{python}", "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "{xdist}", "tests")
+    tune = ("{python}", "-m", "tools.tune_attention")
+    compiles = tuple((*tune, "--compile", str(number), "--seconds", "55") for number in range(TUNED_SHAPES))
+    suite = ("{python}", "-m", "pytest", "-q", "benchmarks/test_policy.py", "benchmarks/test_attention.py")
+    return [
+        Entry(
+            "smoke",
+            ("{python}", "-m", "tools.gpu_smoke", "--seconds", "50"),
+            60.0,
+            "Whether every kernel runs on this device and agrees with the reference; if not, what to repair first.",
+            timed=False,
+        ),
+        benchmark("host", 45.0, "Whether a call costs the host as little as planned.", "host"),
+        benchmark(
+            "policy",
+            60.0,
+            "Whether the policy loss is faster than torch.compile, in how many launches, and near the speed of a copy.",
+            "policy",
+            options=("--thorough", "--seconds", "4"),
+        ),
+        benchmark(
+            "capture",
+            60.0,
+            "What captured maps add to the forward pass of SD3.5-M.",
+            "capture",
+            options=("--repetitions", "40"),
+        ),
+        benchmark(
+            "step",
+            100.0,
+            "What STAR adds to a rollout-and-update step.",
+            "end-to-end",
+            options=("--repetitions", "16"),
+        ),
+        benchmark(
+            "attention",
+            130.0,
+            "What maps add to attention forward and backward, and which variant of the kernels is the fastest.",
+            "attention",
+            "backward",
+            options=("--thorough", "--seconds", "4"),
+        ),
+        Entry(
+            "gluon",
+            ("{python}", "-m", "tools.gluon_forward"),
+            60.0,
+            "Whether the Hopper kernel in Gluon is right, and whether it is as fast as cuDNN.",
+        ),
+        Entry(
+            "tuning",
+            (*tune, "--out", "{folder}", "--seconds", "75"),
+            100.0,
+            "Which kernels and tiles attention uses on this device.",
+            warm_up=compiles,
+        ),
+        Entry(
+            "tests",
+            tests,
+            220.0,
+            "Whether all kernels meet their numeric contract on this device.",
+            timed=False,
+            environment={"TORCHINDUCTOR_COMPILE_THREADS": "1"},
+        ),
+        *(
+            sanitizer_entry(tool, finds)
+            for tool, finds in (
+                ("memcheck", "accesses memory outside its tensors"),
+                ("racecheck", "has a race in shared memory"),
+                ("initcheck", "reads uninitialised memory"),
+                ("synccheck", "uses a barrier wrongly"),
+            )
+        ),
+        Entry(
+            "suite",
+            (*suite, "-p", "no:cacheprovider", "--benchmark-json={folder}/benchmark-suite.json"),
+            60.0,
+            "The times of single kernels, for comparison with other versions of the code.",
+        ),
+    ]
+
+
+def benchmark(name: str, seconds: float, decides: str, *parts: str, options: tuple[str, ...] = ()) -> Entry:
+    """An entry that runs parts of benchmarks/overhead.py."""
+    command = ["{python}", "benchmarks/overhead.py", "--out", "{folder}"]
+    for part in parts:
+        command += ["--only", part]
+    extent = ("--thorough",) if "--thorough" in options else ()  # the warm-up has the same shapes
+    return Entry(name, (*command, *options), seconds, decides, warm_up=((*command, *extent, "--repetitions", "1"),))
+
+
+def sanitizer_entry(tool: str, finds: str) -> Entry:
+    # The sanitizer is not applied to child processes, such as Triton's compiler, which it would slow down.
+    options = ("--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only")
+    return Entry(
+        tool,
+        # The launch timeout is in seconds; the tests use all processors at the same time.
+        ("{compute-sanitizer}", *options, "--launch-timeout", "120", "{python}", "tests/small_calls.py"),
+        220.0,
+        f"Whether a kernel {finds}.",
+        summary=findings,
+        timed=False,
+        # Each tensor has its own allocation, so that the sanitizer sees accesses past its end.
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
+
+
+def words() -> dict[str, Sequence[str]]:
+    """The words of commands that depend on the machine."""
+    name = "compute-sanitizer"
+    jobs = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    return {
+        "{python}": [sys.executable],
+        "{compute-sanitizer}": [shutil.which(name) or shutil.which(name, path=str(CUDA_BIN)) or name],
+        "{xdist}": jobs,
+    }
 
 
 def cuda_problem() -> str:
@@ -92,73 +201,14 @@ def cuda_problem() -> str:
     return f"no GPU that torch {torch.__version__} can use (its CUDA version: {torch.version.cuda})"
 
 
-NAMES = ("tests", "memcheck", "racecheck", "tuning", "overhead", "suite")
+def this_machine() -> Machine:
+    import torch
 
+    from benchmarks.reporting import environment
 
-def steps(out: Path) -> list[Step]:
-    """The steps in order: tests and sanitizers first, then tuning and benchmarks."""
-    python = sys.executable
-    parallel = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *parallel, "tests"]
-    # With one compile thread, Inductor starts no pool of processes, for whose end pytest would wait.
-    found = [Step("tests", tests, 220.0, last_line, timed=False, environment={"TORCHINDUCTOR_COMPILE_THREADS": "1"})]
-    tool = sanitizer()
-    if tool is not None:
-        # Each tensor has its own allocation, so that the sanitizer sees accesses past its end.
-        separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        for name in ("memcheck", "racecheck"):
-            # The sanitizer is not applied to child processes, such as Triton's compiler, which it would slow down.
-            options = ["--tool", name, "--error-exitcode", "9", "--target-processes", "application-only"]
-            options += ["--launch-timeout", "120"]  # seconds; the tests use all processors at the same time
-            command = [tool, *options, python, "tests/small_calls.py"]
-            found.append(Step(name, command, 220.0, findings, timed=False, environment=separate))
-    tune = [python, "-m", "tools.tune_attention", "--out", str(out), "--seconds", "90"]
-    overhead = [python, "benchmarks/overhead.py", "--thorough", "--out", str(out), "--seconds", "4"]
-    suite = [python, "-m", "pytest", "-q", "benchmarks/test_policy.py", "benchmarks/test_attention.py"]
-    suite += ["-p", "no:cacheprovider", f"--benchmark-json={out / 'benchmark-suite.json'}"]
-    return [
-        *found,
-        Step("tuning", tune, 120.0, last_line),
-        Step("overhead", overhead, 150.0, last_line, environment={"STAR_KERNELS_TUNED": str(out)}),
-        Step("suite", suite, 60.0, last_line, environment={"STAR_KERNELS_TUNED": str(out)}),
-    ]
-
-
-def sanitizer() -> str | None:
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(CUDA_BIN))
-
-
-def run(step: Step, out: Path, seconds: float) -> Result:
-    """Runs a step and writes its output to a log named after the step."""
-    started = time.monotonic()
-    log = out / f"{step.name}.log"
-    if seconds <= 0:
-        return Result(step.name, "too slow", 0.0, "not started: the total time is used up")
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            step.command,
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **step.environment},
-            start_new_session=True,  # so that its child processes can be stopped with it
-        )
-        try:
-            status = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-            status = None
-    spent = time.monotonic() - started
-    text = log.read_text(errors="replace")
-    if status is None:
-        return Result(step.name, "too slow", spent, f"stopped after {spent:.0f} s; {step.summary(text)}")
-    return Result(step.name, "ok" if status == 0 else "FAILED", spent, step.summary(text))
-
-
-def last_line(text: str) -> str:
-    lines = [line.strip("= ") for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
+    described = environment.describe(torch.device("cuda"))
+    versions = {name: described["versions"][name] for name in ("torch", "triton")}
+    return Machine(described["device_name"], versions, described["commit"])
 
 
 def findings(text: str) -> str:
@@ -167,13 +217,44 @@ def findings(text: str) -> str:
     return summaries[-1] if summaries else last_line(text)
 
 
-def targets(out: Path) -> list[str]:
-    """A line for each threshold in the newest benchmark result of the folder."""
-    files = sorted(out.glob("overhead-*.json"), key=lambda path: path.stat().st_mtime)
-    if not files:
+def merge(queue: Queue) -> dict[str, Any] | None:
+    """Adds the benchmark results of the queue's entries to the file of this device, and returns its content.
+
+    A file of other kernels is replaced. Parts that were measured by earlier runs with these kernels are kept.
+    """
+    from benchmarks.overhead import PARTS
+    from benchmarks.reporting import environment, tables
+
+    merged: dict[str, Any] | None = None
+    device = environment.slug({"device": "cuda", "device_name": queue.machine.device})
+    path = queue.out / f"queue-{device}.json"
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        merged = earlier if earlier.get("kernels") == queue.kernels else None
+    for entry in queue.entries:
+        for file in sorted(queue.folder(entry).glob(f"overhead-{device}.json")):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if merged is None:
+                merged = {"kernels": queue.kernels, "settings": {}, "parts": {}, "measured": {}, "thresholds": []}
+            merged["environment"] = found["environment"]
+            merged["settings"][entry.name] = found["settings"]
+            merged["parts"].update(found["parts"])
+            merged["measured"].update(dict.fromkeys(found["parts"], found["environment"]["date"]))
+            merged["thresholds"] = [row for row in merged["thresholds"] if row["part"] not in found["parts"]]
+            merged["thresholds"] += found["thresholds"]
+    if merged is not None:
+        order = sorted(merged["parts"], key=lambda part: PARTS.index(part) if part in PARTS else len(PARTS))
+        merged["parts"] = {part: merged["parts"][part] for part in order}
+        tables.write_json(path, merged)
+    return merged
+
+
+def targets(merged: dict[str, Any] | None) -> list[str]:
+    """A line for each target of the benchmarks."""
+    if merged is None:
         return ["no benchmark result"]
     lines = []
-    for row in json.loads(files[-1].read_text())["thresholds"]:
+    for row in merged["thresholds"]:
         measured = "not measured" if row["measured"] is None else f"{row['measured']:.4g}"
         if row["low"] is not None:
             measured += f" [{row['low']:.4g}, {row['high']:.4g}]"
@@ -182,9 +263,26 @@ def targets(out: Path) -> list[str]:
     return lines
 
 
-def table(results: list[Result], lines: list[str], seconds: float) -> str:
-    rows = [f"{r.step:<10} {r.outcome:<9} {r.seconds:>6.0f} s  {r.detail[:90]}" for r in results]
-    return "\n".join(["", *lines, "", *rows, f"{seconds:.0f} s in total"])
+def table(results: Sequence[Result], lines: Sequence[str], seconds: float) -> str:
+    rows = []
+    for r in results:
+        spent = "" if r.outcome in (NO_TIME, INTERRUPTED) and not r.seconds else f"{r.seconds:.0f} s"
+        rows.append(f"{r.name:<10} {r.outcome:<11} {spent:>6}  {'recorded ' * r.recorded}{r.detail}"[:140].rstrip())
+    return "\n".join(["", *lines, "", *rows, f"{seconds:.0f} s in total; --again repeats recorded entries"])
+
+
+def listing(chosen: Sequence[Entry], records: Records, machine: Machine | None) -> str:
+    """The entries with their recorded results for these kernels; ``machine`` None shows those of any device."""
+    kernels, lines = kernels_digest(), []
+    for entry in chosen:
+        record = records.result(entry.name, entry_digest(entry, kernels), machine)
+        state = "not recorded"
+        if record is not None:
+            state = (
+                f"{record['outcome']}, {record.get('date', '')[:10]}, {record.get('device')}: {record.get('detail')}"
+            )
+        lines += [f"{entry.name:<10} {entry.seconds:>4.0f} s  {entry.decides}", f"{'':<19}{state}"[:140]]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -255,6 +255,34 @@ def _numbers(tile: Tile) -> list[int | None]:
     return [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.max_registers]
 
 
+def passes() -> tuple[tuple[str, Callable[[Inputs], list[Candidate]], Callable[[Inputs], tuple[Tensor, ...]]], ...]:
+    """The name of each pass, its candidates and its reference results."""
+    return (
+        ("forward", forward_candidates, reference_forward),
+        ("backward", backward_candidates, reference_backward),
+    )
+
+
+def compile_candidates(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
+    *,
+    now: Callable[[], float] = time.monotonic,
+) -> int:
+    """Runs the candidates of a shape once, until the time is used up, and returns how many of them agree.
+
+    Triton keeps the compiled kernels on disk, for other processes.
+    """
+    end = now() + seconds
+    inputs = as_models_lay_out(make_inputs(shape, dtype, device))
+    found = 0
+    for _, make, reference in passes():
+        found += len(runnable(make(inputs), reference(inputs), TOLERANCES[dtype], lambda: end - now())[0])
+    return found
+
+
 def tune(
     shapes: Sequence[tuple[Shape, torch.dtype]],
     device: torch.device,
@@ -274,11 +302,7 @@ def tune(
         parts: list[dict[str, Figure]] = []
         candidates: dict[str, Candidate] = {}
         refused: dict[str, str] = {}
-        passes = (
-            ("forward", forward_candidates, reference_forward),
-            ("backward", backward_candidates, reference_backward),
-        )
-        for name, make, reference in passes:
+        for name, make, reference in passes():
             compiled = now() + 0.6 * part
             found = make(inputs)
             kept, problems = runnable(found, reference(inputs), TOLERANCES[dtype], lambda at=compiled: at - now())
@@ -314,6 +338,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=120.0, help="total time, including compilation (default: 120)")
     parser.add_argument("--quick", action="store_true", help="tune only the first shape")
+    parser.add_argument(
+        "--compile",
+        type=int,
+        choices=range(len(SHAPES)),
+        help="only compile the candidates of the shape with this number, for later runs",
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error(f"no GPU that torch {torch.__version__} can use (its CUDA version: {torch.version.cuda})")
@@ -324,6 +354,12 @@ def main(arguments: list[str] | None = None) -> int:
     name = torch.cuda.get_device_name(device)
     described = {**environment.describe(device), "cudnn": torch.backends.cudnn.version()}
     shapes = SHAPES[:1] if options.quick else SHAPES
+    if options.compile is not None:
+        shape, dtype = SHAPES[options.compile]
+        with torch.no_grad():
+            count = compile_candidates(shape, dtype, device, options.seconds)
+        print(f"{shape}, {dtype}: {count} candidates agree with the reference")
+        return 0
     with torch.no_grad():
         for row in tune(shapes, device, kernel_clock(device), options.seconds):
             entries.append(row)
