@@ -8,7 +8,8 @@
 # make lint        checks formatting, style and types
 # make demo        trains the small model; writes reward curves, images before and after, and allocation strips
 # make overhead    benchmark of maps, weights and a training step; four minutes. ARGS=--thorough gives the figures in README
-# make gpu         on a machine with a GPU: its tests, sanitizers, tuning and benchmarks; OUT=DIR sets the output folder
+# make gpu         on a machine with a GPU: a queue of checks, benchmarks, tuning, tests and sanitizers, most valuable
+#                  first; takes what fits into MINUTES=8 and is not recorded in OUT=DIR. ARGS=--list shows the queue
 # make gpu-study   on a machine with a GPU: the study of learning curves at full size; resumes the runs in runs/
 # make docs        builds the documentation's site in site/; a broken link is an error
 #
@@ -61,8 +62,9 @@ overhead: $(STAMP)
 	$(PYTHON) benchmarks/overhead.py $(ARGS)
 
 gpu: OUT ?= benchmarks/results
+gpu: MINUTES ?= 8
 gpu: $(STAMP)
-	$(PYTHON) -m tools.gpu --out $(OUT)
+	$(PYTHON) -m tools.gpu --out $(OUT) --minutes $(MINUTES) $(ARGS)
 
 gpu-study: OUT ?= studies/results
 gpu-study: $(STAMP)

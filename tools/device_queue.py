@@ -293,12 +293,12 @@ def batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
 
 
 def warm_ups(entry: Entry) -> list[Entry]:
-    """The commands that compile the kernels of an entry, as entries."""
+    """The commands that compile the kernels of an entry, as entries. The smoke test has priority over them."""
     several = len(entry.warm_up) > 1
     return [
         Entry(
             f"{entry.name}-warm-up{f'-{number}' if several else ''}",
-            command,
+            ("nice", *command),
             WARM_UP_SECONDS,
             f"Compiles the kernels of {entry.name}.",
             timed=False,

@@ -122,6 +122,7 @@ def entries() -> list[Entry]:
             ("{python}", "-m", "tools.gluon_forward"),
             60.0,
             "Whether the Hopper kernel in Gluon is right, and whether it is as fast as cuDNN.",
+            summary=gluon_times,
         ),
         Entry(
             "tuning",
@@ -161,8 +162,9 @@ def benchmark(name: str, seconds: float, decides: str, *parts: str, options: tup
     command = ["{python}", "benchmarks/overhead.py", "--out", "{folder}"]
     for part in parts:
         command += ["--only", part]
-    extent = ("--thorough",) if "--thorough" in options else ()  # the warm-up has the same shapes
-    return Entry(name, (*command, *options), seconds, decides, warm_up=((*command, *extent, "--repetitions", "1"),))
+    # The warm-up has the same kernels. Its batches are small, because all warm-ups share the memory of the device.
+    warm_up = (*command, *(("--thorough",) if "--thorough" in options else ()), "--batch", "2", "--repetitions", "1")
+    return Entry(name, (*command, *options), seconds, decides, warm_up=(warm_up,))
 
 
 def sanitizer_entry(tool: str, finds: str) -> Entry:
@@ -215,6 +217,11 @@ def findings(text: str) -> str:
     """The last summary line of a sanitizer; without one, the last line of the output."""
     summaries = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", text, re.MULTILINE)
     return summaries[-1] if summaries else last_line(text)
+
+
+def gluon_times(text: str) -> str:
+    """The times of all variants of the Gluon kernel; without one, the last line of the output."""
+    return " | ".join(re.findall(r"agrees with PyTorch; (.*)", text)) or last_line(text)
 
 
 def merge(queue: Queue) -> dict[str, Any] | None:

@@ -137,6 +137,13 @@ def test_the_time_limit_ends_the_tuning_and_keeps_the_measured_rows(capsys: pyte
     assert "the time is used up" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("candidates")
+def test_all_candidates_are_compiled_until_the_time_is_used_up() -> None:
+    assert tune.compile_candidates(SHAPE, torch.float32, CPU, 1.0, now=lambda: 0.0) == 6
+    ticks = iter(range(10**6))
+    assert tune.compile_candidates(SHAPE, torch.float32, CPU, 0.0, now=lambda: next(ticks)) == 4  # no further tiles
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_default_tiles_are_the_first_candidates(architecture: str, head_dim: int) -> None:
