@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OK, FAILED, TOO_SLOW = "ok", "FAILED", "too slow"
 RESULTS = (OK, FAILED, TOO_SLOW)  # an entry with one of these does not run again
 MISSING, INTERRUPTED, NO_TIME = "missing", "interrupted", "no time"
+USAGE = 2  # exit status of a program that does not accept its arguments, and of pytest if it cannot import the tests
 WARM_UP_SECONDS = 75.0
 
 
@@ -271,7 +272,9 @@ class Queue:
                 with self._lock:
                     self._running.discard(process)
         text = log.read_text(errors="replace")
-        return (TOO_SLOW if status is None else FAILED if status else OK), text
+        if status is None:
+            return TOO_SLOW, text
+        return (OK if status == 0 else MISSING if status == USAGE else FAILED), text
 
 
 def batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:

@@ -227,20 +227,25 @@ def gluon_times(text: str) -> str:
 def merge(queue: Queue) -> dict[str, Any] | None:
     """Adds the benchmark results of the queue's entries to the file of this device, and returns its content.
 
-    A file of other kernels is replaced. Parts that were measured by earlier runs with these kernels are kept.
+    A file of other kernels or versions is replaced. Parts that were measured by earlier runs with these are kept.
     """
     from benchmarks.overhead import PARTS
     from benchmarks.reporting import environment, tables
+
+    def same_versions(result: dict[str, Any]) -> bool:
+        return queue.machine.versions.items() <= result["environment"]["versions"].items()
 
     merged: dict[str, Any] | None = None
     device = environment.slug({"device": "cuda", "device_name": queue.machine.device})
     path = queue.out / f"queue-{device}.json"
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        merged = earlier if earlier.get("kernels") == queue.kernels else None
+        merged = earlier if earlier.get("kernels") == queue.kernels and same_versions(earlier) else None
     for entry in queue.entries:
         for file in sorted(queue.folder(entry).glob(f"overhead-{device}.json")):
             found = json.loads(file.read_text(encoding="utf-8"))
+            if not same_versions(found):
+                continue
             if merged is None:
                 merged = {"kernels": queue.kernels, "settings": {}, "parts": {}, "measured": {}, "thresholds": []}
             merged["environment"] = found["environment"]

@@ -97,6 +97,14 @@ def test_a_command_that_does_not_exist_and_a_summary_that_fails_do_not_stop_the_
     assert [r["name"] for r in records(root)] == ["missing", "broken", "c", "missing"]
 
 
+def test_a_command_that_does_not_accept_its_arguments_has_no_result(root: Path) -> None:
+    found = [entry("a", "import argparse; argparse.ArgumentParser().parse_args(['--new'])"), entry("b")]
+    for _ in range(2):
+        assert outcomes(queue_of(root, found)) == {"a": "missing", "b": "ok"}
+    assert ran(root) == ["a", "b", "a"]
+    assert "unrecognized arguments: --new" in records(root)[0]["detail"]
+
+
 def test_entries_with_a_result_for_the_same_kernels_are_skipped(root: Path) -> None:
     found = [entry("good"), entry("bad", "raise SystemExit(1)")]
     queue_of(root, found).run()

@@ -93,7 +93,11 @@ def measured(queue: Queue, name: str, part: str, case: dict[str, Any]) -> None:
     """Writes the file that a benchmark would write."""
     outcomes = thresholds.evaluate({part: [case]}, "cuda")
     content = {
-        "environment": {"device_name": "NVIDIA H200", "date": "2026-01-01"},
+        "environment": {
+            "device_name": "NVIDIA H200",
+            "date": "2026-01-01",
+            "versions": {**MACHINE.versions, "numpy": "1"},
+        },
         "settings": {"seconds": 4},
         "parts": {part: [case]},
         "thresholds": [outcome.as_dict() for outcome in outcomes],
@@ -148,7 +152,9 @@ def test_results_of_several_runs_with_the_same_kernels_are_merged(tmp_path: Path
     assert written["measured"].keys() == {"policy", "end-to-end"}
     assert written["settings"].keys() == {"policy", "step"}
     assert len(written["thresholds"]) == len(thresholds.evaluate({"policy": [LOSS], "end-to-end": [STEP]}, "cuda"))
-    queue.kernels = "other kernels"
+    queue.machine = Machine("NVIDIA H200", {"torch": "3", "triton": "3"})
+    assert gpu.merge(queue) is None
+    queue.machine, queue.kernels = MACHINE, "other kernels"
     measured(queue, "policy", "policy", LOSS)
     merged = gpu.merge(queue)
     assert merged is not None
