@@ -53,7 +53,7 @@ def test_the_missing_library_is_told_at_the_callers_line(name: str, nothing_comp
 def test_a_gpu_without_kernels_is_told_at_the_callers_line(nothing_compiled: None) -> None:
     with FakeTensorMode():
         latent, numbers = torch.empty(2, 4, 3, 4, device="cuda"), torch.empty(2, device="cuda")
-        with pytest.warns(UserWarning, match="runs the policy loss in plain PyTorch") as caught:
+        with pytest.warns(UserWarning, match="policy loss falls back to plain PyTorch") as caught:
             weighted_nft_loss(latent, latent, latent, numbers, numbers)
     assert [warning.filename for warning in caught] == [__file__]
 
