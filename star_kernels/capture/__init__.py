@@ -65,10 +65,10 @@ def attach_maps(
             that localise best (all blocks for the families included here).
         cfg: which half of the batch is conditional, if it is doubled for classifier-free guidance: "last", "first", or
             None if batches are not doubled. "auto" decides in each pass. A batch of the selection's size is not
-            doubled. A batch of twice its size is doubled if the family's pipelines concatenate an unconditional and a conditional
-            half in that order (SD3, PixArt, SD and SDXL) and both halves have equal latents. Any other batch is an
-            error, for example one with several images of each prompt. The first comparison of latents for a selection
-            waits for the GPU; in later passes the GPU asserts that they are equal.
+            doubled. A batch of twice its size is doubled if the family's pipelines concatenate an unconditional and a
+            conditional half in that order (SD3, PixArt, SD and SDXL) and both halves have equal latents. Any other
+            batch is an error, for example one with several images of each prompt. The first comparison of latents for a
+            selection waits for the GPU; in later passes the GPU asserts that they are equal.
         rows: range of the image queries as (start, length), overriding the value of the model family.
         grid: rows and columns of the image, overriding the value of the model family: the first rows * columns image
             queries.
