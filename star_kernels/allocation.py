@@ -50,9 +50,9 @@ def allocate(
             non-negative. A degenerate signal (see below) gives all steps the same share.
 
     Returns:
-        Weights with the shape of ``maps``, float32 (float64 for float64 maps), detached, in forward mode too. A
-        degenerate map, which sums to zero or has a negative or non-finite value, gives ones; other samples are not
-        affected by it.
+        Weights with the shape of ``maps``, float32 (float64 for float64 maps), without gradients in reverse and forward
+        mode. A degenerate map, which sums to zero or has a negative or non-finite value, gives ones; other samples are
+        not affected by it.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or option; the message names the argument.

@@ -45,10 +45,10 @@ def demo() -> str:
 def small_models() -> str:
     """Metrics of three models trained by ``star-train-small``. The last one is in the package."""
     heads = [
-        "composition",
-        "all fulfilled",
-        "text",
-        "all fulfilled",
+        "composition: mean reward",
+        "composition: all fulfilled",
+        "text: mean reward",
+        "text: all fulfilled",
         "correlation of map and object in the middle step, by block",
         "minutes",
     ]

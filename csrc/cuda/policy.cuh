@@ -1,5 +1,5 @@
 // Code shared by the forward and the backward kernel of the policy loss: the sums over the channels of a position, and
-// what advantages make of its log-ratio.
+// the terms of the loss that follow from its log-ratio and its advantage.
 //
 // Kernels are compiled for a Credit. The plain kernels keep one advantage in a register; the others read the advantages
 // and weights of all phrases, or of the location, while the latents are read once.
@@ -18,7 +18,7 @@ namespace {
 
 enum class Credit {
   kPlain,  // one advantage for each sample
-  kSplit,  // advantages of phrases, or dense ones
+  kSeveral,  // advantages of phrases, or dense ones
 };
 
 Latents policy_latents(const PolicyArguments& a) {
@@ -137,7 +137,7 @@ __device__ __forceinline__ void signed_advantages(const PolicyArguments& a, cons
 // Calls run(credit) with the Credit of the arguments as an integral constant.
 template <typename Run>
 void with_credit(const PolicyArguments& a, Run run) {
-  if (a.dense || a.phrases > 1) return run(std::integral_constant<Credit, Credit::kSplit>{});
+  if (a.dense || a.phrases > 1) return run(std::integral_constant<Credit, Credit::kSeveral>{});
   return run(std::integral_constant<Credit, Credit::kPlain>{});
 }
 

@@ -73,7 +73,7 @@ def attention(
             "triton" (CUDA only: maps in the epilogue of the flash attention kernel); "cudnn", "flash" or "efficient"
             (CUDA only: one of PyTorch's kernels); or "naive" (the reference implementation, which materialises all
             probabilities). On CUDA "auto" selects by measurement, see :mod:`star_kernels.attention.dispatch`;
-            PyTorch's kernels do not support ``key_mask`` there, and "flash" is the implementation set by
+            PyTorch's kernels do not support ``key_mask`` on CUDA, and "flash" is the implementation set by
             ``torch.nn.attention.activate_flash_attention_impl``.
 
     Returns:

@@ -55,7 +55,7 @@ def attention_maps(
         normaliser = lse[:, :, start : start + n_rows, None]  # [B, H, R, 1]
         attends = None if key_mask is None else key_mask.gather(1, _positions(arguments.index))[:, None, None]
     exponent = scores - normaliser  # [B, H, R, T]
-    if attends is not None:  # before the exponential: the log-sum-exp is no bound of a masked score
+    if attends is not None:  # before the exponential: a masked score may exceed the log-sum-exp, and exp would overflow
         exponent = exponent.masked_fill(~attends, float("-inf"))
     return _aggregate(torch.exp(exponent), arguments)
 

@@ -63,14 +63,15 @@ def attach_maps(
             :attr:`MapCapture.selection` is set.
         blocks: the attention modules to average over: "all", their indices, or "default", the blocks of the family
             that localise best (all blocks for the families included here).
-        cfg: the conditional half of a batch that is doubled for classifier-free guidance: "last", "first", or None if
-            batches are not doubled. "auto" decides in each pass. A batch of the selection's size is not doubled. A
-            batch of twice its size is doubled if the family's pipelines concatenate an unconditional and a conditional
-            half in that order (SD3, PixArt, SD and SDXL) and both halves have equal latents. Any other batch is an
-            error, for example one with several images of each prompt. The first comparison of latents for a selection
-            waits for the GPU; in later passes the GPU asserts that they are equal.
-        rows: range of the image queries as (start, length), instead of the family's own.
-        grid: rows and columns of the image, instead of the family's own: the first rows * columns image queries.
+        cfg: which half of the batch is conditional, if it is doubled for classifier-free guidance: "last", "first", or
+            None if batches are not doubled. "auto" decides in each pass. A batch of the selection's size is not
+            doubled. A batch of twice its size is doubled if the family's pipelines concatenate an unconditional and a
+            conditional half in that order (SD3, PixArt, SD and SDXL) and both halves have equal latents. Any other
+            batch is an error, for example one with several images of each prompt. The first comparison of latents for a
+            selection waits for the GPU; in later passes the GPU asserts that they are equal.
+        rows: range of the image queries as (start, length), overriding the value of the model family.
+        grid: rows and columns of the image, overriding the value of the model family: the first rows * columns image
+            queries.
         detach: if False, the maps are differentiable, for losses on them. They then keep the graph of the forward pass
             alive until the next pass or ``take()``.
 

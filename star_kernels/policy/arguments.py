@@ -8,7 +8,7 @@ functions after validation; ``channel_dim`` counts from the front.
 from __future__ import annotations
 
 from enum import Enum, auto
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -126,7 +126,6 @@ class SampleArguments(NamedTuple):
 
 
 Arguments = PolicyArguments | NftArguments | SampleArguments
-A = TypeVar("A", PolicyArguments, NftArguments, SampleArguments)
 
 
 class Forward(NamedTuple):

@@ -76,7 +76,7 @@ def check_old_log_prob(
     if list(old_log_prob.shape) != [batch, *locations]:
         scalar = list(old_log_prob.shape) == [batch]
         if not scalar or weights is not None or ratio == "location":
-            reason = " (shape [B] requires ratio='sample' and no weights)" if scalar else ""
+            reason = " (shape [B] is accepted only without weights and with ratio='sample')" if scalar else ""
             raise ValueError(
                 f"old_log_prob must have shape [B, *locations] = {[batch, *locations]}, "
                 f"got {list(old_log_prob.shape)}{reason}"

@@ -66,7 +66,7 @@ def weighted_policy_loss(
     :func:`star_kernels.allocate`):
 
     * ``ratio="sample"``: ``rho = exp(mean_p W_p d_p)``, one clip per sample. Without weights this is Flow-GRPO
-      (arXiv 2505.05470), and with the transition :func:`flow_matching` advantage-weighted matching.
+      (arXiv 2505.05470). With the transition :func:`flow_matching` it is advantage-weighted flow matching.
     * ``ratio="location"``: ``rho_p = exp(d_p)``, ``loss = mean_p W_p max(-A rho_p, -A clip(rho_p))``. The log-ratio of
       a position is about sqrt(P) wider than that of a sample, so it needs a wider clip range.
 
@@ -100,8 +100,11 @@ def weighted_policy_loss(
         weights: float32 ``[B, *locations]``, or ``[B, *grid]`` on a coarser (patch) grid that divides the latent's; not
             negative. Weights of phrases, ``[B, G, *locations]`` or ``[B, G, *grid]``, have one dimension more: this
             decides whether advantages are ``[B, G]``, even if G is the number of locations.
-        clip_range: half-width of the ratio's trust region, or (below, above) one.
+        ratio: "sample", one ratio and clip per sample; or "location", one per position.
+        clip_range: c clips the ratio to ``[1 - c, 1 + c]``, a pair (a, b) to ``[1 - a, 1 + b]``.
+        advantage_clip: advantages are clamped to plus and minus this value.
         ref_model_output: velocity of the reference model; adds ``kl_coef * mean(kl_scale (mean - mean_ref)^2)``.
+        kl_coef: factor of the KL penalty; 0 without ``ref_model_output``.
         weighted_kl: whether the weights also apply to that penalty; must be False with the weights of phrases.
         old_model_output: velocity of the rollout's model; enables GRPO-Guard's normalisation of the ratio
             (arXiv 2510.22319): ``d_p <- (d_p + scale (mean - mean_old)^2) / (2 scale std)``, so that the log-ratio
@@ -122,7 +125,8 @@ def weighted_policy_loss(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or range; the message names it.
-            Values of tensors on a GPU are not checked: there a sample whose mask is empty contributes nothing.
+            Values of tensors on a GPU are not checked: a sample with an empty mask, an error on a CPU, contributes
+            nothing there.
     """
     channel_dim = resolve_channel_dim(channel_dim, model_output)
     check_latent("sample", sample, model_output)

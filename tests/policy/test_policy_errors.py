@@ -234,7 +234,7 @@ def test_good_input_is_accepted() -> None:
 @pytest.mark.parametrize("options", [{"weights": ROWS + 1}, {"ratio": "location"}])
 def test_one_old_log_prob_for_each_sample_requires_sample_ratios_without_weights(options: dict) -> None:
     weighted_policy_loss(**{**GOOD, "old_log_prob": ONES})
-    with pytest.raises(ValueError, match=r"old_log_prob must have shape .*got \[2\] \(shape \[B\] requires"):
+    with pytest.raises(ValueError, match=r"old_log_prob must have shape .*got \[2\] \(shape \[B\] is accepted only"):
         weighted_policy_loss(**{**GOOD, "old_log_prob": ONES}, **options)
 
 

@@ -43,7 +43,7 @@ def parse(arguments: list[str]) -> Any:
 
 
 def command_line(options: Any) -> str:
-    """The shortest command line with the same options."""
+    """The shortest command line that selects the same recipe; --out, --device and --evaluate are left out."""
     base = asdict(RECIPES[options.size])
     given = options.recipe.as_dict()
     changed = [f"--recipe.{k} {given[k]}" for k in base if tuple_or(given[k]) != tuple_or(base[k])]

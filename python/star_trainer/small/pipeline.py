@@ -37,7 +37,7 @@ def build(recipe: Recipe) -> Any:
 
 
 def build_tokenizer(length: int) -> Any:
-    """A CLIP tokenizer: each word of the scenes is one token, and other words are spelled with their pieces.
+    """A CLIP tokenizer: each word of the scenes is one token, and other words are split into several tokens.
 
     The merges are constructed word by word, because the trainer of the tokenizers package breaks ties at random.
     """
