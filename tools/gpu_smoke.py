@@ -36,7 +36,7 @@ from star_kernels.policy import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 # Relative RMS error allowed against float64.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 MODEL_TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 1e-1}  # convolutions may use TF32
 Results = dict[str, Tensor]
 Check = tuple[str, str | None, float, Callable[[], tuple[Results, Results]]]  # name, obstacle, tolerance, run
@@ -72,7 +72,8 @@ def run_attention(
             return_lse=True, backend=backend,
         )  # fmt: skip
         if backward:
-            loss = result.out.double().square().sum() + maps * result.maps.double().square().sum()
+            # The factor gives the gradients of the maps and of the output about the same size.
+            loss = result.out.double().square().sum() + 1e4 * maps * result.maps.double().square().sum()
             found.append(dict(zip(("dq", "dk", "dv"), torch.autograd.grad(loss, leaves), strict=True)))
         else:
             found.append({"out": result.out, "maps": result.maps, "lse": result.lse})
