@@ -277,8 +277,10 @@ def test_programs_that_loop_over_tiles_compute_the_same_loss(ratio: str, monkeyp
 @inner
 @pytest.mark.parametrize(
     "shape",
-    mostly_exhaustive([((19, 2, 3),), ((1, 64, 33 * 32),)], lambda shape: shape[0] == 1),
-    ids=["many_samples", "many_tiles"],
+    [
+        pytest.param((19, 2, 3), id="many_samples", marks=pytest.mark.exhaustive),
+        pytest.param((1, 64, 33 * 32), id="many_tiles"),
+    ],
 )
 def test_all_samples_and_all_tiles_are_added_up(shape: tuple[int, int, int], poisoned: None) -> None:
     """More than the last program adds up in one step."""
