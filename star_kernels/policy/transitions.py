@@ -259,11 +259,11 @@ def _floats(value: Tensor | float) -> list[float]:
     """A number, or the elements of a small floating-point tensor in host memory; an empty list for anything else."""
     if isinstance(value, float | int):
         return [value]
-    if type(value) is not Tensor or value.device.type != "cpu" or not value.is_floating_point():
+    if type(value) is not Tensor or not value.is_cpu or not value.is_floating_point():
         return []
     if value.requires_grad or value.layout is not torch.strided or value.ndim > 1 or value.numel() > _FEW:
         return []
-    return value.reshape(-1).tolist()
+    return value.tolist() if value.ndim else [value.item()]
 
 
 def _sigmas(sigma: Tensor | float, sigma_next: Tensor | float) -> tuple[Tensor, Tensor]:
