@@ -66,7 +66,8 @@ def allocate(
         _check_signal(step_signal, maps, layout, over)
     dims = _MEANS[over]
     flat = _flat(maps.detach(), layout)
-    flat = flat if flat.dtype == torch.float64 else flat.float()
+    if flat.dtype not in (torch.float32, torch.float64):
+        flat = flat.float()
     has_phrases = flat.ndim == 4
     if has_phrases:
         flat = flat.transpose(1, 2)  # [B, G, Steps, P]
@@ -80,7 +81,9 @@ def allocate(
     weights = shares if strength == 1 else torch.lerp(torch.ones_like(shares), shares, strength)
     if cap is not None:
         weights = _cap(weights.flatten(-len(dims)), cap).view_as(weights)
-    return (weights.transpose(1, 2) if has_phrases else weights).reshape(maps.shape)
+    if has_phrases:
+        weights = weights.transpose(1, 2)
+    return weights if weights.ndim == maps.ndim else weights.reshape(maps.shape)
 
 
 def total_variation(maps: Tensor, following: Tensor, *, layout: str | None = None) -> Tensor:
@@ -111,15 +114,15 @@ def total_variation(maps: Tensor, following: Tensor, *, layout: str | None = Non
     here, then = (_flat(given.detach(), layout).to(dtype) for given in (maps, following))
     (shares, good), (shares_then, good_then) = _shares(here, (-1,)), _shares(then, (-1,))
     apart = _mean((shares - shares_then).abs_(), (-1,))[..., 0] / 2
-    if good is None and good_then is None:
-        return apart
-    good, good_then = (True if known is None else known[..., 0] for known in (good, good_then))
-    return torch.where(good & good_then, apart, 0.0)
+    for known in (good, good_then):
+        if known is not None:
+            apart = torch.where(known[..., 0], apart, 0.0)
+    return apart
 
 
 def _flat(maps: Tensor, layout: str) -> Tensor:
     """The maps with all positions in the last dimension."""
-    return maps.flatten(len(layout.rstrip("pfhw")))
+    return maps if layout[-1] == "p" else maps.flatten(len(layout.rstrip("fhw")))
 
 
 def _shares(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
@@ -134,7 +137,7 @@ def _shares(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | Non
     shares = relative / _mean(relative, dims)
     if values.is_contiguous() and _all_good(peak, least):
         return shares, None
-    good = (peak > 0) & peak.isfinite() & (least >= 0)
+    good = (peak > 0) & (peak < math.inf) & (least >= 0)
     return torch.where(good, shares, 1.0), good
 
 
@@ -153,13 +156,10 @@ def _mean(values: Tensor, dims: tuple[int, ...]) -> Tensor:
 
     PyTorch splits a large sum of a single result between the threads of a CPU, but computes each of two results in one.
     """
-    if not values.is_cpu:
-        return values.mean(dim=dims, keepdim=True)
-    count = math.prod(values.shape[-len(dims) :])
-    if values.shape.numel() == count >= _PARALLEL:
-        values = values.expand(2, *values.shape)
-        return values.mean(dim=dims, keepdim=True)[0]
-    return values.sum(dim=dims, keepdim=True).div_(count)  # what mean does on a CPU, in half its time
+    single = values.is_cpu and all(size == 1 for size in values.shape[: -len(dims)])
+    if single and values.numel() >= _PARALLEL:
+        return values.expand(2, *values.shape).mean(dim=dims, keepdim=True)[0]
+    return values.mean(dim=dims, keepdim=True)
 
 
 def _cap(weights: Tensor, cap: float) -> Tensor:
@@ -186,11 +186,11 @@ def _cap(weights: Tensor, cap: float) -> Tensor:
 
 def _check_layout(maps: Tensor, layout: str | None, accepted: Sequence[str]) -> str:
     """The layout of maps, checked against their shape."""
-    fitting = [known for known in accepted if len(known) == maps.ndim]
-    choice = f"one of {', '.join(map(repr, fitting))}" if fitting else "a letter for each dimension, such as 'bshw'"
     if layout is None and maps.ndim == 2 and "bp" in accepted:
         layout = "bp"
     if layout is None:
+        fitting = [known for known in accepted if len(known) == maps.ndim]
+        choice = f"one of {', '.join(map(repr, fitting))}" if fitting else "a letter for each dimension, such as 'bshw'"
         raise ValueError(f"layout must be given for maps of shape {list(maps.shape)}: {choice}")
     if layout not in accepted:
         raise ValueError(f"layout must be one of {', '.join(map(repr, accepted))}, got {layout!r}")
