@@ -65,7 +65,7 @@ def backward(
     No [Sq, Sk] matrix is materialised. PyTorch's 16-bit backward pass on a CPU is several times slower than this one,
     and no more exact.
     """
-    lse = lse.clamp(min=_LEAST)  # a row without any key has -inf, and probabilities of exp(-inf - lse)
+    lse = lse.clamp(min=_LEAST)  # PyTorch computes exp(-inf - lse) for a row without any key: 0, not NaN
     saved = _float32(grad_out, grad_lse, query, key, value, out, columns=1)
     mask = _additive(key_mask, torch.float32)
     dq, dk, dv = _CPU_BACKWARD(*saved, lse, 0.0, False, attn_mask=mask, scale=scale)

@@ -5,8 +5,8 @@ coefficients, so one kernel computes them all. Sigma runs from 1 (noise) to 0 (i
 once.
 
 Each formula is written once, for floats and for tensors. Python computes the coefficients of a few numbers in host
-memory, in a tenth of the time of tensor operations. Tensors on a GPU are not read, and errors are raised by the checks
-of tensors.
+memory, in a tenth of the time of tensor operations. Tensors on a GPU are not read. Invalid values are reported by the
+checks of tensors.
 """
 
 from __future__ import annotations
@@ -243,8 +243,8 @@ def _in_python(
     if not all([len(numbers) in (1, size) for numbers in values]):
         return None
     on_cpu = any([isinstance(value, Tensor) for value in batch])
-    if not on_cpu and any([isinstance(value, Tensor) for value in others]):  # the default device is another one, maybe
-        return None
+    if not on_cpu and any([isinstance(value, Tensor) for value in others]):
+        return None  # the checks of tensors compare its device with the default device
     try:
         columns = [column(*numbers) for numbers in zip(*[n * (size // len(n)) for n in values], strict=True)]
     except (ArithmeticError, ValueError):
