@@ -5,6 +5,7 @@ The benchmark runs on a GPU if there is one, otherwise on the CPU. It has these 
   attention   attention with maps, against attention without maps and other ways to compute the maps
   backward    the backward pass of attention (GPU only)
   policy      the policy loss with and without weights, against Flow-GRPO's loss in PyTorch
+  host        the time of each function on tiny tensors, against PyTorch: the cost of Python
   capture     a transformer's forward pass with and without captured maps (GPU, or CPU with --thorough)
   end-to-end  a rollout-and-update step of STAR, against the same step of plain Flow-GRPO
   epoch       an epoch of star-train with and without STAR, rewards included
@@ -33,22 +34,46 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
-from benchmarks.parts import attention, backward, policy
+from benchmarks.parts import attention, backward, host, policy
 from benchmarks.parts.request import Request
 from benchmarks.reporting import environment, plot, summary, tables
 from benchmarks.reporting.thresholds import FAILED, HELD, UNDECIDED, Outcome, evaluate
 from benchmarks.timing import progress
 from benchmarks.timing.harness import Budget, Extent
 
-PARTS = ("attention", "backward", "policy", "capture", "end-to-end", "epoch")
+PARTS = ("attention", "backward", "policy", "host", "capture", "end-to-end", "epoch")
 # On a CPU the backward pass of attention is PyTorch's own.
-THOROUGH_ON_CPU = ("attention", "policy", "capture", "end-to-end", "epoch")
-ON_CPU = ("attention", "policy", "end-to-end", "epoch")  # end-to-end includes a capture
+THOROUGH_ON_CPU = ("attention", "policy", "host", "capture", "end-to-end", "epoch")
+ON_CPU = ("attention", "policy", "host", "end-to-end", "epoch")  # end-to-end includes a capture
 # Default run: seconds of each part, including its preparation.
-BUDGET = {"attention": 45.0, "backward": 15.0, "policy": 25.0, "capture": 40.0, "end-to-end": 75.0, "epoch": 40.0}
+BUDGET = {
+    "attention": 45.0,
+    "backward": 15.0,
+    "policy": 25.0,
+    "host": 10.0,
+    "capture": 40.0,
+    "end-to-end": 75.0,
+    "epoch": 40.0,
+}
 # Thorough run: seconds of each comparison, excluding its checks, and the expected seconds of each part.
-SECONDS = {"attention": 36.0, "backward": 12.0, "policy": 12.0, "capture": 40.0, "end-to-end": 75.0, "epoch": 90.0}
-EXPECTED = {"attention": 170.0, "backward": 50.0, "policy": 50.0, "capture": 90.0, "end-to-end": 120.0, "epoch": 110.0}
+SECONDS = {
+    "attention": 36.0,
+    "backward": 12.0,
+    "policy": 12.0,
+    "host": 12.0,
+    "capture": 40.0,
+    "end-to-end": 75.0,
+    "epoch": 90.0,
+}
+EXPECTED = {
+    "attention": 170.0,
+    "backward": 50.0,
+    "policy": 50.0,
+    "host": 15.0,
+    "capture": 90.0,
+    "end-to-end": 120.0,
+    "epoch": 110.0,
+}
 RECORDED = ("only", "device", "dtype", "repetitions", "seconds", "batch", "quick", "thorough")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUT = Path(__file__).resolve().parents[1] / "runs" / "overhead"
@@ -183,6 +208,8 @@ def measure(
         return backward.measure(request)
     if part == "policy":
         return policy.measure(request)
+    if part == "host":
+        return host.measure(request)
     # The other parts import diffusers, which takes seconds.
     if part == "capture":
         from benchmarks.parts import capture

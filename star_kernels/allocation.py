@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from star_kernels.checks import check_dense, check_number
+from star_kernels.torch_internals import WATCH
 
 _MEANS = {"step": (-1,), "trajectory": (-2, -1)}
+_FEW = 64  # maps whose largest and smallest values are read
+_PARALLEL = 32768  # elements from which PyTorch divides a sum among threads
 _SIZES = {"b": "B", "s": "Steps", "g": "G", "p": "P", "f": "f", "h": "h", "w": "w"}
 
 
@@ -62,21 +66,24 @@ def allocate(
         _check_signal(step_signal, maps, layout, over)
     dims = _MEANS[over]
     flat = _flat(maps.detach(), layout)
-    flat = flat if flat.dtype == torch.float64 else flat.float()
+    if flat.dtype not in (torch.float32, torch.float64):
+        flat = flat.float()
     has_phrases = flat.ndim == 4
     if has_phrases:
         flat = flat.transpose(1, 2)  # [B, G, Steps, P]
     if step_signal is None:
-        shares = _shares(flat, dims)
+        shares, _ = _shares(flat, dims)
     else:
         signal = step_signal.detach().to(flat.dtype)
         if has_phrases:
             signal = signal[:, None] if signal.ndim == 2 else signal.transpose(1, 2)
-        shares = _shares(flat, (-1,)) * _shares(signal, (-1,))[..., None]
-    weights = torch.lerp(torch.ones_like(shares), shares, strength)
+        shares = _shares(flat, (-1,))[0] * _shares(signal, (-1,))[0][..., None]
+    weights = shares if strength == 1 else torch.lerp(torch.ones_like(shares), shares, strength)
     if cap is not None:
         weights = _cap(weights.flatten(-len(dims)), cap).view_as(weights)
-    return (weights.transpose(1, 2) if has_phrases else weights).reshape(maps.shape)
+    if has_phrases:
+        weights = weights.transpose(1, 2)
+    return weights if weights.ndim == maps.ndim else weights.reshape(maps.shape)
 
 
 def total_variation(maps: Tensor, following: Tensor, *, layout: str | None = None) -> Tensor:
@@ -105,35 +112,54 @@ def total_variation(maps: Tensor, following: Tensor, *, layout: str | None = Non
     _check_device("following", following, maps)
     dtype = torch.float64 if torch.float64 in (maps.dtype, following.dtype) else torch.float32
     here, then = (_flat(given.detach(), layout).to(dtype) for given in (maps, following))
-    apart = _mean((_shares(here, (-1,)) - _shares(then, (-1,))).abs(), (-1,))[..., 0] / 2
-    return torch.where(_good(here, (-1,))[..., 0] & _good(then, (-1,))[..., 0], apart, 0.0)
+    (shares, good), (shares_then, good_then) = _shares(here, (-1,)), _shares(then, (-1,))
+    apart = _mean((shares - shares_then).abs_(), (-1,))[..., 0] / 2
+    for known in (good, good_then):
+        if known is not None:
+            apart = torch.where(known[..., 0], apart, 0.0)
+    return apart
 
 
 def _flat(maps: Tensor, layout: str) -> Tensor:
     """The maps with all positions in the last dimension."""
-    return maps.flatten(len(layout.rstrip("pfhw")))
+    return maps if layout[-1] == "p" else maps.flatten(len(layout.rstrip("fhw")))
 
 
-def _shares(values: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Values divided by their mean; first divided by their maximum, so that nothing over- or underflows."""
-    relative = values / values.amax(dim=dims, keepdim=True)
-    return torch.where(_good(values, dims), relative / _mean(relative, dims), 1.0)
+def _shares(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """Values divided by their mean; first divided by their maximum, so that nothing over- or underflows.
+
+    Also returns which maps are good: all values are finite and non-negative, and at least one is positive. The shares
+    of other maps are ones. None if all are good, which is tested for a few contiguous maps in host memory only: reading
+    values of a GPU would synchronise.
+    """
+    peak, least = values.amax(dim=dims, keepdim=True), values.amin(dim=dims, keepdim=True)
+    relative = values / peak
+    shares = relative / _mean(relative, dims)
+    if values.is_contiguous() and _all_good(peak, least):
+        return shares, None
+    good = (peak > 0) & (peak < math.inf) & (least >= 0)
+    return torch.where(good, shares, 1.0), good
+
+
+def _all_good(peak: Tensor, least: Tensor) -> bool:
+    """Whether all maps are known to be good, given their largest and smallest values."""
+    if torch.compiler.is_compiling() or WATCH.observed() or type(peak) is not Tensor or not peak.is_cpu:
+        return False
+    if peak.numel() > _FEW:
+        return False
+    peaks, leasts = peak.flatten().tolist(), least.flatten().tolist()
+    return all([0 < p < math.inf for p in peaks]) and all([m >= 0 for m in leasts])
 
 
 def _mean(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The mean over the last dimensions, with bits that do not depend on the number of threads.
 
-    PyTorch splits the sum of a single result between the threads of a CPU, but computes each of two results in one.
+    PyTorch splits a large sum of a single result between the threads of a CPU, but computes each of two results in one.
     """
-    if values.device.type == "cpu" and all(size == 1 for size in values.shape[: -len(dims)]):
+    single = values.is_cpu and all(size == 1 for size in values.shape[: -len(dims)])
+    if single and values.numel() >= _PARALLEL:
         return values.expand(2, *values.shape).mean(dim=dims, keepdim=True)[0]
     return values.mean(dim=dims, keepdim=True)
-
-
-def _good(values: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Whether all values are finite and non-negative, and at least one is positive."""
-    peak = values.amax(dim=dims, keepdim=True)
-    return (peak > 0) & peak.isfinite() & (values.amin(dim=dims, keepdim=True) >= 0)
 
 
 def _cap(weights: Tensor, cap: float) -> Tensor:
@@ -160,11 +186,11 @@ def _cap(weights: Tensor, cap: float) -> Tensor:
 
 def _check_layout(maps: Tensor, layout: str | None, accepted: Sequence[str]) -> str:
     """The layout of maps, checked against their shape."""
-    fitting = [known for known in accepted if len(known) == maps.ndim]
-    choice = f"one of {', '.join(map(repr, fitting))}" if fitting else "a letter for each dimension, such as 'bshw'"
     if layout is None and maps.ndim == 2 and "bp" in accepted:
         layout = "bp"
     if layout is None:
+        fitting = [known for known in accepted if len(known) == maps.ndim]
+        choice = f"one of {', '.join(map(repr, fitting))}" if fitting else "a letter for each dimension, such as 'bshw'"
         raise ValueError(f"layout must be given for maps of shape {list(maps.shape)}: {choice}")
     if layout not in accepted:
         raise ValueError(f"layout must be one of {', '.join(map(repr, accepted))}, got {layout!r}")

@@ -65,7 +65,10 @@ class Operator:
         self.overload = getattr(torch.ops.star_kernels, name).default
         self._tensors = schema[: schema.index("->")].count("Tensor")
         self._implementation = implementation
-        self._function = _function(name, implementation, setup_context, backward)
+        function = _function(name, implementation, setup_context, backward)
+        # The method of Function's base class: Function's own first looks for dead wrappers of torch.func in all
+        # arguments, which have no memory and do not come here.
+        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         self._transformable = _transformable(name, self, setup_context, backward)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -77,7 +80,7 @@ class Operator:
         if not _in_memory(tensors):
             return self.overload(*arguments)
         if torch.is_grad_enabled() and WATCH.requires_grad(*tensors):
-            return self._function.apply(*arguments)
+            return self._apply(*arguments)
         return self._implementation(*arguments)
 
 

@@ -18,11 +18,6 @@ from benchmarks.reporting.summary import BUSY, duration
 # Okabe and Ito's palette, which is distinguishable with colour blindness.
 OURS, PYTORCH, OTHER = "#0072B2", "#7F7F7F", "#E69F00"
 COLOURS = {
-    "ours": OURS,
-    "ours_from_lse": OURS,
-    "ours_weighted": OURS,
-    "ours_without": OURS,
-    "ours_maps": OURS,
     "flash": PYTORCH,
     "efficient": PYTORCH,
     "cudnn": PYTORCH,
@@ -69,7 +64,7 @@ def _panel(axis: Axes, part: str, case: dict[str, Any]) -> None:
     relative = [case["relative"][name] for name in names]
     values = [row["median"] for row in relative]
     error_bars = [[r["median"] - r["p20"] for r in relative], [r["p80"] - r["median"] for r in relative]]
-    colours = [COLOURS.get(name, PYTORCH if name.startswith("sdpa") else OTHER) for name in names]
+    colours = [COLOURS.get(name, _colour(name)) for name in names]
     axis.barh(range(len(names)), values, color=colours, height=0.66)
     axis.errorbar(values, range(len(names)), xerr=error_bars, fmt="none", ecolor="black", elinewidth=1, capsize=3)
     axis.set_yticks(range(len(names)), [textwrap.fill(case["times"][name]["label"], 36) for name in names], fontsize=10)
@@ -90,6 +85,12 @@ def _panel(axis: Axes, part: str, case: dict[str, Any]) -> None:
     title = textwrap.fill(f"{part}: {case['title']}", 74)
     axis.set_title(title, fontsize=10.5, fontweight="bold", loc="left", x=-0.55)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _colour(name: str) -> str:
+    if name.startswith("ours"):
+        return OURS
+    return PYTORCH if name.startswith("sdpa") else OTHER
 
 
 def _times(ratio: float) -> str:

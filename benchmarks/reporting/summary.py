@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 98, 23
 BUSY = 0.05  # share of disturbed calls above which a machine is called busy
 MAPS = "Maps: attention with maps of 8 text tokens, compared with attention without maps"
 WEIGHTS = "Weights: policy loss with a weight for each latent position, forward and backward"
+CALLS = "Host time of a call on tiny tensors"
 BOTH = "Maps and weights: training with STAR, compared with plain Flow-GRPO"
 HEADINGS = {
     "attention": MAPS,
@@ -21,6 +22,14 @@ HEADINGS = {
     "policy": WEIGHTS,
     "end-to-end": BOTH,
     "epoch": BOTH,
+}
+HOST = {  # name of a pair of benchmarks/parts/host.py -> name in the summary
+    "attention": "attention",
+    "attention_gradients": "with gradients",
+    "policy_loss": "policy loss with gradients",
+    "sample_transition": "sample_transition",
+    "flow_sde": "flow_sde",
+    "allocate": "allocate",
 }
 
 
@@ -49,10 +58,9 @@ def text(result: dict[str, Any]) -> str:
     found = [row for part, cases in result["parts"].items() for case in cases for row in rows(part, case)]
     environment = result["environment"]
     where = f"{environment['device_name']}, {environment['threads']} threads, torch {environment['versions']['torch']}"
-    lines = [
-        f"COST OF MAPS AND WEIGHTS  ({where})",
-        f"  {'':<46}{'without':>10}{'with':>10}{'overhead':>10}   95 % interval",
-    ]
+    lines = [f"COST OF MAPS AND WEIGHTS  ({where})"]
+    if found:
+        lines.append(f"  {'':<46}{'without':>10}{'with':>10}{'overhead':>10}   95 % interval")
     for heading in dict.fromkeys(HEADINGS.values()):
         own = [str(row) for row in found if HEADINGS[row.part] == heading]
         lines += [heading, *own] if own else []
@@ -109,6 +117,13 @@ def rows(part: str, case: dict[str, Any]) -> Iterator[Row]:
 
 def alternatives(parts: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     """Sentences that compare other implementations with ours."""
+    for case in parts.get("host", [])[:1]:
+        times = case["times"]
+        found = ", ".join(
+            f"{name} {duration(times[f'ours_{key}']['median'])} ({duration(times[f'other_{key}']['median'])})"
+            for key, name in HOST.items()
+        )
+        yield f"{CALLS}, in brackets the same in PyTorch: {found}."
     for case in parts.get("attention", [])[:1]:
         slower = {
             name: case["ratios"][f"{key}_over_ours"]["median"]

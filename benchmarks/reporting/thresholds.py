@@ -15,6 +15,15 @@ ANY = ""
 ATTENTION, LARGE, FLUX = "SD3.5-M 512²", "SD3.5-M 1024²", "FLUX 1024²"
 LOSS, BANDWIDTH = "policy loss", "policy loss, large"
 FORWARD, STEP, EPOCH = ("SD3.5-M 512² forward", "SD3.5-M 1024² forward"), "SD3.5-M step", "epoch of the driver"
+HOST = "host time"
+# Attention: above SDPA.
+MICROSECONDS = {
+    "attention_us": 25.0,
+    "attention_gradients_us": 45.0,
+    "policy_loss_us": 100.0,
+    "flow_sde_us": 40.0,
+    "allocate_us": 30.0,
+}
 EAGER = ("eager_over_ours", "eager_over_ours_weighted")
 COMPILED = ("compiled_over_ours", "compiled_over_ours_weighted")
 HELD, FAILED, UNDECIDED = "held", "FAILED", "undecided"
@@ -56,6 +65,7 @@ THRESHOLDS = (
     *(Threshold("policy", ratio, ">=", 2.0, device="cpu", case=LOSS) for ratio in EAGER),
     *(Threshold("policy", ratio, ">", 1.0, device="cpu", case=LOSS) for ratio in COMPILED),
     *(Threshold("capture", "capture_over_plain", "<=", 1.03, device="cpu", case=case) for case in FORWARD),
+    *(Threshold("host", ratio, "<=", limit, device="cpu", case=HOST) for ratio, limit in MICROSECONDS.items()),
     Threshold("end-to-end", "star_over_plain", "<=", 1.03, device="cpu", case=STEP),
     Threshold("epoch", "star_over_plain", "<=", 1.03, device="cpu", case=EPOCH),
     Threshold("epoch", "star_by_parts", "<=", 1.02, device="cpu", case=EPOCH),

@@ -38,10 +38,14 @@ class Clock(Protocol):
 
 
 class CpuClock:
-    """Wall-clock time by ``time.perf_counter``, Python included. A GPU is synchronised before and after each call."""
+    """Wall-clock time by ``time.perf_counter``, Python included. A GPU is synchronised before and after each call.
 
-    def __init__(self, device: torch.device) -> None:
+    A sample is the mean over ``calls`` consecutive calls, between which a GPU is not synchronised.
+    """
+
+    def __init__(self, device: torch.device, calls: int = 1) -> None:
         self.device = device
+        self.calls = calls
         self.name = "time.perf_counter" + (" between synchronisations" if device.type == "cuda" else "")
 
     def time(self, runs: Sequence[Callable[[], Any]]) -> list[Sample]:
@@ -51,10 +55,11 @@ class CpuClock:
         self._synchronise()
         waited = _waiting()
         start = time.perf_counter()
-        run()
+        for _ in range(self.calls):
+            run()
         self._synchronise()
         seconds = time.perf_counter() - start
-        return Sample(seconds, _waiting() - waited)
+        return Sample(seconds / self.calls, (_waiting() - waited) / self.calls)
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":

@@ -74,4 +74,6 @@ def laid_out(result: Tensor, like: Tensor) -> Tensor:
 
 def gradient_like(gradient: Tensor, tensor: Tensor) -> Tensor:
     """The gradient in the dtype and layout of its tensor."""
+    if gradient.dtype == tensor.dtype and gradient.stride() == tensor.stride() and tensor.is_contiguous():
+        return gradient
     return torch.empty_like(tensor).copy_(gradient)

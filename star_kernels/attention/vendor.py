@@ -18,7 +18,8 @@ from torch import Tensor
 KERNELS = ("cudnn", "flash", "efficient")  # on CUDA
 LSE_ALIGNMENT = 32 if torch.version.hip is None else 1  # the efficient kernel pads its log-sum-exp to a multiple
 
-_CPU_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_LEAST = torch.finfo(torch.float32).min
+_CPU_FORWARD = torch._scaled_dot_product_flash_attention_for_cpu
 _CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 # The operators are called by position. These are their arguments in torch 2.11 to 2.13.
 _ARGUMENTS = {
@@ -64,11 +65,12 @@ def backward(
     No [Sq, Sk] matrix is materialised. PyTorch's 16-bit backward pass on a CPU is several times slower than this one,
     and no more exact.
     """
-    lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    lse = lse.clamp(min=_LEAST)  # PyTorch computes exp(-inf - lse) for a row without any key: 0, not NaN
     saved = _float32(grad_out, grad_lse, query, key, value, out, columns=1)
     mask = _additive(key_mask, torch.float32)
-    grads = _CPU_BACKWARD(*saved, lse, 0.0, False, attn_mask=mask, scale=scale)
-    return tuple(g[..., : query.shape[-1]] for g in grads)
+    dq, dk, dv = _CPU_BACKWARD(*saved, lse, 0.0, False, attn_mask=mask, scale=scale)
+    width = query.shape[-1]
+    return (dq, dk, dv) if dq.shape[-1] == width else (dq[..., :width], dk[..., :width], dv[..., :width])
 
 
 def cuda_float32_backward(

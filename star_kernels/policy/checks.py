@@ -194,6 +194,8 @@ def check_weight_values(weights: Tensor | None) -> None:
 
 def check_clip(clip_range: float | tuple[float, float]) -> tuple[float, float]:
     """The bounds of the ratio, 1 - low and 1 + high."""
+    if isinstance(clip_range, float) and 0 <= clip_range <= 1:
+        return 1.0 - clip_range, 1.0 + clip_range
     pair = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
     if not all(isinstance(bound, int | float) for bound in pair):
         raise TypeError(f"clip_range must be a number or a tuple (below, above) of two, got {clip_range!r}")

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import overhead
+from benchmarks.parts import host
 from benchmarks.reporting import plot, summary, thresholds
 from benchmarks.timing import harness, progress
-from benchmarks.timing.clocks import Sample
+from benchmarks.timing.clocks import CpuClock, Sample
 
 RESULTS = sorted((Path(overhead.__file__).parent / "results").glob("overhead-*.json"))
 
@@ -202,6 +204,40 @@ def test_only_check_compares_with_the_limits(
     monkeypatch.setattr(thresholds, "THRESHOLDS", (*thresholds.THRESHOLDS, beyond))
     assert run(tmp_path) == 0
     assert run(tmp_path, "--check") == 1
+
+
+def test_host_time_is_that_of_one_call_and_has_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    assert run(tmp_path, "--quick", "--only", "host") == 0
+    assert torch.get_num_threads() == threads
+    assert "Host time of a call on tiny tensors, in brackets the same in PyTorch: attention" in capsys.readouterr().out
+    (written,) = tmp_path.glob("*.json")
+    (case,) = json.loads(written.read_text())["parts"]["host"]
+    names = ("attention", "attention_gradients", "policy_loss", "sample_transition", "flow_sde", "allocate")
+    assert list(case["times"]) == [f"{side}_{name}" for name in names for side in ("other", "ours")]
+    for name in names:
+        in_microseconds = case["ratios"][f"{name}_us"]["median"]
+        of_ours = 1e6 * case["times"][f"ours_{name}"]["median"]
+        assert 0 < of_ours < 1e5
+        assert in_microseconds == pytest.approx(of_ours) or name.startswith("attention")
+    limits = [t for t in thresholds.THRESHOLDS if t.part == "host"]
+    assert {t.ratio for t in limits} < set(case["ratios"])
+    outcomes = thresholds.evaluate({"host": [case | {"name": thresholds.HOST}]}, "cpu")
+    assert {o.verdict for o in outcomes} == {thresholds.UNDECIDED}  # three rounds have no interval
+
+
+def test_a_clock_of_several_calls_gives_the_time_of_one() -> None:
+    calls: list[float] = []
+    sample, *others = CpuClock(torch.device("cpu"), calls=5).time([lambda: calls.append(time.sleep(0.01) or 0.0)])
+    assert (len(calls), others) == (5, [])
+    assert 0.01 <= sample.seconds < 0.05
+
+
+def test_a_pair_that_differs_is_an_error() -> None:
+    found = torch.ones(3)
+    host._check_close("allocate", (found,), (found,))
+    with pytest.raises(RuntimeError, match="allocate and the same computation in PyTorch differ by more than"):
+        host._check_close("allocate", found, found + 1e-2)
 
 
 def test_invalid_options_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:

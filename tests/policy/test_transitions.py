@@ -105,6 +105,38 @@ def test_a_batch_is_its_samples_one_by_one(dtype: torch.dtype) -> None:
         assert torch.equal(together.coefficients, torch.cat(apart, dim=1))
 
 
+def test_large_batches_and_compiled_calls_have_the_bits_of_single_columns() -> None:
+    """A few columns are computed by Python, more by tensor operations, as are all in a graph and under torch.func."""
+    sigma = torch.rand(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.9 + 0.1
+    sigma[:3] = 1.0
+    following, weight = sigma * 0.75, sigma + 0.5
+    for make in (lambda s, n: flow_sde(s, n, sigma_max=SIGMA_MAX), flow_cps, dance_sde):
+        single = [make(float(s), float(n)).coefficients for s, n in zip(sigma, following, strict=True)]
+        assert torch.equal(make(sigma, following).coefficients, torch.cat(single, dim=1))
+        assert torch.equal(make(sigma[:9], following[:9]).coefficients, torch.cat(single[:9], dim=1))
+        compiled = torch.compile(lambda s, n, make=make: make(s, n).coefficients, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(sigma[:9], following[:9]), torch.cat(single[:9], dim=1))
+        mapped = torch.vmap(lambda s, n, make=make: make(s, n).coefficients, out_dims=2)(sigma[3:9], following[3:9])
+        assert torch.equal(mapped[:, 0], torch.cat(single[3:9], dim=1))
+    single = [flow_matching(float(s), weight=float(w)).coefficients for s, w in zip(sigma, weight, strict=True)]
+    assert torch.equal(flow_matching(sigma, weight=weight).coefficients, torch.cat(single, dim=1))
+
+
+def test_sigmas_that_require_a_gradient_are_differentiated() -> None:
+    sigma = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(dance_sde(sigma, 0.7).std.sum(), sigma)
+    assert float(gradient) == pytest.approx(0.5 * 0.3 / math.sqrt(0.1), rel=1e-6)
+
+
+def test_infinite_coefficients_are_those_of_tensors() -> None:
+    one, many = flow_cps(0.1, 0.0).coefficients, flow_cps(torch.full((40,), 0.1), 0.0).coefficients
+    assert float(one[5]) == math.inf
+    assert torch.equal(flow_cps(0.1, 0.0, noise_level=1e-30).kl_scale, one[5])
+    assert torch.equal(flow_cps(torch.full((40,), 0.1, dtype=torch.float64), 0.0).coefficients[:, :1], one)
+    assert many.shape == (6, 40)
+    assert float(dance_sde(0.5, 0.4, eta=1e-30).kl_scale) == math.inf
+
+
 @pytest.mark.parametrize(
     ("sigma", "following"), [(torch.tensor([0.875, 0.75]), 0.25), (0.875, torch.tensor([0.25, 0.5]))]
 )
