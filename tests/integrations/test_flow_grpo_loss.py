@@ -258,7 +258,7 @@ def test_errors_name_the_argument() -> None:
         policy_loss(*good, beta=0.1)
     with pytest.raises(ValueError, match=r"old_prev_sample_mean must be None if old_model_output is given"):
         policy_loss(*good, old_model_output=problem.old_v, old_prev_sample_mean=problem.old.mean)
-    with pytest.raises(ValueError, match=r"old_log_prob must have shape .* no weights"):
+    with pytest.raises(ValueError, match=r"old_log_prob must have shape .* without weights"):
         policy_loss(*good, weights=torch.ones(BATCH, 8, 8))
     with pytest.raises(KeyError, match="next_latents"):
         step_loss(
