@@ -17,7 +17,7 @@ namespace cuda {
 namespace {
 
 enum class Credit {
-  kPlain,  // one advantage for each sample
+  kPlain,    // one advantage for each sample
   kSeveral,  // advantages of phrases, or dense ones
 };
 
