@@ -85,6 +85,13 @@ STAR_INLINE float log_prob_slope(const Coefficients& c, float inverse_channels) 
   return 2.0f * c.scale * c.mean_output * inverse_channels;
 }
 
+// weight * value; 0 for a weight of 0 and an infinite value. A NaN stays visible.
+template <typename Number>
+STAR_INLINE Number weighted(Number weight, float value) {
+  const bool infinite = value > 3.402823466e38f || value < -3.402823466e38f;
+  return weight == Number(0) && infinite ? Number(0) : weight * value;
+}
+
 struct Surrogate {
   float ratio;
   float loss;   // max(-A rho, -A clip(rho, low, high)), PPO's pessimistic bound
@@ -93,7 +100,7 @@ struct Surrogate {
 
 STAR_INLINE Surrogate clipped_surrogate_of(float ratio, float advantage, float low, float high) {
   const float clipped = ratio < low ? low : (ratio > high ? high : ratio);
-  const float free_loss = -advantage * ratio;
+  const float free_loss = weighted(-advantage, ratio);
   const float clipped_loss = -advantage * clipped;
   const bool inside = clipped == ratio;
   const bool acts = inside || free_loss > clipped_loss;
@@ -116,12 +123,6 @@ struct SignedAdvantage {
 // The parts of one advantage; a NaN stays in both.
 STAR_INLINE SignedAdvantage<float> signed_advantage(float advantage) {
   return {advantage <= 0.0f ? 0.0f : advantage, advantage >= 0.0f ? 0.0f : -advantage};
-}
-
-// weight * value, 0 for a weight of 0 even if the value is infinite.
-template <typename Number>
-STAR_INLINE Number weighted(Number weight, float value) {
-  return weight == Number(0) ? Number(0) : weight * value;
 }
 
 template <typename Number>
@@ -244,7 +245,7 @@ template <typename Number, int kSize>
 STAR_INLINE void add_ratio(Number (&sums)[kSize], float log_ratio, float advantage, float weight,
                            const PolicyArguments& a) {
   const Surrogate s = clipped_surrogate(log_ratio, advantage, a.clip_low, a.clip_high);
-  sums[Policy::kLoss] += static_cast<Number>(weight) * s.loss;
+  sums[Policy::kLoss] += weighted(static_cast<Number>(weight), s.loss);
   add_ratio_metrics(sums, log_ratio, s.ratio, a);
 }
 

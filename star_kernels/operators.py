@@ -58,7 +58,7 @@ class Operator:
         _library.define(schema)
         for device in devices:
             _library.impl(name, _checked(check, implementation), device)
-        torch.library.register_fake(f"star_kernels::{name}", shapes, lib=_library)
+        torch.library.register_fake(f"star_kernels::{name}", _on_one_device(schema, shapes), lib=_library)
         if setup_context is None or backward is None:
             setup_context, backward = _keep_nothing, _no_derivative(name)
         torch.library.register_autograd(f"star_kernels::{name}", backward, setup_context=setup_context, lib=_library)
@@ -99,6 +99,22 @@ def _checked(check: Callable[..., None], implementation: Callable[..., Any]) -> 
     def checked(*arguments: Any) -> Any:
         check(*arguments)
         return implementation(*arguments)
+
+    return checked
+
+
+def _on_one_device(schema: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
+    """``shapes`` for tensors on one device. PyTorch calls it for real tensors too, if one of the others is fake or on
+    the meta device, and its result would then be uninitialised memory."""
+    names = [declared.split()[-1] for declared in schema[schema.index("(") + 1 : schema.index(")")].split(", ")]
+
+    def checked(*arguments: Any) -> Any:
+        tensors = [(name, a) for name, a in zip(names, arguments, strict=True) if isinstance(a, Tensor)]
+        first, like = tensors[0]
+        for name, tensor in tensors:
+            if tensor.device != like.device:
+                raise ValueError(f"{name} must be on the device of {first}, {like.device}, got {tensor.device}")
+        return shapes(*arguments)
 
     return checked
 

@@ -92,7 +92,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "values at masked locations are discarded; they only must not be NaN",
     (
         "star_kernels/policy/naive.py",
-        "bounds = outside & (bounded > free)",
+        "bounds = outside & ((bounded > free) | idle)",
         "> -> >=",
     ): "equal only if the advantage, and therefore the gradient, is zero",
     (

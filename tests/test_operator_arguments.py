@@ -88,6 +88,16 @@ def test_an_operator_rejects_arguments_that_would_crash_it(name: str) -> None:
                 operator(*given.values())
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_rejects_tensors_of_several_devices(name: str) -> None:
+    """Also on the meta device, which computes no values: the result would be uninitialised memory."""
+    operator, arguments = getattr(torch.ops.star_kernels, name), operator_arguments(name)
+    given = [argument for argument, value in arguments.items() if isinstance(value, Tensor)]
+    for argument in given[1:]:
+        with pytest.raises(ValueError, match=rf"^{argument} must be on the device of {given[0]}, cpu, got meta"):
+            operator(*{**arguments, argument: arguments[argument].to("meta")}.values())
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("dimension", range(4))
 @pytest.mark.parametrize("name", OPERATORS)

@@ -145,7 +145,8 @@ void sample_factors(const PolicyArguments& a, const Coefficients& k, const Tile&
     tile_advantages(a, tile, advantages);
     const float negative = gradient_factor(a, k, tile.b, 1);
     for (int64_t i = 0; i < tile.n; ++i) {
-      out[i] = weights[i] * (advantages[i] > 0.0f ? advantages[i] * first : -advantages[i] * negative);
+      const float slope = advantages[i] > 0.0f ? advantages[i] * first : weighted(-advantages[i], negative);
+      out[i] = weighted(weights[i], slope);
     }
     return;
   }
@@ -164,7 +165,7 @@ void location_factors(const PolicyArguments& a, const Coefficients& k, const Til
   const float common = gradient_factor(a, k, tile.b);
   tile_log_ratio(a, k, tile, buffers, out);
   const auto factor = [&](int64_t i, float advantage) {
-    return weights[i] * common * clipped_surrogate(out[i], advantage, a.clip_low, a.clip_high).slope;
+    return weighted(weights[i] * common, clipped_surrogate(out[i], advantage, a.clip_low, a.clip_high).slope);
   };
   if (a.phrases > 1) {
     const SignedAdvantages advantages(a, tile);

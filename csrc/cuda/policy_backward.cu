@@ -79,7 +79,8 @@ __device__ __forceinline__ Factors<Access> factors_of(const PolicyArguments& a, 
     } else {
       factors.residual[i] = rows.weights[i] * (common * a.saved[b]);
       if (a.per_location) {
-        factors.residual[i] *= clipped_surrogate(log_ratio[i], advantage, a.clip_low, a.clip_high).slope;
+        const Surrogate s = clipped_surrogate(log_ratio[i], advantage, a.clip_low, a.clip_high);
+        factors.residual[i] = weighted(factors.residual[i], s.slope);
       }
     }
   }

@@ -129,10 +129,13 @@ def check_advantages(
     phrases: list[int] = []
     if weights is not None and has_phrases(weights, model_output):
         phrases = shape[1:]
-        if len(phrases) != 1 or shape[0] != batch or phrases[0] == 0:
+        if weights.shape[1] == 0:
+            raise ValueError(f"weights must have at least one phrase, got {list(weights.shape)}")
+        if shape != [batch, weights.shape[1]]:
             raise ValueError(
                 f"advantages must have shape [B, G] = [{batch}, {weights.shape[1]}] with weights [B, G, *locations], "
-                f"got advantages {shape} and weights {list(weights.shape)}"
+                f"which have one dimension more than the locations {locations}, got advantages {shape} and weights "
+                f"{list(weights.shape)}"
             )
         if weighted_kl:
             raise ValueError(

@@ -51,7 +51,7 @@ def weighted_policy_loss(arguments: PolicyArguments) -> tuple[Tensor, Tensor]:
             acting = log_ratio.detach().reshape(-1, *[1] * (own.ndim - 1)) + (own - own.detach())
     counts = torch.ones_like(own, dtype=torch.bool) if mask is None else mask  # what enters the sums
 
-    surrogate = _surrogate(acting, _clamped_advantages(a, acting), a)
+    surrogate = _surrogate(acting, _clamped_advantages(a, acting), weights if acting.ndim > 2 else None, a)
     if acting.ndim > 2:  # of locations
         surrogate = (weights * surrogate).sum(dim=1, keepdim=True)
     policy_loss = _counted_mean(surrogate, counts).sum(dim=1)  # [B]
@@ -151,12 +151,16 @@ def _clamped_advantages(a: PolicyArguments, like: Tensor) -> Tensor:
     return advantages.reshape(*advantages.shape, *[1] * (like.ndim - advantages.ndim))
 
 
-def _surrogate(log_ratio: Tensor, advantage: Tensor, a: PolicyArguments) -> Tensor:
-    """max(-A rho, -A clip(rho)), written so that a ratio that overflows and is clipped has no gradient, not 0 * inf."""
+def _surrogate(log_ratio: Tensor, advantage: Tensor, weights: Tensor | None, a: PolicyArguments) -> Tensor:
+    """max(-A rho, -A clip(rho)), to be multiplied by the weights.
+
+    A ratio that overflows has no gradient, rather than 0 * inf, if it is clipped, or if advantage or weight are zero.
+    """
     ratio = torch.exp(log_ratio)
     free, bounded = -advantage * ratio, -advantage * ratio.clamp(a.clip_low, a.clip_high)
     outside = (ratio < a.clip_low) | (ratio > a.clip_high)
-    bounds = outside & (bounded > free)
+    idle = (advantage if weights is None else advantage * weights) == 0
+    bounds = outside & ((bounded > free) | idle)
     return torch.where(bounds, bounded.detach(), -advantage * torch.exp(log_ratio.masked_fill(bounds, 0.0)))
 
 

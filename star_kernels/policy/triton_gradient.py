@@ -111,7 +111,7 @@ def policy_backward_kernel(
         else:
             advantage = clamp_advantage(tl.load(p_advantages + o_b), advantage_clip)
             _, _, b_slope, _ = clipped_surrogate(b_log_ratio, advantage, clip_low, clip_high)
-            b_factor *= b_slope
+            b_factor = weighted(b_factor, b_slope)
     for c0 in range(0, channels, BLOCK_C):
         o_c = c0 + tl.arange(0, BLOCK_C)
         m_tile = (o_p < positions)[:, None] & (o_c < channels)[None, :]

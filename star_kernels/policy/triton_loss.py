@@ -37,6 +37,7 @@ from star_kernels.policy.triton_latents import (
     reciprocal,
     signed_surrogates,
     store_sum,
+    weighted,
 )
 from star_kernels.policy.triton_ratios import (
     channel_sums,
@@ -267,7 +268,7 @@ def policy_forward_kernel(
             else:
                 advantage = clamp_advantage(tl.load(p_advantages + o_b), advantage_clip)
                 b_rho, b_loss, _slope, b_outside = clipped_surrogate(b_log_ratio, advantage, clip_low, clip_high)
-                b_loss = b_weight * b_loss
+                b_loss = weighted(b_weight, b_loss)
             b_first += tl.where(m_p, b_loss, 0.0)
             b_ratio += tl.where(m_p, b_rho, 0.0)
             b_max = tl.maximum(b_max, tl.where(m_p & (b_rho == b_rho), b_rho, 0.0))
