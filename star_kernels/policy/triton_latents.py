@@ -130,7 +130,8 @@ def clipped_surrogate(log_ratio, advantage, clip_low, clip_high):
     A ratio that overflows and is clipped has slope zero; a NaN is not clipped and stays visible.
     """
     ratio = tl.exp(log_ratio)
-    free = tl.where((advantage * clip_high == 0.0) & (ratio == float("inf")), 0.0, -advantage * ratio)
+    free = -advantage * ratio
+    free = tl.where(advantage * clip_high == 0.0, tl.where(ratio == float("inf"), 0.0, free), free)
     bounded = -advantage * tl.where(ratio < clip_low, clip_low, clip_high)
     outside = (ratio < clip_low) | (ratio > clip_high)
     bounds = outside & (bounded > free)
@@ -140,7 +141,8 @@ def clipped_surrogate(log_ratio, advantage, clip_low, clip_high):
 @triton.jit
 def weighted(b_weight, b_value):
     """weight * value; 0 for a weight of 0 and an infinite value. A NaN stays visible."""
-    return tl.where((b_weight == 0.0) & (tl.abs(b_value) == float("inf")), 0.0, b_weight * b_value)
+    b_product = b_weight * b_value
+    return tl.where(b_weight == 0.0, tl.where(tl.abs(b_value) == float("inf"), 0.0, b_product), b_product)
 
 
 @triton.jit

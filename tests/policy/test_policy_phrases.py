@@ -80,7 +80,8 @@ def test_an_advantage_of_zero_removes_a_phrase(policy_backend: tuple[str, str]) 
     problem.advantages[1, 2] = problem.advantages[3, 0] = 0
     loss, gradient, _ = run(problem, policy_backend, weights=weights)
     other = weights.clone()
-    other[1, 2] = other[3, 0] = allocate(torch.rand(1, 24 * 20)).view(24, 20)
+    grid = other[1, 2]
+    other[1, 2] = other[3, 0] = allocate(torch.rand(1, grid.numel())).view_as(grid)
     same_loss, same_gradient, _ = run(problem, policy_backend, weights=other)
     assert torch.equal(loss, same_loss)
     assert torch.equal(gradient, same_gradient)

@@ -38,67 +38,54 @@ class Case:
         return float(loss.detach()), gradient
 
 
-@pytest.fixture
-def case(policy_backend: tuple[str, str]) -> Case:
-    return Case(policy_backend[1])
-
-
 ONES = [1.0, 1.0, 1.0, 1.0]
+ZERO_ADVANTAGES: dict[str, tuple[list[Any], dict[str, Any], float]] = {  # advantages, options, the loss
+    "sample": ([0.0], {}, 0.0),
+    "one phrase": ([[0.0]], {"weights": [[ONES]]}, 0.0),
+    "two phrases": ([[1.0, 0.0]], {"weights": [[ONES, ONES]]}, -1.0001),
+    "three phrases": ([[0.0, 1.0, 0.0]], {"weights": [[ONES, ONES, ONES]]}, -1.0001),
+    "dense": ([[1.0, 0.0, 1.0, 1.0]], {}, -1.0001 * 3 / 4),
+    "dense zeros": ([[0.0, 0.0, 0.0, 0.0]], {}, 0.0),
+}
+ZERO_WEIGHTS: dict[str, tuple[list[Any], list[Any]]] = {  # advantages, weights
+    "sample": ([1.0], [[0.0, 0.0, 0.0, 4.0]]),
+    "phrases": ([[1.0, -1.0]], [[ONES, [0.0] * 4]]),
+    "dense": ([[0.0, -1.0, 0.0, 1.0]], [[1.0, 0.0, 1.0, 2.0]]),
+}
+NOT_A_NUMBER: dict[str, tuple[list[Any], dict[str, Any]]] = {  # advantages, options
+    "sample": ([1.0], {}),
+    "zero": ([0.0], {}),
+    "phrases": ([[1.0, 1.0]], {"weights": [[[0.0, 2.0, 1.0, 1.0]] * 2]}),
+    "zero phrases": ([[0.0, 0.0]], {"weights": [[ONES, ONES]]}),
+    "dense": ([[0.0, 1.0, 1.0, 1.0]], {}),
+}
 
 
 @ratios
-@pytest.mark.parametrize(
-    ("advantages", "options", "same"),
-    [
-        ([0.0], {}, 0.0),
-        ([[0.0]], {"weights": [[ONES]]}, 0.0),
-        ([[1.0, 0.0]], {"weights": [[ONES, ONES]]}, -1.0001),
-        ([[0.0, 1.0, 0.0]], {"weights": [[ONES, ONES, ONES]]}, -1.0001),
-        ([[1.0, 0.0, 1.0, 1.0]], {}, -1.0001 * 3 / 4),
-        ([[0.0, 0.0, 0.0, 0.0]], {}, 0.0),
-    ],
-    ids=["sample", "one phrase", "two phrases", "three phrases", "dense", "dense zeros"],
-)
+@pytest.mark.parametrize(("advantages", "options", "same"), ZERO_ADVANTAGES.values(), ids=ZERO_ADVANTAGES)
 def test_an_advantage_of_zero_contributes_nothing(
-    advantages: list[Any], options: dict[str, Any], same: float, ratio: str, case: Case, policy_backend: tuple[str, str]
+    advantages: list[Any], options: dict[str, Any], same: float, ratio: str, policy_backend: tuple[str, str]
 ) -> None:
-    loss, gradient = case.run(policy_backend[0], advantages, ratio=ratio, **options)
+    loss, gradient = Case(policy_backend[1]).run(policy_backend[0], advantages, ratio=ratio, **options)
     assert loss == pytest.approx(same, rel=1e-6)
     assert gradient.eq(0).all()  # positive advantages are clipped
 
 
-@pytest.mark.parametrize(
-    ("advantages", "weights"),
-    [
-        ([1.0], [[0.0, 0.0, 0.0, 4.0]]),
-        ([[1.0, -1.0]], [[ONES, [0.0] * 4]]),
-        ([[0.0, -1.0, 0.0, 1.0]], [[1.0, 0.0, 1.0, 2.0]]),
-    ],
-    ids=["sample", "phrases", "dense"],
-)
+@pytest.mark.parametrize(("advantages", "weights"), ZERO_WEIGHTS.values(), ids=ZERO_WEIGHTS)
 def test_a_weight_of_zero_at_a_location_contributes_nothing(
-    advantages: list[Any], weights: list[Any], case: Case, policy_backend: tuple[str, str]
+    advantages: list[Any], weights: list[Any], policy_backend: tuple[str, str]
 ) -> None:
-    loss, gradient = case.run(policy_backend[0], advantages, ratio="location", weights=weights)
+    loss, gradient = Case(policy_backend[1]).run(policy_backend[0], advantages, ratio="location", weights=weights)
     assert math.isfinite(loss)
     assert gradient.eq(0).all()
 
 
 @ratios
-@pytest.mark.parametrize(
-    ("advantages", "options"),
-    [
-        ([1.0], {}),
-        ([0.0], {}),
-        ([[1.0, 1.0]], {"weights": [[[0.0, 2.0, 1.0, 1.0]] * 2]}),
-        ([[0.0, 0.0]], {"weights": [[ONES, ONES]]}),
-        ([[0.0, 1.0, 1.0, 1.0]], {}),
-    ],
-    ids=["sample", "zero", "phrases", "zero phrases", "dense"],
-)
+@pytest.mark.parametrize(("advantages", "options"), NOT_A_NUMBER.values(), ids=NOT_A_NUMBER)
 def test_a_ratio_that_is_not_a_number_stays_visible(
-    advantages: list[Any], options: dict[str, Any], ratio: str, case: Case, policy_backend: tuple[str, str]
+    advantages: list[Any], options: dict[str, Any], ratio: str, policy_backend: tuple[str, str]
 ) -> None:
+    case = Case(policy_backend[1])
     case.old[:, 0] = math.nan
     loss, _ = case.run(policy_backend[0], advantages, ratio=ratio, **options)
     assert math.isnan(loss)

@@ -16,6 +16,7 @@ import test_policy_dense as dense
 import test_policy_loss as loss
 import test_policy_options as options
 import test_policy_phrases as phrases
+import test_policy_zero_terms as zero_terms
 import test_sampling as sampling
 import torch
 from tiers import mostly_exhaustive
@@ -85,6 +86,20 @@ CONTRACT: list[tuple[Callable[..., None], tuple]] = [
     (dense.test_nan_stays_visible_and_out_of_the_gradients_of_other_samples, ("sample",)),
     (dense.test_nan_stays_visible_and_out_of_the_gradients_of_other_samples, ("location",)),
     (dense.test_an_infinite_ratio_of_positive_advantages_is_clipped, ()),
+    *(
+        (zero_terms.test_an_advantage_of_zero_contributes_nothing, (advantages, options, same, ratio))
+        for advantages, options, same in zero_terms.ZERO_ADVANTAGES.values()
+        for ratio in ("sample", "location")
+    ),
+    *(
+        (zero_terms.test_a_weight_of_zero_at_a_location_contributes_nothing, c)
+        for c in zero_terms.ZERO_WEIGHTS.values()
+    ),
+    *(
+        (zero_terms.test_a_ratio_that_is_not_a_number_stays_visible, (*case, ratio))
+        for case in zero_terms.NOT_A_NUMBER.values()
+        for ratio in ("sample", "location")
+    ),
     (nft.test_loss_and_gradient_are_the_written_objective_under_every_option, ("image_odd", True)),
     (nft.test_loss_and_gradient_are_the_written_objective_under_every_option, ("channels_between", False)),
     (nft.test_each_option_alone, ("mask",)),

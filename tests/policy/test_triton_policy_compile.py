@@ -186,14 +186,15 @@ def wide_accesses(compiled: Any, kind: str) -> int:
 @pytest.mark.parametrize("architecture", NVIDIA)
 def test_enough_bytes_are_in_flight_and_next_to_nothing_spills(architecture: str, name: str) -> None:
     """Bandwidth needs many bytes in flight, and registers bound the number of threads that load them. The assembler
-    prefers to spill a value, once in a program and outside its loops, to losing a block: two words are allowed."""
+    prefers to spill a value, once in a program and outside its loops, to losing a block: two words are allowed, and
+    four in the kernel that keeps a sum for each phrase."""
     warps = triton_latents.LAUNCH["num_warps"]
     for layout in ("image", "packed"):
         compiled = build(name, architecture, layout, BF16, FLOAT)
         registers, stack = resources(compiled)
         blocks = min(4 * (65536 // 4 // (-(-registers * 32 // 256) * 256)) // warps, 64 // warps)
         print(f"{architecture} {name} {layout}: {registers} registers, stack {stack}, {blocks} blocks")
-        assert stack <= 8
+        assert stack <= (16 if name == "forward_phrases" else 8)
         reads = 2 if name in ("backward_location", "backward_phrases_location") else 1
         loads = wide_accesses(compiled, "ld") // reads
         assert blocks * warps * 32 * loads * 16 >= BYTES_IN_FLIGHT[architecture]

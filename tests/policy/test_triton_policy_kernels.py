@@ -121,11 +121,12 @@ def differentiate(function: Callable, arguments: Any) -> tuple[Tensor, Tensor]:
 def check_errors(kernels: Callable, reference: Callable, arguments: Any) -> None:
     """At most twice PyTorch's own error in float32, both against float64, and at most 1e-6.
 
-    PyTorch's loss may happen to be exact; one unit in the last place of the samples' losses is always allowed.
+    PyTorch's loss may happen to be exact; one unit in the last place of the samples' losses is always allowed, and of
+    the losses of locations of both signs before they cancel.
     """
     got, pytorch = differentiate(kernels, arguments), differentiate(reference, arguments)
     exact = differentiate(reference, wide(arguments))
-    each, _ = reference(wide(arguments)._replace(unreduced=True))
+    each, _ = reference(wide(arguments)._replace(unreduced=True, advantages=wide(arguments).advantages.abs()))
     size = float(each.abs().mean())
     error, own = (abs(float(loss) - float(exact[0])) / size for loss, _ in (got, pytorch))
     assert error <= min(1e-6, 2 * own + torch.finfo(torch.float32).eps)
@@ -151,7 +152,10 @@ CREDITS = ["1", "2", "4", "5", "dense", "unweighted dense"]
 @pytest.mark.parametrize(
     ("layout", "credit"),
     mostly_exhaustive(
-        [(layout, credit) for layout in ("rows", "image_odd", "packed", "one_position") for credit in CREDITS],
+        [
+            *(("rows", "5"), ("rows", "dense"), ("rows", "unweighted dense"), ("image_odd", "4")),
+            *(("image_odd", "dense"), ("packed", "2"), ("packed", "dense"), ("one_position", "1")),
+        ],
         lambda layout, credit: layout == "rows" and credit in ("5", "dense"),
     ),
 )
