@@ -121,12 +121,19 @@ def test_gradcheck_of_the_reference(ratio: str) -> None:
 FIELD = torch.ones(2, 3, 6, 8)
 PHRASE_ERRORS = [
     ({"weights": None}, r"advantages must have shape \[B\] = \[2\], \[B, \*locations\] = \[2, 6, 8\], or .*got .*None"),
-    ({"weights": FIELD, "advantages": torch.ones(2, 1)}, r"\[2, 1, 6, 8\].*got \[2, 3, 6, 8\]"),
+    (
+        {"weights": FIELD, "advantages": torch.ones(2, 1)},
+        r"advantages must have shape \[B, G\] = \[2, 3\] with weights .*got advantages \[2, 1\] and .*\[2, 3, 6, 8\]",
+    ),
     (
         {"weights": FIELD[:, 0]},
         r"advantages must .*or \[B, G\] with weights .*got advantages \[2, 3\] and .*\[2, 6, 8\]",
     ),
-    ({"weights": FIELD[:, :2]}, r"weights must have shape \[B, G, \*locations\] = \[2, 3, 6, 8\].*got \[2, 2, 6, 8\]"),
+    (
+        {"weights": FIELD[:, :2]},
+        r"advantages must have shape \[B, G\] = \[2, 2\] with weights .*got advantages \[2, 3\] and .*\[2, 2, 6, 8\]",
+    ),
+    ({"weights": FIELD[:, :0]}, r"weights must have at least one phrase, got \[2, 0, 6, 8\]"),
     ({"weights": torch.ones(2, 3, 4, 8)}, r"coarser grid that divides it, got \[2, 3, 4, 8\]"),
     ({"weights": FIELD.double()}, r"weights must be float32 .*got torch.float64"),
     (
