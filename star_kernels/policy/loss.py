@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -169,12 +169,7 @@ def weighted_policy_loss(
         advantage_clip=advantage_clip,
         kl_coef=kl_coef,
     )
-    if backend == "naive":
-        check_weight_values(weights)
-        loss, metrics = naive.weighted_policy_loss(arguments)
-    else:
-        loss, metrics, _ = ops.WEIGHTED_POLICY_LOSS(*arguments, backend)
-    return _named(loss, metrics, naive.METRICS)
+    return _computed(arguments, backend, naive.weighted_policy_loss, ops.WEIGHTED_POLICY_LOSS, naive.METRICS)
 
 
 def weighted_nft_loss(
@@ -260,12 +255,7 @@ def weighted_nft_loss(
         advantage_clip=advantage_clip,
         kl_coef=kl_coef,
     )
-    if backend == "naive":
-        check_weight_values(weights)
-        loss, metrics = naive.weighted_nft_loss(arguments)
-    else:
-        loss, metrics, _ = ops.WEIGHTED_NFT_LOSS(*arguments, backend)
-    return _named(loss, metrics, naive.NFT_METRICS)
+    return _computed(arguments, backend, naive.weighted_nft_loss, ops.WEIGHTED_NFT_LOSS, naive.NFT_METRICS)
 
 
 def _check_common(
@@ -287,5 +277,17 @@ def _check_common(
     return check_reduction(reduction)
 
 
-def _named(loss: Tensor, metrics: Tensor, names: Sequence[str]) -> PolicyLoss:
+def _computed(
+    arguments: PolicyArguments | NftArguments,
+    backend: str,
+    reference: Callable[..., tuple[Tensor, Tensor]],
+    operator: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    names: Sequence[str],
+) -> PolicyLoss:
+    """The loss of the reference implementation or of a backend's kernels, and its metrics by name."""
+    if backend == "naive":
+        check_weight_values(arguments.weights)
+        loss, metrics = reference(arguments)
+    else:
+        loss, metrics, _ = operator(*arguments, backend)
     return PolicyLoss(loss, dict(zip(names, metrics.unbind(), strict=True)))
