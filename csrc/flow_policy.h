@@ -85,11 +85,17 @@ STAR_INLINE float log_prob_slope(const Coefficients& c, float inverse_channels) 
   return 2.0f * c.scale * c.mean_output * inverse_channels;
 }
 
-// weight * value; 0 for a weight of 0 and an infinite value. A NaN stays visible.
+// The value, or 0 if it is infinite and has a weight of 0. A NaN stays visible.
+template <typename Number>
+STAR_INLINE float finite_if_zero(Number weight, float value) {
+  const bool infinite = value > 3.402823466e38f || value < -3.402823466e38f;
+  return weight == Number(0) && infinite ? 0.0f : value;
+}
+
+// weight * value, in which a weight of 0 cancels an infinite value.
 template <typename Number>
 STAR_INLINE Number weighted(Number weight, float value) {
-  const bool infinite = value > 3.402823466e38f || value < -3.402823466e38f;
-  return weight == Number(0) && infinite ? Number(0) : weight * value;
+  return weight * finite_if_zero(weight, value);
 }
 
 struct Surrogate {

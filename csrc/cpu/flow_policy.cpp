@@ -55,15 +55,15 @@ void tile_log_ratio(const PolicyArguments& a, const Coefficients& k, const Tile&
   drop(tile_mask(a, tile), out, tile.n);
 }
 
-// Dense advantages of a tile's positions; zero where the mask drops a position.
+// The advantage of each of a tile's positions; of dense ones zero where the mask drops a position.
 void tile_advantages(const PolicyArguments& a, const Tile& tile, float* out) {
+  if (!a.dense) {
+    fill(out, tile.n, clamp_advantage(a.advantages[tile.b], a.advantage_clip));
+    return;
+  }
   const float* advantages = a.advantages + tile.b * a.positions + tile.first;
   for (int64_t i = 0; i < tile.n; ++i) out[i] = clamp_advantage(advantages[i], a.advantage_clip);
   drop(tile_mask(a, tile), out, tile.n);
-}
-
-float sample_advantage(const PolicyArguments& a, const Tile& tile) {
-  return clamp_advantage(a.advantages[tile.b], a.advantage_clip);
 }
 
 // The weighted advantages of several phrases at each of a tile's positions, by sign.
@@ -84,25 +84,33 @@ struct SignedAdvantages {
   SignedAdvantage<float> operator[](int64_t i) const { return {positive[i], negative[i]}; }
 };
 
+// Ratios of a tile's locations, in a loop of its own: the compiler then vectorises the arithmetic after it.
+void exponentiate(const float* log_ratio, int64_t n, float* ratio) {
+  for (int64_t i = 0; i < n; ++i) ratio[i] = expf(log_ratio[i]);
+}
+
 // Sums over the ratios of a tile's locations.
 void add_locations(const PolicyArguments& a, const Tile& tile, const float* log_ratio, const float* weights,
                    double (&sums)[Policy::kSums]) {
-  const uint8_t* mask = tile_mask(a, tile);
-  const auto add_each = [&](auto add) {
+  float ratio[kTile], loss[kTile], advantages[kTile];
+  exponentiate(log_ratio, tile.n, ratio);
+  const bool phrases = a.phrases > 1;
+  if (phrases) {
+    const SignedAdvantages signed_advantages(a, tile);
     for (int64_t i = 0; i < tile.n; ++i) {
-      if (!mask || mask[i]) add(i);
+      loss[i] = signed_surrogate(ratio[i], signed_advantages[i], a.clip_low, a.clip_high).loss;
     }
-  };
-  if (a.phrases > 1) {
-    const SignedAdvantages advantages(a, tile);
-    add_each([&](int64_t i) { add_ratio(sums, log_ratio[i], advantages[i], a); });
-  } else if (a.dense) {
-    float advantages[kTile];
-    tile_advantages(a, tile, advantages);
-    add_each([&](int64_t i) { add_ratio(sums, log_ratio[i], advantages[i], weights[i], a); });
   } else {
-    const float advantage = sample_advantage(a, tile);
-    add_each([&](int64_t i) { add_ratio(sums, log_ratio[i], advantage, weights[i], a); });
+    tile_advantages(a, tile, advantages);
+    for (int64_t i = 0; i < tile.n; ++i) {
+      loss[i] = finite_if_zero(weights[i], clipped_surrogate_of(ratio[i], advantages[i], a.clip_low, a.clip_high).loss);
+    }
+  }
+  const uint8_t* mask = tile_mask(a, tile);
+  for (int64_t i = 0; i < tile.n; ++i) {
+    if (mask && !mask[i]) continue;
+    sums[Policy::kLoss] += phrases ? loss[i] : static_cast<double>(weights[i]) * loss[i];
+    add_ratio_metrics(sums, log_ratio[i], ratio[i], a);
   }
 }
 
@@ -163,22 +171,20 @@ void sample_factors(const PolicyArguments& a, const Coefficients& k, const Tile&
 void location_factors(const PolicyArguments& a, const Coefficients& k, const Tile& tile, const float* weights,
                       Buffers& buffers, float* out) {
   const float common = gradient_factor(a, k, tile.b);
+  float ratio[kTile], advantages[kTile];
   tile_log_ratio(a, k, tile, buffers, out);
-  const auto factor = [&](int64_t i, float advantage) {
-    return weighted(weights[i] * common, clipped_surrogate(out[i], advantage, a.clip_low, a.clip_high).slope);
-  };
+  exponentiate(out, tile.n, ratio);
   if (a.phrases > 1) {
-    const SignedAdvantages advantages(a, tile);
+    const SignedAdvantages signed_advantages(a, tile);
     for (int64_t i = 0; i < tile.n; ++i) {
-      out[i] = common * signed_surrogate(expf(out[i]), advantages[i], a.clip_low, a.clip_high).slope;
+      out[i] = common * signed_surrogate(ratio[i], signed_advantages[i], a.clip_low, a.clip_high).slope;
     }
-  } else if (a.dense) {
-    float advantages[kTile];
-    tile_advantages(a, tile, advantages);
-    for (int64_t i = 0; i < tile.n; ++i) out[i] = factor(i, advantages[i]);
-  } else {
-    const float advantage = sample_advantage(a, tile);
-    for (int64_t i = 0; i < tile.n; ++i) out[i] = factor(i, advantage);
+    return;
+  }
+  tile_advantages(a, tile, advantages);
+  for (int64_t i = 0; i < tile.n; ++i) {
+    const Surrogate s = clipped_surrogate_of(ratio[i], advantages[i], a.clip_low, a.clip_high);
+    out[i] = weighted(weights[i] * common, s.slope);
   }
 }
 
