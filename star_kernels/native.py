@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from star_kernels.checks import warn
+from star_kernels.torch_internals import constant_in_graph
 
 FOLDER = Path(os.environ.get("STAR_KERNELS_LIB") or Path(__file__).with_name("lib"))
 _POLICY = ("policy_forward", "policy_backward", "nft_forward", "nft_backward", "sample_transition")
@@ -42,7 +43,7 @@ def cuda() -> Any | None:
     return load("libstar_kernels_cuda.so")[0]
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graph
 def problem(device: str) -> str | None:
     """What prevents the compiled kernels from running on a device, or None. A missing CPU library warns once."""
     if device not in ("cpu", "cuda"):

@@ -1,4 +1,4 @@
-"""Private names of PyTorch that report which modes and transforms are active. The only file that uses them.
+"""Private names of PyTorch: which modes and transforms are active, and constants of a graph. The only file with them.
 
 They are looked up once. If a version of torch lacks one of them, every call goes through the dispatcher, which is
 slower and handles every mode.
@@ -7,9 +7,17 @@ slower and handles every mode.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch.autograd import forward_ad
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def constant_in_graph(function: _Function) -> _Function:
+    """``torch.compiler.assume_constant_result``, which would import the compiler: two seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Watch(NamedTuple):

@@ -132,7 +132,7 @@ def other_policy_checks(device: str, backend: str) -> Iterator[Check]:
 
 
 def policy_check(name: str, device: str, backend: str, run: Callable[..., Any], *arguments: Any) -> Check:
-    obstacle = backends.obstacle(backend, device, torch.float32) or None
+    obstacle = backends.obstacle(backend, device, torch.float32)
     return name, obstacle, TOLERANCES[torch.float32], partial(run, device, backend, *arguments)
 
 

@@ -31,6 +31,7 @@ from star_kernels import native
 from star_kernels.attention import tuning, vendor
 from star_kernels.attention.tuning import Plan
 from star_kernels.checks import warn
+from star_kernels.torch_internals import constant_in_graph
 
 BACKENDS = ("auto", "naive", "triton", "vendor", *vendor.KERNELS)
 TRITON_HEAD_DIM = 128
@@ -39,7 +40,7 @@ TRITON = Plan("triton", "triton")
 EXPLICIT = {kernel: Plan(kernel, kernel) for kernel in vendor.KERNELS}
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graph
 def choose_backend(device: str, dtype: torch.dtype, head_dim: int, masked: bool = False) -> str:
     """The backend that "auto" selects; on a GPU "auto" again, as the operator's choice depends on the lengths.
 
@@ -64,7 +65,7 @@ def _warn_naive(problem: str) -> None:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graph
 def obstacle(backend: str, device: str, dtype: torch.dtype, head_dim: int, masked: bool = False) -> str | None:
     """What prevents a backend from running on these inputs, or None."""
     if backend == "naive":

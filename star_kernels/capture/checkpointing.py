@@ -13,6 +13,7 @@ import torch
 
 from star_kernels.capture.attention_processor import CapturedAttention
 from star_kernels.capture.passes import ForwardPass, Passes
+from star_kernels.torch_internals import constant_in_graph
 
 
 class Checkpointing:
@@ -79,7 +80,7 @@ class _CheckpointedModule:
                 captured.remove()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graph
 def _allow_side_effects(allowed: bool) -> bool:
     """Runs while a graph is traced: lets a checkpointed block store its maps, once. Otherwise that is an error."""
     config, option = torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"

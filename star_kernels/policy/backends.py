@@ -10,11 +10,12 @@ from torch import Tensor
 
 from star_kernels import native
 from star_kernels.checks import warn
+from star_kernels.torch_internals import constant_in_graph
 
 BACKENDS = ("auto", "naive", "native", "triton")
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graph
 def choose_backend(device: str, dtype: torch.dtype) -> str:
     """The backend of "auto": compiled kernels; on a GPU without them Triton; else plain PyTorch, with one warning."""
     if dtype == torch.float64:
@@ -39,23 +40,23 @@ def resolve_backend(backend: str, model_output: Tensor) -> str:
     return backend
 
 
-@torch.compiler.assume_constant_result
-def obstacle(backend: str, device: str, dtype: torch.dtype) -> str:
-    """Why a backend cannot run on these inputs, or an empty string if it can."""
+@constant_in_graph
+def obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """What prevents a backend from running on these inputs, or None."""
     if backend == "naive":
-        return ""
+        return None
     if dtype == torch.float64:
         return "float64 is not supported"
     if backend == "native":
         return native.problem(device)
     if device != "cuda":
-        return "it requires CUDA tensors"
+        return "CUDA tensors are required"
     return _triton_problem()
 
 
 @cache
-def _triton_problem() -> str:
-    return "" if find_spec("triton") else "the package triton is not installed"
+def _triton_problem() -> str | None:
+    return None if find_spec("triton") else "the package triton is not installed"
 
 
 @cache
