@@ -155,9 +155,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="overhead.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=PARTS, action="append", help="run only this part (may be repeated)")
+    parser.add_argument("--only", choices=PARTS, nargs="+", action="extend", help="run only these parts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="dtype of the inputs (may be repeated)")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", action="extend", help="dtypes of the inputs")
     parser.add_argument(
         "--repetitions", type=_positive, help="number of rounds per comparison; replaces the time limit"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 from importlib import metadata
 
@@ -11,6 +12,10 @@ from star_kernels import native
 from star_kernels.attention import dispatch, vendor
 from star_kernels.policy.backends import choose_backend as choose_policy_backend
 
+DESCRIPTION = (
+    "Prints the versions of packages, the compiled libraries, and the backends that 'auto' selects on this machine. "
+    "Other commands: python -m star_kernels.maps draws attention maps, star-train trains a model."
+)
 _PACKAGES = ("star-kernels", "torch", "triton", "apache-tvm-ffi", "diffusers", "transformers")
 
 
@@ -73,7 +78,8 @@ def _gpu() -> str:
     return f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="python -m star_kernels", description=DESCRIPTION).parse_args(arguments)
     lines = report()
     width = max(len(name) for name, _ in lines)
     for name, value in lines:

@@ -1,6 +1,8 @@
 """The report of ``python -m star_kernels``."""
 
-from star_kernels.__main__ import report
+import pytest
+
+from star_kernels.__main__ import main, report
 
 
 def test_the_report_names_versions_libraries_and_backends() -> None:
@@ -10,3 +12,9 @@ def test_the_report_names_versions_libraries_and_backends() -> None:
     assert lines["CUDA library"].startswith(("yes, for sm_", "no: "))
     assert lines["attention, cpu, float32"] == "vendor"
     assert lines["policy loss, cpu, bfloat16"] in ("native", "naive")
+
+
+def test_unknown_arguments_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["nonsense"])
+    assert "unrecognized arguments: nonsense" in capsys.readouterr().err

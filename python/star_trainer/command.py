@@ -72,6 +72,8 @@ def entry() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # not closed; paths may contain characters outside the encoding
             stream.reconfigure(errors="backslashreplace")
     redact_warnings()
+    if os.getcwd() not in sys.path:  # a reward may be a module of the current directory, as with python -m
+        sys.path.append(os.getcwd())
     try:
         status = main()
     except Exception as error:

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from star_trainer import checkpoint
 from star_trainer.average import Average
@@ -22,6 +21,7 @@ from star_trainer.credit import advantages_of, capture, check_rewards, phrase_co
 from star_trainer.limits import check
 from star_trainer.lock import lock, unlock
 from star_trainer.policy import Policy
+from star_trainer.progress import Progress
 from star_trainer.prompt_checks import check_prompts
 from star_trainer.prompts import Prompt, choose, digest, load_prompts
 from star_trainer.record import Record
@@ -68,7 +68,10 @@ class Trainer:
         self.prompts = load_prompts(config.data.prompts, core_source=source)
         held_out = config.data.eval_prompts or config.data.prompts
         self.eval_prompts = load_prompts(held_out, seed="evaluation", setting="data.eval_prompts", core_source=source)
-        reward = build(config.reward.weights, device=str(self.accelerator.device), options=config.reward.options)
+        try:
+            reward = build(config.reward.weights, device=str(self.accelerator.device), options=config.reward.options)
+        except TypeError as error:
+            raise ValueError(f"reward.weights: {error}") from error
         check_rewards(reward, config.allocation)
         check_prompts(self.prompts, self.eval_prompts, reward, config)
         if self.accelerator.is_main_process:
@@ -120,7 +123,7 @@ class Trainer:
         self.record = Record(
             config, enabled=self.accelerator.is_main_process, resumed_at=self.epoch, folder=self.folder
         )
-        self.progress = progress and self.accelerator.is_main_process
+        self.progress = Progress(config, enabled=progress and self.accelerator.is_main_process)
 
     def run(self) -> None:
         """Trains until the last epoch or a signal, then writes a checkpoint and exports the trained weights.
@@ -142,24 +145,21 @@ class Trainer:
 
     def _run(self) -> None:
         config = self.config
+        self.progress.header(self.policy.model, self.accelerator.device, self.accelerator.num_processes, self.folder)
         if self._lacks_evaluation():
             self.evaluate()
-        with tqdm(total=config.train.epochs, initial=self.epoch, desc="epochs", disable=self._quiet) as bar:
-            while self.epoch < config.train.epochs and not self._must_stop():
-                metrics = self.train_epoch()
-                self.saver.keep(self.epoch)
-                bar.update()
-                bar.set_postfix(reward=f"{metrics['reward']:.3f}")
-                if bar.disable and self.progress:
-                    log.info("epoch %d: reward %.4f", self.epoch, metrics["reward"])
-                stopping, every = self._must_stop(), config.output.checkpoint_every
-                if stopping or self.epoch == config.train.epochs or (every and self.epoch % every == 0):
-                    self.saver.save()
-                shown, self._shown = self._shown, None
-                if shown is not None:
-                    self.record.allocation(self.epoch, shown)
-                if self._evaluates() and not stopping:  # a resumed run evaluates first
-                    self.evaluate()
+        while self.epoch < config.train.epochs and not self._must_stop():
+            metrics = self.train_epoch()
+            self.saver.keep(self.epoch)
+            self.progress.epoch(self.epoch, metrics)
+            stopping, every = self._must_stop(), config.output.checkpoint_every
+            if stopping or self.epoch == config.train.epochs or (every and self.epoch % every == 0):
+                self.saver.save()
+            shown, self._shown = self._shown, None
+            if shown is not None:
+                self.record.allocation(self.epoch, shown)
+            if self._evaluates() and not stopping:  # a resumed run evaluates first
+                self.evaluate()
         self._export()
 
     def train_epoch(self) -> dict[str, float]:
@@ -170,7 +170,7 @@ class Trainer:
         phrases = phrase_counts(prompts, config.allocation)
         parts = shares(config, self.epoch, self.accelerator.num_processes, self.accelerator.process_index)
         waiting, batches = [], list[list[Batch]]()
-        with self._bar("rollout", sum(map(len, parts))) as bar:
+        with self.progress.bar("rollout", sum(map(len, parts))) as bar:
             for part in parts:
                 batches.append([])
                 for rows in slices(len(part), config.rollout.batch):
@@ -189,7 +189,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         skipped = 0
         passes = config.train.passes * sum(len(b.numbers) * len(b.steps) for part in batches for b in part)
-        with self._bar("update", passes) as bar:
+        with self.progress.bar("update", passes) as bar:
             for part_batches in batches * config.train.passes:
                 reported = {**self.updater.step(part_batches, advantages.values, bar.update)}
                 reported["grad_norm"] = self.updater.grad_norm
@@ -231,7 +231,7 @@ class Trainer:
         prompts = [self.eval_prompts[n % len(self.eval_prompts)] for n in range(count)]
         mine = list(range(self.accelerator.process_index, count, self.accelerator.num_processes))
         waiting, images = [], dict[int, Tensor]()
-        with self.average.in_place(), self._bar("evaluation", len(mine)) as bar:
+        with self.average.in_place(), self.progress.bar("evaluation", len(mine)) as bar:
             for rows in slices(len(mine), config.rollout.batch):
                 numbers = mine[rows]
                 chosen = [prompts[n] for n in numbers]
@@ -245,18 +245,11 @@ class Trainer:
         recorded = {f"reward/{n}": v[v.isfinite()].mean().item() for n, v in rewards.parts.items()}
         recorded["reward"] = rewards.total[rewards.total.isfinite()].mean().item()
         self.record.metrics("evaluation", self.epoch, recorded)
+        self.progress.evaluation(self.epoch, recorded["reward"])
         texts = [prompts[n].text for n in images]
         scores = rewards.total[list(images)].tolist()
         self.record.samples(self.epoch, list(images.values()), texts, scores)
         return recorded
-
-    @property
-    def _quiet(self) -> bool | None:
-        """tqdm's ``disable``: None shows bars only on a terminal; otherwise each epoch is a line of the log."""
-        return None if self.progress else True
-
-    def _bar(self, name: str, samples: int) -> Any:
-        return tqdm(total=samples, desc=name, unit="sample", leave=False, disable=self._quiet)
 
     def _submit(
         self, images: Tensor, prompts: Sequence[Prompt], numbers: list[int], phrases: list[int] | None = None

@@ -254,6 +254,10 @@ def test_a_run_does_not_write_over_the_committed_results() -> None:
     assert overhead.parse([]).out == Path(overhead.__file__).resolve().parents[1] / "runs" / "overhead"
 
 
+def test_several_parts_may_be_chosen() -> None:
+    assert overhead.parse(["--only", "policy", "host", "--only", "epoch"]).only == ["policy", "host", "epoch"]
+
+
 def test_a_part_measures_and_reports_its_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "--quick", "--only", "attention") == 0
     printed = capsys.readouterr()

@@ -27,7 +27,7 @@ from star_kernels import TokenSelection, allocate, attention, flow_sde, sample_t
 import star_kernels.capture, star_kernels.figures, star_kernels.integrations, star_kernels.maps, star_kernels.prompts
 from star_kernels.__main__ import main
 
-main()
+main([])
 q, k, v = torch.randn(3, 1, 2, 16, 8).unbind()
 maps = attention(q, k, v, TokenSelection.from_positions([[1, 2]]), rows=slice(0, 16)).maps
 step = flow_sde(torch.tensor([0.9]), torch.tensor([0.8]), sigma_max=0.95)

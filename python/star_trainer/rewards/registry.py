@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import torch
 
 from star_trainer.redact import HIDDEN, is_secret, redact, redacted, remember_options
 from star_trainer.rewards.base import Reward
+from star_trainer.rewards.function import FunctionReward
 from star_trainer.rewards.remote import RemoteReward, public_address
 from star_trainer.rewards.weighted import WeightedSum, check_weight
 
@@ -37,8 +39,9 @@ def build(
         weights: weight of each reward by key. A key is
 
             - the name of a built-in reward (``BUILT_IN``);
-            - ``"package.module:attribute"``: a :class:`Reward`, or a class or function that is called with the key's
-              options and returns one;
+            - ``"package.module:attribute"``: a :class:`Reward`; a function of ``(images, prompts)`` or ``(images,
+              prompts, metadata)``, which then is the reward, with the key's options as further keyword arguments; or a
+              class or another function, which is called with the key's options and returns a reward;
             - an ``http://`` or ``https://`` URL (:class:`RemoteReward`).
         device: where models run; passed to constructors that have a parameter ``device``.
         options: keyword arguments of each reward by key.
@@ -51,7 +54,7 @@ def build(
         ValueError: an unknown key, options for a key without a weight, options that the reward does not accept, a
             weight that is not finite, or no weights.
         TypeError: an import path that is not a reward, or weights or options that are not mappings.
-        ImportError: a package is missing.
+        ImportError: a module or a package is missing.
     """
     options = {} if options is None else options
     _check_shape("weights", weights)
@@ -91,7 +94,13 @@ def _make(key: str, device: str | torch.device, options: Mapping[str, Any]) -> R
 
 def _load(path: str) -> Any:
     module, _, attribute = path.partition(":")
-    found = importlib.import_module(module)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"reward {path!r} cannot be imported: {error}. Its module must be installed, or lie in the current "
+            f"directory ({os.getcwd()}) or on PYTHONPATH"
+        ) from error
     for name in attribute.split("."):
         if not hasattr(found, name):
             raise ValueError(f"module {module!r} has no attribute {attribute!r}")
@@ -106,6 +115,8 @@ def _instance(key: str, found: Any, device: str | torch.device, options: Mapping
         return cast(Reward, found)
     if not callable(found):
         raise TypeError(f"{key!r} must be a reward, a class or a function, got {type(found).__name__}")
+    if inspect.isfunction(found) and next(iter(inspect.signature(found).parameters), None) == "images":
+        return FunctionReward(found, options)
     keywords = dict(options)
     try:
         signature = inspect.signature(found)
