@@ -2,8 +2,9 @@
 
 Requires the extra ``figures`` (matplotlib). Every function returns a ``matplotlib.figure.Figure``, which a notebook
 displays and ``figure.savefig("maps.png")`` writes to a file. Maps are arrays or tensors on any device; images are PIL
-images, uint8 arrays ``[H, W, 3]``, or tensors ``[3, H, W]`` with values between 0 and 1. The colour maps are cividis
-for amounts and PuOr for differences, which are readable with colour vision deficiency.
+images, uint8 arrays ``[H, W, 3]``, or tensors ``[3, H, W]`` with values between 0 and 1. Over an image, a map is
+interpolated to the image's size and shown as the opacity of the image's own colours on grey paper. The colour maps are
+cividis for amounts without an image and PuOr for differences, which are readable with colour vision deficiency.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize, TwoSlopeNorm
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
@@ -26,26 +28,30 @@ __all__ = ["difference", "overlay", "phrases", "strip", "weights"]
 
 AMOUNT, CHANGE = "cividis", "PuOr"
 PANEL = 2.2  # side of a panel in inches
-OPACITY = 0.85  # of a map at its maximum, over an image
+PAPER, INK = 0.82, 0.1  # grey levels of the colour bar where an image is invisible and where it is opaque
+FAINT = 0.12  # opacity of an image without attention
+OPACITY = LinearSegmentedColormap.from_list("opacity", [(0.0, str(PAPER)), (1.0, str(INK))])
 
 Array = NDArray[np.float64]
 
 
 def overlay(image: Any, values: Tensor | ArrayLike, *, title: str = "", top: float | None = None) -> Figure:
-    """A map over its image, with an opacity that grows with the attention.
+    """An image, and beside it the image with the opacity of a map.
 
     Args:
         image: an image of any size.
         values: ``[h, w]``, non-negative.
-        title: title of the panel.
-        top: the value of the brightest colour; the maximum of the map by default.
+        title: title of the map.
+        top: the value at which the image is opaque; the maximum of the map by default.
     """
     grid = _map("values", values, 2)
-    figure, axes, bar = _panels(1, 1)
+    figure, axes, bar = _panels(2, 2)
     norm = Normalize(0.0, _top(grid, top))
-    _draw_over(axes[0, 0], to_rgb(image), grid, norm)
-    axes[0, 0].set_title(caption(title, 44), fontsize=9, **LITERAL)
-    _colour_bar(figure, bar, norm, AMOUNT, "attention")
+    shared = to_rgb(image)
+    _draw_image(axes[0, 0], shared)
+    _draw_over(axes[0, 1], shared, grid, norm)
+    axes[0, 1].set_title(caption(title, 24), fontsize=9, **LITERAL)
+    _amount_bar(figure, bar, norm, shared)
     return figure
 
 
@@ -54,33 +60,52 @@ def strip(
     *,
     images: Sequence[Any] | None = None,
     labels: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     title: str = "",
     columns: int = 10,
 ) -> Figure:
-    """The maps of a trajectory side by side, with a common colour scale.
+    """The maps of a trajectory side by side, with a common scale; several phrases in a row each.
 
     Args:
-        maps: ``[Steps, h, w]``, non-negative.
-        images: one image for each step, or one for all steps, drawn below the maps.
+        maps: ``[Steps, h, w]`` or, of phrases, ``[Steps, G, h, w]``, non-negative.
+        images: one image for each step, or one for all steps, drawn with the maps as opacity.
         labels: one label for each step, such as ``["sigma = 0.90", ...]``; the step numbers by default.
+        names: the G phrases.
         title: title of the figure.
-        columns: number of panels side by side.
+        columns: number of panels side by side. More steps of one map continue in the next row; of more steps of several
+            phrases, ``columns`` steps are drawn, evenly spaced from the first to the last.
     """
-    grids = _map("maps", maps, 3)
-    names = _labels("labels", labels, len(grids), "step")
+    grids = _map("maps", maps, 4 if np.ndim(maps) == 4 else 3)
+    steps = _labels("labels", labels, len(grids), "step")
     backgrounds = _backgrounds(images, len(grids))
-    figure, axes, bar = _panels(len(grids), columns)
+    if grids.ndim == 3:
+        if names is not None:
+            raise ValueError(f"names requires maps [Steps, G, h, w], got maps {list(grids.shape)}")
+        chosen, rows = list(range(len(grids))), [""]
+        figure, axes, bar = _panels(len(grids), columns)
+        panels = axes.reshape(1, -1)
+    else:
+        rows = _labels("names", names, grids.shape[1], "phrase")
+        figure, axes, bar = _panels(len(rows) * min(columns, len(grids)), min(columns, len(grids)))
+        chosen = [round(i * (len(grids) - 1) / max(1, axes.shape[1] - 1)) for i in range(axes.shape[1])]
+        panels = axes
+    by_row = grids[:, None] if grids.ndim == 3 else grids
     norm = Normalize(0.0, _top(grids, None))
-    for axis, grid, name, image in zip(axes.flat, grids, names, backgrounds, strict=False):
-        _draw_over(axis, image, grid, norm)
-        axis.set_title(caption(name, 18), fontsize=9, **LITERAL)
+    for row, name in enumerate(rows):
+        for axis, step in zip(panels[row], chosen, strict=False):
+            _draw_over(axis, backgrounds[step], by_row[step, row], norm)
+            if row == 0:
+                axis.set_title(caption(steps[step], 18), fontsize=9, **LITERAL)
+        panels[row, 0].set_ylabel(caption(name, 20), fontsize=9, **LITERAL)
     _head(figure, title)
-    _colour_bar(figure, bar, norm, AMOUNT, "attention")
+    _amount_bar(figure, bar, norm, backgrounds[0])
     return figure
 
 
 def phrases(image: Any, maps: Tensor | ArrayLike, names: Sequence[str], *, title: str = "", columns: int = 5) -> Figure:
-    """One panel for each phrase: its map over the image. Each panel has its own scale, with the maximum given below it.
+    """The image, and a panel for each phrase: the image with the opacity of the phrase's map.
+
+    Each panel has its own scale, with the maximum given below it.
 
     Args:
         image: an image of any size.
@@ -91,15 +116,16 @@ def phrases(image: Any, maps: Tensor | ArrayLike, names: Sequence[str], *, title
     """
     grids = _map("maps", maps, 3)
     labels = _labels("names", names, len(grids), "phrase")
-    figure, axes, bar = _panels(len(grids), columns)
+    figure, axes, bar = _panels(len(grids) + 1, columns)
     shared = to_rgb(image)
-    for axis, grid, name in zip(axes.flat, grids, labels, strict=False):
+    _draw_image(axes.flat[0], shared)
+    for axis, grid, name in zip(axes.flat[1:], grids, labels, strict=False):
         top = _top(grid, None)
         _draw_over(axis, shared, grid, Normalize(0.0, top))
         axis.set_title(caption(name, 22), fontsize=9, **LITERAL)
         axis.set_xlabel(f"up to {top:.2g}", fontsize=8)
     _head(figure, title)
-    _colour_bar(figure, bar, Normalize(0.0, 1.0), AMOUNT, "share of the panel's maximum")
+    _colour_bar(figure, bar, Normalize(0.0, 1.0), OPACITY, "share of the panel's maximum (opacity)")
     return figure
 
 
@@ -145,7 +171,9 @@ def difference(
 def weights(
     values: Tensor | ArrayLike, *, image: Any = None, labels: Sequence[str] | None = None, title: str = ""
 ) -> Figure:
-    """Weights over space and time: a panel for each step, coloured around one, and the mean weight of each step.
+    """Weights over space and time: a panel for each step, coloured around one.
+
+    If the mean weights of the steps differ, they are drawn below.
 
     Args:
         values: ``[Steps, h, w]`` with mean one, over all steps or over each.
@@ -157,9 +185,11 @@ def weights(
     names = _labels("labels", labels, len(grids), "step")
     extra = 0 if image is None else 1
     count = len(grids) + extra
-    figure = Figure(figsize=(PANEL * count + 1.2, 2 * PANEL + 0.6), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
-    upper, lower = parts
+    means = grids.reshape(len(grids), -1).mean(axis=1)
+    in_time = not np.allclose(means, 1.0, atol=0.01)
+    figure = Figure(figsize=(PANEL * count + 1.2, (2 if in_time else 1) * PANEL + 0.6), layout="constrained")
+    parts: Any = figure.subfigures(1 + in_time, 1, height_ratios=(1.1, 1)[: 1 + in_time], squeeze=False)
+    upper = parts[0, 0]
     axes = upper.subplots(1, count, squeeze=False)
     norm = TwoSlopeNorm(1.0, 0.0, max(2.0, _largest(grids)))
     if image is not None:
@@ -172,15 +202,32 @@ def weights(
         axis.set(xticks=[], yticks=[])
     bar = upper.colorbar(ScalarMappable(norm, CHANGE), ax=axes.ravel().tolist(), shrink=0.8)
     bar.set_label("weight (1 = Flow-GRPO)", fontsize=8)
-    means = grids.reshape(len(grids), -1).mean(axis=1)
-    axis = lower.subplots()
-    axis.bar(range(len(means)), means, color="#0072B2")
-    axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
-    axis.set_xticks(range(len(means)), [caption(name, 12) for name in names], fontsize=8, **LITERAL)
-    axis.set_ylabel("mean weight of the step", fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
+    if in_time:
+        axis = parts[1, 0].subplots()
+        axis.bar(range(len(means)), means, color="#0072B2")
+        axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+        axis.set_xticks(range(len(means)), [caption(name, 12) for name in names], fontsize=8, **LITERAL)
+        axis.set_ylabel("mean weight of the step", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
     _head(figure, title)
     return figure
+
+
+def over(image: Any, share: Tensor | ArrayLike) -> Array:
+    """The image with the opacity of a map, which is interpolated to its size, on grey paper.
+
+    Args:
+        image: an image of any size.
+        share: ``[h, w]``, 0 where the image is faint and 1 where it is opaque.
+
+    Returns:
+        float64 ``[H, W, 3]`` between 0 and 1.
+    """
+    pixels = to_rgb(image)
+    coarse = torch.from_numpy(_map("share", share, 2))[None, None]
+    fine = F.interpolate(coarse, pixels.shape[:2], mode="bilinear")[0, 0].numpy()[..., None]
+    opacity = FAINT + (1 - FAINT) * fine
+    return np.asarray(opacity * (pixels / 255) + (1 - opacity) * PAPER)
 
 
 def to_rgb(image: Any) -> NDArray[np.uint8]:
@@ -207,16 +254,25 @@ def to_rgb(image: Any) -> NDArray[np.uint8]:
     return array
 
 
+def _draw_image(axis: Axes, image: NDArray[np.uint8]) -> None:
+    axis.imshow(image)
+    axis.set_title("image", fontsize=9)
+
+
 def _draw_over(axis: Axes, image: NDArray[np.uint8] | None, grid: Array, norm: Normalize) -> None:
-    """Draws a map, over the image in grey if there is one, with an opacity that grows with the map."""
+    """Draws a map; if there is an image, as the opacity of the image."""
     if image is None:
         axis.imshow(grid, norm=norm, cmap=AMOUNT, interpolation="nearest")
         return
-    height, width = image.shape[:2]
-    grey = image.astype(np.float64).mean(axis=2) / 255
-    axis.imshow(grey, cmap="gray", vmin=0.0, vmax=1.0, extent=(0, width, height, 0))
-    opacity = np.clip(np.asarray(norm(np.nan_to_num(grid))), 0.0, 1.0) * OPACITY
-    axis.imshow(grid, norm=norm, cmap=AMOUNT, alpha=opacity, extent=(0, width, height, 0), interpolation="nearest")
+    axis.imshow(over(image, np.clip(np.asarray(norm(np.nan_to_num(grid))), 0.0, 1.0)))
+
+
+def _amount_bar(figure: Figure, axis: Axes, norm: Normalize, image: NDArray[np.uint8] | None) -> None:
+    """The colour bar of maps that were drawn by ``_draw_over``."""
+    if image is None:
+        _colour_bar(figure, axis, norm, AMOUNT, "attention")
+    else:
+        _colour_bar(figure, axis, norm, OPACITY, "attention (opacity of the image)")
 
 
 def _panels(count: int, columns: int, bars: int = 1) -> tuple[Figure, NDArray[Any], Any]:
@@ -256,7 +312,7 @@ def _map(name: str, values: Tensor | ArrayLike, dimensions: int | None) -> Array
     array = np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=np.float64)
     wanted = (2, 3) if dimensions is None else (dimensions,)
     if array.ndim not in wanted or 0 in array.shape:
-        shapes = " or ".join({2: "[h, w]", 3: "[N, h, w]"}[d] for d in wanted)
+        shapes = " or ".join({2: "[h, w]", 3: "[N, h, w]", 4: "[N, G, h, w]"}[d] for d in wanted)
         raise ValueError(f"{name} must have shape {shapes}, none of them 0, got {list(array.shape)}")
     return array
 

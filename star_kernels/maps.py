@@ -1,9 +1,9 @@
 """``python -m star_kernels.maps``: attention maps of the phrases of a prompt, from one image generation.
 
 Runs a diffusers text-to-image pipeline (a local folder or a Hugging Face Hub id), captures the attention maps of the
-phrases at every denoising step, and writes to a folder: ``image.png``, the image; ``strip.png``, the sum of the maps at
-each step; ``phrases.png``, a panel for each phrase; ``maps.npy``, float32 [Steps, G, h, w]; and ``maps.json``, the
-settings and the mean, maximum and perplexity of every map.
+phrases at every denoising step, and writes to a folder: ``image.png``, the image; ``strip.png``, the maps of each
+phrase at up to ten steps; ``phrases.png``, a panel for each phrase; ``maps.npy``, float32 [Steps, G, h, w]; and
+``maps.json``, the settings and the mean, maximum and perplexity of every map.
 """
 
 from __future__ import annotations
@@ -97,8 +97,7 @@ def write(drawing: Drawing, prompt: str, folder: Path, settings: dict[str, Any])
 
     folder.mkdir(parents=True, exist_ok=True)
     labels = [f"step {i}" if math.isnan(s) else f"sigma {s:.2f}" for i, s in enumerate(drawing.sigmas)]
-    whole = drawing.maps.sum(dim=1)  # attention mass on all phrases
-    strip = figures.strip(whole, images=drawing.image, labels=labels, title=f"{', '.join(drawing.names)} in: {prompt}")
+    strip = figures.strip(drawing.maps, images=drawing.image, labels=labels, names=drawing.names, title=prompt)
     panels = figures.phrases(drawing.image, drawing.maps.mean(dim=0), drawing.names, title=prompt)
     paths = [folder / name for name in ("image.png", "strip.png", "phrases.png", "maps.npy", "maps.json")]
     drawing.image.save(paths[0])

@@ -17,7 +17,8 @@ from PIL import Image
 
 from star_kernels import captions, figures
 
-IMAGE = np.full((64, 96, 3), 200, dtype=np.uint8)
+IMAGE = np.full((64, 96, 3), (200, 20, 20), dtype=np.uint8)  # red
+PAPER = 255 * figures.PAPER
 SPOT = torch.zeros(8, 12)
 SPOT[1:3, 8:11] = 1.0  # above and right of the middle
 
@@ -35,9 +36,9 @@ def drawn(figure: Figure, axis: int = 0) -> np.ndarray:
     return pixels[top:bottom, left:right]
 
 
-def yellow(pixels: np.ndarray) -> np.ndarray:
-    """Pixels with the brightest colours of cividis: much red and green, little blue."""
-    return (pixels[..., 0] - pixels[..., 2] > 80) & (pixels[..., 1] > 150)
+def opaque(pixels: np.ndarray) -> np.ndarray:
+    """Pixels with at least half of the image's colour."""
+    return pixels[..., 0] - pixels[..., 2] > 90
 
 
 def centre(mask: np.ndarray) -> tuple[float, float]:
@@ -47,12 +48,21 @@ def centre(mask: np.ndarray) -> tuple[float, float]:
 
 
 def test_a_pattern_is_drawn_at_its_place() -> None:
-    pixels = drawn(figures.overlay(IMAGE, SPOT, title="spot"))
-    bright = yellow(pixels)
-    assert centre(bright) == pytest.approx((2 / 8, 9.5 / 12), abs=0.03)
-    assert bright.mean() == pytest.approx(6 / 96, abs=0.02)
-    dark = pixels[~bright]
-    assert np.abs(dark - dark.mean(axis=1, keepdims=True)).mean() < 5  # elsewhere the image, in grey
+    figure = figures.overlay(IMAGE, SPOT, title="spot")
+    assert np.abs(drawn(figure, 0) - IMAGE[0, 0]).max() <= 2  # the image itself
+    pixels = drawn(figure, 1)
+    visible = opaque(pixels)
+    assert centre(visible) == pytest.approx((2 / 8, 9.5 / 12), abs=0.03)
+    assert visible.mean() == pytest.approx(6 / 96, abs=0.02)
+    faint = figures.FAINT * IMAGE[0, 0] + (1 - figures.FAINT) * PAPER
+    assert np.median(np.abs(pixels[~visible] - faint)) < 3
+
+
+def test_a_map_is_interpolated_to_the_size_of_the_image() -> None:
+    step = torch.tensor([[0.0, 1.0]])
+    across = drawn(figures.overlay(np.zeros((64, 64, 3), dtype=np.uint8), step), 1).mean(axis=(0, 2))
+    assert (np.diff(across) <= 0.5).all()  # darker from left to right
+    assert len(np.unique(across.round())) > 20
 
 
 @pytest.mark.parametrize("kind", ["pil", "array", "float tensor", "byte tensor", "bfloat16 tensor"])
@@ -77,16 +87,31 @@ def test_a_boolean_image_is_black_and_white() -> None:
 def test_the_panels_of_a_strip_share_one_scale() -> None:
     maps = torch.stack([0.1 * SPOT, SPOT])
     figure = figures.strip(maps, images=IMAGE, labels=["early", "late"], title="a strip")
-    faint, strong = (yellow(drawn(figure, i)).sum() for i in range(2))
+    faint, strong = (opaque(drawn(figure, i)).sum() for i in range(2))
     assert strong > 20
     assert faint == 0
     assert [axis.get_title() for axis in figure.axes[:2]] == ["early", "late"]
 
 
+def test_each_phrase_has_a_row_of_a_strip() -> None:
+    maps = torch.zeros(3, 2, 8, 12)
+    maps[0, 0], maps[2, 1] = SPOT, SPOT
+    figure = figures.strip(maps, images=IMAGE, names=["red bench", "green dog"])
+    assert [bool(opaque(drawn(figure, i)).sum() > 20) for i in range(6)] == [True, False, False, False, False, True]
+    assert [figure.axes[i].get_ylabel() for i in (0, 3)] == ["red bench", "green dog"]
+    assert [axis.get_title() for axis in figure.axes[:6]] == ["step 0", "step 1", "step 2", "", "", ""]
+
+
+def test_a_strip_of_phrases_draws_evenly_spaced_steps() -> None:
+    figure = figures.strip(SPOT.expand(7, 2, 8, 12), columns=3)
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["step 0", "step 3", "step 6"]
+
+
 def test_each_phrase_has_its_own_scale_with_a_label() -> None:
     figure = figures.phrases(IMAGE, torch.stack([0.1 * SPOT, SPOT]), ["red bench", "green dog"])
-    assert all(yellow(drawn(figure, i)).sum() > 20 for i in range(2))
-    assert [axis.get_xlabel() for axis in figure.axes[:2]] == ["up to 0.1", "up to 1"]
+    assert figure.axes[0].get_title() == "image"
+    assert all(opaque(drawn(figure, i)).sum() > 20 for i in (1, 2))
+    assert [axis.get_xlabel() for axis in figure.axes[1:3]] == ["up to 0.1", "up to 1"]
 
 
 def test_the_colour_of_a_difference_is_its_sign() -> None:
@@ -104,14 +129,16 @@ def test_weights_show_the_mean_weight_of_each_step() -> None:
     figure = figures.weights(values, image=IMAGE, labels=["first", "second"])
     heights = [bar.get_height() for axis in figure.axes for bar in axis.patches]
     assert heights == pytest.approx([0.5, 1.5])
+    equal = figures.weights(torch.ones(2, 4, 4), image=IMAGE)
+    assert not [bar for axis in equal.axes for bar in axis.patches]
 
 
-def test_empty_and_non_finite_maps_are_drawn_dark() -> None:
+def test_empty_and_non_finite_maps_are_drawn_transparent() -> None:
     non_finite = SPOT.clone()
     non_finite[0, 0] = torch.nan
     for values in (torch.zeros(4, 4), non_finite, torch.full((2, 2), torch.nan)):
         drawn(figures.overlay(IMAGE, values))
-    assert yellow(drawn(figures.overlay(IMAGE, torch.zeros(4, 4)))).sum() == 0
+    assert opaque(drawn(figures.overlay(IMAGE, torch.zeros(4, 4)), 1)).sum() == 0
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # inf minus inf, and means
@@ -138,6 +165,8 @@ def test_non_finite_values_are_drawn(value: float, everywhere: bool) -> None:
         (lambda: figures.strip(torch.zeros(2, 3, 4), labels=["a"]), "labels must be 2 strings.*got"),
         (lambda: figures.strip(torch.zeros(2, 3, 4), images=[IMAGE] * 3), "images must be one image or 2 .*got 3"),
         (lambda: figures.difference(torch.zeros(2, 3), torch.zeros(3, 3)), r"after must have the shape of before"),
+        (lambda: figures.strip(torch.zeros(2, 3, 4), names=["a"]), r"names requires maps \[Steps, G, h, w\]"),
+        (lambda: figures.strip(torch.zeros(2, 3, 4, 4), names=["a"]), "names must be 3 strings"),
         (lambda: figures.strip(torch.zeros(2, 3, 4), columns=0), "columns must be at least 1, got 0"),
         (lambda: figures.overlay(IMAGE, SPOT, top=-1.0), "top must be positive and finite, got -1"),
         (lambda: figures.overlay(IMAGE, SPOT, top=torch.nan), "top must be positive and finite, got nan"),
@@ -208,7 +237,7 @@ def test_characters_without_a_glyph_are_squares_with_one_warning(monkeypatch: py
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figures.overlay(IMAGE, SPOT, title="犬 dog")
-    assert first.axes[0].get_title() == "\u25a1 cat"
+    assert first.axes[1].get_title() == "\u25a1 cat"
 
 
 def test_long_titles_are_shortened_and_leave_room_for_the_panels() -> None:
