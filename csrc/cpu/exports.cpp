@@ -3,6 +3,7 @@
 #include <tvm/ffi/string.h>
 
 #include <cstdlib>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,7 @@ struct Kernels {
   const char* isa;
   int64_t (*maps_scratch_floats)(const MapsArguments&);
   void (*attention_maps)(const MapsArguments&);
+  void (*allocate)(const AllocateArguments&);
   void (*policy_forward)(const PolicyArguments&);
   void (*policy_backward)(const PolicyArguments&);
   void (*nft_forward)(const NftArguments&);
@@ -24,10 +26,10 @@ struct Kernels {
   void (*sample_transition)(const SampleArguments&);
 };
 
-#define STAR_KERNELS_OF(isa)                                                                                          \
-  Kernels {                                                                                                           \
-    #isa, isa::maps_scratch_floats, isa::attention_maps, isa::policy_forward, isa::policy_backward, isa::nft_forward, \
-        isa::nft_backward, isa::sample_transition                                                                     \
+#define STAR_KERNELS_OF(isa)                                                                                       \
+  Kernels {                                                                                                        \
+    #isa, isa::maps_scratch_floats, isa::attention_maps, isa::allocate, isa::policy_forward, isa::policy_backward, \
+        isa::nft_forward, isa::nft_backward, isa::sample_transition                                                \
   }
 
 // The compiled instruction sets that this processor can run, best first.
@@ -136,6 +138,35 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
   kernels().attention_maps(a);
 }
 
+// The weights of contiguous maps, of the layout that `has_steps` and `has_phrases` describe.
+void allocate(ffi::TensorView maps, ffi::Optional<ffi::TensorView> signal, bool has_steps, bool has_phrases,
+              bool over_trajectory, double strength, ffi::Optional<double> cap, int64_t threads,
+              ffi::TensorView weights) {
+  const int64_t leading = 1 + has_steps + has_phrases;
+  check(maps.ndim() > leading && maps.numel() > 0, "maps",
+        "have elements in a dimension for each letter of the layout");
+  AllocateArguments a{};
+  a.batch = maps.size(0);
+  a.steps = has_steps ? maps.size(1) : 1;
+  a.phrases = has_phrases ? maps.size(leading - 1) : 1;
+  a.positions = maps.numel() / (a.batch * a.steps * a.phrases);
+  if (signal.has_value()) {
+    check(over_trajectory && signal.value().ndim() <= leading, "step_signal", "have shape [B, Steps] or [B, Steps, G]");
+    a.signal_of_phrases = signal.value().ndim() == 3;
+    a.signal = floats("step_signal", signal.value(), a.batch * a.steps * (a.signal_of_phrases ? a.phrases : 1));
+  }
+  if (!over_trajectory) {
+    a.batch *= a.steps * a.phrases;
+    a.steps = a.phrases = 1;
+  }
+  a.maps = floats("maps", maps, maps.numel());
+  a.weights = floats("weights", weights, maps.numel());
+  a.strength = strength;
+  a.cap = cap.has_value() ? cap.value() : std::numeric_limits<double>::infinity();
+  a.threads = threads_for(maps.numel(), kLatentGrain, threads);
+  kernels().allocate(a);
+}
+
 void check_weights(const Objective& a) {
   const int64_t count = a.weights ? a.batch * a.phrases * a.grid[0] * a.grid[1] * a.grid[2] : 0;
   bool good = true;
@@ -200,5 +231,6 @@ STAR_EXPORT(nft_forward)
 STAR_EXPORT(nft_backward)
 STAR_EXPORT(sample_transition)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_maps, star::attention_maps);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(allocate, star::allocate);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(isa, star::isa);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(runnable_isas, star::runnable_isas);
