@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/transitions.h"
 #define STAR_DEVICE kDLCPU
 #include "binding.h"
 
@@ -214,6 +215,40 @@ void sample_transition(Reader& in) {
   kernels().sample_transition(call.arguments);
 }
 
+// False unless the value is a number, or a tensor of `columns` elements or one, in memory of a CPU and of a known
+// dtype.
+bool read_values(ffi::AnyView value, int64_t columns, Values& values) {
+  const std::optional<ffi::TensorView> tensor = value.try_cast<ffi::TensorView>();
+  if (!tensor) {
+    const std::optional<double> number = value.try_cast<double>();
+    values.number = number.value_or(0.0);
+    return number.has_value();
+  }
+  const DLDataType type = tensor->dtype();
+  const bool brain = type.code == kDLBfloat, known = type.lanes == 1 && (type.code == kDLFloat || brain);
+  values.type = type.bits == 64   ? Values::Type::kFloat64
+                : type.bits == 32 ? Values::Type::kFloat32
+                : brain           ? Values::Type::kBFloat16
+                                  : Values::Type::kFloat16;
+  values.data = tensor->data_ptr();
+  values.size = tensor->numel();
+  values.stride = tensor->ndim() == 1 ? tensor->stride(0) : 0;
+  return known && type.bits >= 16 && tensor->ndim() <= 1 && tensor->device().device_type == kDLCPU && values.data &&
+         (values.size == 1 || values.size == columns);
+}
+
+// The coefficients of a step, see cpu/transitions.h. False if an argument is not accepted.
+bool transition(int64_t formula, ffi::AnyView sigma, ffi::AnyView sigma_next, ffi::AnyView other, double level,
+                ffi::TensorView table) {
+  check(table.ndim() == 2 && table.size(0) == kCoefficientRows, "table", "have shape [6, B]");
+  const int64_t columns = table.size(1);
+  Values values[3];
+  return read_values(sigma, columns, values[0]) && read_values(sigma_next, columns, values[1]) &&
+         read_values(other, columns, values[2]) &&
+         transition_table(static_cast<Formula>(formula), values[0], values[1], values[2], level, columns,
+                          floats("table", table, kCoefficientRows * columns));
+}
+
 ffi::String isa() { return kernels().isa; }
 
 ffi::String runnable_isas() {
@@ -232,5 +267,6 @@ STAR_EXPORT(nft_backward)
 STAR_EXPORT(sample_transition)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_maps, star::attention_maps);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(allocate, star::allocate);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(transition, star::transition);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(isa, star::isa);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(runnable_isas, star::runnable_isas);
