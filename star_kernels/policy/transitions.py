@@ -232,49 +232,34 @@ def _from_kernel(
             return None
         if position < 2:
             batch = max(batch, value.numel())
-    compute = _on_device if like is not None and like.is_cuda else _on_host
-    table = compute(formula, sigma, sigma_next, other, level, batch, like)
+    arguments = (formula, sigma, sigma_next, other, float(level))
+    table = _on_host(arguments, batch, like) if like is None or like.is_cpu else _on_device(arguments, batch, like)
     return None if table is None else Transition(table)
 
 
-def _on_host(
-    formula: int,
-    sigma: Tensor | float,
-    sigma_next: Tensor | float,
-    other: Tensor | float,
-    level: float,
-    batch: int,
-    like: Tensor | None,
-) -> Tensor | None:
-    """The table of coefficients from the library, on the default device if no argument is a tensor."""
+def _on_host(arguments: tuple[Any, ...], batch: int, like: Tensor | None) -> Tensor | None:
+    """The table of coefficients from the library; without a tensor among the arguments it is on the default device."""
     library = native.cpu()
-    if library is None or not (like is None or like.is_cpu):
+    if library is None:
         return None
     table = torch.empty((len(ROWS), batch), dtype=torch.float32, device=None if like is None else "cpu")
     host = table if table.is_cpu else torch.empty_like(table, device="cpu")
-    if not library.transition(formula, sigma, sigma_next, other, float(level), host):
+    if not library.transition(*arguments, host):
         return None
     return table if host is table else table.copy_(host)
 
 
-def _on_device(
-    formula: int,
-    sigma: Tensor | float,
-    sigma_next: Tensor | float,
-    other: Tensor | float,
-    level: float,
-    batch: int,
-    like: Tensor,
-) -> Tensor | None:
+def _on_device(arguments: tuple[Any, ...], batch: int, like: Tensor) -> Tensor | None:
     """The table of coefficients from a Triton kernel."""
-    sizes = [value.numel() for value in (sigma, sigma_next, other) if isinstance(value, Tensor)]
-    known = all(value.dtype in _DTYPES for value in (sigma, sigma_next, other) if isinstance(value, Tensor))
-    if not known or not all(size in (1, batch) for size in sizes) or obstacle("triton", "cuda", torch.float32):
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    if not like.is_cuda or any(t.numel() not in (1, batch) or t.dtype not in _DTYPES for t in tensors):
+        return None
+    if obstacle("triton", "cuda", torch.float32):
         return None
     from star_kernels.policy import triton_transitions
 
     table = torch.empty((len(ROWS), batch), dtype=torch.float32, device=like.device)
-    triton_transitions.transition(formula, sigma, sigma_next, other, level, table)
+    triton_transitions.transition(table, *arguments)
     return table
 
 

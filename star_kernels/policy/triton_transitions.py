@@ -29,12 +29,12 @@ def wide_number(bits):
 
 
 @triton.jit
-def load_values(p, stride, number, o_b, m_b):
+def load_values(p, stride, number, o_b):
     """[BLOCK] in float64: the elements of a tensor, or a number for all columns."""
     if p is None:
         b_values = tl.zeros_like(o_b).to(tl.float64) + wide_number(number)
     else:
-        b_values = tl.load(p + o_b * stride, mask=m_b).to(tl.float64)
+        b_values = tl.load(p + o_b * stride).to(tl.float64)
     return b_values
 
 
@@ -44,10 +44,10 @@ def transition_kernel(
     columns, FORMULA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o_b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_b = o_b < columns
-    b_sigma = load_values(p_sigma, stride_sigma, sigma, o_b, m_b)
-    b_next = load_values(p_next, stride_next, sigma_next, o_b, m_b)
-    b_other = load_values(p_other, stride_other, other, o_b, m_b)
+    o_b = tl.minimum(o_b, columns - 1)  # the last column is computed, and written, by all lanes that are left
+    b_sigma = load_values(p_sigma, stride_sigma, sigma, o_b)
+    b_next = load_values(p_next, stride_next, sigma_next, o_b)
+    b_other = load_values(p_other, stride_other, other, o_b)
     b_level = tl.zeros_like(b_sigma) + wide_number(level)
     b_zero = tl.zeros_like(b_sigma)
     b_one = b_zero + 1.0
@@ -70,23 +70,23 @@ def transition_kernel(
         b_mean_output = (1.0 + b_drift * (1.0 - b_sigma)) * b_dt
         b_scale, b_offset, b_kl_scale = 0.5 / (b_std * b_std), -tl.log(b_std) - LOG_SQRT_2PI, 0.5 / (b_s * b_s)
     p_table += o_b
-    tl.store(p_table, b_mean_sample.to(tl.float32), mask=m_b)
-    tl.store(p_table + columns, b_mean_output.to(tl.float32), mask=m_b)
-    tl.store(p_table + 2 * columns, b_std.to(tl.float32), mask=m_b)
-    tl.store(p_table + 3 * columns, b_scale.to(tl.float32), mask=m_b)
-    tl.store(p_table + 4 * columns, b_offset.to(tl.float32), mask=m_b)
-    tl.store(p_table + 5 * columns, b_kl_scale.to(tl.float32), mask=m_b)
+    tl.store(p_table, b_mean_sample.to(tl.float32))
+    tl.store(p_table + columns, b_mean_output.to(tl.float32))
+    tl.store(p_table + 2 * columns, b_std.to(tl.float32))
+    tl.store(p_table + 3 * columns, b_scale.to(tl.float32))
+    tl.store(p_table + 4 * columns, b_offset.to(tl.float32))
+    tl.store(p_table + 5 * columns, b_kl_scale.to(tl.float32))
 
 
 def transition(
+    table: Tensor,
     formula: int,
     sigma: Tensor | float,
     sigma_next: Tensor | float,
     other: Tensor | float,
     level: float,
-    table: Tensor,
 ) -> None:
-    """Writes table [6, B]. Tensors are [], [1] or [B], on the device of the table."""
+    """Writes table [6, B]. Tensors are [], [1] or [B], on its device; ``other`` is sigma_max or the weight."""
     angle = level * math.pi / 2
     level, kept = (math.sin(angle), math.cos(angle)) if formula == transitions.FLOW_CPS else (level, 0.0)
     pointers = [value if isinstance(value, Tensor) else None for value in (sigma, sigma_next, other)]
