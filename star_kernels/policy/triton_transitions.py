@@ -17,6 +17,7 @@ FLOW_SDE, FLOW_CPS, FLOW_MATCHING = (
 )
 LOG_SQRT_2PI = tl.constexpr(0.5 * math.log(2.0 * math.pi))
 BLOCK = 64
+POINTERS = ("p_sigma", "p_next", "p_other")  # often an element of a schedule
 SIZES = ("stride_sigma", "stride_next", "stride_other", "columns")
 NUMBERS = ("sigma", "sigma_next", "other", "level", "kept")
 LAUNCH = {"num_warps": 1, "enable_fp_fusion": False}
@@ -38,7 +39,7 @@ def load_values(p, stride, number, o_b):
     return b_values
 
 
-@triton.jit(do_not_specialize=(*SIZES, *NUMBERS))
+@triton.jit(do_not_specialize=(*SIZES, *NUMBERS), do_not_specialize_on_alignment=POINTERS)
 def transition_kernel(
     p_sigma, p_next, p_other, p_table, sigma, sigma_next, other, level, kept, stride_sigma, stride_next, stride_other,
     columns, FORMULA: tl.constexpr, BLOCK: tl.constexpr,
@@ -94,7 +95,7 @@ def transition(
     numbers = [0.0 if isinstance(value, Tensor) else value for value in (sigma, sigma_next, other)]
     with torch.cuda.device_of(table):
         transition_kernel[(triton.cdiv(table.shape[1], BLOCK),)](
-            **dict(zip(("p_sigma", "p_next", "p_other"), pointers, strict=True)),
+            **dict(zip(POINTERS, pointers, strict=True)),
             p_table=table,
             **dict(zip(NUMBERS, map(_bits, (*numbers, level, kept)), strict=True)),
             **dict(zip(SIZES, (*strides, table.shape[1]), strict=True)),
