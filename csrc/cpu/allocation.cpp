@@ -95,7 +95,7 @@ struct Split {
 
 // min(cap, c * weights), with c such that the mean is one. If k of n weights are at the cap, c = (n - k cap) / (sum of
 // the others). From k = 0, each pass counts the weights that the last c raises above the cap: Newton's method on a
-// concave, piecewise linear function, which ends at the solution, for maps after less than ten passes.
+// concave, piecewise linear function, which ends at the solution, for most maps after about ten passes.
 void apply_cap(float* weights, const Rows& rows, double cap) {
   const double size = static_cast<double>(rows.count * rows.n);
   double threshold = kInfinity, factor = 0.0, zeros = 0.0;

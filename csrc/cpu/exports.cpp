@@ -225,10 +225,10 @@ bool read_values(ffi::AnyView value, int64_t columns, Values& values) {
     return number.has_value();
   }
   const DLDataType type = tensor->dtype();
-  const bool brain = type.code == kDLBfloat, known = type.lanes == 1 && (type.code == kDLFloat || brain);
+  const bool is_bf16 = type.code == kDLBfloat, known = type.lanes == 1 && (type.code == kDLFloat || is_bf16);
   values.type = type.bits == 64   ? Values::Type::kFloat64
                 : type.bits == 32 ? Values::Type::kFloat32
-                : brain           ? Values::Type::kBFloat16
+                : is_bf16         ? Values::Type::kBFloat16
                                   : Values::Type::kFloat16;
   values.data = tensor->data_ptr();
   values.size = tensor->numel();
