@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from star_kernels import native
 from star_kernels.checks import check_dense, check_number
 from star_kernels.torch_internals import WATCH
 
+_PLAIN = (Tensor, nn.Parameter)
 _MEANS = {"step": (-1,), "trajectory": (-2, -1)}
 _FEW = 64  # maps whose largest and smallest values are read
 _PARALLEL = 32768  # elements from which PyTorch divides a sum among threads
@@ -64,6 +67,31 @@ def allocate(
     layout = _check(maps, layout, strength, over, cap)
     if step_signal is not None:
         _check_signal(step_signal, maps, layout, over)
+    library = _library(maps, step_signal)
+    if library is None:
+        return reference(maps, layout, strength, over, cap, step_signal)
+    maps = maps.detach().float().contiguous()
+    if step_signal is not None:
+        step_signal = step_signal.detach().float().contiguous()
+    weights = torch.empty_like(maps)
+    library.allocate(
+        maps,
+        step_signal,
+        "s" in layout,
+        "g" in layout,
+        over == "trajectory",
+        float(strength),
+        None if cap is None else float(cap),
+        native.threads(),
+        weights,
+    )
+    return weights
+
+
+def reference(
+    maps: Tensor, layout: str, strength: float, over: str, cap: float | None, step_signal: Tensor | None
+) -> Tensor:
+    """:func:`allocate` in PyTorch, for checked arguments."""
     dims = _MEANS[over]
     flat = _flat(maps.detach(), layout)
     if flat.dtype not in (torch.float32, torch.float64):
@@ -118,6 +146,19 @@ def total_variation(maps: Tensor, following: Tensor, *, layout: str | None = Non
         if known is not None:
             apart = torch.where(known[..., 0], apart, 0.0)
     return apart
+
+
+def _library(maps: Tensor, step_signal: Tensor | None) -> Any | None:
+    """The compiled kernels, or None if PyTorch computes: for float64, on a GPU, and if a mode, trace or transform or a
+    subclass of Tensor needs to see the call."""
+    if torch.compiler.is_compiling() or WATCH.observed() or maps.dtype is torch.float64:
+        return None
+    for given in (maps, step_signal):
+        if given is not None and (
+            type(given) not in _PLAIN or not given.is_cpu or given.is_neg() or not given.data_ptr()
+        ):
+            return None
+    return native.cpu()
 
 
 def _flat(maps: Tensor, layout: str) -> Tensor:

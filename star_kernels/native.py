@@ -20,7 +20,7 @@ from star_kernels.torch_internals import constant_in_graph
 FOLDER = Path(os.environ.get("STAR_KERNELS_LIB") or Path(__file__).with_name("lib"))
 _POLICY = ("policy_forward", "policy_backward", "nft_forward", "nft_backward", "sample_transition")
 FUNCTIONS = {
-    "libstar_kernels_cpu.so": (*_POLICY, "attention_maps", "isa", "runnable_isas"),
+    "libstar_kernels_cpu.so": (*_POLICY, "attention_maps", "allocate", "transition", "isa", "runnable_isas"),
     "libstar_kernels_cuda.so": (*_POLICY, "policy_workspace_bytes", "nft_workspace_bytes", "architectures"),
 }
 

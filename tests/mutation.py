@@ -35,7 +35,7 @@ TARGETS = {  # name -> file, test files, expression that selects tests
         ],
         "naive or reference or rounding",
     ),
-    "allocation": ("star_kernels/allocation.py", ["test_allocation"], ""),
+    "allocation": ("star_kernels/allocation.py", ["test_allocation", "test_allocation_kernel"], ""),
     "attention": (
         "star_kernels/attention/naive.py",
         [

@@ -33,6 +33,7 @@ CONTRACT = [
     "tests/policy/test_sampling.py",
     "tests/policy/test_transitions.py",
     "tests/test_allocation.py",
+    "tests/test_allocation_kernel.py",
 ]
 # Tests of compilation, operator schemas, peak memory and child processes do not depend on instructions or threads.
 NUMBERS = "not compile and not opcheck and not gradcheck and not no_matrix and not instruction_set"

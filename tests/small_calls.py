@@ -15,6 +15,7 @@ from star_kernels import (
     TokenSelection,
     attention,
     attention_maps,
+    flow_cps,
     flow_sde,
     native,
     sample_transition,
@@ -106,6 +107,9 @@ def main() -> None:
     for backend, dtype, (shape, channel_dim) in itertools.product(backends, DTYPES, shapes):
         if backend == "native" or (dtype, shape) in TRITON_POLICY_CASES:
             check_policy(backend, dtype, shape, channel_dim)
+    sigma = torch.tensor([1.0, 0.7, 0.2], device="cuda")
+    for make in (lambda s: flow_sde(s, 0.1, sigma_max=s[1]), lambda s: flow_cps(s, 0.5 * s)):
+        close("transition", make(sigma).coefficients, make(sigma.cpu()).coefficients, torch.float32)
     torch.cuda.synchronize()
     print(f"all kernels agree with the reference: attention (triton), policy losses ({', '.join(backends)})")
 

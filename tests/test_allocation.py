@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from star_kernels import allocate, total_variation
+from star_kernels import allocate, allocation, total_variation
 from star_kernels.allocation import LAYOUTS as LAYOUTS_OF_ALLOCATE
 
 MANY = settings(max_examples=80, deadline=None)
@@ -17,6 +18,14 @@ SHAPES = st.one_of(
     st.tuples(st.integers(1, 4), st.integers(1, 70)),
     st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40)),
 )
+
+
+@pytest.fixture(autouse=True, scope="module", params=[pytest.param("native", marks=pytest.mark.native), "reference"])
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "reference":
+            patch.setattr(allocation, "_library", lambda *tensors: None)
+        yield
 
 
 LAYOUTS = {2: "bp", 3: "bsp", 4: "bsgp"}

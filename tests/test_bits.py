@@ -5,7 +5,11 @@ This does not include results that PyTorch computes: attention, its gradients, a
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,3 +142,27 @@ def test_allocation_bits_do_not_depend_on_the_number_of_threads(
         return [allocate(maps, layout="bshw", cap=cap), change, *signals]
 
     assert_equal_bits(results)
+
+
+_ALLOCATIONS = """
+import sys, torch
+from star_kernels import allocate
+torch.manual_seed(0)
+maps = torch.rand(2, 3, 5, 1003) ** 3
+options = [{"over": over, "cap": cap} for over in ("step", "trajectory") for cap in (None, 1.5)]
+signal = {"over": "trajectory", "step_signal": maps[..., 0]}
+torch.save([allocate(maps, layout="bsgp", strength=0.3, **o) for o in [*options, signal]], sys.argv[1])
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.native
+def test_allocation_bits_do_not_depend_on_the_instruction_set(tmp_path: Path) -> None:
+    found = []
+    for isa in native.cpu().runnable_isas().split():
+        file = tmp_path / isa
+        environment = {**os.environ, "STAR_KERNELS_ISA": isa}
+        subprocess.run([sys.executable, "-c", _ALLOCATIONS, str(file)], env=environment, check=True)
+        found.append(torch.load(file))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))

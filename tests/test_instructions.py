@@ -26,6 +26,7 @@ KERNELS = {  # name in the driver -> function whose instructions are counted
     "nft_backward": "nft_backward",
     "sample_transition": "sample_transition",
     "attention_maps": "attention_maps",
+    "allocate": "allocate",
 }
 
 

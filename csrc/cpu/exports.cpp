@@ -3,10 +3,12 @@
 #include <tvm/ffi/string.h>
 
 #include <cstdlib>
+#include <limits>
 #include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/transitions.h"
 #define STAR_DEVICE kDLCPU
 #include "binding.h"
 
@@ -17,6 +19,7 @@ struct Kernels {
   const char* isa;
   int64_t (*maps_scratch_floats)(const MapsArguments&);
   void (*attention_maps)(const MapsArguments&);
+  void (*allocate)(const AllocateArguments&);
   void (*policy_forward)(const PolicyArguments&);
   void (*policy_backward)(const PolicyArguments&);
   void (*nft_forward)(const NftArguments&);
@@ -24,10 +27,10 @@ struct Kernels {
   void (*sample_transition)(const SampleArguments&);
 };
 
-#define STAR_KERNELS_OF(isa)                                                                                          \
-  Kernels {                                                                                                           \
-    #isa, isa::maps_scratch_floats, isa::attention_maps, isa::policy_forward, isa::policy_backward, isa::nft_forward, \
-        isa::nft_backward, isa::sample_transition                                                                     \
+#define STAR_KERNELS_OF(isa)                                                                                       \
+  Kernels {                                                                                                        \
+    #isa, isa::maps_scratch_floats, isa::attention_maps, isa::allocate, isa::policy_forward, isa::policy_backward, \
+        isa::nft_forward, isa::nft_backward, isa::sample_transition                                                \
   }
 
 // The compiled instruction sets that this processor can run, best first.
@@ -136,6 +139,35 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
   kernels().attention_maps(a);
 }
 
+// The weights of contiguous maps, of the layout that `has_steps` and `has_phrases` describe.
+void allocate(ffi::TensorView maps, ffi::Optional<ffi::TensorView> signal, bool has_steps, bool has_phrases,
+              bool over_trajectory, double strength, ffi::Optional<double> cap, int64_t threads,
+              ffi::TensorView weights) {
+  const int64_t leading = 1 + has_steps + has_phrases;
+  check(maps.ndim() > leading && maps.numel() > 0, "maps",
+        "have elements in a dimension for each letter of the layout");
+  AllocateArguments a{};
+  a.batch = maps.size(0);
+  a.steps = has_steps ? maps.size(1) : 1;
+  a.phrases = has_phrases ? maps.size(leading - 1) : 1;
+  a.positions = maps.numel() / (a.batch * a.steps * a.phrases);
+  if (signal.has_value()) {
+    check(over_trajectory && signal.value().ndim() <= leading, "step_signal", "have shape [B, Steps] or [B, Steps, G]");
+    a.signal_of_phrases = signal.value().ndim() == 3;
+    a.signal = floats("step_signal", signal.value(), a.batch * a.steps * (a.signal_of_phrases ? a.phrases : 1));
+  }
+  if (!over_trajectory) {
+    a.batch *= a.steps * a.phrases;
+    a.steps = a.phrases = 1;
+  }
+  a.maps = floats("maps", maps, maps.numel());
+  a.weights = floats("weights", weights, maps.numel());
+  a.strength = strength;
+  a.cap = cap.has_value() ? cap.value() : std::numeric_limits<double>::infinity();
+  a.threads = threads_for(maps.numel(), kLatentGrain, threads);
+  kernels().allocate(a);
+}
+
 void check_weights(const Objective& a) {
   const int64_t count = a.weights ? a.batch * a.phrases * a.grid[0] * a.grid[1] * a.grid[2] : 0;
   bool good = true;
@@ -183,6 +215,40 @@ void sample_transition(Reader& in) {
   kernels().sample_transition(call.arguments);
 }
 
+// False unless the value is a number, or a tensor of `columns` elements or one, in memory of a CPU and of a known
+// dtype.
+bool read_values(ffi::AnyView value, int64_t columns, Values& values) {
+  const std::optional<ffi::TensorView> tensor = value.try_cast<ffi::TensorView>();
+  if (!tensor) {
+    const std::optional<double> number = value.try_cast<double>();
+    values.number = number.value_or(0.0);
+    return number.has_value();
+  }
+  const DLDataType type = tensor->dtype();
+  const bool is_bf16 = type.code == kDLBfloat, known = type.lanes == 1 && (type.code == kDLFloat || is_bf16);
+  values.type = type.bits == 64   ? Values::Type::kFloat64
+                : type.bits == 32 ? Values::Type::kFloat32
+                : is_bf16         ? Values::Type::kBFloat16
+                                  : Values::Type::kFloat16;
+  values.data = tensor->data_ptr();
+  values.size = tensor->numel();
+  values.stride = tensor->ndim() == 1 ? tensor->stride(0) : 0;
+  return known && type.bits >= 16 && tensor->ndim() <= 1 && tensor->device().device_type == kDLCPU && values.data &&
+         (values.size == 1 || values.size == columns);
+}
+
+// The coefficients of a step, see cpu/transitions.h. False if an argument is not accepted.
+bool transition(int64_t formula, ffi::AnyView sigma, ffi::AnyView sigma_next, ffi::AnyView other, double level,
+                ffi::TensorView table) {
+  check(table.ndim() == 2 && table.size(0) == kCoefficientRows, "table", "have shape [6, B]");
+  const int64_t columns = table.size(1);
+  Values values[3];
+  return read_values(sigma, columns, values[0]) && read_values(sigma_next, columns, values[1]) &&
+         read_values(other, columns, values[2]) &&
+         transition_table(static_cast<Formula>(formula), values[0], values[1], values[2], level, columns,
+                          floats("table", table, kCoefficientRows * columns));
+}
+
 ffi::String isa() { return kernels().isa; }
 
 ffi::String runnable_isas() {
@@ -200,5 +266,7 @@ STAR_EXPORT(nft_forward)
 STAR_EXPORT(nft_backward)
 STAR_EXPORT(sample_transition)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_maps, star::attention_maps);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(allocate, star::allocate);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(transition, star::transition);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(isa, star::isa);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(runnable_isas, star::runnable_isas);

@@ -45,6 +45,18 @@ struct MapsArguments {
   int threads;
 };
 
+struct AllocateArguments {
+  int64_t batch, steps, phrases,
+      positions;        // weights have mean one over the steps and positions of a sample and phrase
+  const float* maps;    // [B, Steps, G, P]
+  const float* signal;  // [B, Steps, G], or [B, Steps] for all phrases, or null
+  bool signal_of_phrases;
+  double strength;
+  double cap;      // infinity: none
+  float* weights;  // [B, Steps, G, P]
+  int threads;
+};
+
 constexpr int64_t kTileRows = 64;
 constexpr int64_t kMaxHeadDim = 1024;
 constexpr int64_t kTilePositions = 512;
@@ -53,6 +65,7 @@ constexpr int64_t kTilePositions = 512;
   namespace isa {                                              \
   int64_t maps_scratch_floats(const MapsArguments& arguments); \
   void attention_maps(const MapsArguments& arguments);         \
+  void allocate(const AllocateArguments& arguments);           \
   void policy_forward(const PolicyArguments& arguments);       \
   void policy_backward(const PolicyArguments& arguments);      \
   void nft_forward(const NftArguments& arguments);             \

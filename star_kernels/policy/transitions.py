@@ -4,28 +4,31 @@
 coefficients, so one kernel computes them all. Sigma runs from 1 (noise) to 0 (image); arithmetic is float64, rounded
 once.
 
-Each formula is written once, for floats and for tensors. Python computes the coefficients of a few numbers in host
-memory, in a tenth of the time of tensor operations. Tensors on a GPU are not read. Invalid values are reported by the
-checks of tensors.
+One kernel computes the coefficients of ordinary arguments, in host memory or on a GPU, in a tenth of the time of
+tensor operations. Those are the reference; they compute what kernels do not support and report invalid arguments. The
+values of tensors on a GPU are not checked.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from star_kernels import native
 from star_kernels.checks import check_number, readable
+from star_kernels.policy.backends import obstacle
 from star_kernels.torch_internals import WATCH
 
 ROWS = ("mean_sample", "mean_output", "std", "scale", "offset", "kl_scale")
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 _Rows = tuple[Any, ...]  # a value for each of ROWS
-_FEW = 16  # columns that are computed in Python; tensor operations are faster for more
+_EXACT = 2**53  # integers below it are exact in float64
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of a GPU's kernel
+FLOW_SDE, DANCE_SDE, FLOW_CPS, FLOW_MATCHING = range(4)  # as in csrc/cpu/transitions.h
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,13 +107,7 @@ def flow_sde(
     """
     _positive("noise_level", noise_level)
 
-    def column(sigma: float, sigma_next: float, top: float) -> _Rows | None:
-        if not (0 <= sigma_next < sigma <= 1 and 0 < top < 1):
-            return None
-        s = noise_level * math.sqrt(sigma / (1 - (top if sigma == 1 else sigma)))
-        return _gaussian(math, sigma, sigma_next, s)
-
-    found = _in_python(column, (sigma, sigma_next), sigma_max)
+    found = _from_kernel(FLOW_SDE, sigma, sigma_next, sigma_max, noise_level)
     if found is not None:
         return found
     sigma, sigma_next = _sigmas(sigma, sigma_next)
@@ -119,7 +116,7 @@ def flow_sde(
     top = _column("sigma_max", _wide("sigma_max", sigma_max, sigma.device), sigma, widens=False)
     _in_range("sigma_max", top, (top > 0) & (top < 1), "lie strictly between 0 and 1")
     s = noise_level * torch.sqrt(sigma / (1 - torch.where(sigma == 1, top, sigma)))
-    return _stack(_gaussian(torch, sigma, sigma_next, s))
+    return _stack(_gaussian(sigma, sigma_next, s))
 
 
 def dance_sde(sigma: Tensor | float, sigma_next: Tensor | float, *, eta: float = 0.3) -> Transition:
@@ -130,14 +127,11 @@ def dance_sde(sigma: Tensor | float, sigma_next: Tensor | float, *, eta: float =
     """
     _positive("eta", eta)
 
-    def column(sigma: float, sigma_next: float) -> _Rows | None:
-        return _gaussian(math, sigma, sigma_next, eta) if 0 <= sigma_next < sigma <= 1 else None
-
-    found = _in_python(column, (sigma, sigma_next))
+    found = _from_kernel(DANCE_SDE, sigma, sigma_next, 0.0, eta)
     if found is not None:
         return found
     sigma, sigma_next = _sigmas(sigma, sigma_next)
-    return _stack(_gaussian(torch, sigma, sigma_next, torch.full_like(sigma, eta)))
+    return _stack(_gaussian(sigma, sigma_next, torch.full_like(sigma, eta)))
 
 
 def flow_cps(sigma: Tensor | float, sigma_next: Tensor | float, *, noise_level: float = 0.8) -> Transition:
@@ -152,23 +146,14 @@ def flow_cps(sigma: Tensor | float, sigma_next: Tensor | float, *, noise_level: 
     if not 0 < noise_level <= 1:
         raise ValueError(f"noise_level must be above 0 and at most 1, got {noise_level}")
 
-    def rows(sigma: Any, sigma_next: Any) -> _Rows:
-        s = sigma_next * math.sin(noise_level * math.pi / 2)
-        kept = sigma_next * math.cos(noise_level * math.pi / 2)  # sqrt(sigma_next^2 - s^2)
-        return (
-            1 - sigma_next + kept,
-            (1 - sigma) * kept - sigma * (1 - sigma_next),
-            s,
-            1.0,
-            0.0,
-            0.5 / (s * s),
-        )
-
-    def column(sigma: float, sigma_next: float) -> _Rows | None:
-        return rows(sigma, sigma_next) if 0 <= sigma_next < sigma <= 1 else None
-
-    found = _in_python(column, (sigma, sigma_next))
-    return found if found is not None else _stack(rows(*_sigmas(sigma, sigma_next)))
+    found = _from_kernel(FLOW_CPS, sigma, sigma_next, 0.0, noise_level)
+    if found is not None:
+        return found
+    sigma, sigma_next = _sigmas(sigma, sigma_next)
+    s = sigma_next * math.sin(noise_level * math.pi / 2)
+    kept = sigma_next * math.cos(noise_level * math.pi / 2)  # sqrt(sigma_next^2 - s^2)
+    mean_output = (1 - sigma) * kept - sigma * (1 - sigma_next)
+    return _stack((1 - sigma_next + kept, mean_output, s, 1.0, 0.0, 0.5 / (s * s)))
 
 
 def flow_matching(sigma: Tensor | float, *, weight: Tensor | float | None = None) -> Transition:
@@ -181,11 +166,7 @@ def flow_matching(sigma: Tensor | float, *, weight: Tensor | float | None = None
         sigma: noise level of the training sample, ``[]`` or ``[B]``, above 0 and at most 1; its shape is the batch.
         weight: positive, ``[]`` or ``[B]``; 1 by default.
     """
-
-    def column(sigma: float, w: float) -> _Rows | None:
-        return _matching(math, w) if 0 < sigma <= 1 and 0 < w < math.inf else None
-
-    found = _in_python(column, (sigma,), 1.0 if weight is None else weight)
+    found = _from_kernel(FLOW_MATCHING, sigma, 0.0, 1.0 if weight is None else weight, 0.0)
     if found is not None:
         return found
     sigma = _wide("sigma", sigma)
@@ -196,27 +177,22 @@ def flow_matching(sigma: Tensor | float, *, weight: Tensor | float | None = None
     w = _wide("weight", 1.0 if weight is None else weight, sigma.device)
     _, w = torch.broadcast_tensors(sigma, _column("weight", w, sigma, widens=False))
     _in_range("weight", w, (w > 0) & w.isfinite(), "be positive and finite")
-    return _stack(_matching(torch, w))
+    return _stack((0.0, 1.0, 1 / torch.sqrt(2 * w), w, 0.0, w))  # variance 1 / (2 weight)
 
 
-def _gaussian(library: Any, sigma: Any, sigma_next: Any, s: Any) -> _Rows:
+def _gaussian(sigma: Tensor, sigma_next: Tensor, s: Tensor) -> _Rows:
     """The reverse SDE of the flow with noise scale s, discretised by Euler-Maruyama, and its Gaussian density."""
     dt = sigma_next - sigma
-    std = s * library.sqrt(-dt)
+    std = s * torch.sqrt(-dt)
     drift = s * s / (2 * sigma)
     return (
         1 + drift * dt,
         (1 + drift * (1 - sigma)) * dt,
         std,
         0.5 / (std * std),
-        -library.log(std) - _LOG_SQRT_2PI,
+        -torch.log(std) - _LOG_SQRT_2PI,
         0.5 / (s * s),
     )
-
-
-def _matching(library: Any, weight: Any) -> _Rows:
-    """A Gaussian with mean v and variance 1 / (2 weight), without the constant of its density."""
-    return (0.0, 1.0, 1 / library.sqrt(2 * weight), weight, 0.0, weight)
 
 
 def _stack(rows: _Rows) -> Transition:
@@ -226,44 +202,65 @@ def _stack(rows: _Rows) -> Transition:
     )
 
 
-def _in_python(
-    column: Callable[..., _Rows | None], batch: tuple[Tensor | float, ...], *others: Tensor | float
+def _from_kernel(
+    formula: int, sigma: Tensor | float, sigma_next: Tensor | float, other: Tensor | float, level: float
 ) -> Transition | None:
-    """The transition of a few numbers in host memory, computed column by column in Python.
+    """The transition from one kernel, or None if tensor operations compute it or report an error.
 
-    None if the values cannot be read or are too many, if shapes do not match, if ``column`` returns None for an invalid
-    value, or if Python raises an error for a division by zero or an overflow, which are infinite in tensors.
+    That is the case if a mode, trace or transform needs to see the call, for tensors that require a gradient, and if an
+    argument is not accepted.
+
+    Args:
+        other: sigma_max or the weight; not used by other formulas.
+        level: noise_level or eta.
     """
     if torch.compiler.is_compiling() or WATCH.observed():
         return None
-    values = [_floats(value) for value in (*batch, *others)]
-    if not all(values):
-        return None
-    size = max([len(numbers) for numbers in values[: len(batch)]])
-    if not all([len(numbers) in (1, size) for numbers in values]):
-        return None
-    on_cpu = any([isinstance(value, Tensor) for value in batch])
-    if not on_cpu and any([isinstance(value, Tensor) for value in others]):
-        return None  # the checks of tensors compare its device with the default device
-    try:
-        columns = [column(*numbers) for numbers in zip(*[n * (size // len(n)) for n in values], strict=True)]
-    except (ArithmeticError, ValueError):
-        return None
-    if None in columns:
-        return None
-    rows = list(zip(*columns, strict=True))
-    return Transition(torch.tensor(rows, dtype=torch.float32, device="cpu" if on_cpu else None))
+    batch, like = 1, None
+    for position, value in enumerate((sigma, sigma_next, other)):
+        if isinstance(value, float) or (isinstance(value, int) and abs(value) < _EXACT):
+            continue
+        if type(value) is not Tensor or value.requires_grad or value.layout is not torch.strided or value.ndim > 1:
+            return None
+        if value.is_neg() or not value.is_floating_point():
+            return None
+        if like is None:
+            if position == 2:
+                return None  # the checks of tensors compare its device with the default device
+            like = value
+        elif value.device != like.device:
+            return None
+        if position < 2:
+            batch = max(batch, value.numel())
+    arguments = (formula, sigma, sigma_next, other, float(level))
+    table = _on_host(arguments, batch, like) if like is None or like.is_cpu else _on_device(arguments, batch, like)
+    return None if table is None else Transition(table)
 
 
-def _floats(value: Tensor | float) -> list[float]:
-    """A number, or the elements of a small floating-point tensor in host memory; an empty list for anything else."""
-    if isinstance(value, float | int):
-        return [value]
-    if type(value) is not Tensor or not value.is_cpu or not value.is_floating_point():
-        return []
-    if value.requires_grad or value.layout is not torch.strided or value.ndim > 1 or value.numel() > _FEW:
-        return []
-    return value.tolist() if value.ndim else [value.item()]
+def _on_host(arguments: tuple[Any, ...], batch: int, like: Tensor | None) -> Tensor | None:
+    """The table of coefficients from the library; without a tensor among the arguments it is on the default device."""
+    library = native.cpu()
+    if library is None:
+        return None
+    table = torch.empty((len(ROWS), batch), dtype=torch.float32, device=None if like is None else "cpu")
+    host = table if table.is_cpu else torch.empty_like(table, device="cpu")
+    if not library.transition(*arguments, host):
+        return None
+    return table if host is table else table.copy_(host)
+
+
+def _on_device(arguments: tuple[Any, ...], batch: int, like: Tensor) -> Tensor | None:
+    """The table of coefficients from a Triton kernel."""
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    if not like.is_cuda or any(t.numel() not in (1, batch) or t.dtype not in _DTYPES for t in tensors):
+        return None
+    if obstacle("triton", "cuda", torch.float32):
+        return None
+    from star_kernels.policy import triton_transitions
+
+    table = torch.empty((len(ROWS), batch), dtype=torch.float32, device=like.device)
+    triton_transitions.transition(table, *arguments)
+    return table
 
 
 def _sigmas(sigma: Tensor | float, sigma_next: Tensor | float) -> tuple[Tensor, Tensor]:

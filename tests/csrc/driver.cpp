@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -87,6 +88,40 @@ struct MapsInputs {
   }
 };
 
+struct AllocateInputs {
+  int64_t batch, steps, phrases, positions;
+  double strength, cap;
+  std::vector<float> maps, signal;
+  bool signal_of_phrases;
+
+  AllocateInputs(Random& random, bool fixed)
+      : batch(fixed ? 4 : random.between(1, 3)),
+        steps(fixed ? 3 : random.between(1, 3)),
+        phrases(fixed ? 2 : random.between(1, 3)),
+        positions(fixed ? 1024 : random.between(1, random.chance(30) ? 300 : 40)),
+        strength(random.unit()),
+        cap(fixed || random.chance(50) ? 1.5 : std::numeric_limits<double>::infinity()),
+        maps(floats(random, batch * steps * phrases * positions, random.chance(20) ? -0.01f : 0.0f, 1.0f)),
+        signal_of_phrases(random.chance(50)) {
+    if (!fixed && random.chance(50))
+      signal = floats(random, batch * steps * (signal_of_phrases ? phrases : 1), 0.0f, 1.0f);
+    for (float& value : maps) value *= value * value;
+  }
+
+  std::vector<std::string> run(int threads) const {
+    std::vector<float> weights = unwritten(batch * steps * phrases * positions);
+    star::AllocateArguments a{};
+    a.batch = batch, a.steps = steps, a.phrases = phrases, a.positions = positions;
+    a.maps = maps.data(), a.signal = signal.empty() ? nullptr : signal.data(), a.signal_of_phrases = signal_of_phrases;
+    a.strength = strength, a.cap = cap;
+    a.weights = weights.data();
+    a.threads = threads;
+    kernels::allocate(a);
+    check_written("weights", weights);
+    return {bytes(weights)};
+  }
+};
+
 void run_cases(int64_t cases, uint64_t seed) {
   for (int64_t i = 0; i < cases; ++i) {
     Random random{seed * 1000003u + static_cast<uint64_t>(i)};
@@ -103,6 +138,8 @@ void run_cases(int64_t cases, uint64_t seed) {
     with_threads("sample_transition", [&](int threads) { return sampling.run(threads); });
     const MapsInputs maps(random, false);
     with_threads("attention_maps", [&](int threads) { return maps.run(threads); });
+    const AllocateInputs allocation(random, false);
+    with_threads("allocate", [&](int threads) { return allocation.run(threads); });
   }
   std::printf("%lld cases of each kernel\n", static_cast<long long>(cases));
 }
@@ -125,6 +162,8 @@ void run_once(const std::string& kernel) {
     SampleInputs(random, problem, true).run(1);
   } else if (kernel == "attention_maps") {
     MapsInputs(random, true).run(1);
+  } else if (kernel == "allocate") {
+    AllocateInputs(random, true).run(1);
   } else {
     fail("no kernel " + kernel);
   }

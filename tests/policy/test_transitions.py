@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from star_kernels import Transition, dance_sde, flow_cps, flow_matching, flow_sde
+from star_kernels.policy import transitions
 
 SIGMAS = [(1.0, 0.95), (0.95, 0.9), (0.6, 0.45), (0.5, 0.499), (0.1, 0.02), (0.04, 0.0)]
 SIGMA_MAX = 0.96
@@ -105,21 +106,57 @@ def test_a_batch_is_its_samples_one_by_one(dtype: torch.dtype) -> None:
         assert torch.equal(together.coefficients, torch.cat(apart, dim=1))
 
 
-def test_large_batches_and_compiled_calls_have_the_bits_of_single_columns() -> None:
-    """A few columns are computed by Python, more by tensor operations, as are all in a graph and under torch.func."""
+SAMPLERS = (lambda s, n: flow_sde(s, n, sigma_max=SIGMA_MAX), flow_cps, dance_sde)
+
+
+def test_kernels_have_the_bits_of_tensor_operations() -> None:
+    """Tensor operations compute all calls in a graph, under torch.func, and of tensors that require a gradient."""
     sigma = torch.rand(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.9 + 0.1
     sigma[:3] = 1.0
     following, weight = sigma * 0.75, sigma + 0.5
-    for make in (lambda s, n: flow_sde(s, n, sigma_max=SIGMA_MAX), flow_cps, dance_sde):
+    for make in SAMPLERS:
+        found = make(sigma, following).coefficients
         single = [make(float(s), float(n)).coefficients for s, n in zip(sigma, following, strict=True)]
-        assert torch.equal(make(sigma, following).coefficients, torch.cat(single, dim=1))
-        assert torch.equal(make(sigma[:9], following[:9]).coefficients, torch.cat(single[:9], dim=1))
+        assert torch.equal(found, torch.cat(single, dim=1))
+        assert torch.equal(found, make(sigma.clone().requires_grad_(), following).coefficients)
         compiled = torch.compile(lambda s, n, make=make: make(s, n).coefficients, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(sigma[:9], following[:9]), torch.cat(single[:9], dim=1))
+        assert torch.equal(compiled(sigma, following), found)
         mapped = torch.vmap(lambda s, n, make=make: make(s, n).coefficients, out_dims=2)(sigma[3:9], following[3:9])
-        assert torch.equal(mapped[:, 0], torch.cat(single[3:9], dim=1))
+        assert torch.equal(mapped[:, 0], found[:, 3:9])
+    found = flow_matching(sigma, weight=weight).coefficients
+    assert torch.equal(found, flow_matching(sigma.clone().requires_grad_(), weight=weight).coefficients)
     single = [flow_matching(float(s), weight=float(w)).coefficients for s, w in zip(sigma, weight, strict=True)]
-    assert torch.equal(flow_matching(sigma, weight=weight).coefficients, torch.cat(single, dim=1))
+    assert torch.equal(found, torch.cat(single, dim=1))
+
+
+@pytest.mark.native
+def test_ordinary_arguments_need_no_tensor_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Floats, integers, and tensors of every dtype and stride. Large integers are not passed to the kernel."""
+
+    def refuse(*rows: object) -> None:
+        raise AssertionError("tensor operations were called")
+
+    schedule = torch.linspace(1, 0, 6)
+    given: list[tuple[Tensor | float, Tensor | float]] = [(0.75, 0.5), (1, 0), (schedule[1], schedule[2])]
+    given += [(schedule[:4], schedule[1:5]), (schedule.double()[::2], 0), (torch.tensor([0.75]).expand(3), 0.5)]
+    given += [(torch.tensor([0.75, 0.5]).to(dtype), torch.tensor(0.25)) for dtype in (torch.float16, torch.bfloat16)]
+    for make in (*SAMPLERS, lambda s, n: flow_matching(s, weight=n + 1)):
+        wide = [[torch.as_tensor(value).double().clone().requires_grad_() for value in both] for both in given]
+        expected = [make(*both).coefficients for both in wide]
+        with monkeypatch.context() as patch:
+            patch.setattr(transitions, "_stack", refuse)
+            found = [make(*both).coefficients for both in given]
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+    for weight in (2**60, 2**70, 10**30):
+        assert float(flow_matching(0.5, weight=weight).scale) == pytest.approx(float(weight))
+
+
+def test_numbers_give_a_transition_on_the_default_device() -> None:
+    assert flow_cps(0.5, 0.25).device.type == "cpu"
+    with torch.device("meta"):
+        assert flow_cps(0.5, 0.25).device.type == "meta"
+        assert flow_cps(torch.tensor(0.5, device="cpu"), 0.25).device.type == "cpu"
 
 
 def test_sigmas_that_require_a_gradient_are_differentiated() -> None:

@@ -18,6 +18,7 @@ import test_policy_options as options
 import test_policy_phrases as phrases
 import test_policy_zero_terms as zero_terms
 import test_sampling as sampling
+import test_triton_transitions as transitions
 import torch
 from tiers import mostly_exhaustive
 from triton_interpreter import TIERS, inner, outer, require_interpreter, run_interpreted
@@ -115,6 +116,7 @@ CONTRACT: list[tuple[Callable[..., None], tuple]] = [
     (sampling.test_step_and_log_prob_are_those_of_the_gaussian, ("video_frames_first", torch.float32, HALF)),
     (sampling.test_step_and_log_prob_are_those_of_the_gaussian, ("many_channels", HALF, HALF)),
     (sampling.test_every_16_bit_latent_survives_a_step_that_changes_nothing, (HALF,)),
+    (transitions.test_the_kernel_rounds_the_reference_once, ()),
 ]
 
 
@@ -133,6 +135,7 @@ QUICK = {
     dense.test_loss_and_gradient_are_the_written_objective: ("packed", "location"),
     nft.test_loss_and_gradient_are_the_written_objective_under_every_option: ("channels_between", False),
     sampling.test_step_and_log_prob_are_those_of_the_gaussian: ("packed", HALF, torch.float32),
+    transitions.test_the_kernel_rounds_the_reference_once: (),
 }
 
 
