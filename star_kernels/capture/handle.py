@@ -130,7 +130,8 @@ class MapCapture:
             selection = self.selection
             if selection is None or not self.enabled:
                 return
-            arguments = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+            bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+            arguments = {**bound, **kwargs}  # also those that the signature has as **kwargs
             if arguments.get("skip_layers"):  # skip-layer guidance: a pass without some of the blocks
                 return
             self._clear()

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from star_kernels.integrations.layout import channel_dim_of, check_shape, column, weights_like
-from star_kernels.integrations.schedule import SDE_TYPES
 from star_kernels.policy import PolicyLoss, Transition, weighted_policy_loss
+
+SAMPLERS = ("sde", "cps", "dance_sde")
 
 _LOSS_ONLY = {
     *("advantages", "clip_range", "advantage_clip", "adv_clip_max", "step_weights", "reduction"),
@@ -26,23 +27,40 @@ def mean_transition(std_dev_t: Tensor, sqrt_dt: Tensor, *, sde_type: str = "sde"
     """The transition whose model output is its mean: ``prev ~ N(0 x + 1 v, std^2)``.
 
     Args:
-        std_dev_t: Flow-GRPO's noise scale, ``[B, 1, ...]``, ``[B]`` or a single element.
+        std_dev_t: the noise scale of the sampler, ``[B, 1, ...]``, ``[B]`` or a single element.
         sqrt_dt: ``sqrt(-dt)``, with the same shapes.
-        sde_type: "sde": a Gaussian with standard deviation ``std_dev_t sqrt(-dt)``. "cps": one with standard deviation
-            ``std_dev_t`` and the log-probability ``-(prev - mean)^2`` (arXiv 2509.05952). The scale of the KL penalty
-            is ``1 / (2 std_dev_t^2)`` for both.
+        sde_type: "sde" (Flow-GRPO): a Gaussian with standard deviation ``std_dev_t sqrt(-dt)``. "cps": one with
+            standard deviation ``std_dev_t`` and the log-probability ``-(prev - mean)^2`` (arXiv 2509.05952).
+            "dance_sde": a Gaussian with standard deviation ``std_dev_t``, which includes ``sqrt(-dt)``, as in
+            VeRL-Omni. The scale of the KL penalty is ``1 / (2 std_dev_t^2)`` for all of them.
     """
-    if sde_type not in SDE_TYPES:
-        raise ValueError(f"sde_type must be {' or '.join(map(repr, SDE_TYPES))}, got {sde_type!r}")
+    if sde_type not in SAMPLERS:
+        raise ValueError(f"sde_type must be one of {', '.join(map(repr, SAMPLERS))}, got {sde_type!r}")
     s, root = torch.broadcast_tensors(std_dev_t.detach().double().reshape(-1), sqrt_dt.detach().double().reshape(-1))
     zero, one = torch.zeros_like(s), torch.ones_like(s)
     kl_scale = 0.5 / s.square()
     if sde_type == "cps":
         rows = (zero, one, s, one, zero, kl_scale)
     else:
-        std = s * root
+        std = s if sde_type == "dance_sde" else s * root
         rows = (zero, one, std, 0.5 / std.square(), -torch.log(std) - 0.5 * math.log(2 * math.pi), kl_scale)
     return Transition(torch.stack(rows).float())
+
+
+def log_prob_of_means(
+    prev_sample_mean: Tensor, prev_sample: Tensor, transition: Transition, *, channel_dim: int | None = None
+) -> Tensor:
+    """The log-probability of each location, ``[B, *locations]``: the mean over channels. Differentiable in the mean.
+
+    Args:
+        prev_sample_mean, prev_sample: the mean of the transition and the sampled latent, in a layout of
+            :func:`policy_loss_of_means`.
+        transition: from :func:`mean_transition`.
+        channel_dim: the channel dimension, if it differs from that of the layouts.
+    """
+    squares = (prev_sample.detach().float() - prev_sample_mean.float()).square()
+    density = column(transition.offset, squares) - column(transition.scale, squares) * squares
+    return density.mean(dim=channel_dim_of(prev_sample_mean, channel_dim))
 
 
 def policy_loss_of_means(
@@ -100,9 +118,9 @@ def policy_loss_of_means(
     prev_sample = prev_sample.detach()
     if old_log_prob is None:
         assert old_prev_sample_mean is not None
-        squares = (prev_sample.float() - old_prev_sample_mean.detach().float()).square()
-        density = column(transition.offset, squares) - column(transition.scale, squares) * squares
-        old_log_prob = density.mean(dim=channel_dim)
+        old_log_prob = log_prob_of_means(
+            old_prev_sample_mean.detach(), prev_sample, transition, channel_dim=channel_dim
+        )
     if guard:
         balance = sqrt_dt.detach().float().reshape(-1).square().reciprocal().expand(len(prev_sample))
         step_weights = balance if step_weights is None else balance * step_weights

@@ -19,14 +19,15 @@ from star_kernels.selection import TokenSelection
 class RecordedMaps:
     """Maps in the order of the captured forward passes: ``maps[i]`` is ``[B, G, h, w]``."""
 
-    def __init__(self, capture: MapCapture) -> None:
+    def __init__(self, capture: MapCapture, passes: int | None = None) -> None:
         self.maps: list[Tensor] = []
-        self._capture = capture
+        self._capture, self._passes = capture, passes
 
     def _take(self, *_: object) -> None:
         """Stores the maps of a forward pass if it was captured."""
         if self._capture.ready:
             self.maps.append(self._capture.take())
+            self._capture.enabled = len(self.maps) != self._passes
 
     def weights(self, *, strength: float = 1.0, over: str = "step", cap: float | None = None) -> Tensor:
         """Weights ``[B, Steps, h, w]`` with mean one, from the sum of the maps of all phrases.
@@ -44,7 +45,9 @@ class RecordedMaps:
 
 
 @contextmanager
-def record_maps(transformer: nn.Module, selection: TokenSelection, **options: Any) -> Iterator[RecordedMaps]:
+def record_maps(
+    transformer: nn.Module, selection: TokenSelection, *, passes: int | None = None, **options: Any
+) -> Iterator[RecordedMaps]:
     """Context manager that records the attention maps of every forward pass of a diffusers transformer.
 
     Passes that skip layers (skip-layer guidance) have no maps and are not recorded.
@@ -52,6 +55,7 @@ def record_maps(transformer: nn.Module, selection: TokenSelection, **options: An
     Args:
         transformer: the model that the pipeline of the rollout runs, with or without wrappers.
         selection: the selected tokens of each sample's prompt, on the model's device.
+        passes: number of forward passes to record; later ones run as without a capture. All if None.
         options: of :func:`star_kernels.capture.capture_maps`, such as ``blocks=...``, or ``cfg="first"`` if the first
             half of a batch doubled for guidance is conditional.
 
@@ -61,7 +65,7 @@ def record_maps(transformer: nn.Module, selection: TokenSelection, **options: An
         >>> weights = recorded.weights()  # [B, Steps, h, w]
     """
     with capture_maps(transformer, selection, **options) as capture:
-        recorded = RecordedMaps(capture)
+        recorded = RecordedMaps(capture, passes)
         hook = unwrapped(transformer).register_forward_hook(Hook(recorded, "_take"))  # after the capture's hook
         try:
             yield recorded

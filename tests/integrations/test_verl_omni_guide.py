@@ -1,8 +1,9 @@
-"""The examples in docs/verl-omni.md run unchanged, with stand-ins for the trainers."""
+"""The examples in docs/verl-omni.md and examples/verl-omni run unchanged, with stand-ins for the trainers."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,22 +11,26 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from flow_grpo_formulas import Rollout, close, rollout
-from small_pipelines import PROMPTS, embeddings, flux_pipeline
+from small_pipelines import PROMPTS, embeddings, flux_pipeline, sd3_pipeline
 from verl_omni_contract import World, verl_omni
 
 from star_kernels import allocate
 from star_kernels.capture import capture_maps
 from star_kernels.integrations.verl_omni import StarLoss
 from star_kernels.prompts import regions_of, select_tokens
+from star_kernels.prompts.regions import sd3_regions
+from tools.clients.verl_omni_interface import COMMIT
 
 __all__ = ["verl_omni"]  # the fixture
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "verl-omni.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, EXAMPLE = ROOT / "docs" / "verl-omni.md", ROOT / "examples" / "verl-omni"
 MEANS, PLUGIN, SELECT, FLOW_FACTORY = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
@@ -46,14 +51,56 @@ def test_the_loss_of_means_trains() -> None:
     assert bool(mean.grad.any())
 
 
-def test_the_plugin_registers_and_select_turns_maps_on(verl_omni: World) -> None:
-    names = run(PLUGIN)
-    assert isinstance(verl_omni.registry["flow_grpo"], StarLoss)
-    assert verl_omni.engine.star_select is None
-    regions = regions_of(flux_pipeline())
-    names = run(SELECT, register=names["register"], prompts_of=lambda micro_batch: PROMPTS, regions=regions)
-    selection = verl_omni.engine.star_select({"all_latents": torch.zeros(2, 3, 4)})
-    assert torch.equal(selection.index, names["select"]({"all_latents": torch.zeros(2, 3, 4)}).index)
+def test_the_plugin_registers(verl_omni: World) -> None:
+    run(PLUGIN)
+    assert all(isinstance(loss, StarLoss) for loss in verl_omni.registry.values())
+
+
+@pytest.fixture
+def tokenizers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The text regions of SD3's pipeline; the example's AutoTokenizer returns its tokenizers."""
+    pipeline = sd3_pipeline()
+    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
+    def from_pretrained(model: str, *, subfolder: str) -> Any:
+        return getattr(pipeline, subfolder)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    return sd3_regions(*(getattr(pipeline, name) for name in names))
+
+
+@pytest.mark.parametrize("source", ["guide", "example"])
+def test_select_finds_the_quoted_text_after_the_image(verl_omni: World, tokenizers: list[Any], source: str) -> None:
+    code = SELECT if source == "guide" else (EXAMPLE / "star_plugin.py").read_text()
+    select = run(code, model="a model")["select"]
+    prompt = 'a neon sign that reads "Fresh Broth Daily"'
+    chat = [{"role": "user", "content": prompt}]
+    batch = {"all_latents": torch.zeros(2, 3, 4, 16, 12), "raw_prompt": [chat, chat]}
+    expected, _ = select_tokens([prompt] * 2, tokenizers, image_tokens=8 * 6)
+    found = select(batch)
+    assert torch.equal(found.index, expected.index)
+    assert int(found.index[found.index >= 0].min()) >= 48
+    assert verl_omni.engine.star_feed.select is select
+
+
+def test_the_guide_needs_at_most_ten_lines() -> None:
+    code = [line for line in SELECT.splitlines() if line.strip()]
+    assert len(code) <= 10
+    assert COMMIT[:8] in PAGE.read_text()
+
+
+def test_the_examples_script_sets_what_its_configuration_reads() -> None:
+    text, script = (EXAMPLE / "star.yaml").read_text(), EXAMPLE / "run.sh"
+    read = set(re.findall(r"oc\.env:(\w+)", text))
+    assert read == set(re.findall(r"^export (\w+)=", script.read_text(), re.MULTILINE))
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    settings = yaml.safe_load(text)
+    actor = settings["actor_rollout_ref"]
+    assert actor["model"]["attn_backend"] == "native"
+    assert actor["rollout"]["rollout_attn_backend"] == "TORCH_SDPA"
+    assert actor["actor"]["fsdp_config"]["ulysses_sequence_parallel_size"] == 1
+    assert settings["algorithm"]["rollout_correction"]["bypass_mode"] is False
+    assert (EXAMPLE / f"{actor['model']['external_lib']}.py").is_file()
 
 
 class GRPOGuardTrainer:
