@@ -31,7 +31,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     index = (tmp_path / "site" / "index.html").read_text()
     assert "<h1" in index
-    assert "star-kernels provides both, fused" in index  # of README
+    assert "at the price of attention" in index  # of README
     reference = (tmp_path / "site" / "reference" / "index.html").read_text()
     assert "the advantage allocated over latent positions" in reference  # of a docstring
     assert ":func:" not in reference

@@ -16,7 +16,7 @@ def test_the_blocks_of_a_page_agree_with_the_results(page: Path) -> None:
 
 
 def test_a_changed_figure_is_restored() -> None:
-    text = evidence.ROOT.joinpath("README.md").read_text()
+    text = evidence.ROOT.joinpath("docs/benchmarks.md").read_text()
     block = evidence.attention()
     assert block in text
     altered = text.replace(block, block.replace("1.00", "0.99", 1))
