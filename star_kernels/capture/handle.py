@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ class MapCapture:
     Attributes:
         enabled: if False, forward passes are not captured (for example those of the unconditional branch or of a
             reference model) and the maps of the latest captured pass are kept.
+        blocks: the indices of the captured blocks.
     """
 
     def __init__(
@@ -39,12 +41,13 @@ class MapCapture:
         family: Family,
         attentions: dict[str, Any],
         *,
+        blocks: Sequence[int],
         rows: tuple[int, int] | None,
         grid: Grid | None,
         cfg: str | None,
         detach: bool,
     ) -> None:
-        self.enabled = True
+        self.enabled, self.blocks = True, tuple(blocks)
         self._model, self._family = model, family
         self._guidance = guidance.Guidance(cfg, family.cfg)
         self._overrides = {name: given for name, given in (("rows", rows), ("grid", grid)) if given is not None}
