@@ -3,10 +3,10 @@
 The second attention module of SD3.5 (``attn2``) attends from image to image only and is not captured.
 
 ``blocks="default"`` is block 9, counted from zero, of the 24 blocks of SD3-Medium and SD3.5-Medium. Seg4Diff (arXiv
-2509.18096) segments images by the attention of each single block. Block 9 finds the words best in SD3-Medium (section
-3.4 and Figure 8; ``ATTENTION_LAYERS: [9]`` in the configurations of its code, an index of ``transformer_blocks``) and in
-SD3.5-Medium (appendix C). No block is published for SD3.5-Large (38 blocks) and for other depths: their default is all
-blocks.
+2509.18096) segments images by the attention of single blocks and finds this one to be the best, in SD3-Medium (section
+3.4 and Figure 8; ``ATTENTION_LAYERS: [9]`` in the configurations of its code is an index of ``transformer_blocks``) and
+in SD3.5-Medium (appendix C). No block is published for SD3.5-Large (38 blocks) and for other depths: their default is
+all blocks.
 """
 
 from __future__ import annotations
