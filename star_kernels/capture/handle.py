@@ -162,6 +162,17 @@ class MapCapture:
             elif without:
                 names = ", ".join(captured.name for captured in without)
                 raise RuntimeError(f"no maps from {names}: {explain(model, without)}")
+            else:
+                self._keep()
+
+    def _keep(self) -> None:
+        """Copies maps that are outputs of a compiled graph: the next replay of a CUDA graph reuses their memory."""
+        compiled = [captured for captured in self._modules if captured.compiled]
+        found = [captured.maps for captured in compiled if captured.maps is not None]
+        alike = len({(maps.shape, maps.dtype) for maps in found}) == 1
+        kept = torch.stack(found).unbind() if alike else [maps.clone() for maps in found]
+        for captured, maps in zip(compiled, kept, strict=True):
+            captured.maps = maps
 
     def _clear(self) -> None:
         self._value = None
