@@ -7,11 +7,12 @@ The benchmark runs on a GPU if there is one, otherwise on the CPU. It has these 
   policy      the policy loss with and without weights, against Flow-GRPO's loss in PyTorch
   host        the time of each function on tiny tensors, against PyTorch: the cost of Python
   capture     a transformer's forward pass with and without captured maps (GPU, or CPU with --thorough)
+  compiled    a forward pass and a step of a transformer compiled by torch.compile (GPU, or CPU with --thorough)
   end-to-end  a rollout-and-update step of STAR, against the same step of plain Flow-GRPO
   epoch       an epoch of star-train with and without STAR, rewards included
 
 It prints a table for each part and a summary at the end, and writes JSON and a plot to runs/overhead. A run takes
-less than four minutes on two cores, or ten minutes with --thorough. Ctrl-C stops the run and keeps its results so far.
+less than four minutes on two cores, or 14 minutes with --thorough. Ctrl-C stops the run and keeps its results so far.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -41,9 +43,9 @@ from benchmarks.reporting.thresholds import FAILED, HELD, UNDECIDED, Outcome, ev
 from benchmarks.timing import progress
 from benchmarks.timing.harness import Budget, Extent
 
-PARTS = ("attention", "backward", "policy", "host", "capture", "end-to-end", "epoch")
+PARTS = ("attention", "backward", "policy", "host", "capture", "end-to-end", "compiled", "epoch")
 # On a CPU the backward pass of attention is PyTorch's own.
-THOROUGH_ON_CPU = ("attention", "policy", "host", "capture", "end-to-end", "epoch")
+THOROUGH_ON_CPU = ("attention", "policy", "host", "capture", "end-to-end", "compiled", "epoch")
 ON_CPU = ("attention", "policy", "host", "end-to-end", "epoch")  # end-to-end includes a capture
 # Default run: seconds of each part, including its preparation.
 BUDGET = {
@@ -53,6 +55,7 @@ BUDGET = {
     "host": 10.0,
     "capture": 40.0,
     "end-to-end": 75.0,
+    "compiled": 150.0,
     "epoch": 40.0,
 }
 # Thorough run: seconds of each comparison, excluding its checks, and the expected seconds of each part.
@@ -63,6 +66,7 @@ SECONDS = {
     "host": 12.0,
     "capture": 40.0,
     "end-to-end": 75.0,
+    "compiled": 40.0,
     "epoch": 90.0,
 }
 EXPECTED = {
@@ -72,6 +76,7 @@ EXPECTED = {
     "host": 15.0,
     "capture": 90.0,
     "end-to-end": 120.0,
+    "compiled": 240.0,
     "epoch": 110.0,
 }
 RECORDED = ("only", "device", "dtype", "repetitions", "seconds", "batch", "quick", "thorough")
@@ -85,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     dtypes = [DTYPES[name] for name in options.dtype] if options.dtype else None
     everything = PARTS if device.type == "cuda" else THOROUGH_ON_CPU if options.thorough else ON_CPU
-    chosen = options.only or everything
+    chosen = options.only or [part for part in everything if part != "compiled" or can_compile(device)]
     plan = progress.Plan({part: expected(options, part) for part in chosen})
     described = environment.describe(device)
     result: dict[str, Any] = {
@@ -186,6 +191,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--device: torch {torch.__version__} cannot use {options.device!r} on this machine")
     if device.type == "cpu" and "backward" in (options.only or ()):
         parser.error("--only backward requires a GPU: on a CPU the backward pass of attention is PyTorch's own")
+    if "compiled" in (options.only or ()) and not can_compile(device):
+        parser.error("--only compiled requires a C++ compiler on a CPU: install g++, or set CXX")
     from benchmarks.variants.prompt_tokens import PromptError, load_tokenizer, read_prompts
 
     try:  # read the files before the timing starts
@@ -219,6 +226,10 @@ def measure(
         from benchmarks.parts import end_to_end
 
         return end_to_end.measure(request, prompts=options.texts, tokenizer=options.loaded_tokenizer)
+    if part == "compiled":
+        from benchmarks.parts import compiled
+
+        return compiled.measure(request, prompts=options.texts, tokenizer=options.loaded_tokenizer)
     from benchmarks.parts import epoch
 
     return epoch.measure(request)
@@ -232,6 +243,11 @@ def budget_of(options: argparse.Namespace, part: str) -> Budget:
     if options.seconds or options.thorough:
         return Budget(1000, seconds=options.seconds or SECONDS[part])
     return Budget(1000, until=time.perf_counter() + BUDGET[part])
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile can generate code for the device."""
+    return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def expected(options: argparse.Namespace, part: str) -> float:

@@ -4,6 +4,9 @@ Runs a diffusers text-to-image pipeline (a local folder or a Hugging Face Hub id
 phrases at every denoising step, and writes to a folder: ``image.png``, the image; ``strip.png``, the maps of each
 phrase at up to ten steps; ``phrases.png``, a panel for each phrase; ``maps.npy``, float32 [Steps, G, h, w]; and
 ``maps.json``, the settings and the mean, maximum and perplexity of every map.
+
+With ``--rank-blocks`` it ranks the attention blocks of the model instead (see :mod:`star_kernels.rank_blocks`), for one
+or several prompts, prints a table and the option ``blocks=[...]`` to copy, and writes ``blocks.json``.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from star_kernels.generation import generate
 from star_kernels.pipelines import load_pipeline
+from star_kernels.rank_blocks import rank_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,39 +59,8 @@ def draw(
     Raises:
         TypeError, ValueError: unsupported pipeline, or a phrase that the prompt does not contain; the message names it.
     """
-    from star_kernels import prompts
-    from star_kernels.capture import attach_maps
-
-    core = prompts.core_content(prompt, phrases or "auto")
-    regions = prompts.regions_of(pipeline, max_sequence_length=call.get("max_sequence_length"))
-    model = getattr(pipeline, "transformer", None) or pipeline.unet
-    selection, names = prompts.select_tokens(
-        [core], regions, per_phrase=True, image_tokens=_image_tokens(pipeline, model, call)
-    )
-    found: list[Tensor] = []
-    sigmas: list[float] = []
-
-    def after_pass(module: Any, arguments: Any, output: Any) -> None:
-        capture.enabled = False  # a second pass in the same step is unconditional
-
-    def after_step(pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
-        found.append(capture.take()[0].cpu())
-        schedule = getattr(pipe.scheduler, "sigmas", None)
-        sigmas.append(float(schedule[step]) if schedule is not None else math.nan)
-        capture.enabled = True
-        return state
-
-    device = next(model.parameters()).device
-    halves = "last" if _doubles(pipeline, call) else None
-    with attach_maps(model, selection.to(device), blocks=blocks, cfg=halves) as capture:
-        hook = model.register_forward_hook(after_pass)
-        try:
-            result = pipeline(prompt=prompt, callback_on_step_end=after_step, **call)
-        finally:
-            hook.remove()
-    if not found:
-        raise ValueError(f"num_inference_steps must be at least 1, got {call.get('num_inference_steps')}")
-    return Drawing(result.images[0], torch.stack(found), names[0], sigmas)
+    found = generate(pipeline, prompt, phrases, [blocks], call)
+    return Drawing(found.image, torch.stack([step[0] for step in found.maps]), found.names, found.sigmas)
 
 
 def write(drawing: Drawing, prompt: str, folder: Path, settings: dict[str, Any]) -> list[Path]:
@@ -109,9 +83,13 @@ def write(drawing: Drawing, prompt: str, folder: Path, settings: dict[str, Any])
         for i, (s, maps) in enumerate(zip(drawing.sigmas, drawing.maps, strict=True))
     ]
     record = {**settings, "prompt": prompt, "phrases": list(drawing.names), "shape": list(drawing.maps.shape)}
-    text = json.dumps({**record, "steps": steps}, indent=1, ensure_ascii=False) + "\n"
-    paths[4].write_text(text, encoding="utf-8", errors="backslashreplace")  # unpaired surrogates become JSON escapes
+    _write_json(paths[4], {**record, "steps": steps})
     return paths
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # unpaired surrogates become JSON escapes
 
 
 def _summary(values: Tensor) -> dict[str, float]:
@@ -125,24 +103,13 @@ def _summary(values: Tensor) -> dict[str, float]:
     }
 
 
-def _image_tokens(pipeline: Any, model: Any, call: dict[str, Any]) -> int:
-    """The number of image tokens: rows times columns of patches."""
-    scale = pipeline.vae_scale_factor
-    patch = getattr(model.config, "patch_size", 1) or 1
-    side = getattr(pipeline, "default_sample_size", None) or model.config.sample_size
-    height, width = (int(call.get(name) or side * scale) for name in ("height", "width"))
-    return (height // scale // patch) * (width // scale // patch)
-
-
-def _doubles(pipeline: Any, call: dict[str, Any]) -> bool:
-    """Whether each step is one forward pass with a batch that is doubled for classifier-free guidance."""
-    if not any("StableDiffusion" in cls.__name__ for cls in type(pipeline).__mro__):
-        return False  # guidance is distilled into the model, or a separate forward pass
-    return float(call.get("guidance_scale", 7.0)) > 1
-
-
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.rank_blocks and options.blocks != "default":
+        parser.error("--rank-blocks ranks all blocks and does not accept --blocks")
+    if not options.rank_blocks and len(options.prompt) > 1:
+        parser.error(f"--prompt must be given once, got {len(options.prompt)} prompts; --rank-blocks accepts several")
     try:
         import diffusers  # noqa: F401  before the pipeline is loaded
 
@@ -174,15 +141,21 @@ def main(arguments: list[str] | None = None) -> int:
     }
     call = {name: value for name, value in call.items() if value is not None}
     generator = torch.Generator("cpu").manual_seed(options.seed)
+    settings = {"model": options.model, "seed": options.seed, "dtype": str(dtype).removeprefix("torch."), **call}
+    arguments_of_both = {"phrases": options.phrase, "generator": generator, **call}
     try:
-        drawing = draw(
-            pipeline, options.prompt, phrases=options.phrase, blocks=options.blocks, generator=generator, **call
-        )
+        if options.rank_blocks:
+            ranking = rank_blocks(pipeline, options.prompt, **arguments_of_both)
+            print(ranking.table())
+            paths = [options.out / "blocks.json"]
+            _write_json(paths[0], {**settings, "prompts": options.prompt, **ranking.as_dict()})
+        else:
+            drawing = draw(pipeline, options.prompt[0], blocks=options.blocks, **arguments_of_both)
+            paths = write(drawing, options.prompt[0], options.out, settings)
     except (TypeError, ValueError) as problem:
         print(problem, file=sys.stderr)
         return 2
-    settings = {"model": options.model, "seed": options.seed, "dtype": str(dtype).removeprefix("torch."), **call}
-    for path in write(drawing, options.prompt, options.out, settings):
+    for path in paths:
         print(path)
     return 0
 
@@ -197,7 +170,13 @@ def _parser() -> argparse.ArgumentParser:
         type=os.path.expanduser,
         help="local folder or Hugging Face Hub id of a diffusers pipeline",
     )
-    parser.add_argument("--prompt", required=True, type=_text, help="prompt of the image")
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        action="append",
+        type=_text,
+        help="prompt of the image; may be repeated with --rank-blocks",
+    )
     parser.add_argument("--out", required=True, type=_path, help="folder for the output files; created if missing")
     parser.add_argument(
         "--phrase",
@@ -210,6 +189,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_blocks,
         default="default",
         help='attention blocks to average: "all", "default" or indices such as 8,9,10',
+    )
+    parser.add_argument(
+        "--rank-blocks", action="store_true", help="rank all attention blocks instead of drawing the maps"
     )
     count = _number(int, 1)
     parser.add_argument("--steps", type=count, help="number of denoising steps (default: that of the pipeline)")

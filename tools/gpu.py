@@ -98,7 +98,7 @@ def entries() -> list[Entry]:
         benchmark(
             "capture",
             60.0,
-            "What captured maps add to the forward pass of SD3.5-M.",
+            "What captured maps of the default blocks, and of all, add to the forward pass of SD3.5-M.",
             "capture",
             options=("--repetitions", "40"),
         ),
@@ -107,6 +107,13 @@ def entries() -> list[Entry]:
             100.0,
             "What STAR adds to a rollout-and-update step.",
             "end-to-end",
+            options=("--repetitions", "16"),
+        ),
+        benchmark(
+            "compiled",
+            170.0,
+            "What captured maps add to a forward pass and a step of a compiled SD3.5-M.",
+            "compiled",
             options=("--repetitions", "16"),
         ),
         benchmark(

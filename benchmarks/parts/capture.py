@@ -1,9 +1,10 @@
-"""The cost of capturing maps in a transformer's forward pass: time and peak memory."""
+"""The cost of capturing maps of the default blocks in a transformer's forward pass: time and peak memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,23 +22,31 @@ from star_kernels.capture import capture_maps
 SELECTED = 8
 SAMPLES = 1  # plus the unconditional half of the batch
 SIZES = {
-    "cpu": Size(blocks=2, latent=128, text=333, groups=1, group=1, steps=1),
-    "cuda": Size(blocks=24, latent=128, text=333, groups=1, group=1, steps=1),
+    "cpu": (Size(blocks=2, latent=128, text=333, groups=1, group=1, steps=1),),
+    "cuda": tuple(Size(blocks=24, latent=latent, text=333, groups=1, group=1, steps=1) for latent in (64, 128)),
 }
 SHORT = Size(blocks=1, latent=64, text=333, groups=1, group=1, steps=1)  # default run on a CPU
 QUICK = Size(blocks=1, latent=16, text=32, groups=1, group=1, steps=1)
+LABEL = "with capture / without"
 # Relative RMS difference allowed between the outputs with and without capture, which sum in another order.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 def measure(request: Request) -> Iterator[dict[str, Any]]:
-    """Yields one case, in the dtype of the request."""
-    device, extent = request.device, request.extent
-    size = SHORT if extent == "default" and device.type == "cpu" else SIZES[device.type]
-    if extent == "quick":
-        size = QUICK
-    size = replace(size, group=request.batch or SAMPLES)
-    yield measure_case(size, request.dtype, device, request.budget, extent == "quick")
+    """Yields a case for each size, in the dtype of the request."""
+    sizes = sizes_for(request)
+    for done, size in enumerate(sizes):
+        budget = request.budget.for_next(len(sizes) - done)
+        yield measure_case(size, request.dtype, request.device, budget, request.extent == "quick")
+
+
+def sizes_for(request: Request) -> list[Size]:
+    sizes: tuple[Size, ...] = SIZES[request.device.type]
+    if request.extent == "quick":
+        sizes = (QUICK,)
+    elif request.extent == "default" and request.device.type == "cpu":
+        sizes = (SHORT,)
+    return [replace(size, group=request.batch or SAMPLES) for size in sizes]
 
 
 @torch.no_grad()
@@ -47,18 +56,19 @@ def measure_case(size: Size, dtype: torch.dtype, device: torch.device, budget: B
     with Progress(f"{title} · building", 0):
         forward = Forward(size, dtype, device)
         plain, captured = forward.plain(), forward.captured()
-    difference = float((captured.float() - plain.float()).norm() / plain.float().norm())
-    if not difference <= TOLERANCES[dtype]:
-        raise RuntimeError(f"{title}: capture changes the output by {difference:.1e} (relative RMS)")
+    difference = output_difference(captured, plain, title)
     variants = [
         Variant("plain", "transformer forward", forward.plain),
         Variant("captured", "transformer forward with capture", forward.captured),
     ]
+    ratios = {"capture_over_plain": (f"OVERHEAD {LABEL}", "captured", "plain")}
+    if size.blocks == 24:
+        variants.append(Variant("captured_all", "the same with all blocks captured", partial(forward.captured, "all")))
+        ratios["capture_of_all_over_plain"] = (f"all blocks: {LABEL}", "captured_all", "plain")
     clock = kernel_clock(device)
     with Progress(f"{title} · memory", 0):
         memory = peak_memory(forward.captured, device) / peak_memory(forward.plain, device)
     times = interleave(variants, clock, budget, title, warm_up=0)
-    label = "with capture / without"
     return {
         "name": "smoke test" if quick else f"SD3.5-M {8 * size.latent}² forward",
         "title": f"SD3.5-M, {size.blocks} of 24 blocks, {8 * size.latent}², {size.text} text tokens, {name}, "
@@ -69,12 +79,24 @@ def measure_case(size: Size, dtype: torch.dtype, device: torch.device, budget: B
         "clock": clock.name,
         **times.columns(variants, "plain"),
         "ratios": {
-            "capture_over_plain": {"label": f"OVERHEAD {label}", **times.ratio("captured", "plain").as_dict()},
-            "capture_memory": {"label": f"peak extra memory: {label}", "median": memory},
+            **times.ratios(ratios),
+            "capture_memory": {"label": f"peak extra memory: {LABEL}", "median": memory},
         },
         "output_difference": difference,
         "notes": [*filter(None, (times.note,))],
     }
+
+
+def output_difference(captured: Tensor, plain: Tensor, title: str) -> float:
+    """The relative RMS difference of two outputs.
+
+    Raises:
+        RuntimeError: if it is too large.
+    """
+    difference = float((captured.float() - plain.float()).norm() / plain.float().norm())
+    if not difference <= TOLERANCES[plain.dtype]:
+        raise RuntimeError(f"{title}: capture changes the output by {difference:.1e} (relative RMS)")
+    return difference
 
 
 class Forward:
@@ -102,8 +124,8 @@ class Forward:
         output: Tensor = self.transformer(**self.inputs, return_dict=False)[0]
         return output
 
-    def captured(self) -> Tensor:
-        with capture_maps(self.transformer, self.selection, cfg="last") as maps:
+    def captured(self, blocks: str = "default") -> Tensor:
+        with capture_maps(self.transformer, self.selection, blocks=blocks, cfg="last") as maps:
             output = self.plain()
         maps.value.sum()  # reading the maps is part of the cost
         return output

@@ -108,9 +108,7 @@ class Trainer:
         shape = (size.batch, CHANNELS, size.latent, size.latent)
         latents = torch.randn(shape, generator=generator).to(self.device)
         trajectory = []
-        capturing = (
-            nullcontext() if selection is None else capture_maps(self.transformer, selection, blocks="all", cfg="last")
-        )
+        capturing = nullcontext() if selection is None else capture_maps(self.transformer, selection, cfg="last")
         with capturing as maps:
             for i, transition in enumerate(self.transitions):
                 velocity = self.velocity(latents, i, text)
@@ -205,7 +203,7 @@ def measure(request: Request, *, prompts: list[str], tokenizer: PreTrainedTokeni
             progress.show("building the model")
             trainer = Trainer(size, dtype, device, prompts, tokenizer)
     arms = (PLAIN, STAR, EAGER) if extent == "thorough" else (PLAIN, STAR)
-    variants = [Variant(arm.name, arm.label, _Counted(trainer, arm)) for arm in arms]
+    variants = [Variant(arm.name, arm.label, Counted(trainer, arm)) for arm in arms]
     clock = CpuClock(device)
     times = interleave(variants, clock, request.budget, title, warm_up=0 if warm else 1)
     ratios = {"star_over_plain": ("OVERHEAD STAR / plain Flow-GRPO", "star", "plain")}
@@ -261,7 +259,7 @@ def check_arms(trainer: Trainer, progress: Progress) -> dict[str, float]:
     return differences
 
 
-class _Counted:
+class Counted:
     """Runs a step with the number of the call, so that all arms of a round have the same prompts and noise."""
 
     def __init__(self, trainer: Trainer, arm: Arm) -> None:

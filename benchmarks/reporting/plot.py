@@ -24,6 +24,10 @@ COLOURS = {
     "star": OURS,
     "plain": PYTORCH,
     "captured": OURS,
+    "captured_all": OURS,
+    **dict.fromkeys(("eager", "compiled", "graphs", "eager_plain", "compiled_plain"), PYTORCH),
+    **dict.fromkeys(("eager_captured", "compiled_captured", "graphs_captured"), OURS),
+    **dict.fromkeys(("eager_star", "compiled_star"), OURS),
 }
 LEGEND = {
     "star-kernels": OURS,

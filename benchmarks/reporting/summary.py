@@ -15,12 +15,14 @@ MAPS = "Maps: attention with maps of 8 text tokens, compared with attention with
 WEIGHTS = "Weights: policy loss with a weight for each latent position, forward and backward"
 CALLS = "Host time of a call on tiny tensors"
 BOTH = "Maps and weights: training with STAR, compared with plain Flow-GRPO"
+COMPILED = "Compiled transformer: with maps, compared with the same without"
 HEADINGS = {
     "attention": MAPS,
     "backward": MAPS,
     "capture": MAPS,
     "policy": WEIGHTS,
     "end-to-end": BOTH,
+    "compiled": COMPILED,
     "epoch": BOTH,
 }
 HOST = {  # name of a pair of benchmarks/parts/host.py -> name in the summary
@@ -108,6 +110,13 @@ def rows(part: str, case: dict[str, Any]) -> Iterator[Row]:
     elif part == "end-to-end":
         label = f"rollout and update, {blocks} of 24 SD3.5-M blocks"
         yield row(label, "plain", "star", "star_over_plain")
+    elif part == "compiled" and "eager_plain" in times:
+        label = f"rollout and update, {blocks} of 24 SD3.5-M blocks"
+        yield row(label, "compiled_plain", "compiled_star", "compiled_star_over_plain")
+    elif part == "compiled":
+        for mode in (mode for mode in ("compiled", "graphs") if mode in times):
+            label = f"forward pass, {blocks} of 24 blocks{', CUDA graphs' * (mode == 'graphs')}"
+            yield row(label, mode, f"{mode}_captured", f"{mode}_capture_over_plain")
     elif part == "epoch":
         yield row("epoch of star-train, small model", "plain", "star", "star_over_plain")
         plain, by_parts = times["plain"]["median"], ratios["star_by_parts"]

@@ -59,7 +59,14 @@ THRESHOLDS = (
     Threshold("policy", "synchronisations", "<=", 0, device="cuda", case=LOSS),
     Threshold("attention", "materialised_over_ours", ">=", 3.0, device="cuda", case=ATTENTION),
     *(Threshold("policy", ratio, ">", 1.0, device="cuda", case=LOSS) for ratio in COMPILED),
-    Threshold("end-to-end", "star_over_plain", "<=", 1.02, device="cuda", case=STEP),
+    *(Threshold("capture", "capture_over_plain", "<=", 1.005, device="cuda", case=case) for case in FORWARD),
+    Threshold("end-to-end", "star_over_plain", "<=", 1.005, device="cuda", case=STEP),
+    *(
+        Threshold("compiled", f"{mode}_capture_over_plain", "<=", 1.005, device="cuda", case=case)
+        for case in FORWARD
+        for mode in ("compiled", "graphs")
+    ),
+    Threshold("compiled", "compiled_star_over_plain", "<=", 1.005, device="cuda", case=STEP),
     *(Threshold("attention", "overhead", "<=", 1.03, device="cpu", case=case) for case in (ATTENTION, LARGE)),
     Threshold("attention", "materialised_over_ours", ">=", 2.0, device="cpu", case=ATTENTION),
     *(Threshold("policy", ratio, ">=", 2.0, device="cpu", case=LOSS) for ratio in EAGER),

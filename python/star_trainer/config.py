@@ -95,7 +95,9 @@ class Allocation:
             steps, where the share of a step is its attention mass on the core content. "total_variation": as
             "trajectory", but the share of a step is the total variation between its map and the next step's.
         cap: maximum weight; None is unlimited.
-        blocks: transformer blocks whose maps are averaged: "default", "all", or a list of indices.
+        blocks: transformer blocks whose maps are averaged: "all", a list of indices, or "default", those that published
+            measurements found to locate words: block 9 of SD3-Medium and SD3.5-Medium, double-stream blocks 10 to 18
+            of FLUX.1, all blocks of other models.
         source: how core content is found: "auto", "geneval", "quoted" or "words" (star_kernels.prompts.core_content).
         credit: "image": one advantage per image, weighted by the map of all core content. "split": the same, but each
             phrase's part of that advantage is weighted by the phrase's share of the attention at each position.

@@ -61,8 +61,11 @@ def attach_maps(
         selection: the tokens, on the model's device, as positions in the sequence of keys: [image, text] in SD3,
             [text, image] in FLUX and Qwen-Image, the text only in cross-attention. None captures nothing until
             :attr:`MapCapture.selection` is set.
-        blocks: the attention modules to average over: "all", their indices, or "default", the blocks of the family
-            that localise best (all blocks for the families included here).
+        blocks: the attention modules to average over: "all", their indices, or "default", the blocks that are known
+            to find the words, from published localisation: block 9 of the 24 of SD3-Medium and SD3.5-Medium (arXiv
+            2509.18096) and the double-stream blocks 10 to 18 of FLUX.1 (arXiv 2502.04320), counted from zero, 18
+            included; all blocks of every other model. Other blocks run their own attention, unchanged.
+            ``python -m star_kernels.maps --rank-blocks`` ranks the blocks of any model.
         cfg: which half of the batch is conditional, if it is doubled for classifier-free guidance: "last", "first", or
             None if batches are not doubled. "auto" decides in each pass. A batch of the selection's size is not
             doubled. A batch of twice its size is doubled if the family's pipelines concatenate an unconditional and a
@@ -89,11 +92,11 @@ def attach_maps(
     family = find_or_explain(model, given)
     found = family.attentions(model)
     default = isinstance(blocks, str) and blocks == "default"
-    chosen = [found[i] for i in _choose(family.default_blocks if default else blocks, len(found))]
-    attentions = _named(model, chosen)
+    chosen = _choose(family.default_of(model) if default else blocks, len(found))
+    attentions = _named(model, [found[i] for i in chosen])
     for name, attention in attentions.items():
         _check_processor(family, name, attention.processor)
-    capture = MapCapture(model, family, attentions, rows=rows, grid=grid, cfg=cfg, detach=detach)
+    capture = MapCapture(model, family, attentions, blocks=chosen, rows=rows, grid=grid, cfg=cfg, detach=detach)
     try:
         capture.selection = selection
     except BaseException:

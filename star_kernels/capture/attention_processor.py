@@ -34,6 +34,7 @@ class CapturedAttention:
         self.passes = passes
         self.detach = detach
         self.ran = False  # in the latest forward pass
+        self.compiled = False  # the maps are an output of a compiled graph
         self.maps: Tensor | None = None  # [batch, G, R]
         other = recorded_by(self.processor)
         if other is not None and other.recording_processor is None:  # left over from a capture that was removed
@@ -45,7 +46,7 @@ class CapturedAttention:
             )
 
     def clear(self) -> None:
-        self.ran, self.maps = False, None
+        self.ran, self.compiled, self.maps = False, False, None
 
     def install(self) -> None:
         self.recording_processor = _recording_processor(self.processor, self)
@@ -106,7 +107,7 @@ def _recording_class(processor_class: Any) -> type[Any]:
             forward_pass = captured.passes.current
             if forward_pass is None:
                 return original(self, *args, **kwargs)
-            captured.ran = True
+            captured.ran = captured.compiled = True
             with FunctionMode(Interception(partial(captured.attend, forward_pass))):
                 return original(self, *args, **kwargs)
         forward_pass = captured.passes.in_this_thread()

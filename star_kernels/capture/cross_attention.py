@@ -1,6 +1,9 @@
 """Cross-attention: the UNets of SD 1, SD 2 and SDXL, and PixArt. Keys are the text tokens, queries the image.
 
 A UNet attends at several resolutions, each half of the one before, rounded up.
+
+``blocks="default"`` is all blocks: DAAM (arXiv 2210.04885) averages the maps of all blocks of a UNet. No publication
+names the blocks of PixArt that find the words best.
 """
 
 from __future__ import annotations

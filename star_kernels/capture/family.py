@@ -44,7 +44,8 @@ class Family:
         image: returns the image tokens, given the model and the arguments of its forward pass by name.
         processors: names of the supported processor classes: those whose first attention call has this order of
             tokens. Any class if empty.
-        default_blocks: the meaning of ``blocks="default"``: the blocks that localise best, if that was measured.
+        default_blocks: the meaning of ``blocks="default"``: "all", indices, or a function of the model that returns
+            either. It should name blocks only for the models for which a publication did.
         cfg: which half of a batch is conditional, "last" or "first", if the family's pipelines double the batch for
             classifier-free guidance; None if they do not.
     """
@@ -52,8 +53,12 @@ class Family:
     attentions: Callable[[Any], list[Any]]
     image: Callable[[Any, dict[str, Any]], ImageTokens]
     processors: tuple[str, ...] = ()
-    default_blocks: str | Sequence[int] = "all"
+    default_blocks: str | Sequence[int] | Callable[[Any], str | Sequence[int]] = "all"
     cfg: str | None = None
+
+    def default_of(self, model: Any) -> str | Sequence[int]:
+        """The blocks of ``blocks="default"`` for this model."""
+        return self.default_blocks(model) if callable(self.default_blocks) else self.default_blocks
 
 
 FAMILIES: dict[str, Family] = {}

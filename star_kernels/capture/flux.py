@@ -5,10 +5,17 @@ and keys before the attention call. The latent is a sequence, so its grid is der
 maps are read, which waits for the device: once for each ``img_ids`` tensor until it is modified in place (detected by
 its version counter), and in every pass under ``torch.inference_mode``, where tensors have no version counter.
 ``grid=(rows, columns)`` avoids the wait. Tokens of reference images follow the image and are dropped.
+
+``blocks="default"`` is, for FLUX.1 (19 double- and 38 single-stream blocks), the double-stream blocks 10 to 18, counted
+from zero, both included: those over which ConceptAttention (arXiv 2502.04320) averages the cross-attention maps that it
+compares itself with (``range(10, 19)`` in its code). They include blocks 12 and 17, which Seg4Diff (arXiv 2509.18096,
+appendix C) finds to be the best of FLUX.1-dev. No blocks are published for models of other depths and for FLUX.2: their
+default is all blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -54,7 +61,12 @@ def _grid_of(ids: Tensor) -> _IdsGrid:
     return cached
 
 
+def default_blocks(model: Any) -> str | Sequence[int]:
+    depth = len(model.transformer_blocks), len(model.single_transformer_blocks)
+    return range(10, 19) if depth == (19, 38) else "all"
+
+
 _PROCESSORS = ("FluxAttnProcessor", "FusedFluxAttnProcessor2_0")
-FLUX = Family(attentions, image, processors=_PROCESSORS)
+FLUX = Family(attentions, image, processors=_PROCESSORS, default_blocks=default_blocks)
 _PROCESSORS_2 = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
 FLUX2 = Family(attentions, image, processors=_PROCESSORS_2)

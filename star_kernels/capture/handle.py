@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ class MapCapture:
     Attributes:
         enabled: if False, forward passes are not captured (for example those of the unconditional branch or of a
             reference model) and the maps of the latest captured pass are kept.
+        blocks: the indices of the captured blocks.
     """
 
     def __init__(
@@ -39,12 +41,13 @@ class MapCapture:
         family: Family,
         attentions: dict[str, Any],
         *,
+        blocks: Sequence[int],
         rows: tuple[int, int] | None,
         grid: Grid | None,
         cfg: str | None,
         detach: bool,
     ) -> None:
-        self.enabled = True
+        self.enabled, self.blocks = True, tuple(blocks)
         self._model, self._family = model, family
         self._guidance = guidance.Guidance(cfg, family.cfg)
         self._overrides = {name: given for name, given in (("rows", rows), ("grid", grid)) if given is not None}
@@ -160,6 +163,17 @@ class MapCapture:
             elif without:
                 names = ", ".join(captured.name for captured in without)
                 raise RuntimeError(f"no maps from {names}: {explain(model, without)}")
+            else:
+                self._keep()
+
+    def _keep(self) -> None:
+        """Copies maps that are outputs of a compiled graph: the next replay of a CUDA graph reuses their memory."""
+        compiled = [captured for captured in self._modules if captured.compiled]
+        found = [captured.maps for captured in compiled if captured.maps is not None]
+        alike = len({(maps.shape, maps.dtype) for maps in found}) == 1
+        kept = torch.stack(found).unbind() if alike else [maps.clone() for maps in found]
+        for captured, maps in zip(compiled, kept, strict=True):
+            captured.maps = maps
 
     def _clear(self) -> None:
         self._value = None

@@ -2,6 +2,8 @@
 
 Guidance runs two forward passes: set ``enabled = False`` on the capture for the unconditional one.
 Tokens of reference images (editing models) follow the image and are dropped.
+
+No publication names the blocks that find the words best, so ``blocks="default"`` is all blocks.
 """
 
 from __future__ import annotations

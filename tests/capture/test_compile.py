@@ -1,5 +1,7 @@
 """A compiled model under capture: one graph, the same maps, and no new graph for a new selection or a new context."""
 
+import shutil
+
 import pytest
 import torch
 from tiers import mostly_exhaustive
@@ -7,6 +9,7 @@ from torch._dynamo.utils import clear_compilation_metrics, counters, get_compila
 
 pytest.importorskip("diffusers")
 
+from reused_memory import ReusedMemory
 from tiny_models import CASES
 
 from star_kernels import TokenSelection
@@ -36,8 +39,8 @@ def make(family):
     return case, model, inputs
 
 
-def eager_maps(model, inputs, selection):
-    with torch.no_grad(), capture_maps(model, selection, cfg=None) as maps:
+def eager_maps(model, inputs, selection, **options):
+    with torch.no_grad(), capture_maps(model, selection, cfg=None, **options) as maps:
         model(**inputs)
     return maps.value
 
@@ -74,13 +77,29 @@ def test_no_new_graph_for_a_new_selection_or_a_new_context():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", mostly_exhaustive(["flux", "flux2", "qwen-image", "pixart"], ["flux"]))
-def test_the_compiled_model_gives_the_same_maps_from_one_graph(family):
+@pytest.mark.parametrize("family", mostly_exhaustive(CASES, ["flux"]))
+def test_maps_are_those_of_each_pass_although_its_memory_is_reused(family):
+    """CUDA graphs reuse the memory of their outputs. They are skipped if the graph writes to its inputs."""
     case, model, inputs = make(family)
-    expected = eager_maps(model, inputs, case.selection)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(eager_maps(compiled, inputs, case.selection), expected, rtol=0, atol=1e-6)
+    selection = case.selection
+    first = next(iter(inputs))  # the latent
+    passes = [{**inputs, first: inputs[first].roll(shift, dims=1)} for shift in range(3)]
+    expected = [eager_maps(model, arguments, selection, **case.options) for arguments in passes]
+    assert not torch.equal(expected[0], expected[1])
+    memory = ReusedMemory()
+    compiled = torch.compile(model, fullgraph=True, backend=memory.backend)
+    with attach_maps(compiled, selection, cfg=None, **case.options) as maps:
+        found = []
+        for arguments in passes:
+            compiled(**arguments)
+            memory.overwrite()  # for example by a pass with enabled = False, before the maps are read
+            found.append(maps.take())
+        compiled(**passes[-1])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert graphs() == 1
+    assert not counters["graph_break"]
+    assert not memory.mutating
+    assert not memory.unsafe
 
 
 @pytest.mark.exhaustive
@@ -95,20 +114,89 @@ def test_blocks_compiled_one_by_one_and_in_place_work():
     torch.testing.assert_close(eager_maps(model, inputs, case.selection), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("checkpointed", mostly_exhaustive([False, True], [False]))
-def test_the_compiled_model_has_the_same_gradients(checkpointed):
-    case, model, inputs = make("sd3.5")
+TRAINED = [(family, False, detach) for family in CASES for detach in (False, True)]
+CHECKPOINTED = [("sd3.5", True, False), ("flux", True, True)]
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointed", "detach"),
+    mostly_exhaustive([*TRAINED, *CHECKPOINTED], lambda *case: case == ("sd3.5", False, False)),
+)
+def test_the_compiled_model_has_the_same_gradients_in_each_step(family, checkpointed, detach):
+    case, model, inputs = make(family)
     if checkpointed:
         model.enable_gradient_checkpointing()
-    latent = inputs["hidden_states"].requires_grad_()
+    first = next(iter(inputs))
+    latents = [inputs[first].roll(shift, dims=1).requires_grad_() for shift in range(2)]
+    weight = next(p for name, p in model.named_parameters() if name.endswith("to_v.weight"))
 
-    def run(model):
-        with capture_maps(model, case.selection, cfg=None, detach=False) as maps:
-            loss = model(**inputs).sample.square().mean() + maps.value.square().sum()
-        return maps.value.detach(), torch.autograd.grad(loss, [latent, model.context_embedder.weight])
+    def train(model, overwrite=lambda: None):
+        results = []
+        with capture_maps(model, case.selection, cfg=None, detach=detach, **case.options) as maps:
+            for latent in latents:
+                loss = model(**{**inputs, first: latent}).sample.square().mean()
+                if not detach:
+                    loss = loss + maps.value.square().sum()
+                results += [g.clone() for g in torch.autograd.grad(loss, [latent, weight])]
+                overwrite()
+                results.append(maps.value.detach())
+        return results
 
-    expected = run(model)
-    found = run(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    expected = train(model)
+    memory = ReusedMemory()
+    found = train(torch.compile(model, fullgraph=True, backend=memory.backend), memory.overwrite)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert graphs() == 1
+    assert not memory.mutating
+    assert not memory.unsafe
     assert not torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_gives_the_same_maps_and_gradients():
+    case, model, inputs = make("sd3.5")
+    latent = inputs["hidden_states"].requires_grad_()
+
+    def train(model):
+        with capture_maps(model, case.selection, cfg=None, detach=False) as maps:
+            loss = model(**inputs).sample.square().mean() + maps.value.square().sum()
+            return [maps.value.detach(), *torch.autograd.grad(loss, [latent, model.context_embedder.weight])]
+
+    expected = train(model)
+    compiled = torch.compile(model, fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(train(compiled), expected, rtol=1e-4, atol=1e-5)
+    assert graphs() == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", ["sd3.5", "flux"])
+@pytest.mark.parametrize("training", [False, True])
+def test_cuda_graphs_are_not_skipped_and_give_the_maps_of_each_pass(family, training):
+    case, model, inputs = make(family)
+    model.cuda()
+    inputs = {name: value.cuda() for name, value in inputs.items()}
+    selection = case.selection.to("cuda")
+    first = next(iter(inputs))
+    passes = [{**inputs, first: inputs[first].roll(shift, dims=1).requires_grad_(training)} for shift in range(5)]
+
+    def run(model):
+        results = []
+        with torch.set_grad_enabled(training), capture_maps(model, selection, cfg=None) as maps:
+            for arguments in passes:
+                output = model(**arguments).sample
+                if training:
+                    (gradient,) = torch.autograd.grad(output.square().mean(), [arguments[first]])
+                    results.append(gradient.clone())
+                results.append(output.detach().clone())
+                results.append(maps.value)
+        return results
+
+    expected = run(model)
+    found = run(torch.compile(model, fullgraph=True, mode="reduce-overhead"))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert graphs() == 1
+    assert not counters["inductor"]["cudagraph_skips"]

@@ -57,14 +57,13 @@ def sd3(**options: Any) -> nn.Module:
         patch_size=2,
         in_channels=4,
         out_channels=4,
-        num_layers=3,
+        **{"num_layers": 3, **options},
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,
         caption_projection_dim=32,
         pooled_projection_dim=16,
         pos_embed_max_size=64,
-        **options,
     )
 
 
@@ -86,11 +85,10 @@ def _ids(axes: int, references: int = 0) -> Tensor:
     return torch.cat([ids, reference])
 
 
-def flux() -> nn.Module:
+def flux(**options: Any) -> nn.Module:
     return diffusers.FluxTransformer2DModel(
         in_channels=4,
-        num_layers=1,
-        num_single_layers=2,
+        **{"num_layers": 1, "num_single_layers": 2, **options},
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,

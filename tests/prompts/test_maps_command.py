@@ -25,7 +25,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 from star_kernels import maps
 from star_kernels.capture import capture_maps
+from star_kernels.generation import doubles
 from star_kernels.prompts import regions_of, select_tokens
+from star_kernels.rank_blocks import rank, rank_blocks
 
 PROMPT = "a photo of a red bench and a blue teapot"
 SIZE = 64  # pixels: 32 x 32 latents, 16 x 16 patches
@@ -114,6 +116,58 @@ def test_the_maps_are_those_of_the_conditional_pass(pipeline: Any) -> None:
     torch.testing.assert_close(drawing.maps[0], captured.value[0], rtol=1e-4, atol=1e-6)
     assert drawing.names == ("red bench",)
     assert drawing.maps.shape == (2, 1, 16, 16)
+
+
+def test_blocks_are_ranked_by_maps_of_every_block(
+    pipeline: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = {"height": SIZE, "width": SIZE, "num_inference_steps": 2}
+    options = ["--height", str(SIZE), "--width", str(SIZE), "--rank-blocks", "--steps", "2"]
+    assert run(folder, tmp_path, *options, "--prompt", "a blue teapot") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["blocks.json"]
+    record = json.loads((tmp_path / "blocks.json").read_text())
+    assert record["prompts"] == [PROMPT, "a blue teapot"]
+    printed = capsys.readouterr().out
+    assert f"blocks={record['blocks']}\n" in printed
+    generator = torch.Generator().manual_seed(0)
+    images = []
+    for prompt in record["prompts"]:
+        state = generator.get_state()
+        by_block = []
+        for block in range(2):
+            generator.set_state(state)
+            by_block.append(maps.draw(pipeline, prompt, blocks=[block], generator=generator, **call).maps)
+        images.append(torch.stack(by_block, dim=1))
+    expected = rank(images).as_dict()
+    assert record["blocks"] == expected["blocks"]
+    assert [score["block"] for score in record["scores"]] == [score["block"] for score in expected["scores"]]
+    for found, score in zip(record["scores"], expected["scores"], strict=True):
+        assert found == pytest.approx(score, abs=2e-4)
+        assert f"{found['concentration']:.3f}" in printed
+    assert not pipeline.transformer._forward_hooks
+
+
+def test_prompts_and_blocks_that_do_not_fit_the_mode_are_errors(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, message in (
+        (["--prompt", "a cat"], "--prompt must be given once, got 2 prompts; --rank-blocks accepts several"),
+        (["--rank-blocks", "--blocks", "all"], "--rank-blocks ranks all blocks and does not accept --blocks"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run(folder, tmp_path, *more)
+        assert message in capsys.readouterr().err
+
+
+def test_bad_prompts_and_models_of_one_block_cannot_be_ranked(pipeline: Any) -> None:
+    for prompts in ("a cat", []):
+        with pytest.raises(ValueError, match="prompts must be a list of at least one prompt"):
+            rank_blocks(pipeline, prompts)
+    blocks = pipeline.transformer.transformer_blocks
+    pipeline.transformer.transformer_blocks = blocks[-1:]
+    with pytest.raises(ValueError, match="at least two attention blocks to rank, got 1"):
+        rank_blocks(pipeline, [PROMPT])
+    pipeline.transformer.transformer_blocks = blocks
 
 
 @pytest.mark.exhaustive
@@ -218,6 +272,6 @@ def test_only_pipelines_of_stable_diffusion_double_the_batch(pipeline: Any) -> N
     class FluxPipeline:
         pass
 
-    assert maps._doubles(pipeline, {})
-    assert not maps._doubles(pipeline, {"guidance_scale": 1.0})
-    assert not maps._doubles(FluxPipeline(), {"guidance_scale": 3.5})
+    assert doubles(pipeline, {})
+    assert not doubles(pipeline, {"guidance_scale": 1.0})
+    assert not doubles(FluxPipeline(), {"guidance_scale": 3.5})

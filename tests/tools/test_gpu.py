@@ -24,7 +24,7 @@ COMMANDS = {e.name: e.command for entry in ENTRIES.values() for e in (entry, *wa
 
 def test_the_order_is_that_of_value() -> None:
     assert list(ENTRIES) == [
-        *("smoke", "host", "policy", "capture", "step", "attention", "gluon", "tuning"),
+        *("smoke", "host", "policy", "capture", "step", "compiled", "attention", "gluon", "tuning"),
         *("tests", "memcheck", "racecheck", "initcheck", "synccheck", "suite"),
     ]
     assert ENTRIES["smoke"].seconds <= 60
@@ -65,7 +65,7 @@ def test_the_parts_of_the_benchmark_exist_and_none_is_missing() -> None:
 
 
 def test_the_step_and_the_capture_have_at_least_15_rounds() -> None:
-    for name in ("capture", "step"):
+    for name in ("capture", "step", "compiled"):
         command = ENTRIES[name].command
         assert int(command[command.index("--repetitions") + 1]) >= 15
 

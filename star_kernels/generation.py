@@ -1,0 +1,92 @@
+"""Runs a text-to-image pipeline of diffusers for one prompt, with the attention maps of every denoising step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Generated(NamedTuple):
+    """An image and the maps of its generation."""
+
+    image: Any  # PIL
+    maps: list[list[Tensor]]  # for each step and each choice of blocks, float32 [G, h, w] on the CPU
+    names: tuple[str, ...]  # the G phrases
+    sigmas: list[float]  # sigma of each step, NaN if the scheduler has none
+
+
+def generate(
+    pipeline: Any,
+    prompt: str,
+    phrases: list[str] | None,
+    choices: Sequence[str | Sequence[int]],
+    call: dict[str, Any],
+) -> Generated:
+    """Generates an image and captures its maps for several choices of blocks, none of which share a block.
+
+    Args:
+        pipeline: a text-to-image pipeline that :func:`star_kernels.prompts.regions_of` supports.
+        prompt: the prompt.
+        phrases: the phrases to map, each of which must occur in the prompt; the prompt's core content if None.
+        choices: values of ``blocks``, see :func:`star_kernels.capture.attach_maps`.
+        call: further arguments of the pipeline call.
+    """
+    from star_kernels import prompts
+    from star_kernels.capture import attach_maps
+
+    core = prompts.core_content(prompt, phrases or "auto")
+    regions = prompts.regions_of(pipeline, max_sequence_length=call.get("max_sequence_length"))
+    model = denoiser(pipeline)
+    selection, names = prompts.select_tokens(
+        [core], regions, per_phrase=True, image_tokens=_image_tokens(pipeline, model, call)
+    )
+    selection = selection.to(next(model.parameters()).device)
+    found: list[list[Tensor]] = []
+    sigmas: list[float] = []
+    halves = "last" if doubles(pipeline, call) else None
+
+    def enable(enabled: bool) -> None:
+        for capture in captures:
+            capture.enabled = enabled
+
+    def after_step(pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+        found.append([capture.take()[0].cpu() for capture in captures])
+        schedule = getattr(pipe.scheduler, "sigmas", None)
+        sigmas.append(float(schedule[step]) if schedule is not None else math.nan)
+        enable(True)
+        return state
+
+    with ExitStack() as stack:
+        captures = [stack.enter_context(attach_maps(model, selection, blocks=blocks, cfg=halves)) for blocks in choices]
+        # A second pass in the same step is unconditional. Registered last, it runs after the captures have ended.
+        hook = model.register_forward_hook(lambda *arguments: enable(False))
+        stack.callback(hook.remove)
+        result = pipeline(prompt=prompt, callback_on_step_end=after_step, **call)
+    if not found:
+        raise ValueError(f"num_inference_steps must be at least 1, got {call.get('num_inference_steps')}")
+    return Generated(result.images[0], found, names[0], sigmas)
+
+
+def denoiser(pipeline: Any) -> Any:
+    """The transformer or UNet of a pipeline."""
+    return getattr(pipeline, "transformer", None) or pipeline.unet
+
+
+def doubles(pipeline: Any, call: dict[str, Any]) -> bool:
+    """Whether each step is one forward pass with a batch that is doubled for classifier-free guidance."""
+    if not any("StableDiffusion" in cls.__name__ for cls in type(pipeline).__mro__):
+        return False  # guidance is distilled into the model, or a separate forward pass
+    return float(call.get("guidance_scale", 7.0)) > 1
+
+
+def _image_tokens(pipeline: Any, model: Any, call: dict[str, Any]) -> int:
+    """The number of image tokens: rows times columns of patches."""
+    scale = pipeline.vae_scale_factor
+    patch = getattr(model.config, "patch_size", 1) or 1
+    side = getattr(pipeline, "default_sample_size", None) or model.config.sample_size
+    height, width = (int(call.get(name) or side * scale) for name in ("height", "width"))
+    return (height // scale // patch) * (width // scale // patch)
