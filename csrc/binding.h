@@ -284,23 +284,27 @@ Call<NftArguments> read_nft(Reader& in) {
   return call;
 }
 
-// star_kernels.policy.arguments.Forward, the last arguments of a forward pass
+// star_kernels.policy.arguments.Forward, the last arguments of a forward pass. If the gradient is given, the kernel
+// also writes that of model_output for an upstream gradient of one, or of ones for the losses of samples.
 template <typename Kind>
 void read_forward_results(Reader& in, Call<typename Kind::Arguments>& call) {
   Objective& a = call.arguments;
   a.loss = floats("loss", in.tensor("loss"), a.unreduced ? a.batch : 1);
   a.metrics = floats("metrics", in.tensor("metrics"), Kind::kMetrics);
   a.saved = floats("saved", in.tensor("saved"), Kind::saved_rows(call.arguments) * a.batch);
+  a.gradient = optional_view("gradient", in.optional("gradient"), call.model_output, call.channel_dim);
   in.finish();
 }
 
-// star_kernels.policy.arguments.Backward, the last arguments of a backward pass
+// star_kernels.policy.arguments.Backward, the last arguments of a backward pass. With `written` the gradient is that of
+// the forward pass: it is computed again, from the inputs, unless every element of grad_loss is one.
 template <typename Kind>
 void read_backward_results(Reader& in, Call<typename Kind::Arguments>& call) {
   Objective& a = call.arguments;
   a.grad_loss = floats("grad_loss", in.tensor("grad_loss"), a.unreduced ? a.batch : 1);
   a.saved = floats("saved", in.tensor("saved"), Kind::saved_rows(call.arguments) * a.batch);
   a.gradient = call.view("gradient", in.tensor("gradient"));
+  a.written = in.flag("written");
   in.finish();
 }
 

@@ -180,7 +180,9 @@ STAR_INLINE double share_of_sample(const Objective& a) {
   return a.unreduced ? 1.0 : 1.0 / static_cast<double>(a.batch);
 }
 
-STAR_INLINE float upstream_gradient(const Objective& a, int64_t b) { return a.grad_loss[a.unreduced ? b : 0]; }
+STAR_INLINE float upstream_gradient(const Objective& a, int64_t b) {
+  return a.grad_loss ? a.grad_loss[a.unreduced ? b : 0] : 1.0f;
+}
 
 STAR_INLINE double step_weight(const Objective& a, int64_t b) { return a.step_weights ? a.step_weights[b] : 1.0; }
 

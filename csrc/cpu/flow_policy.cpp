@@ -243,6 +243,7 @@ void sample_tile(const SampleArguments& a, const Tile& tile) {
 
 void policy_forward(const PolicyArguments& a) {
   forward<Policy>(a, [&](const Tile& tile, double* sums) { forward_tile(a, tile, sums); });
+  if (a.gradient.data) policy_backward(a);
 }
 
 void policy_backward(const PolicyArguments& a) {

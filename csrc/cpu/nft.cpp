@@ -98,6 +98,7 @@ void backward_tile(const NftArguments& a, const Tile& tile) {
 
 void nft_forward(const NftArguments& a) {
   forward<Nft>(a, [&](const Tile& tile, double* sums) { forward_tile(a, tile, sums); });
+  if (a.gradient.data) nft_backward(a);
 }
 
 void nft_backward(const NftArguments& a) {

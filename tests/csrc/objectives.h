@@ -99,8 +99,8 @@ struct ObjectiveInputs {
     Memory gradient = output(model_output.view.dtype, problem, gradient_layout);
     a.threads = threads;
     a.partial = partial.data(), a.loss = loss.data(), a.metrics = metrics.data(), a.saved = saved.data();
-    a.gradient = gradient.view;
     if (forward) forward(a);
+    a.gradient = gradient.view;
     if (backward) backward(a);
     if (forward && backward) {
       check_written("loss", loss), check_written("metrics", metrics), check_written("saved", saved);
