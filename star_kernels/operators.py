@@ -119,6 +119,11 @@ def _on_one_device(schema: str, shapes: Callable[..., Any]) -> Callable[..., Any
     return checked
 
 
+def is_direct(tensors: list[Tensor]) -> bool:
+    """Whether a call with these tensors needs no dispatcher: no mode or transform is active, and all are plain ones."""
+    return not (torch.compiler.is_compiling() or WATCH.observed()) and _in_memory(tensors)
+
+
 def _in_memory(tensors: list[Tensor]) -> bool:
     """Whether the values of all tensors are in their memory.
 

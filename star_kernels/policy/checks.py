@@ -49,10 +49,9 @@ def check_latent(name: str, latent: Tensor, model_output: Tensor) -> None:
         )
 
 
-def check_transition(transition: Transition, model_output: Tensor) -> None:
+def check_transition(transition: Transition) -> None:
     if not isinstance(transition, Transition):
         raise TypeError(f"transition must be a Transition (see flow_sde), got {type(transition).__name__}")
-    _check_columns(transition, model_output)
 
 
 def _check_columns(transition: Transition, model_output: Tensor) -> None:
@@ -65,17 +64,22 @@ def _check_columns(transition: Transition, model_output: Tensor) -> None:
     _check_device("transition", transition.coefficients, model_output)
 
 
-def check_old_log_prob(
-    old_log_prob: Tensor, model_output: Tensor, channel_dim: int, weights: Tensor | None, ratio: str
-) -> None:
-    """Old log-probabilities fit the latent, the weights and the kind of ratio."""
+def check_ratio(ratio: str) -> bool:
+    """Whether each location has a ratio."""
     if ratio not in ("sample", "location"):
         raise ValueError(f"ratio must be 'sample' or 'location', got {ratio!r}")
+    return ratio == "location"
+
+
+def check_old_log_prob(
+    old_log_prob: Tensor, model_output: Tensor, channel_dim: int, weights: Tensor | None, per_location: bool
+) -> None:
+    """Old log-probabilities fit the latent, the weights and the kind of ratio."""
     batch, *locations = _locations(model_output, channel_dim)
     _check_float("old_log_prob", old_log_prob, model_output)
     if list(old_log_prob.shape) != [batch, *locations]:
         scalar = list(old_log_prob.shape) == [batch]
-        if not scalar or weights is not None or ratio == "location":
+        if not scalar or weights is not None or per_location:
             reason = " (shape [B] is accepted only without weights and with ratio='sample')" if scalar else ""
             raise ValueError(
                 f"old_log_prob must have shape [B, *locations] = {[batch, *locations]}, "
@@ -91,10 +95,8 @@ def check_numbers(name: str, numbers: Tensor, model_output: Tensor) -> None:
         raise ValueError(f"{name} must have shape [B] = [{batch}], got {list(numbers.shape)}")
 
 
-def check_mask(mask: Tensor | None, model_output: Tensor, channel_dim: int) -> None:
+def check_mask(mask: Tensor, model_output: Tensor, channel_dim: int) -> None:
     """A mask is bool ``[B, *locations]``; on a CPU it must keep at least one location of each sample."""
-    if mask is None:
-        return
     _check_mask(mask, model_output, channel_dim)
     if readable(mask):
         empty = ~mask.flatten(1).any(dim=1)
@@ -151,11 +153,9 @@ def check_advantages(
         _check_grid(weights, phrases, [batch, *locations])
 
 
-def check_ref_model_output(ref_model_output: Tensor | None, model_output: Tensor, kl_coef: float) -> None:
-    """The output of the KL penalty's reference model; required if the penalty has a coefficient."""
-    if ref_model_output is not None:
-        check_latent("ref_model_output", ref_model_output, model_output)
-    elif kl_coef:
+def check_ref_model_output(ref_model_output: Tensor | None, kl_coef: float) -> None:
+    """The output of the KL penalty's reference model is required if the penalty has a coefficient."""
+    if kl_coef and ref_model_output is None:
         raise ValueError(f"ref_model_output must be given if kl_coef is not 0, got None and kl_coef {kl_coef}")
 
 
@@ -235,6 +235,11 @@ def check_operator(arguments: Arguments, kinds: Mapping[str, Kind]) -> None:
         raise ValueError(f"channel_dim must be counted from the front, got {channel_dim}")
     if model_output.dtype == torch.float64:
         raise TypeError("model_output must be float32, float16 or bfloat16, got torch.float64")
+    check_tensors(arguments, kinds)
+
+
+def check_tensors(arguments: Arguments, kinds: Mapping[str, Kind]) -> None:
+    """Checks types, shapes, dtypes and devices, which must fit those of model_output, and channel_dim, which is valid."""
     for (name, kind), value in zip(kinds.items(), arguments, strict=True):
         if value is not None:
             _check_kind(kind, name, value, arguments)
@@ -256,8 +261,7 @@ def _check_kind(kind: Kind, name: str, value: Any, arguments: Any) -> None:
         case Kind.WEIGHTS if isinstance(arguments, NftArguments):
             check_weights(value, model_output, channel_dim)
         case Kind.OLD_LOG_PROB:
-            ratio = "location" if arguments.per_location else "sample"
-            check_old_log_prob(value, model_output, channel_dim, arguments.weights, ratio)
+            check_old_log_prob(value, model_output, channel_dim, arguments.weights, arguments.per_location)
 
 
 def _locations(model_output: Tensor, channel_dim: int) -> list[int]:
