@@ -1,8 +1,7 @@
-"""Private names of PyTorch that report which modes and transforms are active, and the engine's entry. The only file that
-uses them.
+"""Private names of PyTorch: which modes and transforms are active, and the backward pass. The only file that uses them.
 
-They are looked up once. If a version of torch lacks one of the former, every call goes through the dispatcher, which is
-slower and handles every mode.
+They are looked up once. If a version of torch lacks one of those that report modes, every call goes through the
+dispatcher, which is slower and handles every mode.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ _RUN = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
 
 def run_backward(output: Tensor, gradient: Tensor) -> None:
-    """``output.backward(gradient)`` for plain tensors of equal shape, whose checks take longer than a small gradient."""
+    """``output.backward(gradient)`` for plain tensors of equal shape, without checks, which take most of the time."""
     if _RUN is None:
         torch.autograd.backward(output, gradient)
     else:

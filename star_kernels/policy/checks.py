@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from star_kernels.checks import check_dense, check_number, readable
-from star_kernels.policy.arguments import Arguments, Kind, NftArguments, has_phrases
+from star_kernels.policy.arguments import Arguments, Declaration, Kind, NftArguments, has_phrases
 from star_kernels.policy.transitions import Transition
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -228,20 +227,20 @@ def check_beta(beta: float, advantage_clip: float) -> None:
         raise ValueError(f"advantage_clip must be finite, got {advantage_clip}")
 
 
-def check_operator(arguments: Arguments, kinds: Mapping[str, Kind]) -> None:
+def check_operator(arguments: Arguments, declared: Declaration) -> None:
     """Checks the arguments of ``torch.ops.star_kernels`` as far as the kernels rely on them; values are not read."""
     model_output, channel_dim = arguments.model_output, arguments.channel_dim
     if not 0 < channel_dim == resolve_channel_dim(channel_dim, model_output):
         raise ValueError(f"channel_dim must be counted from the front, got {channel_dim}")
     if model_output.dtype == torch.float64:
         raise TypeError("model_output must be float32, float16 or bfloat16, got torch.float64")
-    check_tensors(arguments, kinds)
+    check_tensors(arguments, declared)
 
 
-def check_tensors(arguments: Arguments, kinds: Mapping[str, Kind]) -> None:
-    """Checks types, shapes, dtypes and devices, which must fit those of model_output, and channel_dim, which is valid."""
-    for (name, kind), value in zip(kinds.items(), arguments, strict=True):
-        if value is not None:
+def check_tensors(arguments: Arguments, declared: Declaration) -> None:
+    """Checks types, shapes, dtypes and devices, which must fit model_output and channel_dim."""
+    for (name, kind), value in zip(declared.kinds.items(), arguments, strict=True):
+        if value is not None or name not in declared.optional:
             _check_kind(kind, name, value, arguments)
 
 

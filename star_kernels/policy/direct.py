@@ -12,6 +12,7 @@ gradient is not one, so that the gradient is rounded once, and in a second backw
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,17 +24,16 @@ from star_kernels.policy import kernels, naive, ops
 from star_kernels.policy.arguments import (
     Backward,
     Declaration,
-    Forward,
     NftArguments,
     PolicyArguments,
     SampleArguments,
 )
 from star_kernels.policy.layouts import empty_like, walkable
-from star_kernels.torch_internals import run_backward
+from star_kernels.torch_internals import WATCH, run_backward
 
 REJECTED = (TypeError, ValueError, RuntimeError, BufferError)  # what the library raises for arguments it cannot read
 FREED = (
-    "Trying to backward through the graph a second time: PolicyLoss.backward frees the graph. Compute the loss again, or "
+    "Trying to backward through the graph a second time: PolicyLoss.backward has freed it. Compute the loss again, or "
     "call loss.backward(retain_graph=True) first."
 )
 
@@ -43,13 +43,12 @@ class Pass:
 
     __slots__ = ("freed", "gradient", "loss", "objective", "saved", "scalars", "tensors")
 
-    def __init__(self, objective: Objective, arguments: Any, results: Forward, gradient: Tensor) -> None:
-        n = objective.declared.n_tensors
-        self.objective = objective
-        self.tensors: list[Any] | None = constants(*arguments[1:n])  # until the node has saved them
-        self.loss: Tensor | None = results.loss  # until the node has returned it
-        self.scalars = arguments[n:]
-        self.saved = results.saved
+    def __init__(
+        self, objective: Objective, tensors: Any, scalars: Any, loss: Tensor, saved: Tensor, gradient: Tensor
+    ) -> None:
+        self.objective, self.scalars, self.saved = objective, scalars, saved
+        self.tensors: Any = tensors  # until the node has saved them
+        self.loss: Tensor | None = loss  # until the node has returned it
         self.gradient: Tensor | None = gradient  # until it is handed over
         self.freed = False
 
@@ -93,30 +92,33 @@ class Objective:
         self.declared = Declaration(arguments)
         self.backward_kernel, self.operator = backward, operator
         self.metrics, self._forward_kernel = metrics, forward
+        self._n_tensors, self._n_metrics = self.declared.n_tensors, len(metrics)
         members = {"forward": staticmethod(_forward), "backward": staticmethod(_backward)}
         function = type(name, (torch.autograd.Function,), members)
         self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # see operators.Operator
 
     def __call__(self, given: PolicyArguments | NftArguments, backend: str) -> tuple[Tensor, Tensor] | None:
         """Loss and metrics of an ordinary call, or None."""
-        if not _may_run(backend, [t for t in given[: self.declared.n_tensors] if t is not None]):
+        n, model_output, advantages = self._n_tensors, given.model_output, given.advantages
+        inputs: tuple[Any, ...] = given[:n]
+        tensors = [t for t in inputs if t is not None]
+        if advantages is None or not _may_run(backend, tensors):
             return None
-        model_output, channel_dim = given.model_output, given.channel_dim
-        differentiable = torch.is_grad_enabled() and model_output.requires_grad
-        empty = given.advantages.new_empty
         try:
             arguments = walkable(given, self.declared)
             batch = model_output.shape[0]
-            results = Forward(
-                empty(batch if given.unreduced else ()), empty(len(self.metrics)), empty((given.saved_rows, batch))
-            )
-            gradient = empty_like(arguments.model_output, channel_dim) if differentiable else None
-            self._forward_kernel("native", arguments, results, gradient)
+            empty = advantages.new_empty
+            loss = empty(batch) if given.unreduced else torch.empty_like(_number(model_output.device))
+            metrics, saved = empty(self._n_metrics), empty(given.saved_rows * batch)
+            differentiable = model_output.requires_grad and torch.is_grad_enabled()
+            gradient = empty_like(arguments.model_output, given.channel_dim) if differentiable else None
+            self._forward_kernel("native", arguments, (loss, metrics, saved), gradient)
         except REJECTED:
             return None
         if gradient is None:
-            return results.loss, results.metrics
-        return self._apply(model_output, Pass(self, given, results, gradient)), results.metrics
+            return loss, metrics
+        constant = constants(*inputs[1:]) if WATCH.requires_grad(*tensors[1:]) else inputs[1:]
+        return self._apply(model_output, Pass(self, constant, given[n:], loss, saved, gradient)), metrics
 
     def constants(self, arguments: Any) -> Any:
         """The arguments, of which only model_output is differentiated."""
@@ -140,8 +142,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, None]:
     tensors = ctx.saved_tensors  # raises an error if an input was modified in place, or if the graph was freed
     if grad_loss is None:
         return None, None
-    if torch.is_grad_enabled() or not is_direct([grad_loss]):
-        return done.objective.operator(grad_loss, done.saved, *tensors, *done.scalars, "native"), None
+    if torch.is_grad_enabled() or not (is_direct([grad_loss]) and grad_loss.data_ptr()):
+        saved = done.saved.view(-1, tensors[0].shape[0])
+        return done.objective.operator(grad_loss, saved, *tensors, *done.scalars, "native"), None
     return done.differentiate(tensors, grad_loss), None
 
 
@@ -167,7 +170,8 @@ def backward(loss: Tensor, scale: float | Tensor) -> bool:
 
 def sample_transition(arguments: SampleArguments, backend: str) -> tuple[Tensor, Tensor] | None:
     """The results of an ordinary sampling step, or None."""
-    if not _may_run(backend, list(arguments[: ops.SAMPLE.n_tensors])):
+    tensors: list[Any] = list(arguments[: ops.SAMPLE.n_tensors])
+    if not _may_run(backend, tensors):
         return None
     try:
         return ops.sample_transition(arguments, "native")
@@ -180,7 +184,15 @@ def _may_run(backend: str, tensors: list[Tensor]) -> bool:
     if backend not in ("auto", "native") or not is_direct(tensors):
         return False
     first = tensors[0]
-    return first.dtype != torch.float64 and not native.problem(first.device.type)
+    if first.dtype == torch.float64:
+        return False
+    return (first.is_cpu and native.cpu() is not None) or (first.is_cuda and native.cuda() is not None)
+
+
+@cache
+def _number(device: torch.device) -> Tensor:
+    """A number whose memory others are allocated like, which takes half the time of other ways."""
+    return torch.empty((), dtype=torch.float32, device=device)
 
 
 def _is_ones(grad_loss: Tensor) -> bool:

@@ -282,7 +282,7 @@ def _computed(
         check_mask(arguments.mask, arguments.model_output, arguments.channel_dim)
     found = objective(arguments, backend)
     if found is None:
-        check_tensors(arguments, objective.declared.kinds)
+        check_tensors(arguments, objective.declared)
         backend = resolve_backend(backend, arguments.model_output)
         arguments = objective.constants(arguments)
         if backend == "naive":

@@ -62,7 +62,7 @@ class _Objective:
         )
 
     def _check(self, *flat: Any) -> None:
-        check_operator(self._arguments._make(flat[:-1]), self._declared.kinds)
+        check_operator(self._arguments._make(flat[:-1]), self._declared)
 
     def _check_backward(self, grad_loss: Tensor, saved: Tensor, *flat: Any) -> None:
         self._check(*flat)
@@ -145,7 +145,7 @@ def _sample_shapes(*flat: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_sample(*flat: Any) -> None:
-    check_operator(SampleArguments._make(flat[:-1]), SAMPLE.kinds)
+    check_operator(SampleArguments._make(flat[:-1]), SAMPLE)
 
 
 _POLICY = _Objective(

@@ -42,8 +42,8 @@ def sample_transition(
     channel_dim = resolve_channel_dim(channel_dim, model_output)
     check_transition(transition)
     if noise is None:
-        wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
         check_latent("sample", sample, model_output)
+        wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
         # What torch.randn does; with symbolic sizes it does not accept a generator, even if that is None.
         noise = torch.empty(sample.shape, dtype=wide, device=sample.device).normal_(generator=generator)
     elif generator is not None:
@@ -52,9 +52,10 @@ def sample_transition(
     found = direct.sample_transition(arguments, backend)
     if found is not None:
         return found
-    check_tensors(arguments, ops.SAMPLE.kinds)
+    check_tensors(arguments, ops.SAMPLE)
     backend = resolve_backend(backend, model_output)
-    arguments = SampleArguments(*constants(*arguments[:-1]), channel_dim)
+    model_output, sample, noise, table = constants(*arguments[: ops.SAMPLE.n_tensors])
+    arguments = SampleArguments(model_output, sample, noise, table, channel_dim)
     if backend == "naive":
         return naive.sample_transition(arguments)
     prev_sample, log_prob = ops.SAMPLE_TRANSITION(*arguments, backend)
