@@ -155,7 +155,9 @@ def weighted_policy_loss(
     * ``ratio="location"``: ``loss = mean_p W_p max(-A_p rho_p, -A_p clip(rho_p))``.
 
     Only ``model_output`` receives a gradient. The kernels support the first derivative in reverse mode;
-    ``backend="naive"`` supports all derivatives.
+    ``backend="naive"`` supports all derivatives. If ``model_output`` requires grad, the compiled kernels compute its
+    gradient in the forward pass and keep it, in memory of its size, until the backward pass; they need no other memory
+    of that size. :meth:`PolicyLoss.backward` is the fastest backward pass.
 
     Args:
         model_output: velocity of the model in training, ``[B, C, H, W]``, ``[B, C, F, H, W]`` or packed ``[B, S, C]``
