@@ -77,7 +77,7 @@ class Operator:
         if WATCH.observed():
             return (self._transformable.apply if WATCH.differentiated() else self.overload)(*arguments)
         tensors = [a for a in arguments[: self._tensors] if a is not None]
-        if not _in_memory(tensors):
+        if not in_memory(tensors):
             return self.overload(*arguments)
         if torch.is_grad_enabled() and WATCH.requires_grad(*tensors):
             return self._apply(*arguments)
@@ -126,7 +126,7 @@ def is_direct(tensors: list[Tensor]) -> bool:
     return _PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, tensors))
 
 
-def _in_memory(tensors: list[Tensor]) -> bool:
+def in_memory(tensors: list[Tensor]) -> bool:
     """Whether the values of all tensors are in their memory.
 
     If not, the dispatcher is needed: it resolves negated views and zeros without memory, which not all of PyTorch's own

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import native
-from star_kernels.operators import Operator, constants, is_direct
+from star_kernels.operators import Operator, constants, in_memory, is_direct
 from star_kernels.policy import kernels, naive, ops
 from star_kernels.policy.arguments import (
     Backward,
@@ -95,7 +95,7 @@ class Pass:
             raise RuntimeError(self.error)
         grad_loss = None
         if isinstance(scale, Tensor):
-            grad_loss = scale.detach().to(self.saved.device, torch.float32).reshape(())
+            grad_loss = scale.to(self.saved.device, torch.float32).reshape(())
         elif scale != 1.0:
             grad_loss = torch.full_like(_number(self.saved.device), scale)
         gradient = self.differentiate(inputs, grad_loss)
@@ -204,7 +204,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, None]:
     inputs = ctx.saved_tensors  # raises an error if an input was modified in place, or if the graph was freed
     if grad_loss is None:
         return None, None
-    if torch.is_grad_enabled() or not (is_direct([grad_loss]) and grad_loss.data_ptr()):
+    if torch.is_grad_enabled() or not (is_direct([grad_loss]) and in_memory([grad_loss])):
         saved = done.saved.view(-1, inputs[0].shape[0])
         return done.objective.operator(grad_loss, saved, *inputs, *done.scalars, "native"), None
     return done.differentiate(inputs, grad_loss), None

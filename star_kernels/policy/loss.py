@@ -80,7 +80,8 @@ class PolicyLoss:
             check_number("scale", scale)
         elif scale.numel() != 1:
             raise ValueError(f"scale must be a number or a tensor of one element, got {list(scale.shape)}")
-        if done is None or not done.backward(loss, scale):
+        learned = isinstance(scale, Tensor) and scale.requires_grad
+        if done is None or learned or not done.backward(loss, scale):
             (self.loss * scale).backward()
 
     def __iter__(self) -> Iterator[Any]:

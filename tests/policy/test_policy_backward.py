@@ -121,6 +121,15 @@ def test_a_second_backward_pass_through_a_retained_graph_gives_memory_of_its_own
     assert len(kernels) == 2
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_upstream_gradients_are_those_of_each() -> None:
+    output = output_of()
+    loss = compute("sample", output).loss
+    (both,) = torch.autograd.grad(loss, output, torch.tensor([1.0, -2.0]), is_grads_batched=True, retain_graph=True)
+    (one,) = torch.autograd.grad(loss, output)
+    torch.testing.assert_close(both, torch.stack([one, -2 * one]))
+
+
 def test_without_grad_no_gradient_is_computed(peak_memory: Callable) -> None:
     output = output_of()
     with torch.no_grad():
@@ -222,6 +231,12 @@ def test_what_cannot_be_differentiated_is_an_error(backend: str) -> None:
         compute("sample", output_of(), backend=backend).backward("two")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"scale must be a number or a tensor of one element, got \[2\]"):
         compute("sample", output_of(), backend=backend).backward(torch.ones(2))
+
+
+def test_a_scale_may_have_a_gradient() -> None:
+    scale, result = torch.tensor(0.5, requires_grad=True), compute("sample", output_of())
+    result.backward(scale)
+    assert torch.equal(scale.grad, compute("sample", output_of()).loss.detach())
 
 
 def test_a_loss_of_another_way_has_the_same_method() -> None:
