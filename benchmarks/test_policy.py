@@ -27,7 +27,7 @@ def time(benchmark: BenchmarkFixture, group: str, run: Callable[[], Any]) -> Non
     benchmark.pedantic(call, rounds=20, warmup_rounds=3)
 
 
-@pytest.mark.parametrize("name", ["ours", "ours_weighted", "eager", "compiled"])
+@pytest.mark.parametrize("name", ["ours", "ours_weighted", "ours_directly", "eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_policy_loss_speed(benchmark: BenchmarkFixture, dtype: torch.dtype, name: str) -> None:
     settle_allocator(DEVICE)

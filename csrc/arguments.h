@@ -35,8 +35,9 @@ struct Objective {
   float* loss;             // [B] if unreduced, else [1]; forward
   float* metrics;          // forward
   float* saved;            // [saved_rows, B]; written forward, read backward
-  const float* grad_loss;  // like the loss; backward
-  View gradient;           // backward
+  const float* grad_loss;  // like the loss, or null for ones; backward
+  View gradient;           // backward; forward, data null unless it is wanted, for an upstream gradient of ones
+  bool written;            // backward: the gradient is that of the forward pass, to be kept if grad_loss is all ones
   int threads;             // of a CPU
 };
 

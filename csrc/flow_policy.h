@@ -180,7 +180,9 @@ STAR_INLINE double share_of_sample(const Objective& a) {
   return a.unreduced ? 1.0 : 1.0 / static_cast<double>(a.batch);
 }
 
-STAR_INLINE float upstream_gradient(const Objective& a, int64_t b) { return a.grad_loss[a.unreduced ? b : 0]; }
+STAR_INLINE float upstream_gradient(const Objective& a, int64_t b) {
+  return a.grad_loss ? a.grad_loss[a.unreduced ? b : 0] : 1.0f;
+}
 
 STAR_INLINE double step_weight(const Objective& a, int64_t b) { return a.step_weights ? a.step_weights[b] : 1.0; }
 
@@ -310,6 +312,15 @@ STAR_INLINE void finish_dense(const PolicyArguments& a, int64_t b, double log_ra
   add_sample_ratio(a, log_ratio, ratio, metrics);
 }
 
+// Writes what is saved of a sample whose locations have ratios, which follows from the number of those that count: the
+// slopes without those of the surrogates.
+STAR_INLINE void save_locations(const PolicyArguments& a, const Coefficients& k, int64_t b, double inverse) {
+  const double guard = a.old_output.data ? guard_factor(k) : 1.0f;
+  const float slope = static_cast<float>(step_weight(a, b) * guard * share_of_sample(a));
+  for (int64_t g = 0; g < Policy::slopes(a); ++g) a.saved[g * a.batch + b] = slope;
+  a.saved[Policy::slopes(a) * a.batch + b] = static_cast<float>(inverse);
+}
+
 // Turns the sums of a sample into its part of the metrics, and writes what is saved of it and, unreduced, its loss. A
 // sample without a location that counts contributes nothing.
 template <typename Sums>
@@ -319,16 +330,16 @@ STAR_INLINE void finish_sample(const PolicyArguments& a, int64_t b, const double
   const double inverse = inverse_count(a, sums[Policy::kCount]), guard = a.old_output.data ? guard_factor(k) : 1.0f;
   const double step = step_weight(a, b);
   for (int i = 0; i < Policy::kMetrics; ++i) metrics[i] = 0.0;
-  if (a.per_location) {  // slopes without those of the surrogates
+  a.saved[Policy::slopes(a) * a.batch + b] = static_cast<float>(inverse);
+  if (a.per_location) {
+    save_locations(a, k, b, inverse);
     metrics[Policy::kMeanRatio] = sums[Policy::kRatio] * inverse;
     metrics[Policy::kMaxRatio] = sums[Policy::kRatioMax];
     metrics[Policy::kClipFraction] = sums[Policy::kClipped] * inverse;
     metrics[Policy::kApproximateKl] = 0.5 * sums[Policy::kSquaredLogRatio] * inverse;
     metrics[Policy::kPolicyLoss] = sums[Policy::kLoss] * inverse * step;
-  }
-  if (a.per_location || inverse == 0.0) {
-    const double slope = a.per_location ? step * guard * share_of_sample(a) : 0.0;
-    for (int64_t g = 0; g < Policy::slopes(a); ++g) a.saved[g * a.batch + b] = static_cast<float>(slope);
+  } else if (inverse == 0.0) {
+    for (int64_t g = 0; g < Policy::slopes(a); ++g) a.saved[g * a.batch + b] = 0.0f;
   } else if (a.dense) {
     finish_dense(a, b, sums[Policy::kLogRatio], more, inverse, guard, metrics);
   } else {
@@ -338,7 +349,6 @@ STAR_INLINE void finish_sample(const PolicyArguments& a, int64_t b, const double
     const double mean = sums[Policy::kSquaredDifference] * inverse / static_cast<double>(a.channels);
     metrics[Policy::kKlLoss] = mean * k.mean_output * k.mean_output * k.kl_scale;
   }
-  a.saved[Policy::slopes(a) * a.batch + b] = static_cast<float>(inverse);
   if (a.unreduced) a.loss[b] = total_loss(a, metrics, 1.0);
 }
 

@@ -77,7 +77,7 @@ class Operator:
         if WATCH.observed():
             return (self._transformable.apply if WATCH.differentiated() else self.overload)(*arguments)
         tensors = [a for a in arguments[: self._tensors] if a is not None]
-        if not _in_memory(tensors):
+        if not in_memory(tensors):
             return self.overload(*arguments)
         if torch.is_grad_enabled() and WATCH.requires_grad(*tensors):
             return self._apply(*arguments)
@@ -119,7 +119,14 @@ def _on_one_device(schema: str, shapes: Callable[..., Any]) -> Callable[..., Any
     return checked
 
 
-def _in_memory(tensors: list[Tensor]) -> bool:
+def is_direct(tensors: list[Tensor]) -> bool:
+    """Whether a call with these tensors needs no dispatcher, if they have memory, which compiled libraries check."""
+    if torch.compiler.is_compiling() or WATCH.observed():
+        return False
+    return _PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, tensors))
+
+
+def in_memory(tensors: list[Tensor]) -> bool:
     """Whether the values of all tensors are in their memory.
 
     If not, the dispatcher is needed: it resolves negated views and zeros without memory, which not all of PyTorch's own

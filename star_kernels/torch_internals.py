@@ -1,14 +1,17 @@
-"""Private names of PyTorch: which modes and transforms are active, and constants of a graph. The only file with them.
+"""Private names of PyTorch: modes, transforms, constants of a graph, the backward pass. The only file that uses them.
 
-They are looked up once. If a version of torch lacks one of them, every call goes through the dispatcher, which is
-slower and handles every mode.
+They are looked up once. If a version of torch lacks one of those that report modes, every call goes through the
+dispatcher, which is slower and handles every mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
+import torch.utils._pytree
+from torch import Tensor
 from torch.autograd import forward_ad
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
@@ -62,3 +65,20 @@ def watch() -> Watch:
 
 
 WATCH = watch()
+_RUN = getattr(torch.autograd.graph, "_engine_run_backward", None)
+
+
+def run_backward(output: Tensor, gradient: Tensor) -> None:
+    """``output.backward(gradient)`` for plain tensors of equal shape, without checks, which take most of the time."""
+    if _RUN is None:
+        torch.autograd.backward(output, gradient)
+    else:
+        _RUN((output,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def register_pytree(cls: type[Any], flatten: Callable[[Any], tuple[Any, ...]]) -> None:
+    """Lets the transforms of torch.func look into objects of a class, which is called with what ``flatten`` returns."""
+    register = getattr(torch.utils._pytree, "register_pytree_node", None)
+    if register is not None:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        register(cls, lambda x: (list(flatten(x)), None), lambda children, _: cls(*children), serialized_type_name=name)

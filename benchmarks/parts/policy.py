@@ -70,9 +70,14 @@ def measure_case(
     ratios |= {
         f"{v.name}_over_ours_weighted": (f"{v.label} / ours, weights", v.name, "ours_weighted") for v in found[2:]
     }
+    if not problem:
+        directly = ("Flow-GRPO arithmetic, torch.compile / ours, PolicyLoss.backward", "compiled", "ours_directly")
+        ratios["compiled_over_ours_directly"] = directly
     memory = {v.name: peak_memory(v.run, device) / gradient_bytes for v in found[:3]}
     problem = f"torch.compile failed with {problem}" if problem else ""
-    calls = device_calls(found[0].run) if device.type == "cuda" else {}
+    calls = {}
+    if device.type == "cuda":
+        calls = device_calls(found[0].run, "", "") | device_calls(found[3].run, "_directly", ", PolicyLoss.backward")
     return {
         "name": case,
         "title": f"batch {shape[0]} of {'x'.join(map(str, shape[1:]))}, {name} model output, forward and backward",
@@ -121,7 +126,7 @@ def measure_bandwidth(
     }
 
 
-def device_calls(run: Any) -> dict[str, dict[str, Any]]:
+def device_calls(run: Any, suffix: str, label: str) -> dict[str, dict[str, Any]]:
     """Kernel launches and device synchronisations of one forward and backward pass, counted by the profiler."""
     run()
     torch.cuda.synchronize()
@@ -131,8 +136,11 @@ def device_calls(run: Any) -> dict[str, dict[str, Any]]:
     launches = sum("LaunchKernel" in name for name in names)
     waits = sum("Synchronize" in name for name in names) - 1  # without the profiler's own at its end
     return {
-        "launches": {"label": "kernel launches, forward and backward", "median": launches},
-        "synchronisations": {"label": "device synchronisations, forward and backward", "median": max(0, waits)},
+        f"launches{suffix}": {"label": f"kernel launches, forward and backward{label}", "median": launches},
+        f"synchronisations{suffix}": {
+            "label": f"device synchronisations, forward and backward{label}",
+            "median": max(0, waits),
+        },
     }
 
 

@@ -28,7 +28,8 @@ HEADINGS = {
 HOST = {  # name of a pair of benchmarks/parts/host.py -> name in the summary
     "attention": "attention",
     "attention_gradients": "with gradients",
-    "policy_loss": "policy loss with gradients",
+    "policy_loss": "policy loss with gradients (PolicyLoss.backward)",
+    "policy_loss_autograd": "by loss.backward()",
     "sample_transition": "sample_transition",
     "flow_sde": "flow_sde",
     "allocate": "allocate",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing.harness import Variant
-from star_kernels import Transition, flow_sde, sample_transition, weighted_policy_loss
+from star_kernels import PolicyLoss, Transition, flow_sde, sample_transition, weighted_policy_loss
 
 CLIP_RANGE = 1e-4
 ADVANTAGE_CLIP = 5.0
@@ -70,9 +70,9 @@ def make_inputs(shape: tuple[int, int, int, int], dtype: torch.dtype, device: to
     )
 
 
-def ours(x: Inputs, weights: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    loss, metrics = weighted_policy_loss(
-        x.model_output,
+def _loss(x: Inputs, weights: Tensor | None, model_output: Tensor) -> PolicyLoss:
+    return weighted_policy_loss(
+        model_output,
         x.sample,
         x.prev_sample,
         x.old_log_prob,
@@ -82,7 +82,21 @@ def ours(x: Inputs, weights: Tensor | None) -> tuple[Tensor, Tensor, dict[str, T
         clip_range=CLIP_RANGE,
         advantage_clip=ADVANTAGE_CLIP,
     )
+
+
+def ours(x: Inputs, weights: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, gradient and metrics, by autograd."""
+    loss, metrics = _loss(x, weights, x.model_output)
     return loss, torch.autograd.grad(loss, x.model_output)[0], metrics
+
+
+def ours_directly(x: Inputs, weights: Tensor | None) -> Tensor:
+    """The gradient by ``PolicyLoss.backward``, as the documentation recommends."""
+    x.model_output.grad = None
+    output = x.model_output.view_as(x.model_output)  # no leaf, like that of a model: a leaf would copy its gradient
+    _loss(x, weights, output).backward()
+    assert x.model_output.grad is not None
+    return x.model_output.grad
 
 
 def flow_grpo_step(
@@ -151,12 +165,13 @@ def flow_grpo(x: Inputs, old_log_prob: Tensor, objective: Any = _objective) -> t
 
 
 def variants(x: Inputs, compiled: bool = True) -> list[Variant]:
-    """Our loss without and with weights, and Flow-GRPO's arithmetic, eager and compiled."""
+    """Our loss and Flow-GRPO's arithmetic, which is also compiled."""
     old = x.old_log_prob_mean
     found = [
         Variant("ours", "ours, no weights", lambda: ours(x, None)),
         Variant("ours_weighted", "ours, weights on the patch grid", lambda: ours(x, x.weights)),
         Variant("eager", "Flow-GRPO arithmetic, eager", lambda: flow_grpo(x, old)),
+        Variant("ours_directly", "ours, no weights, PolicyLoss.backward", lambda: ours_directly(x, None)),
     ]
     if compiled:
         objective = torch.compile(_objective, fullgraph=True, dynamic=False)

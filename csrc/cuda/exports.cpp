@@ -5,6 +5,7 @@
 
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/kernels.h"
 #define STAR_DEVICE kDLCUDA
@@ -76,17 +77,25 @@ int64_t policy_workspace_bytes(int64_t batch, int64_t positions, int64_t phrases
 
 int64_t nft_workspace_bytes(int64_t batch, int64_t positions) { return workspace_bytes(batch, positions, Nft::kSums); }
 
-// `partial` is workspace of `bytes`, which need not be initialised.
+// `partial` is workspace of `bytes`, which need not be initialised. If the gradient is wanted, a second kernel writes
+// it.
 template <typename Kind>
 void run_forward(const char* name, Reader& in, Call<typename Kind::Arguments> call, int64_t bytes,
-                 void (*kernel)(const typename Kind::Arguments&, unsigned*, cudaStream_t)) {
+                 void (*kernel)(const typename Kind::Arguments&, unsigned*, cudaStream_t),
+                 void (*backward)(const typename Kind::Arguments&, cudaStream_t)) {
   auto& a = call.arguments;
   a.partial = reinterpret_cast<double*>(dense_data<uint8_t>("partial", in.tensor("partial"), kDLUInt, 8, bytes));
   unsigned* counter = dense_data<unsigned>("counter", in.tensor("counter"), kDLInt, 32, 1);
   read_forward_results<Kind>(in, call);
   check_size(a);
   const DeviceGuard guard(call.model_output);
-  kernel(a, counter, current_stream(call.model_output));
+  const cudaStream_t stream = current_stream(call.model_output);
+  const View gradient = std::exchange(a.gradient, View{});
+  kernel(a, counter, stream);
+  check_launch(name);
+  if (!gradient.data) return;
+  a.gradient = gradient;
+  backward(a, stream);
   check_launch(name);
 }
 
@@ -101,7 +110,7 @@ void policy_forward(Reader& in) {
   const Call<PolicyArguments> call = read_policy(in);
   const PolicyArguments& a = call.arguments;
   const int64_t bytes = policy_workspace_bytes(a.batch, a.positions, a.phrases);
-  run_forward<Policy>("policy_forward", in, call, bytes, cuda::policy_forward);
+  run_forward<Policy>("policy_forward", in, call, bytes, cuda::policy_forward, cuda::policy_backward);
 }
 
 void policy_backward(Reader& in) {
@@ -111,7 +120,7 @@ void policy_backward(Reader& in) {
 void nft_forward(Reader& in) {
   const Call<NftArguments> call = read_nft(in);
   const int64_t bytes = nft_workspace_bytes(call.arguments.batch, call.arguments.positions);
-  run_forward<Nft>("nft_forward", in, call, bytes, cuda::nft_forward);
+  run_forward<Nft>("nft_forward", in, call, bytes, cuda::nft_forward, cuda::nft_backward);
 }
 
 void nft_backward(Reader& in) { run_backward<Nft>("nft_backward", in, read_nft(in), cuda::nft_backward); }

@@ -1,12 +1,13 @@
 """The kernels of the policy operators on each backend. Each call writes the given results.
 
-The compiled functions take the fields of the arguments in their declared order, and then the results.
+The compiled functions take the fields of the arguments in their declared order, and then the results. The compiled
+forward passes also write the gradient for an upstream gradient of ones, if memory for it is given; a compiled backward
+pass keeps a gradient that is already ``written`` so if ``grad_loss`` is all ones, and computes it again otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,51 +17,52 @@ from star_kernels.counters import zero_counters
 from star_kernels.policy.arguments import Backward, Forward, NftArguments, PolicyArguments, SampleArguments
 
 
-def policy_forward(backend: str, arguments: PolicyArguments, results: Forward) -> None:
+def policy_forward(backend: str, arguments: PolicyArguments, results: Forward, gradient: Tensor | None = None) -> None:
     if backend == "triton":
         from star_kernels.policy import triton_loss
 
         triton_loss.policy_forward(arguments, results)
     elif arguments.model_output.is_cuda:
-        library = _cuda()
+        library = native.cuda()
         workspace = _workspace(library.policy_workspace_bytes, arguments, arguments.phrases)
-        library.policy_forward(*arguments, *workspace, *results)
+        library.policy_forward(*arguments, *workspace, *results, gradient)
     else:
-        _cpu().policy_forward(*arguments, native.threads(), *results)
+        native.cpu().policy_forward(*arguments, native.threads(), *results, gradient)
 
 
-def policy_backward(backend: str, arguments: PolicyArguments, results: Backward) -> None:
+def policy_backward(backend: str, arguments: PolicyArguments, results: Backward, written: bool = False) -> None:
     if backend == "triton":
         from star_kernels.policy import triton_gradient
 
         triton_gradient.policy_backward(arguments, results)
     elif arguments.model_output.is_cuda:
-        _cuda().policy_backward(*arguments, *results)
+        native.cuda().policy_backward(*arguments, *results, written)
     else:
-        _cpu().policy_backward(*arguments, native.threads(), *results)
+        native.cpu().policy_backward(*arguments, native.threads(), *results, written)
 
 
-def nft_forward(backend: str, arguments: NftArguments, results: Forward) -> None:
+def nft_forward(backend: str, arguments: NftArguments, results: Forward, gradient: Tensor | None = None) -> None:
     if backend == "triton":
         from star_kernels.policy import triton_nft
 
         triton_nft.nft_forward(arguments, results)
     elif arguments.model_output.is_cuda:
-        library = _cuda()
-        library.nft_forward(*arguments, *_workspace(library.nft_workspace_bytes, arguments), *results)
+        library = native.cuda()
+        workspace = _workspace(library.nft_workspace_bytes, arguments)
+        library.nft_forward(*arguments, *workspace, *results, gradient)
     else:
-        _cpu().nft_forward(*arguments, native.threads(), *results)
+        native.cpu().nft_forward(*arguments, native.threads(), *results, gradient)
 
 
-def nft_backward(backend: str, arguments: NftArguments, results: Backward) -> None:
+def nft_backward(backend: str, arguments: NftArguments, results: Backward, written: bool = False) -> None:
     if backend == "triton":
         from star_kernels.policy import triton_nft
 
         triton_nft.nft_backward(arguments, results)
     elif arguments.model_output.is_cuda:
-        _cuda().nft_backward(*arguments, *results)
+        native.cuda().nft_backward(*arguments, *results, written)
     else:
-        _cpu().nft_backward(*arguments, native.threads(), *results)
+        native.cpu().nft_backward(*arguments, native.threads(), *results, written)
 
 
 def sample_transition(backend: str, arguments: SampleArguments, prev_sample: Tensor, log_prob: Tensor) -> None:
@@ -69,17 +71,9 @@ def sample_transition(backend: str, arguments: SampleArguments, prev_sample: Ten
 
         triton_sampling.sample_transition(arguments, prev_sample, log_prob)
     elif arguments.model_output.is_cuda:
-        _cuda().sample_transition(*arguments, prev_sample, log_prob)
+        native.cuda().sample_transition(*arguments, prev_sample, log_prob)
     else:
-        _cpu().sample_transition(*arguments, native.threads(), prev_sample, log_prob)
-
-
-def _cpu() -> Any:
-    return native.cpu()
-
-
-def _cuda() -> Any:
-    return native.cuda()
+        native.cpu().sample_transition(*arguments, native.threads(), prev_sample, log_prob)
 
 
 def _workspace(

@@ -16,11 +16,11 @@ from star_kernels import native
 
 GUARD = 67  # elements before and after a buffer
 UNWRITTEN = {4: (torch.int32, 0x7FA5A5A5), 2: (torch.int16, 0x7FA5)}  # size of an element -> its bits until written
-OUTPUTS = {  # number of outputs, the last arguments, of each function of the compiled library
-    "policy_forward": 3,
-    "policy_backward": 1,
-    "nft_forward": 3,
-    "nft_backward": 1,
+OUTPUTS = {  # number of outputs, the last arguments but for None and flags, of each function of the compiled library
+    "policy_forward": 4,
+    "policy_backward": 2,
+    "nft_forward": 4,
+    "nft_backward": 2,
     "sample_transition": 2,
     "attention_maps": 1,
 }
@@ -112,9 +112,13 @@ def guarded_library() -> Iterator[None]:
         compiled, outputs = getattr(library, function), OUTPUTS[function]
 
         def call(*arguments: Any) -> None:
-            frames = [Frame(f"output {i} of {function}", a) for i, a in enumerate(arguments[-outputs:])]
-            compiled(*arguments[:-outputs], *(frame.tensor for frame in frames))
-            for frame in frames:
+            frames = {
+                i: Frame(f"output {i} of {function}", a)
+                for i, a in enumerate(arguments[-outputs:], len(arguments) - outputs)
+                if isinstance(a, Tensor)
+            }
+            compiled(*(frames[i].tensor if i in frames else a for i, a in enumerate(arguments)))
+            for frame in frames.values():
                 frame.close()
 
         return call

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from star_kernels import flow_sde, sample_transition, weighted_policy_loss
+from star_kernels import PolicyLoss, flow_sde, sample_transition, weighted_policy_loss
 
 BATCH = 4
 
@@ -21,7 +21,7 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 4, 3, padding=1))
 
 
-def loss_of(network: nn.Module, chosen: slice) -> torch.Tensor:
+def loss_of(network: nn.Module, chosen: slice) -> PolicyLoss:
     generator = torch.Generator().manual_seed(1)
     sample, noise = (torch.randn(BATCH, 4, 16, 16, generator=generator)[chosen] for _ in range(2))
     advantages = torch.randn(BATCH, generator=generator)[chosen]
@@ -30,7 +30,7 @@ def loss_of(network: nn.Module, chosen: slice) -> torch.Tensor:
     prev_sample, old_log_prob = sample_transition(sample * 0.1, sample, transition, noise=noise)
     return weighted_policy_loss(
         network(sample), sample, prev_sample, old_log_prob, advantages, transition, weights=weights, clip_range=0.9
-    ).loss
+    )
 
 
 def main(rank: int, file: str, wrapper: str) -> None:

@@ -81,8 +81,8 @@ def run(emulated: Any, arguments: PolicyArguments | NftArguments, upstream: Tens
     loss, summary = torch.full_like(upstream, torch.nan), torch.full((len(metrics),), torch.nan)
     saved, gradient = torch.full((arguments.saved_rows, batch), torch.nan), torch.full_like(output, torch.nan)
     launches = emulated.launches()
-    getattr(emulated, f"{name}_forward")(*arguments, *workspace, loss, summary, saved)
-    getattr(emulated, f"{name}_backward")(*arguments, upstream, saved, gradient)
+    getattr(emulated, f"{name}_forward")(*arguments, *workspace, loss, summary, saved, None)
+    getattr(emulated, f"{name}_backward")(*arguments, upstream, saved, gradient, False)
     assert emulated.launches() == launches + 2
     assert workspace[1].item() == 0
     assert not bool(saved.isnan().any()) or bool(output.isnan().any())
