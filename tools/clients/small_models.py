@@ -20,6 +20,7 @@ import small_pipelines  # noqa: E402
 from local_tokenizers import qwen_tokenizer  # noqa: E402
 
 LENGTH = 80  # text tokens of Qwen-Image
+SIZE = small_pipelines.SIZE  # rows and columns of SD3's latents
 
 
 @dataclass
@@ -64,7 +65,7 @@ def _with_decoder(pipeline: Any, **config: Any) -> Any:
     return pipeline
 
 
-def _sd3() -> Model:
+def sd3_model() -> Model:
     model = Model(_with_decoder(small_pipelines.sd3_pipeline()), 8 * small_pipelines.SIZE, 2e-3, 1e-3)
     embeds, pooled = model.embeddings(2)
     model.names = {
@@ -75,7 +76,7 @@ def _sd3() -> Model:
     return model
 
 
-def _flux() -> Model:
+def flux_model() -> Model:
     pipeline = _with_decoder(small_pipelines.flux_pipeline())
     model = Model(pipeline, 128, 2e-3, 1e-3)
     text = model.embeddings(1)
@@ -84,7 +85,7 @@ def _flux() -> Model:
     return model
 
 
-def _qwen() -> Model:
+def qwen_model() -> Model:
     torch.manual_seed(0)
     transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
@@ -106,4 +107,4 @@ def _qwen() -> Model:
     return model
 
 
-MODELS = {"sd3": _sd3, "flux": _flux, "qwen": _qwen}
+MODELS = {"sd3": sd3_model, "flux": flux_model, "qwen": qwen_model}
