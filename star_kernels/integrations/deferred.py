@@ -54,14 +54,13 @@ class DeferredChecks:
         Raises:
             ValueError: the message of a check.
         """
-        while self._pending and (self._arrived(self._pending[0]) or len(self._pending) > _MOST):
-            numbers, copied, judge = self._pending.pop(0)
-            if copied is not None:
+        while self._pending:
+            numbers, copied, judge = self._pending[0]
+            if copied is not None and not copied.query():
+                if len(self._pending) <= _MOST:
+                    return
                 copied.synchronize()
+            del self._pending[0]
             if (message := judge(numbers)) is not None:
                 self._pending.clear()
                 raise ValueError(message)
-
-    @staticmethod
-    def _arrived(pending: _Pending) -> bool:
-        return pending.copied is None or pending.copied.query()

@@ -173,7 +173,9 @@ def _check_noise(
     def judge(numbers: Tensor) -> str | None:
         squares, scales = numbers
         if bool(scales.isnan().any()):
-            return f"timesteps of {place} are not in the scheduler's schedule: was set_timesteps called after the rollout?"
+            return (
+                f"timesteps of {place} are not in the scheduler's schedule: was set_timesteps called after the rollout?"
+            )
         wrong = squares[((squares - 1).abs() > allowed) & squares.isfinite()]  # not the NaN of a diverged model
         if not len(wrong):
             return None
@@ -222,7 +224,11 @@ def _guard_of_the_script(
     """The loss of train_sd3_GRPO_Guard.py, which normalises by means over the batch instead of those of each sample."""
     if beta and ref_model_output is None:
         raise ValueError(f"ref_model_output must be given if beta is not 0, got None with beta={beta}")
-    for name, tensor in (("latents", latent), ("next_latents", next_latent), ("prev_sample_mean", old_prev_sample_mean)):
+    for name, tensor in (
+        ("latents", latent),
+        ("next_latents", next_latent),
+        ("prev_sample_mean", old_prev_sample_mean),
+    ):
         check_shape(name, tensor, "model_output", model_output)
     low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
     latent = latent.float()

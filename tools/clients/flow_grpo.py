@@ -104,7 +104,9 @@ class Script:
         exec(compile(self.text("pipeline", mode), self.files["pipeline"], "exec"), vars(module))
         scope = world.scope | {"pipeline_with_logprob": module.pipeline_with_logprob}
         for node in source.body:  # the functions of the step and the loss
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("star_kernels", f"{PIPELINES}.sd3_sde".replace("/", "."))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                ("star_kernels", f"{PIPELINES}.sd3_sde".replace("/", "."))
+            ):
                 _run(node, self.files["script"], scope)
             if isinstance(node, ast.FunctionDef) and node.name == "compute_log_prob":
                 _run(node, self.files["script"], scope)
@@ -217,7 +219,15 @@ class World:
         self.scope: dict[str, Any] = {
             **{"torch": torch, "defaultdict": defaultdict, "random": random, "tqdm": lambda items, **_: items},
             **{"pipeline": pipeline, "transformer": transformer, "accelerator": accelerator, "autocast": nullcontext},
-            **{"epoch": 0, "inner_epoch": 0, "global_step": 0, "samples": [], "info": defaultdict(list), "ema": None, "print": lambda *_: None},
+            **{
+                "epoch": 0,
+                "inner_epoch": 0,
+                "global_step": 0,
+                "samples": [],
+                "info": defaultdict(list),
+                "ema": None,
+                "print": lambda *_: None,
+            },
             **{"rank": 0, "local_rank": 0, "world_size": 1, "is_distributed": False, "device": accelerator.device},
             **{"text_encoders": [], "num_train_timesteps": self.trained, "gradient_accumulation_steps": accumulated},
             "config": SimpleNamespace(

@@ -70,6 +70,7 @@ def check(folder: Path) -> Iterator[Finding]:
                 on["metrics"][0]["rollout_log_prob_diff/step_1/max"] < 1e-5,
                 f"{on['metrics'][0]['rollout_log_prob_diff/step_1/max']:.1e}",
             )
+    yield from _nft()
     world = World(FlowSDEStrategy)
     world.stage.strategy.canonical_name = "cps"
     try:
@@ -79,13 +80,46 @@ def check(folder: Path) -> Iterator[Finding]:
         yield Finding("another sampler is an error in the first update", "sde_type must be the sampler" in str(error))
 
 
+def _nft() -> Iterator[Finding]:
+    """UniRL's DiffusionNFT at a noise level, beside the call of weighted_nft_loss in docs/unirl.md."""
+    from star_kernels import weighted_nft_loss
+    from unirl.algorithms.diffusionnft import DiffusionNFT, DiffusionNFTConfig
+
+    x0, old, start = (torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    advantages, t = torch.tensor([1.5, -9.0, 0.3]), torch.tensor(0.6)
+    for adaptive in (True, False):
+        predictions = [start.clone().requires_grad_() for _ in range(2)]
+        made = object.__new__(DiffusionNFT)
+        made.config = DiffusionNFTConfig(beta=0.7, use_adaptive_weight=adaptive)
+        made.params, made._ref_model = None, None
+        made.nft_lora_policy = SimpleNamespace(use_shadow=torch.no_grad)
+        given = iter([predictions[0], old])
+        made.stage = SimpleNamespace(predict_noise_at_step=lambda *_, given=given, **__: next(given))
+        torch.manual_seed(7)
+        r = (advantages.clamp(-5, 5) / 5 + 1) / 2
+        theirs, _ = made._compute_loss_at_t(
+            conditions=None, x0=x0, t_scalar=t, r=r, adv=advantages, B=3, compute_dtype=torch.float32
+        )
+        torch.manual_seed(7)
+        noise, level = torch.randn_like(x0), t.expand(3)
+        ours, _ = weighted_nft_loss(
+            predictions[1], old, noise - x0, advantages, level, beta=0.7, adaptive=adaptive, advantage_clip=5.0,
+            step_weights=None if adaptive else level**2,
+        )  # fmt: skip
+        for loss in (theirs, ours):
+            loss.backward()
+        name = f"DiffusionNFT, adaptive={adaptive}"
+        yield _near(f"{name}: loss", [ours], [theirs])
+        yield _near(f"{name}: gradient", [predictions[1].grad], [predictions[0].grad])
+
+
 def _near(name: str, found: list[Tensor], expected: list[Tensor]) -> Finding:
     distance = _distance(found, expected)
     return Finding(name, distance <= TOLERANCE, f"{distance:.1e}")
 
 
 def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    a, b = (torch.cat([t.double().flatten() for t in tensors]) for tensors in (found, expected))
+    a, b = (torch.cat([t.detach().double().flatten() for t in tensors]) for tensors in (found, expected))
     return float((a - b).norm() / b.norm()) if a.shape == b.shape else math.inf
 
 
