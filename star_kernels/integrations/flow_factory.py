@@ -118,7 +118,8 @@ class _Star:
                 options["weights"] = allocate(maps, layout=map_layout(maps), strength=strength, cap=cap)
                 transition = mean_transition(*scale, sde_type=SAMPLERS[dynamics])
                 with torch.no_grad():
-                    self._compare(*(log_prob_of_means(m, drawn, transition) for m in (mean, old)), step_index)
+                    new_log_prob, old_log_prob = (log_prob_of_means(m, drawn, transition) for m in (mean, old))
+                self._compare(new_log_prob, old_log_prob, step_index)
             else:
                 mean, drawn, options["old_prev_sample_mean"] = (t.flatten(1)[:, None] for t in (mean, drawn, old))
             terms[name] = ratio_of_means(mean, drawn, *scale, **options).clamp(min=_SMALLEST).log()

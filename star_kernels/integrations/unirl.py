@@ -82,8 +82,8 @@ class _Replay:
         strategy = getattr(self._stage.strategy, "canonical_name", type(self._stage.strategy).__name__)
         if strategy not in SAMPLERS:
             raise ValueError(
-                f"stage.strategy must be one of {', '.join(SAMPLERS)} for weights, got {strategy!r}: its log-probability "
-                "is not known by location"
+                f"stage.strategy must be one of {', '.join(SAMPLERS)} for weights, got {strategy!r}, whose "
+                "log-probability is not known by location"
             )
         sampler = SAMPLERS[strategy]
         base = importlib.import_module("unirl.algorithms.base")
@@ -103,8 +103,10 @@ class _Replay:
         )
         transition = mean_transition(*scale, sde_type=sampler)
         with torch.no_grad():
-            dense = [log_prob_of_means(m, prev_sample, transition).unflatten(0, (count, -1)) for m in (mean, old_mean)]
-        self._compare("log_prob_diff", *dense, steps)
+            new, old = (
+                log_prob_of_means(m, prev_sample, transition).unflatten(0, (count, -1)) for m in (mean, old_mean)
+            )
+        self._compare("log_prob_diff", new, old, steps)
         return ratio.clamp(min=_SMALLEST).log().view(count, -1)
 
     def _compare(self, name: str, log_prob: Tensor, other: Tensor, steps: list[int]) -> None:
@@ -182,13 +184,13 @@ class _Star:
         return part
 
     def _anchors(self, rows: Any, steps: list[int]) -> dict[str, Tensor]:
-        module = self.stage.trainable_module()  # type: ignore[has-type]
+        module = self.stage.trainable_module()
         device = next(module.parameters()).device
         base = importlib.import_module("unirl.algorithms.base")
         conditions = base.typed_conditions(rows.conditions, self.conditions_cls)  # type: ignore[attr-defined]
         assert self.select is not None
         with torch.no_grad(), record_maps(module, self.select(rows).to(device), **self.capture) as recorded:
-            result = self.stage.replay(  # type: ignore[has-type]
+            result = self.stage.replay(
                 conditions,
                 segment=rows.segment,
                 params=self.params,  # type: ignore[attr-defined]

@@ -173,7 +173,7 @@ def test_versions_that_are_too_old_are_refused(monkeypatch: pytest.MonkeyPatch) 
     class Old:
         """A trainer of May 2026: its step is in one method."""
 
-    with pytest.raises(ImportError, match="commit b30dc00.* without _replay_forward"):
+    with pytest.raises(ImportError, match=r"commit b30dc00.* without _replay_forward"):
         ours.star(Old)
     with pytest.raises(ImportError, match=r"register\(\) requires a version of Flow-Factory with trainers/rl/grpo.py"):
         ours.register()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tools.clients.interface import Finding, compare
 
-GRPO, RUNTIME = "src/flow_factory/trainers/rl/grpo.py", "src/flow_factory/trainers/coupled/__init__.py"
+GRPO = "src/flow_factory/trainers/rl/grpo.py"
 INTERFACE = {
     GRPO: {
         "GRPOTrainer.optimize": ["self", "samples"],
@@ -40,5 +40,5 @@ def check(folder: Path) -> Iterator[Finding]:
                 for line in text[Path(file)].splitlines()
                 if line.startswith("class ")
             ]
-            outcomes = [list(compare(folder, {file: {f"{made}.{name}": parameters}}))[0] for made in classes]
+            outcomes = [next(compare(folder, {file: {f"{made}.{name}": parameters}})) for made in classes]
             yield next((outcome for outcome in outcomes if outcome.passed), outcomes[-1])

@@ -258,7 +258,7 @@ class World:
 
     def batch(self, scope: dict[str, Any]) -> dict[str, Tensor]:
         """The samples with advantages, as the scripts make them between sampling and training."""
-        (samples,) = scope["samples"] if "samples" in scope else ({},)
+        (samples,) = scope["samples"]
         samples = {key: value for key, value in samples.items() if isinstance(value, Tensor) and key != "prompt_ids"}
         advantages = torch.tensor([1.3, -0.8, -0.5, 0.7])[: len(self.prompts)].double()
         return samples | {"advantages": advantages[:, None].repeat(1, self.trained)}

@@ -1,7 +1,7 @@
 """Applies the diffs of a guide to the files of a checkout, so that what is run is what the guide says.
 
-A diff begins with ``---`` and the files that it is for. ``@@ `` marks a place: the search continues after it. Lines with
-``-`` are replaced by the lines with ``+`` after them, and lines with ``+`` after a line of context are inserted there.
+A diff begins with ``---`` and the files that it is for. ``@@ `` marks a place: the search continues after it. Lines
+with ``-`` are replaced by the lines with ``+`` after them, and lines with ``+`` after a line of context are inserted.
 ``...`` stands for text within a line, `` ... `` for any number of lines, and indentation is ignored.
 """
 

@@ -1,4 +1,4 @@
-"""The pipelines that a client's scripts run: small transformers, random text embeddings, and a decoder that does nothing."""
+"""The pipelines that a client's scripts run: small transformers, random text embeddings, and no decoder."""
 
 from __future__ import annotations
 
