@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _CHECKS = DeferredChecks()
-_SCRIPT_OPTIONS = {"noise_level", "sde_type", "clip_range", "adv_clip_max", "beta", "channel_dim"}
+_SCRIPT_OPTIONS = {"noise_level", "sde_type", "clip_range", "adv_clip_max", "beta", "channel_dim", "backend"}
 
 
 def step_loss(
@@ -55,7 +55,8 @@ def step_loss(
 ) -> Tensor:
     """The loss of step ``j`` from the variables of Flow-GRPO's training scripts.
 
-    Without "weights" it is the loss of the script, with them that of :func:`policy_loss`. The noise in "log_probs" is
+    Without "weights" and options of the objective (such as ``ratio``) it is the loss of the script, with them that of
+    :func:`policy_loss`. The noise in "log_probs" is
     compared with the sampler in every call, without a host sync: on a GPU an error is raised at one of the next calls.
 
     Args:
@@ -220,8 +221,12 @@ def _guard_of_the_script(
     ref_model_output: Tensor | None,
     weights: None,
     channel_dim: int | None = None,
+    backend: str = "auto",
 ) -> PolicyLoss:
-    """The loss of train_sd3_GRPO_Guard.py, which normalises by means over the batch instead of those of each sample."""
+    """The loss of train_sd3_GRPO_Guard.py, which normalises by means over the batch instead of those of each sample.
+
+    In plain PyTorch, whatever the backend.
+    """
     if beta and ref_model_output is None:
         raise ValueError(f"ref_model_output must be given if beta is not 0, got None with beta={beta}")
     for name, tensor in (
