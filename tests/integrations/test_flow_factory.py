@@ -93,14 +93,19 @@ def test_without_select_the_numbers_are_flow_factorys(
     assert made.generate_samples(compute_log_prob=True) == {"compute_log_prob": True}
 
 
-@pytest.mark.parametrize("dynamics", ["Flow-SDE", "Dance-SDE", "CPS"])
-@pytest.mark.parametrize("names", [IMAGE, AUDIO])
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize(
+    ("kind", "names", "dynamics"),
+    [
+        ("grpo", IMAGE, "Flow-SDE"),
+        ("grpo", AUDIO, "Dance-SDE"),
+        ("grpo", IMAGE, "CPS"),
+        ("grpo-guard", IMAGE, "Flow-SDE"),
+        ("grpo-guard", AUDIO, "Flow-SDE"),
+    ],
+)
 def test_uniform_weights_change_nothing(
     flow_factory: dict[str, type], kind: str, names: tuple[str, ...], dynamics: str
 ) -> None:
-    if kind == "grpo-guard" and dynamics == "CPS":
-        pytest.skip("the stand-in has one formula for GRPO-Guard")
     ours.register(select, strength=0.0)
     problem = Problem(names, dynamics)
     ratio, gradients, made = problem.ratio(flow_factory[kind])
