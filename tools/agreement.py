@@ -1,7 +1,7 @@
 """What another dtype, attention kernel or batch size costs in agreement of rollout and training.
 
-``python -m tools.agreement`` rolls out the small model and computes the log-probabilities of the same latents again,
-with the same weights. It prints the mean and the largest difference over all steps, of the locations and of the samples.
+``python -m tools.agreement`` rolls out the small model and computes the log-probabilities of the same latents again
+with the same weights. It prints the mean and the largest difference over all steps, of locations and of samples.
 """
 
 from __future__ import annotations
