@@ -13,7 +13,12 @@ import sys
 from pathlib import Path
 
 # Option -> module with check(folder) -> Iterator[Finding]. Imported when needed: each needs its trainer's packages.
-CLIENTS = {"verl-omni": "tools.clients.verl_omni"}
+CLIENTS = {
+    "verl-omni": "tools.clients.verl_omni",
+    "flow-grpo": "tools.clients.flow_grpo",
+    "unirl": "tools.clients.unirl",
+    "flow-factory": "tools.clients.flow_factory",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

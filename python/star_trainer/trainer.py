@@ -188,6 +188,7 @@ class Trainer:
         advantages = advantages_of(rewards, config)
         metrics: dict[str, float] = {}
         skipped = 0
+        self.updater.begin_epoch()
         passes = config.train.passes * sum(len(b.numbers) * len(b.steps) for part in batches for b in part)
         with self.progress.bar("update", passes) as bar:
             for part_batches in batches * config.train.passes:
@@ -212,6 +213,7 @@ class Trainer:
             "flat_groups": float(advantages.flat_groups),
             "skipped_steps": float(skipped),
             **{f"loss/{name}": value / taken for name, value in metrics.items()},
+            **self._agreement(),
             "seconds/rollout": rolled_out - started,
             "seconds/rewards": judged - rolled_out,
             "seconds/update": time.perf_counter() - judged,
@@ -303,6 +305,16 @@ class Trainer:
             f"({self.config.train.mixed_precision!r}), model.dtype ({self.config.model.dtype!r}) and "
             f"train.learning_rate ({self.config.train.learning_rate:g})"
         )
+
+    def _agreement(self) -> dict[str, float]:
+        """The agreement of rollout and training by step, over processes, from the first optimiser step of the epoch."""
+        recorded = {}
+        for number, found in self.updater.agreement.items():
+            name = f"log_prob_diff/step_{number}"
+            recorded[f"{name}/mean"] = self._mean(found.mean)
+            largest = found.max.to(self.accelerator.device)[None]
+            recorded[f"{name}/max"] = float(self.accelerator.gather(largest).amax())
+        return recorded
 
     def _mean(self, value: Tensor) -> float:
         """The mean over processes."""

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_kernels import weighted_policy_loss
+from star_kernels import Transition, weighted_policy_loss
+from star_kernels.integrations.agreement import Agreement, log_prob_agreement
+from star_kernels.integrations.flow_grpo_policy import log_prob_of, mean_of
 from star_trainer.average import Average
 from star_trainer.config import Config
 from star_trainer.credit import advantages_per_map
@@ -32,6 +34,8 @@ class Updater:
     Attributes:
         grad_norm: gradient norm of the latest optimiser step, before clipping.
         skipped: 1 if that step was skipped because its gradients are not finite, else 0; on the device.
+        agreement: of each trained step of the first optimiser step of an epoch, how far the log-probabilities of the
+            locations are from those of the rollout, with the same weights.
     """
 
     def __init__(self, policy: Policy, optimizer: Any, average: Average, accelerator: Any, config: Config) -> None:
@@ -39,6 +43,12 @@ class Updater:
         self.accelerator, self.config = accelerator, config
         self.schedule = schedule_of(policy.pipeline, config.rollout.steps)
         self.grad_norm = self.skipped = torch.zeros(())
+        self.agreement: dict[int, Agreement] = {}
+        self._compared: dict[int, list[tuple[int, Agreement]]] | None = None  # None: not in the first step
+
+    def begin_epoch(self) -> None:
+        """The weights are those of the rollout until the next optimiser step."""
+        self._compared, self.agreement = {}, {}
 
     def step(
         self, batches: Sequence[Batch], advantages: Tensor, report: Callable[[int], object] = lambda samples: None
@@ -57,6 +67,9 @@ class Updater:
             The metrics of the loss, averaged over samples and steps.
         """
         metrics = self.gradients(batches, advantages, report)
+        if self._compared is not None:
+            self.agreement = {number: _joined(found) for number, found in self._compared.items()}
+            self._compared = None
         trained = list(self.average.parameters.values())
         norm = self.accelerator.clip_grad_norm_(trained, self.config.train.max_grad_norm or math.inf)
         self.grad_norm = whole(torch.as_tensor(norm).detach())
@@ -96,13 +109,17 @@ class Updater:
                 ref_output = self.policy.velocity(step.sample, timestep, text, reference=True)
         with self.accelerator.autocast():
             velocity = self.policy.velocity(step.sample, timestep, text)
+        transition = self.schedule.transition(step.number, self.config, len(advantages), self.policy.device)
+        if self._compared is not None:
+            found = _agreement(velocity.detach(), step, transition)
+            self._compared.setdefault(step.number, []).append((len(velocity), found))
         loss, metrics = weighted_policy_loss(
             velocity,
             step.sample,
             step.prev_sample,
             step.log_prob,
             advantages,
-            self.schedule.transition(step.number, self.config, len(advantages), self.policy.device),
+            transition,
             weights=step.weights,
             ratio=train.ratio,
             clip_range=train.clip_range,
@@ -117,3 +134,14 @@ class Updater:
         """Slices of the batch, one for each forward pass."""
         count = len(batch.numbers)
         return slices(count, self.config.train.batch or count)
+
+
+def _agreement(velocity: Tensor, step: Step, transition: Transition) -> Agreement:
+    mean = mean_of(velocity.float(), step.sample.float(), transition)
+    return log_prob_agreement(log_prob_of(mean, step.prev_sample.float(), transition, 1), step.log_prob)
+
+
+def _joined(found: list[tuple[int, Agreement]]) -> Agreement:
+    """Of several batches: each with its number of samples."""
+    mean = sum((rows * each.mean for rows, each in found), torch.zeros(())) / sum(rows for rows, _ in found)
+    return Agreement(mean, torch.stack([each.max for _, each in found]).amax())

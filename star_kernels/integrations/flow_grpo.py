@@ -7,17 +7,25 @@ the scripts' ``sample`` and ``config``. None of them causes a host sync. docs/fl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
-from functools import partial
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from star_kernels.integrations.layout import channel_dim_of, check_shape, column, weights_like
+from star_kernels.integrations.agreement import log_prob_agreement
+from star_kernels.integrations.deferred import DeferredChecks
+from star_kernels.integrations.flow_grpo_policy import (
+    dense_sde_step_with_logprob,
+    log_prob_of,
+    mean_of,
+    policy_loss,
+    sde_step_with_logprob,
+)
+from star_kernels.integrations.layout import channel_dim_of, check_shape, column
 from star_kernels.integrations.record import RecordedMaps, record_maps
-from star_kernels.integrations.schedule import step_at
-from star_kernels.policy import PolicyLoss, sample_transition, weighted_policy_loss
+from star_kernels.integrations.schedule import Step, step_at
+from star_kernels.policy import PolicyLoss
 
 __all__ = [
     "RecordedMaps",
@@ -26,170 +34,11 @@ __all__ = [
     "record_maps",
     "sde_step_with_logprob",
     "step_loss",
+    "window",
 ]
 
-Generators = torch.Generator | list[torch.Generator] | None
-
-
-def sde_step_with_logprob(
-    self: Any,
-    model_output: Tensor,
-    timestep: Tensor | float,
-    sample: Tensor,
-    noise_level: float = 0.7,
-    prev_sample: Tensor | None = None,
-    generator: Generators = None,
-    sde_type: str = "sde",
-    return_sqrt_dt: bool = False,
-    *,
-    dense_log_prob: bool = False,
-    channel_dim: int | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, ...]:
-    """Samples the next latent, or uses a given one, and computes its log-probability, as Flow-GRPO's function does.
-
-    Sampling is one fused kernel. With a given ``prev_sample`` the results are differentiable with respect to
-    ``model_output``; for a loss, :func:`policy_loss` is cheaper because it does not store means and log-probabilities.
-
-    Args:
-        self: the scheduler, see :func:`star_kernels.integrations.schedule.step_at`; it is not modified.
-        model_output, sample: velocity and latent, ``[B, C, H, W]``, ``[B, C, F, H, W]`` or packed ``[B, S, C]``.
-            Arithmetic and results are float32.
-        timestep: an element of ``self.timesteps``, or a tensor ``[B]`` or ``[1]`` of them. Other values give NaN.
-        noise_level: noise level of the sampler; 0 is the deterministic step.
-        prev_sample: the next latent. If None, it is sampled with ``generator``, from the same random numbers as in
-            Flow-GRPO.
-        sde_type: "sde" or "cps" (Flow-CPS).
-        return_sqrt_dt: whether to return ``sqrt(-dt)`` as well.
-        dense_log_prob: if True, return the log-probability of every location, which a loss with weights requires,
-            instead of their mean.
-        channel_dim: the channel dimension, if it differs from that of the layouts above.
-        backend: see :func:`star_kernels.sample_transition`.
-
-    Returns:
-        ``(prev_sample, log_prob, prev_sample_mean, std_dev_t)`` and, if requested, ``sqrt(-dt)``. log_prob is ``[B]``,
-        or ``[B, *locations]`` if dense. std_dev_t and sqrt(-dt) are ``[B, 1, ...]``, or ``[1, 1, ...]`` for a single
-        timestep.
-
-    Raises:
-        TypeError, ValueError: wrong type, shape or range; the message names the argument.
-    """
-    channel_dim = channel_dim_of(model_output, channel_dim)
-    for name, latent in (("sample", sample), ("prev_sample", prev_sample)):
-        if latent is not None:
-            check_shape(name, latent, "model_output", model_output)
-    step = step_at(self, timestep, sample, noise_level=noise_level, sde_type=sde_type)
-    transition = step.transition
-    model_output, sample = model_output.float(), sample.float()
-    mean_sample, mean_output = column(transition.mean_sample, sample), column(transition.mean_output, sample)
-    prev_sample_mean = torch.addcmul(mean_sample * sample, mean_output, model_output)
-    log_prob: Tensor | None = None
-    if prev_sample is None:
-        noise = _noise(model_output, generator)
-        prev_sample, log_prob = sample_transition(
-            model_output, sample, transition, noise=noise, channel_dim=channel_dim, backend=backend
-        )
-    else:
-        prev_sample = prev_sample.float()
-    if log_prob is None or prev_sample_mean.requires_grad:
-        squares = (prev_sample.detach() - prev_sample_mean).square()
-        density = column(transition.offset, sample) - column(transition.scale, sample) * squares
-        log_prob = density.mean(dim=channel_dim)
-    if not dense_log_prob:
-        log_prob = log_prob.flatten(1).mean(dim=1)
-    results = (prev_sample, log_prob, prev_sample_mean, column(step.std_dev_t, sample))
-    return (*results, column(step.sqrt_dt, sample)) if return_sqrt_dt else results
-
-
-# For scripts, which import it under the name sde_step_with_logprob.
-dense_sde_step_with_logprob = partial(sde_step_with_logprob, dense_log_prob=True)
-
-
-def policy_loss(
-    scheduler: Any,
-    model_output: Tensor,
-    timestep: Tensor | float,
-    sample: Tensor,
-    prev_sample: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    *,
-    noise_level: float = 0.7,
-    sde_type: str = "sde",
-    clip_range: float | tuple[float, float] = 1e-4,
-    adv_clip_max: float = 5.0,
-    beta: float = 0.0,
-    ref_model_output: Tensor | None = None,
-    old_model_output: Tensor | None = None,
-    old_prev_sample_mean: Tensor | None = None,
-    weights: Tensor | None = None,
-    channel_dim: int | None = None,
-    **options: Any,
-) -> PolicyLoss:
-    """Flow-GRPO's clipped loss with its KL penalty, computed from the velocity in one fused kernel per direction.
-
-    Without weights this is the loss of Flow-GRPO's scripts, with weights that of
-    :func:`star_kernels.weighted_policy_loss`, whose ``options`` (ratio, weighted_kl, step_weights, mask, reduction,
-    backend) are accepted. With ``old_model_output`` or ``old_prev_sample_mean`` it is the loss of GRPO-Guard (arXiv
-    2510.22319): the ratio is normalised, and the loss of each sample is divided by -dt.
-
-    Args:
-        scheduler, timestep, noise_level, sde_type: see :func:`sde_step_with_logprob`.
-        model_output: velocity of the trained model (after guidance), in a layout of :func:`sde_step_with_logprob` and
-            any floating-point dtype. Only this argument receives a gradient.
-        sample, prev_sample: latents before and after the step, of the same shape.
-        old_log_prob: log-probability in the rollout, ``[B]``, or with weights ``[B, *locations]`` (``dense_log_prob``).
-        advantages: ``[B]``, clamped to ``+-adv_clip_max``.
-        clip_range: half-width of the clip range of the ratio, or (below, above) 1.
-        beta: coefficient of the KL penalty ``mean((mean - mean_ref)^2 / (2 std_dev_t^2))``.
-        ref_model_output: velocity of the reference model; used if beta is not 0.
-        old_model_output, old_prev_sample_mean: velocity of the model in the rollout, or the mean of its transition; at
-            most one of them.
-        weights: ``[B, *locations]`` with mean one, or a grid ``[B, h, w]`` of patches or of the positions of a packed
-            latent.
-
-    Returns:
-        ``(loss, metrics)``: the float32 loss, and detached 0-dimensional tensors named as in the scripts:
-        ``policy_loss``, ``kl_loss`` (with beta), ``loss``, ``approx_kl``, ``clipfrac``, and also ``ratio_mean`` and
-        ``ratio_max``. For GRPO-Guard ``approx_kl`` is that of the normalised ratio.
-
-    Raises:
-        TypeError, ValueError: wrong type, shape, dtype or range; the message names the argument.
-    """
-    if beta and ref_model_output is None:
-        raise ValueError(f"ref_model_output must be given if beta is not 0, got None with beta={beta}")
-    if old_model_output is not None and old_prev_sample_mean is not None:
-        raise ValueError("old_prev_sample_mean must be None if old_model_output is given, got both")
-    channel_dim = channel_dim_of(model_output, channel_dim)
-    step = step_at(scheduler, timestep, sample, noise_level=noise_level, sde_type=sde_type)
-    if old_prev_sample_mean is not None:
-        check_shape("old_prev_sample_mean", old_prev_sample_mean, "model_output", model_output)
-        check_shape("sample", sample, "model_output", model_output)
-        mean_sample, mean_output = (column(row, sample) for row in step.transition.coefficients[:2])
-        old_model_output = (old_prev_sample_mean.float() - mean_sample * sample.float()) / mean_output
-    if old_model_output is not None:
-        balance = step.sqrt_dt.square().reciprocal().expand(len(sample))
-        given = options.get("step_weights")
-        options = {**options, "step_weights": balance if given is None else balance * given}
-    loss, found = weighted_policy_loss(
-        model_output,
-        sample,
-        prev_sample,
-        old_log_prob.float(),
-        advantages.float(),
-        step.transition,
-        weights=weights_like(weights, model_output),
-        clip_range=clip_range,
-        advantage_clip=adv_clip_max,
-        ref_model_output=ref_model_output if beta else None,
-        kl_coef=beta,
-        old_model_output=old_model_output,
-        channel_dim=channel_dim,
-        **options,
-    )
-    metrics = {name: found[name] for name in ("policy_loss", "approx_kl", "ratio_mean", "ratio_max")}
-    metrics |= {"clipfrac": found["clip_fraction"], "loss": loss.detach()}
-    return PolicyLoss(loss, metrics | {"kl_loss": found["kl_loss"]} if beta else metrics)
+_CHECKS = DeferredChecks()
+_SCRIPT_OPTIONS = {"noise_level", "sde_type", "clip_range", "adv_clip_max", "beta", "channel_dim", "backend"}
 
 
 def step_loss(
@@ -201,58 +50,214 @@ def step_loss(
     ref_model_output: Tensor | None = None,
     *,
     info: MutableMapping[str, list[Tensor]] | None = None,
+    gradient_accumulation_steps: int = 1,
     **options: Any,
 ) -> Tensor:
-    """:func:`policy_loss` of step ``j``, from the variables of Flow-GRPO's training scripts.
+    """The loss of step ``j`` from the variables of Flow-GRPO's training scripts.
+
+    Without "weights" and options of the objective (such as ``ratio``) it is the loss of the script, with them that of
+    :func:`policy_loss`. The noise in "log_probs" is
+    compared with the sampler in every call, without a host sync: on a GPU an error is raised at one of the next calls.
 
     Args:
         scheduler: ``pipeline.scheduler``.
         model_output: velocity of the trained model, after guidance.
         sample: the batch of the scripts: "latents", "next_latents", "timesteps", "log_probs" and "advantages", each
-            ``[B, Steps, ...]``. Optional "weights" ``[B, Steps, h, w]`` are the weights of the loss. With
-            ``config.rationorm`` (GRPO-Guard) "prev_sample_mean" is required.
+            ``[B, Steps, ...]``. Optional "weights" ``[B, Steps, h, w]`` are the weights of the loss and require dense
+            "log_probs". With ``config.rationorm`` (GRPO-Guard) "prev_sample_mean" is required.
         j: index of the step.
         config: the config of the scripts: ``sample.noise_level``, ``train.clip_range``, ``train.adv_clip_max``,
             ``train.beta``, and ``sample.sde_type`` if it is set.
         ref_model_output: velocity of the reference model; required if ``train.beta`` is not 0.
-        info: the lists of metrics of the scripts, to which the metrics of this step are appended.
+        info: the lists of metrics of the scripts, to which those of this step are appended: ``policy_loss``,
+            ``kl_loss`` (with beta), ``loss``, ``approx_kl``, ``clipfrac``, ``clipfrac_gt_one``, ``clipfrac_lt_one``,
+            ``ratio_mean``, ``ratio_max``, and :func:`star_kernels.integrations.agreement.log_prob_agreement` of the
+            trained model and the rollout, ``log_prob_diff/step_{j}/mean`` and ``log_prob_diff/step_{j}/max``.
+        gradient_accumulation_steps: divides the loss and the metrics ``policy_loss``, ``kl_loss`` and ``loss``, as the
+            scripts for Qwen-Image do.
         options: of :func:`policy_loss`; they take precedence over ``config``.
 
     Raises:
         KeyError: ``sample`` lacks a tensor.
+        ValueError: the tensors of ``sample`` have different numbers of steps, or the sampler, noise level or step of
+            "log_probs" is another.
         TypeError, ValueError: see :func:`policy_loss`.
     """
-    names = ("timesteps", "latents", "next_latents", "log_probs", "advantages")
-    settings: dict[str, Any] = {
+    guard = bool(getattr(config, "rationorm", False))
+    _check_steps(sample, guard)
+    given: dict[str, Any] = {
         "noise_level": config.sample.noise_level,
         "sde_type": getattr(config.sample, "sde_type", "sde"),
         "clip_range": config.train.clip_range,
         "adv_clip_max": config.train.adv_clip_max,
         "beta": config.train.beta,
+        "ref_model_output": ref_model_output,
         "weights": sample["weights"][:, j] if "weights" in sample else None,
     }
-    if getattr(config, "rationorm", False):
-        settings["old_prev_sample_mean"] = sample["prev_sample_mean"][:, j]
-    step = (sample[name][:, j] for name in names)
-    loss, metrics = policy_loss(
-        scheduler, model_output, *step, ref_model_output=ref_model_output, **(settings | options)
+    if guard:
+        given["old_prev_sample_mean"] = sample["prev_sample_mean"][:, j]
+    given |= options
+    timestep, latent, next_latent, old_log_prob, advantages = (
+        sample[name][:, j] for name in ("timesteps", "latents", "next_latents", "log_probs", "advantages")
     )
+    sampler = {name: given[name] for name in ("noise_level", "sde_type")}
+    step = step_at(scheduler, timestep, latent, **sampler)
+    _check_noise(step, old_log_prob, latent, f"step {j}", **sampler)
+    arguments = (model_output, latent, next_latent, old_log_prob, advantages)
+    if guard and given["weights"] is None and options.keys() <= _SCRIPT_OPTIONS:
+        loss, metrics = _guard_of_the_script(step, *arguments, **{k: given[k] for k in given.keys() - sampler.keys()})
+    else:
+        loss, metrics = policy_loss(scheduler, model_output, timestep, *arguments[1:], **given)
+        if info is not None:
+            high = given["clip_range"][1] if isinstance(given["clip_range"], tuple) else given["clip_range"]
+            above = {**given, "clip_range": (1.0, high), "beta": 0.0}
+            with torch.no_grad():  # only ratios above the range are outside this one
+                outside = policy_loss(scheduler, model_output, timestep, *arguments[1:], **above).metrics["clipfrac"]
+            metrics |= {"clipfrac_gt_one": outside, "clipfrac_lt_one": metrics["clipfrac"] - outside}
     if info is not None:
+        metrics |= _agreement(step, *arguments[:4], given.get("channel_dim")).metrics(f"log_prob_diff/step_{j}")
+        divided = {"policy_loss", "kl_loss", "loss"}
         for name, value in metrics.items():
-            info[name].append(value)
-    return loss
+            info[name].append(value / gradient_accumulation_steps if name in divided else value)
+    return loss / gradient_accumulation_steps if gradient_accumulation_steps != 1 else loss
 
 
-def _noise(like: Tensor, generator: Generators) -> Tensor:
-    """Standard normal noise in float32, equal to that of diffusers' ``randn_tensor`` with the same generators."""
-    generators = generator if isinstance(generator, list) else [generator]
-    if len(generators) not in (1, len(like)):
-        raise ValueError(
-            f"generator must be one generator or a list of {len(like)}, one for each sample, got {len(generators)}"
+def window(scheduler: Any, timesteps: Tensor | Sequence[Tensor]) -> slice:
+    """The steps of a rollout that its "timesteps" were stored for, for the ``steps`` of :meth:`RecordedMaps.weights`.
+
+    Args:
+        scheduler: ``pipeline.scheduler``, with the schedule of the rollout.
+        timesteps: the timesteps of the window, as a list or a tensor ``[Steps]`` or ``[B, Steps]``.
+
+    Raises:
+        ValueError: they are not consecutive steps of the schedule.
+    """
+    stored = timesteps if isinstance(timesteps, Tensor) else torch.stack(list(timesteps))
+    row = (stored[0] if stored.ndim == 2 else stored).tolist()
+    every = scheduler.timesteps.tolist()
+    for start in range(len(every) - len(row) + 1):
+        if every[start : start + len(row)] == row:
+            return slice(start, start + len(row))
+    raise ValueError(f"timesteps must be consecutive steps of the scheduler, {every}, got {row}")
+
+
+def _check_steps(sample: Mapping[str, Tensor], guard: bool) -> None:
+    """Raises unless the tensors of the rollout have the same steps."""
+    names = ["timesteps", "next_latents", "log_probs"]
+    names += ["weights"] if "weights" in sample else []
+    names += ["prev_sample_mean"] if guard else []
+    steps = sample["latents"].shape[1]
+    for name in names:
+        if sample[name].shape[1] != steps:
+            raise ValueError(
+                f"{name} must have the steps of latents, {steps}, got {sample[name].shape[1]}; weights of a window of "
+                "steps are recorded.weights(steps=window(pipeline.scheduler, timesteps))"
+            )
+
+
+def _check_noise(
+    step: Step, log_prob: Tensor, latent: Tensor, place: str, *, noise_level: float, sde_type: str
+) -> None:
+    """Checks that the log-probability of the rollout is that of standard normal noise in this step.
+
+    The mean square of the noise follows from it, whatever the model. Of n numbers it is 1 within sqrt(2 / n).
+    """
+    if not noise_level:
+        return
+    transition = step.transition
+    with torch.no_grad():
+        each = log_prob.float().flatten(1).mean(dim=1) if log_prob.ndim > 1 else log_prob.float()
+        square = (transition.offset - each) / (transition.scale * transition.std.square())
+        numbers = torch.stack([square, transition.scale.expand_as(square)])
+    allowed = 0.05 + 8 * (2 / latent[0].numel()) ** 0.5
+
+    def judge(numbers: Tensor) -> str | None:
+        squares, scales = numbers
+        if bool(scales.isnan().any()):
+            return (
+                f"timesteps of {place} are not in the scheduler's schedule: was set_timesteps called after the rollout?"
+            )
+        wrong = squares[((squares - 1).abs() > allowed) & squares.isfinite()]  # not the NaN of a diverged model
+        if not len(wrong):
+            return None
+        return (
+            f"log_probs of {place} must be those of the sampler, got sde_type={sde_type!r} and noise_level="
+            f"{noise_level}, for which the mean square of the noise is {float(wrong[0]):.3g} instead of 1: the rollout "
+            "used another sampler, noise level or step"
         )
-    shape = like.shape if len(generators) == 1 else (1, *like.shape[1:])
-    drawn = [
-        torch.randn(shape, generator=g, device=like.device if g is None else g.device, dtype=torch.float32)
-        for g in generators
-    ]
-    return (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).to(like.device)
+
+    _CHECKS.add(numbers, judge)
+
+
+def _agreement(
+    step: Step,
+    model_output: Tensor,
+    latent: Tensor,
+    next_latent: Tensor,
+    old_log_prob: Tensor,
+    channel_dim: int | None,
+) -> Any:
+    """How far the log-probabilities of the trained model are from those of the rollout."""
+    with torch.no_grad():
+        mean = mean_of(model_output.float(), latent.float(), step.transition)
+        log_prob = log_prob_of(mean, next_latent.float(), step.transition, channel_dim_of(mean, channel_dim))
+        if old_log_prob.ndim == 1:
+            log_prob = log_prob.flatten(1).mean(dim=1)
+        return log_prob_agreement(log_prob, old_log_prob)
+
+
+def _guard_of_the_script(
+    step: Step,
+    model_output: Tensor,
+    latent: Tensor,
+    next_latent: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    *,
+    old_prev_sample_mean: Tensor,
+    clip_range: float | tuple[float, float],
+    adv_clip_max: float,
+    beta: float,
+    ref_model_output: Tensor | None,
+    weights: None,
+    channel_dim: int | None = None,
+    backend: str = "auto",
+) -> PolicyLoss:
+    """The loss of train_sd3_GRPO_Guard.py, which normalises by means over the batch instead of those of each sample.
+
+    In plain PyTorch, whatever the backend.
+    """
+    if beta and ref_model_output is None:
+        raise ValueError(f"ref_model_output must be given if beta is not 0, got None with beta={beta}")
+    for name, tensor in (
+        ("latents", latent),
+        ("next_latents", next_latent),
+        ("prev_sample_mean", old_prev_sample_mean),
+    ):
+        check_shape(name, tensor, "model_output", model_output)
+    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    latent = latent.float()
+    mean = mean_of(model_output.float(), latent, step.transition)
+    log_prob = log_prob_of(mean, next_latent.float(), step.transition, channel_dim_of(mean, channel_dim))
+    change = log_prob.flatten(1).mean(dim=1) - (
+        old_log_prob.float().flatten(1).mean(dim=1) if old_log_prob.ndim > 1 else old_log_prob.float()
+    )
+    sqrt_dt = step.sqrt_dt.mean()
+    scale = sqrt_dt * step.std_dev_t.mean()
+    drift = (mean - old_prev_sample_mean.float()).square().mean() / (2 * scale.square())
+    ratio = torch.exp((change + drift) * scale)
+    advantages = advantages.float().clamp(-adv_clip_max, adv_clip_max)
+    each = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - low, 1.0 + high))
+    loss = policy = each.mean() / sqrt_dt.square()
+    with torch.no_grad():
+        above, below = (ratio - 1.0 > high).float().mean(), (1.0 - ratio > low).float().mean()
+        metrics = {"policy_loss": policy.detach(), "approx_kl": 0.5 * change.detach().square().mean()}
+        metrics |= {"clipfrac": above + below, "clipfrac_gt_one": above, "clipfrac_lt_one": below}
+        metrics |= {"ratio_mean": ratio.mean(), "ratio_max": ratio.amax()}
+    if beta:
+        assert ref_model_output is not None
+        squares = (mean - mean_of(ref_model_output.detach().float(), latent, step.transition)).square()
+        kl_loss = (column(step.transition.kl_scale, squares) * squares).mean()
+        loss = policy + beta * kl_loss
+        metrics["kl_loss"] = kl_loss.detach()
+    return PolicyLoss(loss, metrics | {"loss": loss.detach()})

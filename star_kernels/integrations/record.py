@@ -29,18 +29,26 @@ class RecordedMaps:
             self.maps.append(self._capture.take())
             self._capture.enabled = len(self.maps) != self._passes
 
-    def weights(self, *, strength: float = 1.0, over: str = "step", cap: float | None = None) -> Tensor:
+    def weights(
+        self, *, steps: slice | None = None, strength: float = 1.0, over: str = "step", cap: float | None = None
+    ) -> Tensor:
         """Weights ``[B, Steps, h, w]`` with mean one, from the sum of the maps of all phrases.
 
         Args:
+            steps: the recorded passes to use, for a window of steps; with ``over="trajectory"`` the allocation is
+                among them. All if None.
             strength, over, cap: see :func:`star_kernels.allocate`.
 
         Raises:
             RuntimeError: no maps were recorded.
+            ValueError: there are fewer maps than ``steps`` needs.
         """
         if not self.maps:
             raise RuntimeError("no maps were recorded: the transformer did not run within record_maps")
-        maps = torch.stack([taken.sum(dim=1) for taken in self.maps], dim=1)  # [B, Steps, h, w]
+        chosen = self.maps if steps is None else self.maps[steps]
+        if not chosen or (steps is not None and len(chosen) != steps.stop - steps.start):
+            raise ValueError(f"steps must be recorded passes, of which there are {len(self.maps)}, got {steps}")
+        maps = torch.stack([taken.sum(dim=1) for taken in chosen], dim=1)  # [B, Steps, h, w]
         return allocate(maps, layout="bshw", strength=strength, over=over, cap=cap)
 
 

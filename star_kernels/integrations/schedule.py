@@ -127,6 +127,11 @@ def _second_of_equals(timesteps: Tensor) -> Tensor:
 
 def _checked(scheduler: Any) -> tuple[Tensor, Tensor]:
     timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
+    if getattr(getattr(scheduler, "config", None), "solver_order", None) is not None:
+        raise ValueError(
+            "scheduler must be one whose steps Flow-GRPO's samplers take, such as FlowMatchEulerDiscreteScheduler, got "
+            f"the solver {type(scheduler).__name__}; Flow-GRPO's script for Wan has a sampler of its own"
+        )
     if not isinstance(timesteps, Tensor) or not isinstance(sigmas, Tensor):
         raise TypeError(
             "scheduler must have tensors timesteps and sigmas, like FlowMatchEulerDiscreteScheduler, "

@@ -206,6 +206,28 @@ def test_an_epoch_of_every_transition_changes_the_weights(
     assert changed
     assert all(torch.tensor(value).isfinite() for value in metrics.values())
     assert metrics["loss/kl_loss"] > 0
+    differences = [value for name, value in metrics.items() if name.startswith("log_prob_diff/")]
+    assert len(differences) == 2 * len(set(trainer.updater.agreement)) > 0
+    assert max(differences) < 1e-3  # of the first optimiser step: the weights are those of the rollout
+
+
+def test_the_agreement_is_that_of_the_rollout_and_the_first_step(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass of the update that computes something else than the rollout is visible, in the steps that it affects."""
+    config = configure(train={"updates": 2, "passes": 2})
+    trainer = trainer_of(config)
+    velocity, first = trainer.policy.velocity, trainer.updater.schedule.timestep(0)
+
+    def other(sample: Tensor, timestep: Any, *arguments: Any, **options: Any) -> Tensor:
+        found = velocity(sample, timestep, *arguments, **options)
+        return 1.05 * found if torch.is_grad_enabled() and bool(torch.as_tensor(timestep == first).all()) else found
+
+    monkeypatch.setattr(trainer.policy, "velocity", other)
+    metrics = trainer.train_epoch()
+    assert metrics["log_prob_diff/step_0/mean"] > 1e-3
+    assert metrics["log_prob_diff/step_0/max"] > metrics["log_prob_diff/step_0/mean"]
+    assert metrics["log_prob_diff/step_1/max"] < 1e-3
 
 
 def _set_gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
