@@ -110,13 +110,13 @@ class ThreadSums {
 // As for_each_position, for tiles that are larger than a block.
 template <typename Access, typename Body>
 __device__ __forceinline__ void for_each_kept_position(const Fused& f, const Place& place, Body body) {
-  if constexpr (Access::kPacked) {
-    for_each_position<Access>(f, place, body);
-  } else {
+  if constexpr (kAlongPositions<Access>) {
 #pragma unroll 1
     for (unsigned p = place.first + threadIdx.x * Access::kRun; p < place.end; p += f.threads * Access::kRun) {
       body(p, 0u, true);
     }
+  } else {
+    for_each_position<Access>(f, place, body);
   }
 }
 
@@ -202,20 +202,22 @@ int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 // suffices.
 template <typename Access>
 bool plan(const Latents& l, const Demand& demand, const FusedLimits& limits, Fused& f) {
-  const int64_t run = Access::kPacked ? 1 : Access::kRun, unit = Access::kPacked ? 1 : 32 * run;
+  constexpr int64_t kRun = Access::kRun, kPositions = kAlongPositions<Access> ? kRun : 1;  // of a run
+  constexpr int64_t kUnit = kAlongPositions<Access> ? 8 * kRun : 1;
   f.lanes = lanes_of(l);
-  const auto threads = [&](int64_t positions) { return divide_up(positions, run) * f.lanes; };
+  const auto threads = [&](int64_t positions) { return divide_up(positions, kPositions) * f.lanes; };
   f.tiles = 1;
   while (2 * f.tiles <= limits.cluster && threads(divide_up(l.positions, f.tiles)) > limits.threads) f.tiles *= 2;
   int64_t tile = 0;
   for (;; f.tiles /= 2) {  // until no block is empty
-    tile = divide_up(divide_up(l.positions, f.tiles), unit) * unit;
+    tile = divide_up(divide_up(l.positions, f.tiles), kUnit) * kUnit;
     if ((f.tiles - 1) * tile < l.positions) break;
   }
   const int64_t needed = divide_up(threads(tile), 32) * 32;
   f.threads = static_cast<unsigned>(needed < limits.threads ? needed : limits.threads);
-  const int64_t runs = Access::kPacked ? divide_up(l.channels, kPackedRun * f.lanes) : l.channels;
-  const int64_t elements = divide_up(threads(tile), f.threads) * f.threads * runs * Access::kRun;
+  const int64_t of_lane = divide_up(l.channels, kPackedRun * f.lanes) * kPackedRun;  // channels
+  const int64_t of_position = kAlongPositions<Access> ? l.channels * kRun : of_lane;
+  const int64_t elements = divide_up(threads(tile), f.threads) * f.threads * of_position;
   const auto aligned = [](int64_t bytes) { return divide_up(bytes, 16) * 16; };
   const int64_t scratch = aligned(2 * demand.sums * int64_t{sizeof(double)} + demand.saved_rows * 4);
   const int64_t ratios = aligned(scratch + demand.terms * int64_t{f.threads} * 4);
@@ -249,13 +251,13 @@ bool launch_fused(Kernel kernel, const Latents& l, const Demand& demand, const A
 template <bool kPacked, int kSingle, int kHalf, typename Run>
 bool with_fused_types(const Latents& l, Run run) {
   const bool wide = l.latent == DType::kFloat32;
-  if (!l.aligned || !(wide || l.latent == l.output)) return false;
+  if (!l.aligned || !(wide || l.latent == l.output)) return run(Type<Scalar>{});
   if (l.output == DType::kFloat32) return run(Type<Vector<float, float, kPacked, kSingle>>{});
   if (wide) return run(Type<Vector<Half, float, kPacked, kHalf>>{});
   return run(Type<Vector<Half, Half, kPacked, kHalf>>{});
 }
 
-// Returns run(type) with the Access that fits, as a Type<Access>, or false if none does.
+// Returns run(type) with the Access that fits, as a Type<Access>.
 template <typename Run>
 bool with_fused_access(const Latents& l, Run run) {
   if (l.packed) return with_fused_types<true, kPackedRun, kPackedRun>(l, run);

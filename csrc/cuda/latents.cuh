@@ -186,6 +186,9 @@ struct Scalar {
 };
 
 template <typename Access>
+constexpr bool kAlongPositions = Access::kVector && !Access::kPacked;  // whether a run has several positions
+
+template <typename Access>
 using OutputRun = Run<typename Access::Output, Access::kRun>;
 template <typename Access>
 using LatentRun = Run<typename Access::Latent, Access::kRun>;
@@ -213,7 +216,7 @@ __device__ __forceinline__ Place place_of(const Tiling& t, int64_t positions) {
 // equally many calls, so that body may combine the lanes of a warp; position is out of range if active is false.
 template <typename Access, typename Body>
 __device__ __forceinline__ void for_each_position(const Tiling& t, const Place& place, Body body) {
-  if constexpr (Access::kVector && !Access::kPacked) {
+  if constexpr (kAlongPositions<Access>) {
     const unsigned position = place.first + threadIdx.x * Access::kRun;
     body(position, 0u, position < place.end);
   } else {
@@ -246,7 +249,7 @@ constexpr int kInFlight = 16 / Access::kRun;
 template <typename Access, int kTogether = kInFlight<Access>, typename Load, typename Use>
 __device__ __forceinline__ void for_each_run(const Tiling& t, int64_t channels, unsigned lane, Load load, Use use) {
   const int count = static_cast<int>(channels);
-  if constexpr (Access::kVector && !Access::kPacked) {
+  if constexpr (kAlongPositions<Access>) {
     int c = use_runs<kTogether>(0, count, load, use);
     if constexpr (kTogether > 4) c = use_runs<4>(c, count, load, use);
 #pragma unroll 1

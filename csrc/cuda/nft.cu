@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <typename Access>
-__global__ void __launch_bounds__(kFusedThreads)
+__global__ void __launch_bounds__(kFusedThreads, 1)
     nft_fused_kernel(const __grid_constant__ NftArguments a, const __grid_constant__ Fused f, unsigned* counter) {
 #if STAR_CLUSTERS
   constexpr int kRun = Access::kRun;

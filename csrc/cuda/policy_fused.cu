@@ -10,7 +10,7 @@ namespace cuda {
 namespace {
 
 template <typename Access, Credit kCredit>
-__global__ void __launch_bounds__(kFusedThreads)
+__global__ void __launch_bounds__(kFusedThreads, 1)
     policy_fused_kernel(const __grid_constant__ PolicyArguments a, const __grid_constant__ Fused f, unsigned* counter) {
 #if STAR_CLUSTERS
   constexpr int kRun = Access::kRun, kSlots = Access::kSlots;
