@@ -127,6 +127,12 @@ View optional_view(const char* name, const ffi::Optional<ffi::TensorView>& t, ff
   return t.has_value() ? latent_view(name, t.value(), like, channel_dim) : View{};
 }
 
+// A tensor [B].
+float* per_sample(const char* name, ffi::TensorView t, int64_t batch) {
+  check(t.ndim() == 1, name, "have shape [B]");
+  return floats(name, t, batch);
+}
+
 struct LatentShape {
   int64_t batch, channels, positions;
   int64_t location[3];
@@ -175,6 +181,7 @@ void fill_weights(Objective& a, ffi::TensorView weights, int64_t dimensions) {
     check(weights.size(d) > 0 && a.location[slot] % weights.size(d) == 0, "weights",
           "lie on a grid that divides the latent's");
   }
+  check(dimensions > 3 || a.grid[2] == a.location[2], "weights", "have the length of the only location dimension");
   a.weights = floats("weights", weights, a.batch * a.phrases * a.grid[0] * a.grid[1] * a.grid[2]);
 }
 
@@ -211,7 +218,7 @@ void fill_objective(Objective& a, ffi::TensorView model_output, int64_t channel_
     a.mask = location_data<uint8_t>("mask", options.mask.value(), model_output, channel_dim, kDLBool, 8);
   }
   if (options.step_weights.has_value()) {
-    a.step_weights = floats("step_weights", options.step_weights.value(), a.batch);
+    a.step_weights = per_sample("step_weights", options.step_weights.value(), a.batch);
   }
 }
 
@@ -225,7 +232,12 @@ void fill_advantages(PolicyArguments& a, ffi::TensorView advantages, const Call<
     return;
   }
   check(!(phrases && a.weighted_kl), "weighted_kl", "be false with weights of phrases");
-  check(advantages.ndim() == (phrases ? 2 : 1), "advantages", "have shape [B, G] with weights of phrases");
+  if (!phrases) {
+    a.advantages = per_sample("advantages", advantages, a.batch);
+    return;
+  }
+  check(advantages.ndim() == 2 && advantages.size(0) == a.batch, "advantages",
+        "have shape [B, G] with weights of phrases");
   a.advantages = floats("advantages", advantages, a.batch * a.phrases);
 }
 
@@ -272,9 +284,10 @@ Call<NftArguments> read_nft(Reader& in) {
   fill_objective(a, call.model_output, call.channel_dim, options, ref_output);
   a.old_output = call.view("old_model_output", old_output);
   a.target = call.view("target", target);
-  check(a.phrases == 1, "weights", "have shape [B, *grid]");
-  a.advantages = floats("advantages", advantages, a.batch);
-  a.sigma = floats("sigma", sigma, a.batch);
+  check(!options.weights.has_value() || options.weights.value().ndim() < call.model_output.ndim(), "weights",
+        "have shape [B, *grid]");
+  a.advantages = per_sample("advantages", advantages, a.batch);
+  a.sigma = per_sample("sigma", sigma, a.batch);
   a.adaptive = in.flag("adaptive");
   a.weighted_kl = in.flag("weighted_kl");
   a.unreduced = in.flag("unreduced");

@@ -26,7 +26,7 @@ def check_flag(name: str, value: bool) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    if not isinstance(value, int | float):
+    if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 

@@ -25,7 +25,7 @@ FUNCTIONS = {
 
 
 @cache
-def cpu() -> Any | None:
+def cpu() -> Any:
     """The CPU kernels (see csrc/cpu/exports.cpp), or None with one warning if they cannot be loaded."""
     library, problem = load("libstar_kernels_cpu.so")
     if library is None:
@@ -37,7 +37,7 @@ def cpu() -> Any | None:
 
 
 @cache
-def cuda() -> Any | None:
+def cuda() -> Any:
     """The CUDA kernels (see csrc/cuda), or None if they cannot be loaded."""
     return load("libstar_kernels_cuda.so")[0]
 

@@ -119,6 +119,13 @@ def _on_one_device(schema: str, shapes: Callable[..., Any]) -> Callable[..., Any
     return checked
 
 
+def is_direct(tensors: list[Tensor]) -> bool:
+    """Whether a call with these tensors needs no dispatcher, if they have memory, which compiled libraries check."""
+    if torch.compiler.is_compiling() or WATCH.observed():
+        return False
+    return _PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, tensors))
+
+
 def _in_memory(tensors: list[Tensor]) -> bool:
     """Whether the values of all tensors are in their memory.
 

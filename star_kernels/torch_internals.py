@@ -1,7 +1,7 @@
-"""Private names of PyTorch that report which modes and transforms are active. The only file that uses them.
+"""Private names of PyTorch: which modes and transforms are active, and the backward pass. The only file that uses them.
 
-They are looked up once. If a version of torch lacks one of them, every call goes through the dispatcher, which is
-slower and handles every mode.
+They are looked up once. If a version of torch lacks one of those that report modes, every call goes through the
+dispatcher, which is slower and handles every mode.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -54,3 +56,12 @@ def watch() -> Watch:
 
 
 WATCH = watch()
+_RUN = getattr(torch.autograd.graph, "_engine_run_backward", None)
+
+
+def run_backward(output: Tensor, gradient: Tensor) -> None:
+    """``output.backward(gradient)`` for plain tensors of equal shape, without checks, which take most of the time."""
+    if _RUN is None:
+        torch.autograd.backward(output, gradient)
+    else:
+        _RUN((output,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)

@@ -155,6 +155,7 @@ class Declaration:
     def __init__(self, arguments: type[Any]) -> None:
         hints = get_type_hints(arguments, include_extras=True)
         self.kinds: dict[str, Kind] = {}
+        self.optional: set[str] = set()
         self.schema = ", ".join(f"{self._type(name, hints[name])} {name}" for name in arguments._fields)
         tensors = [name for name, kind in self.kinds.items() if kind not in _SCALARS]
         self.n_tensors = len(tensors)
@@ -166,6 +167,8 @@ class Declaration:
         optional = type(None) in get_args(hint)
         annotated = get_args(hint)[0] if optional else hint
         self.kinds[name] = kind = annotated.__metadata__[0]
+        if optional:
+            self.optional.add(name)
         return _SCALARS.get(kind, "Tensor?" if optional else "Tensor")
 
 

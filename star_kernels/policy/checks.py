@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from star_kernels.checks import check_dense, check_number, readable
-from star_kernels.policy.arguments import Arguments, Kind, NftArguments, has_phrases
+from star_kernels.policy.arguments import Arguments, Declaration, Kind, NftArguments, has_phrases
 from star_kernels.policy.transitions import Transition
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -49,10 +48,9 @@ def check_latent(name: str, latent: Tensor, model_output: Tensor) -> None:
         )
 
 
-def check_transition(transition: Transition, model_output: Tensor) -> None:
+def check_transition(transition: Transition) -> None:
     if not isinstance(transition, Transition):
         raise TypeError(f"transition must be a Transition (see flow_sde), got {type(transition).__name__}")
-    _check_columns(transition, model_output)
 
 
 def _check_columns(transition: Transition, model_output: Tensor) -> None:
@@ -65,17 +63,22 @@ def _check_columns(transition: Transition, model_output: Tensor) -> None:
     _check_device("transition", transition.coefficients, model_output)
 
 
-def check_old_log_prob(
-    old_log_prob: Tensor, model_output: Tensor, channel_dim: int, weights: Tensor | None, ratio: str
-) -> None:
-    """Old log-probabilities fit the latent, the weights and the kind of ratio."""
+def check_ratio(ratio: str) -> bool:
+    """Whether each location has a ratio."""
     if ratio not in ("sample", "location"):
         raise ValueError(f"ratio must be 'sample' or 'location', got {ratio!r}")
+    return ratio == "location"
+
+
+def check_old_log_prob(
+    old_log_prob: Tensor, model_output: Tensor, channel_dim: int, weights: Tensor | None, per_location: bool
+) -> None:
+    """Old log-probabilities fit the latent, the weights and the kind of ratio."""
     batch, *locations = _locations(model_output, channel_dim)
     _check_float("old_log_prob", old_log_prob, model_output)
     if list(old_log_prob.shape) != [batch, *locations]:
         scalar = list(old_log_prob.shape) == [batch]
-        if not scalar or weights is not None or ratio == "location":
+        if not scalar or weights is not None or per_location:
             reason = " (shape [B] is accepted only without weights and with ratio='sample')" if scalar else ""
             raise ValueError(
                 f"old_log_prob must have shape [B, *locations] = {[batch, *locations]}, "
@@ -91,10 +94,8 @@ def check_numbers(name: str, numbers: Tensor, model_output: Tensor) -> None:
         raise ValueError(f"{name} must have shape [B] = [{batch}], got {list(numbers.shape)}")
 
 
-def check_mask(mask: Tensor | None, model_output: Tensor, channel_dim: int) -> None:
+def check_mask(mask: Tensor, model_output: Tensor, channel_dim: int) -> None:
     """A mask is bool ``[B, *locations]``; on a CPU it must keep at least one location of each sample."""
-    if mask is None:
-        return
     _check_mask(mask, model_output, channel_dim)
     if readable(mask):
         empty = ~mask.flatten(1).any(dim=1)
@@ -151,11 +152,9 @@ def check_advantages(
         _check_grid(weights, phrases, [batch, *locations])
 
 
-def check_ref_model_output(ref_model_output: Tensor | None, model_output: Tensor, kl_coef: float) -> None:
-    """The output of the KL penalty's reference model; required if the penalty has a coefficient."""
-    if ref_model_output is not None:
-        check_latent("ref_model_output", ref_model_output, model_output)
-    elif kl_coef:
+def check_ref_model_output(ref_model_output: Tensor | None, kl_coef: float) -> None:
+    """The output of the KL penalty's reference model is required if the penalty has a coefficient."""
+    if kl_coef and ref_model_output is None:
         raise ValueError(f"ref_model_output must be given if kl_coef is not 0, got None and kl_coef {kl_coef}")
 
 
@@ -228,15 +227,20 @@ def check_beta(beta: float, advantage_clip: float) -> None:
         raise ValueError(f"advantage_clip must be finite, got {advantage_clip}")
 
 
-def check_operator(arguments: Arguments, kinds: Mapping[str, Kind]) -> None:
+def check_operator(arguments: Arguments, declared: Declaration) -> None:
     """Checks the arguments of ``torch.ops.star_kernels`` as far as the kernels rely on them; values are not read."""
     model_output, channel_dim = arguments.model_output, arguments.channel_dim
     if not 0 < channel_dim == resolve_channel_dim(channel_dim, model_output):
         raise ValueError(f"channel_dim must be counted from the front, got {channel_dim}")
     if model_output.dtype == torch.float64:
         raise TypeError("model_output must be float32, float16 or bfloat16, got torch.float64")
-    for (name, kind), value in zip(kinds.items(), arguments, strict=True):
-        if value is not None:
+    check_tensors(arguments, declared)
+
+
+def check_tensors(arguments: Arguments, declared: Declaration) -> None:
+    """Checks types, shapes, dtypes and devices, which must fit model_output and channel_dim."""
+    for (name, kind), value in zip(declared.kinds.items(), arguments, strict=True):
+        if value is not None or name not in declared.optional:
             _check_kind(kind, name, value, arguments)
 
 
@@ -256,8 +260,7 @@ def _check_kind(kind: Kind, name: str, value: Any, arguments: Any) -> None:
         case Kind.WEIGHTS if isinstance(arguments, NftArguments):
             check_weights(value, model_output, channel_dim)
         case Kind.OLD_LOG_PROB:
-            ratio = "location" if arguments.per_location else "sample"
-            check_old_log_prob(value, model_output, channel_dim, arguments.weights, ratio)
+            check_old_log_prob(value, model_output, channel_dim, arguments.weights, arguments.per_location)
 
 
 def _locations(model_output: Tensor, channel_dim: int) -> list[int]:

@@ -8,7 +8,6 @@ pass keeps a gradient that is already ``written`` so if ``grad_loss`` is all one
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +23,11 @@ def policy_forward(backend: str, arguments: PolicyArguments, results: Forward, g
 
         triton_loss.policy_forward(arguments, results)
     elif arguments.model_output.is_cuda:
-        library = _cuda()
+        library = native.cuda()
         workspace = _workspace(library.policy_workspace_bytes, arguments, arguments.phrases)
         library.policy_forward(*arguments, *workspace, *results, gradient)
     else:
-        _cpu().policy_forward(*arguments, native.threads(), *results, gradient)
+        native.cpu().policy_forward(*arguments, native.threads(), *results, gradient)
 
 
 def policy_backward(backend: str, arguments: PolicyArguments, results: Backward, written: bool = False) -> None:
@@ -37,9 +36,9 @@ def policy_backward(backend: str, arguments: PolicyArguments, results: Backward,
 
         triton_gradient.policy_backward(arguments, results)
     elif arguments.model_output.is_cuda:
-        _cuda().policy_backward(*arguments, *results, written)
+        native.cuda().policy_backward(*arguments, *results, written)
     else:
-        _cpu().policy_backward(*arguments, native.threads(), *results, written)
+        native.cpu().policy_backward(*arguments, native.threads(), *results, written)
 
 
 def nft_forward(backend: str, arguments: NftArguments, results: Forward, gradient: Tensor | None = None) -> None:
@@ -48,11 +47,11 @@ def nft_forward(backend: str, arguments: NftArguments, results: Forward, gradien
 
         triton_nft.nft_forward(arguments, results)
     elif arguments.model_output.is_cuda:
-        library = _cuda()
+        library = native.cuda()
         workspace = _workspace(library.nft_workspace_bytes, arguments)
         library.nft_forward(*arguments, *workspace, *results, gradient)
     else:
-        _cpu().nft_forward(*arguments, native.threads(), *results, gradient)
+        native.cpu().nft_forward(*arguments, native.threads(), *results, gradient)
 
 
 def nft_backward(backend: str, arguments: NftArguments, results: Backward, written: bool = False) -> None:
@@ -61,9 +60,9 @@ def nft_backward(backend: str, arguments: NftArguments, results: Backward, writt
 
         triton_nft.nft_backward(arguments, results)
     elif arguments.model_output.is_cuda:
-        _cuda().nft_backward(*arguments, *results, written)
+        native.cuda().nft_backward(*arguments, *results, written)
     else:
-        _cpu().nft_backward(*arguments, native.threads(), *results, written)
+        native.cpu().nft_backward(*arguments, native.threads(), *results, written)
 
 
 def sample_transition(backend: str, arguments: SampleArguments, prev_sample: Tensor, log_prob: Tensor) -> None:
@@ -72,17 +71,9 @@ def sample_transition(backend: str, arguments: SampleArguments, prev_sample: Ten
 
         triton_sampling.sample_transition(arguments, prev_sample, log_prob)
     elif arguments.model_output.is_cuda:
-        _cuda().sample_transition(*arguments, prev_sample, log_prob)
+        native.cuda().sample_transition(*arguments, prev_sample, log_prob)
     else:
-        _cpu().sample_transition(*arguments, native.threads(), prev_sample, log_prob)
-
-
-def _cpu() -> Any:
-    return native.cpu()
-
-
-def _cuda() -> Any:
-    return native.cuda()
+        native.cpu().sample_transition(*arguments, native.threads(), prev_sample, log_prob)
 
 
 def _workspace(

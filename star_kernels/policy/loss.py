@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from star_kernels.checks import check_flag
-from star_kernels.operators import constants
-from star_kernels.policy import naive, ops
+from star_kernels.checks import check_flag, check_number
+from star_kernels.policy import direct, naive, ops
 from star_kernels.policy.arguments import NftArguments, PolicyArguments
 from star_kernels.policy.backends import resolve_backend
 from star_kernels.policy.checks import (
-    check_advantages,
     check_beta,
     check_clip,
     check_coefficients,
-    check_latent,
     check_mask,
-    check_numbers,
-    check_old_log_prob,
+    check_ratio,
     check_reduction,
     check_ref_model_output,
+    check_tensors,
     check_transition,
     check_weight_values,
-    check_weights,
     resolve_channel_dim,
 )
 from star_kernels.policy.transitions import Transition
@@ -36,6 +32,39 @@ class PolicyLoss(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+    def backward(self, scale: float | Tensor = 1.0) -> None:
+        """Backpropagates ``loss * scale`` through the model, like ``(loss * scale).backward()`` and with less work.
+
+        With a scale of one the gradient of the model's output, which the forward pass has computed, enters the model
+        directly: no kernel of the loss runs. Hooks of ``loss`` are not called.
+
+        Args:
+            scale: a number or a tensor of one element, for example one over the number of accumulated batches, or that
+                of a gradient scaler: ``scaler.scale(torch.ones(()))``, on the loss's device.
+
+        Raises:
+            RuntimeError: the loss does not require grad, is a loss for each sample (``reduction="none"``), or its graph
+                has been freed by an earlier backward pass.
+        """
+        loss = self.loss
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "PolicyLoss.backward: the loss does not require grad; model_output must require grad, and grad mode be "
+                "enabled, when the loss is computed"
+            )
+        if loss.ndim > 0:
+            raise RuntimeError(
+                f"PolicyLoss.backward: the loss must be one number, got one of shape {list(loss.shape)}; with "
+                "reduction='none' call backward() of a sum of loss"
+            )
+        if isinstance(scale, Tensor):
+            if scale.numel() != 1:
+                raise ValueError(f"scale must be a number or a tensor of one element, got {list(scale.shape)}")
+        else:
+            check_number("scale", scale)
+        if not direct.backward(loss, scale):
+            (loss * scale).backward()
 
 
 def weighted_policy_loss(
@@ -128,40 +157,26 @@ def weighted_policy_loss(
             Values of tensors on a GPU are not checked: a sample with an empty mask, an error on a CPU, contributes
             nothing there.
     """
-    channel_dim = resolve_channel_dim(channel_dim, model_output)
-    check_latent("sample", sample, model_output)
-    check_latent("prev_sample", prev_sample, model_output)
-    check_transition(transition, model_output)
-    check_flag("weighted_kl", weighted_kl)
-    check_advantages(advantages, weights, model_output, channel_dim, weighted_kl)
-    check_old_log_prob(old_log_prob, model_output, channel_dim, weights, ratio)
+    per_location = check_ratio(ratio)
     clip_low, clip_high = check_clip(clip_range)
-    if old_model_output is not None:
-        check_latent("old_model_output", old_model_output, model_output)
-    unreduced = _check_common(
-        model_output, channel_dim, mask, step_weights, ref_model_output, advantage_clip, kl_coef, reduction
-    )
-    backend = resolve_backend(backend, model_output)
-    sample, prev_sample, old_log_prob, advantages, coefficients = constants(
-        sample, prev_sample, old_log_prob, advantages, transition.coefficients
-    )
-    weights, mask, step_weights, old_model_output, ref_model_output = constants(
-        weights, mask, step_weights, old_model_output, ref_model_output
-    )
+    check_flag("weighted_kl", weighted_kl)
+    unreduced = _check_common(reduction, advantage_clip, kl_coef, ref_model_output)
+    channel_dim = resolve_channel_dim(channel_dim, model_output)
+    check_transition(transition)
     arguments = PolicyArguments(
         model_output=model_output,
         sample=sample,
         prev_sample=prev_sample,
         old_log_prob=old_log_prob,
         advantages=advantages,
-        coefficients=coefficients,
+        coefficients=transition.coefficients,
         weights=weights,
         mask=mask,
         step_weights=step_weights,
         old_model_output=old_model_output,
         ref_model_output=ref_model_output,
         channel_dim=channel_dim,
-        per_location=ratio == "location",
+        per_location=per_location,
         weighted_kl=weighted_kl,
         unreduced=unreduced,
         clip_low=clip_low,
@@ -169,7 +184,7 @@ def weighted_policy_loss(
         advantage_clip=advantage_clip,
         kl_coef=kl_coef,
     )
-    return _computed(arguments, backend, naive.weighted_policy_loss, ops.WEIGHTED_POLICY_LOSS, naive.METRICS)
+    return _computed(arguments, backend, direct.POLICY, naive.weighted_policy_loss, ops.WEIGHTED_POLICY_LOSS)
 
 
 def weighted_nft_loss(
@@ -222,21 +237,11 @@ def weighted_nft_loss(
     Raises:
         TypeError, ValueError: as :func:`weighted_policy_loss`.
     """
-    channel_dim = resolve_channel_dim(channel_dim, model_output)
-    check_latent("old_model_output", old_model_output, model_output)
-    check_latent("target", target, model_output)
-    check_numbers("advantages", advantages, model_output)
-    check_numbers("sigma", sigma, model_output)
-    unreduced = _check_common(
-        model_output, channel_dim, mask, step_weights, ref_model_output, advantage_clip, kl_coef, reduction
-    )
-    check_beta(beta, advantage_clip)
-    check_flag("weighted_kl", weighted_kl)
     check_flag("adaptive", adaptive)
-    check_weights(weights, model_output, channel_dim)
-    backend = resolve_backend(backend, model_output)
-    old_model_output, target, advantages, sigma = constants(old_model_output, target, advantages, sigma)
-    weights, mask, step_weights, ref_model_output = constants(weights, mask, step_weights, ref_model_output)
+    check_flag("weighted_kl", weighted_kl)
+    unreduced = _check_common(reduction, advantage_clip, kl_coef, ref_model_output)
+    check_beta(beta, advantage_clip)
+    channel_dim = resolve_channel_dim(channel_dim, model_output)
     arguments = NftArguments(
         model_output=model_output,
         old_model_output=old_model_output,
@@ -255,39 +260,35 @@ def weighted_nft_loss(
         advantage_clip=advantage_clip,
         kl_coef=kl_coef,
     )
-    return _computed(arguments, backend, naive.weighted_nft_loss, ops.WEIGHTED_NFT_LOSS, naive.NFT_METRICS)
+    return _computed(arguments, backend, direct.NFT, naive.weighted_nft_loss, ops.WEIGHTED_NFT_LOSS)
 
 
-def _check_common(
-    model_output: Tensor,
-    channel_dim: int,
-    mask: Tensor | None,
-    step_weights: Tensor | None,
-    ref_model_output: Tensor | None,
-    advantage_clip: float,
-    kl_coef: float,
-    reduction: str,
-) -> bool:
+def _check_common(reduction: str, advantage_clip: float, kl_coef: float, ref_model_output: Tensor | None) -> bool:
     """Checks what the objectives share; returns whether the loss is unreduced."""
-    check_mask(mask, model_output, channel_dim)
-    if step_weights is not None:
-        check_numbers("step_weights", step_weights, model_output)
     check_coefficients(advantage_clip, kl_coef)
-    check_ref_model_output(ref_model_output, model_output, kl_coef)
+    check_ref_model_output(ref_model_output, kl_coef)
     return check_reduction(reduction)
 
 
 def _computed(
     arguments: PolicyArguments | NftArguments,
     backend: str,
+    objective: direct.Objective,
     reference: Callable[..., tuple[Tensor, Tensor]],
     operator: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    names: Sequence[str],
 ) -> PolicyLoss:
-    """The loss of the reference implementation or of a backend's kernels, and its metrics by name."""
-    if backend == "naive":
-        check_weight_values(arguments.weights)
-        loss, metrics = reference(arguments)
-    else:
-        loss, metrics, _ = operator(*arguments, backend)
-    return PolicyLoss(loss, dict(zip(names, metrics.unbind(), strict=True)))
+    """The loss and its metrics by name: of an ordinary call, of the reference implementation or of the operator."""
+    if arguments.mask is not None:
+        check_mask(arguments.mask, arguments.model_output, arguments.channel_dim)
+    found = objective(arguments, backend)
+    if found is None:
+        check_tensors(arguments, objective.declared)
+        backend = resolve_backend(backend, arguments.model_output)
+        arguments = objective.constants(arguments)
+        if backend == "naive":
+            check_weight_values(arguments.weights)
+            found = reference(arguments)
+        else:
+            found = operator(*arguments, backend)[:2]
+    loss, metrics = found
+    return PolicyLoss(loss, dict(zip(objective.metrics, metrics.unbind(), strict=True)))

@@ -1,7 +1,7 @@
 """The policy operators as PyTorch sees them: schema, shapes, autograd.
 
-The forward pass saves a few numbers per sample for the backward pass, which recomputes the residuals from the inputs.
-That reads no more memory than writing a gradient early and scaling it later, and no gradient is stored in between.
+The forward pass of an operator saves a few numbers per sample for the backward pass, which computes the residuals again
+from the inputs; no gradient is stored in between. Ordinary calls of the losses need one pass, see direct.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_kernels.checks import repeats
 from star_kernels.operators import Operator
 from star_kernels.policy import kernels, naive
 from star_kernels.policy.arguments import (
@@ -24,6 +23,7 @@ from star_kernels.policy.arguments import (
     SampleArguments,
 )
 from star_kernels.policy.checks import check_operator
+from star_kernels.policy.layouts import collapsible, empty_like, walkable
 
 _DEVICES = ("CPU", "CUDA")
 
@@ -62,7 +62,7 @@ class _Objective:
         )
 
     def _check(self, *flat: Any) -> None:
-        check_operator(self._arguments._make(flat[:-1]), self._declared.kinds)
+        check_operator(self._arguments._make(flat[:-1]), self._declared)
 
     def _check_backward(self, grad_loss: Tensor, saved: Tensor, *flat: Any) -> None:
         self._check(*flat)
@@ -77,7 +77,7 @@ class _Objective:
                 )
 
     def _run(self, *flat: Any) -> Forward:
-        arguments = _walkable(self._arguments, self._declared, flat)
+        arguments = walkable(self._arguments._make(flat[:-1]), self._declared)
         results = self._results(arguments)
         self._forward_kernel(flat[-1], arguments, results)
         return results
@@ -96,14 +96,14 @@ class _Objective:
         )
 
     def _run_backward(self, grad_loss: Tensor, saved: Tensor, *flat: Any) -> Tensor:
-        arguments = _walkable(self._arguments, self._declared, flat)
-        gradient = _empty_like(arguments.model_output, arguments.channel_dim)
+        arguments = walkable(self._arguments._make(flat[:-1]), self._declared)
+        gradient = empty_like(arguments.model_output, arguments.channel_dim)
         self._backward_kernel(flat[-1], arguments, Backward(grad_loss.contiguous(), saved, gradient))
         return gradient
 
     def _shape_backward(self, grad_loss: Tensor, saved: Tensor, *flat: Any) -> Tensor:
         arguments = self._arguments._make(flat[:-1])
-        return _empty_like(_collapsible(arguments.model_output, arguments.channel_dim), arguments.channel_dim)
+        return empty_like(collapsible(arguments.model_output, arguments.channel_dim), arguments.channel_dim)
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
         _, metrics, saved = output
@@ -120,61 +120,32 @@ class _Objective:
         return (self.backward(grad_loss, *ctx.saved_tensors, *ctx.scalars), *others)
 
 
-def _sample_transition(
-    model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    results = _sample_shapes(model_output, sample, noise, coefficients, channel_dim, backend)
-    model_output, sample, noise = (_collapsible(t, channel_dim) for t in (model_output, sample, noise))
-    arguments = SampleArguments(model_output, sample, noise, coefficients.contiguous(), channel_dim)
+def sample_transition(arguments: SampleArguments, backend: str) -> tuple[Tensor, Tensor]:
+    """The sampling step on a backend."""
+    arguments = walkable(arguments, SAMPLE)
+    results = _sample_results(arguments)
     kernels.sample_transition(backend, arguments, *results)
     return results
 
 
-def _sample_shapes(
-    model_output: Tensor, sample: Tensor, noise: Tensor, coefficients: Tensor, channel_dim: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    locations = [n for d, n in enumerate(model_output.shape) if d != channel_dim]
-    prev_sample = _empty_like(_collapsible(sample, channel_dim), channel_dim)
-    return prev_sample, model_output.new_empty(locations, dtype=torch.float32)
+def _sample_results(arguments: SampleArguments) -> tuple[Tensor, Tensor]:
+    """prev_sample and log_prob, uninitialised."""
+    channel_dim, shape = arguments.channel_dim, arguments.model_output.shape
+    locations = shape[:channel_dim] + shape[channel_dim + 1 :]
+    return empty_like(arguments.sample, channel_dim), arguments.coefficients.new_empty(locations)
+
+
+def _sample_transition(*flat: Any) -> tuple[Tensor, Tensor]:
+    return sample_transition(SampleArguments._make(flat[:-1]), flat[-1])
+
+
+def _sample_shapes(*flat: Any) -> tuple[Tensor, Tensor]:
+    arguments = SampleArguments._make(flat[:-1])
+    return _sample_results(arguments._replace(sample=collapsible(arguments.sample, arguments.channel_dim)))
 
 
 def _check_sample(*flat: Any) -> None:
-    check_operator(SampleArguments._make(flat[:-1]), _SAMPLE.kinds)
-
-
-def _walkable(arguments: Any, declared: Declaration, flat: tuple[Any, ...]) -> Any:
-    """The arguments in memory layouts that the kernels can walk, from those of an operator."""
-    n = declared.n_tensors
-    channel_dim = flat[n]
-    tensors = [
-        t if t is None else _collapsible(t, channel_dim) if latent else t.contiguous()
-        for t, latent in zip(flat, declared.is_latent, strict=False)
-    ]
-    return arguments._make((*tensors, *flat[n:-1]))
-
-
-def _collapsible(tensor: Tensor, channel_dim: int) -> Tensor:
-    """The tensor, copied if its location dimensions do not collapse into one stride."""
-    if tensor.is_contiguous() and channel_dim in (1, tensor.ndim - 1):
-        return tensor
-    expected: int | None = None
-    for d in range(tensor.ndim - 1, 0, -1):
-        size = tensor.shape[d]
-        if d == channel_dim or size == 1:
-            continue
-        stride = tensor.stride(d)
-        if expected is not None and stride != expected:
-            return tensor.movedim(channel_dim, 1).contiguous().movedim(1, channel_dim)
-        expected = stride * size
-    return tensor
-
-
-def _empty_like(tensor: Tensor, channel_dim: int) -> Tensor:
-    """Uninitialised memory in the layout of a collapsible latent, or channels first if its elements share memory."""
-    if not repeats(tensor):
-        return torch.empty_like(tensor)
-    channels_first = tensor.movedim(channel_dim, 1)
-    return channels_first.new_empty(channels_first.shape).movedim(1, channel_dim)
+    check_operator(SampleArguments._make(flat[:-1]), SAMPLE)
 
 
 _POLICY = _Objective(
@@ -191,11 +162,11 @@ _NFT = _Objective(
     forward=kernels.nft_forward,
     backward=kernels.nft_backward,
 )
-_SAMPLE = Declaration(SampleArguments)
+SAMPLE = Declaration(SampleArguments)
 WEIGHTED_POLICY_LOSS, WEIGHTED_POLICY_LOSS_BACKWARD = _POLICY.forward, _POLICY.backward
 WEIGHTED_NFT_LOSS, WEIGHTED_NFT_LOSS_BACKWARD = _NFT.forward, _NFT.backward
 SAMPLE_TRANSITION = Operator(
-    f"sample_transition({_SAMPLE.schema}, str backend) -> (Tensor prev_sample, Tensor log_prob)",
+    f"sample_transition({SAMPLE.schema}, str backend) -> (Tensor prev_sample, Tensor log_prob)",
     _sample_transition,
     _sample_shapes,
     check=_check_sample,

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from star_kernels.operators import constants
-from star_kernels.policy import naive, ops
+from star_kernels.policy import direct, naive, ops
 from star_kernels.policy.arguments import SampleArguments
 from star_kernels.policy.backends import resolve_backend
-from star_kernels.policy.checks import check_latent, check_transition, resolve_channel_dim
+from star_kernels.policy.checks import check_latent, check_tensors, check_transition, resolve_channel_dim
 from star_kernels.policy.transitions import Transition
 
 
@@ -40,19 +40,23 @@ def sample_transition(
         ``(prev_sample, log_prob)``: like sample, and float32 ``[B, *locations]``.
     """
     channel_dim = resolve_channel_dim(channel_dim, model_output)
-    check_latent("sample", sample, model_output)
-    check_transition(transition, model_output)
+    check_transition(transition)
     if noise is None:
+        check_latent("sample", sample, model_output)
         wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
         # What torch.randn does; with symbolic sizes it does not accept a generator, even if that is None.
         noise = torch.empty(sample.shape, dtype=wide, device=sample.device).normal_(generator=generator)
     elif generator is not None:
         raise ValueError("generator must be None if noise is given, got both")
-    else:
-        check_latent("noise", noise, model_output)
-    model_output, sample, noise, table = constants(model_output, sample, noise, transition.coefficients)
+    arguments = SampleArguments(model_output, sample, noise, transition.coefficients, channel_dim)
+    found = direct.sample_transition(arguments, backend)
+    if found is not None:
+        return found
+    check_tensors(arguments, ops.SAMPLE)
     backend = resolve_backend(backend, model_output)
+    model_output, sample, noise, table = constants(*arguments[: ops.SAMPLE.n_tensors])
+    arguments = SampleArguments(model_output, sample, noise, table, channel_dim)
     if backend == "naive":
-        return naive.sample_transition(SampleArguments(model_output, sample, noise, table, channel_dim))
-    prev_sample, log_prob = ops.SAMPLE_TRANSITION(model_output, sample, noise, table, channel_dim, backend)
+        return naive.sample_transition(arguments)
+    prev_sample, log_prob = ops.SAMPLE_TRANSITION(*arguments, backend)
     return prev_sample, log_prob
