@@ -31,6 +31,8 @@ KERNELS = {
     "policy_location_backward_kernel": VECTORS - {v for v in VECTORS if "packed" in v},
     "nft_forward_kernel": VECTORS | {"scalar"},
     "nft_backward_kernel": VECTORS | {"scalar"},
+    "policy_fused_kernel": VECTORS | {"scalar"},
+    "nft_fused_kernel": VECTORS | {"scalar"},
     "sample_kernel": VECTORS | {"scalar"},
 }
 
