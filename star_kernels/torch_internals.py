@@ -7,9 +7,10 @@ dispatcher, which is slower and handles every mode.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.utils._pytree
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -65,3 +66,11 @@ def run_backward(output: Tensor, gradient: Tensor) -> None:
         torch.autograd.backward(output, gradient)
     else:
         _RUN((output,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def register_pytree(cls: type[Any], flatten: Callable[[Any], tuple[Any, ...]]) -> None:
+    """Lets the transforms of torch.func look into objects of a class, which is called with what ``flatten`` returns."""
+    register = getattr(torch.utils._pytree, "register_pytree_node", None)
+    if register is not None:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        register(cls, lambda x: (list(flatten(x)), None), lambda children, _: cls(*children), serialized_type_name=name)

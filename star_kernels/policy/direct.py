@@ -39,36 +39,98 @@ FREED = (
 
 
 class Pass:
-    """A forward pass: what its autograd node keeps besides the inputs."""
+    """A forward pass: its results, and its inputs until they are saved by the loss's autograd node or freed."""
 
-    __slots__ = ("freed", "gradient", "loss", "objective", "saved", "scalars", "tensors")
+    __slots__ = (
+        *("differentiable", "error", "gradient", "inputs", "metrics", "objective", "saved", "scalars", "value"),
+        "versions",
+    )
 
-    def __init__(
-        self, objective: Objective, tensors: Any, scalars: Any, loss: Tensor, saved: Tensor, gradient: Tensor
-    ) -> None:
-        self.objective, self.scalars, self.saved = objective, scalars, saved
-        self.tensors: Any = tensors  # until the node has saved them
-        self.loss: Tensor | None = loss  # until the node has returned it
-        self.gradient: Tensor | None = gradient  # until it is handed over
-        self.freed = False
+    def __init__(self, objective: Objective, arguments: Any, loss: Tensor, metrics: Tensor, saved: Tensor) -> None:
+        self.objective, self.scalars = objective, arguments[objective.n_tensors :]
+        self.value: Tensor = loss  # without a graph, until the node has returned it
+        self.metrics, self.saved = metrics, saved
+        self.differentiable = False
+        self.inputs: Any = None  # if differentiable, until the node has saved them
+        self.gradient: Tensor | None = None  # if differentiable, until it is handed over
+        self.error: str | None = None  # why there can be no backward pass
 
-    def differentiate(self, tensors: tuple[Any, ...], grad_loss: Tensor | None) -> Tensor:
+    def keep(self, inputs: Any, gradient: Tensor) -> None:
+        """Keeps what the backward pass needs."""
+        self.inputs, self.gradient, self.differentiable = inputs, gradient, True
+        try:
+            self.versions = [t._version for t in inputs if t is not None]
+        except RuntimeError:  # tensors of inference mode, which autograd cannot save
+            self.attach()
+
+    def attach(self) -> Tensor:
+        """The loss with its autograd node, if it is differentiable."""
+        if self.inputs is None:
+            return self.value
+        self.error = self._change()
+        if torch.is_grad_enabled():
+            loss = self.objective.apply(self.inputs[0], self)
+        else:
+            with torch.inference_mode(False), torch.enable_grad():
+                loss = self.objective.apply(self.inputs[0], self)
+        self.inputs = None
+        del self.value  # its node refers to this pass
+        return loss
+
+    def backward(self, loss: Tensor | None, scale: float | Tensor) -> bool:
+        """``(loss * scale).backward()`` without the node of the loss, which is None if there is no node yet.
+
+        Returns False, and does nothing, if the loss is not that of this pass or a mode observes the call.
+        """
+        inputs = self.inputs
+        if loss is not None:
+            node = loss.grad_fn
+            if getattr(node, "done", None) is not self or not is_direct([loss]):
+                return False
+            if self.error is None:
+                inputs = node.saved_tensors  # type: ignore[union-attr]  # see _backward
+        elif self.error is None:
+            self.error = self._change()
+        if self.error is not None:
+            raise RuntimeError(self.error)
+        grad_loss = None
+        if isinstance(scale, Tensor):
+            grad_loss = scale.detach().to(self.saved.device, torch.float32).reshape(())
+        elif scale != 1.0:
+            grad_loss = torch.full_like(_number(self.saved.device), scale)
+        gradient = self.differentiate(inputs, grad_loss)
+        self.error, self.inputs = FREED, None
+        run_backward(inputs[0], gradient)
+        return True
+
+    def differentiate(self, inputs: tuple[Any, ...], grad_loss: Tensor | None) -> Tensor:
         """The gradient with respect to model_output, for an upstream gradient of one if ``grad_loss`` is None."""
         gradient, self.gradient = self.gradient, None
-        objective, on_cpu = self.objective, not tensors[0].is_cuda
+        objective, on_cpu = self.objective, inputs[0].is_cpu
         written = gradient is not None
         if gradient is not None and (grad_loss is None or (on_cpu and _is_ones(grad_loss))):
             return gradient
-        arguments = objective.arguments._make((*tensors, *self.scalars))
         with torch.no_grad():
-            arguments = walkable(arguments, objective.declared)
+            arguments = walkable(objective.arguments._make((*inputs, *self.scalars)), objective.declared)
             if gradient is None:
                 gradient = empty_like(arguments.model_output, arguments.channel_dim)
             if grad_loss is None:
-                grad_loss = self.saved.new_ones(())
+                grad_loss = torch.ones_like(_number(self.saved.device))
             results = Backward(grad_loss.contiguous(), self.saved, gradient)
             objective.backward_kernel("native", arguments, results, written and not on_cpu)
         return gradient
+
+    def _change(self) -> str | None:
+        """The error of an input that was modified in place since the pass, or None."""
+        current = [t._version for t in self.inputs if t is not None]
+        if current == self.versions:
+            return None
+        names = [name for name, t in zip(self.objective.declared.kinds, self.inputs, strict=False) if t is not None]
+        changed = [name for name, now, then in zip(names, current, self.versions, strict=True) if now != then]
+        return (
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"{', '.join(changed)}, after the loss was computed and before its backward pass"
+        )
 
 
 class Objective:
@@ -90,17 +152,17 @@ class Objective:
     ) -> None:
         self.arguments: Any = arguments
         self.declared = Declaration(arguments)
+        self.n_tensors = self.declared.n_tensors
         self.backward_kernel, self.operator = backward, operator
         self.metrics, self._forward_kernel = metrics, forward
-        self._n_tensors, self._n_metrics = self.declared.n_tensors, len(metrics)
         members = {"forward": staticmethod(_forward), "backward": staticmethod(_backward)}
         function = type(name, (torch.autograd.Function,), members)
-        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # see operators.Operator
+        self.apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # see operators.Operator
 
-    def __call__(self, given: PolicyArguments | NftArguments, backend: str) -> tuple[Tensor, Tensor] | None:
-        """Loss and metrics of an ordinary call, or None."""
-        n, model_output, advantages = self._n_tensors, given.model_output, given.advantages
-        inputs: tuple[Any, ...] = given[:n]
+    def __call__(self, given: PolicyArguments | NftArguments, backend: str) -> Pass | None:
+        """The forward pass of an ordinary call, or None."""
+        model_output, advantages = given.model_output, given.advantages
+        inputs: tuple[Any, ...] = given[: self.n_tensors]
         tensors = [t for t in inputs if t is not None]
         if advantages is None or not _may_run(backend, tensors):
             return None
@@ -109,63 +171,43 @@ class Objective:
             batch = model_output.shape[0]
             empty = advantages.new_empty
             loss = empty(batch) if given.unreduced else torch.empty_like(_number(model_output.device))
-            metrics, saved = empty(self._n_metrics), empty(given.saved_rows * batch)
+            metrics, saved = empty(len(self.metrics)), empty(given.saved_rows * batch)
             differentiable = model_output.requires_grad and torch.is_grad_enabled()
             gradient = empty_like(arguments.model_output, given.channel_dim) if differentiable else None
             self._forward_kernel("native", arguments, (loss, metrics, saved), gradient)
         except REJECTED:
             return None
-        if gradient is None:
-            return loss, metrics
-        constant = constants(*inputs[1:]) if WATCH.requires_grad(*tensors[1:]) else inputs[1:]
-        return self._apply(model_output, Pass(self, constant, given[n:], loss, saved, gradient)), metrics
+        done = Pass(self, given, loss, metrics, saved)
+        if gradient is not None:
+            if WATCH.requires_grad(*tensors[1:]):
+                inputs = (model_output, *constants(*inputs[1:]))
+            done.keep(inputs, gradient)
+        return done
 
     def constants(self, arguments: Any) -> Any:
         """The arguments, of which only model_output is differentiated."""
-        n = self.declared.n_tensors
+        n = self.n_tensors
         return arguments._make((arguments.model_output, *constants(*arguments[1:n]), *arguments[n:]))
 
 
-def _forward(ctx: Any, model_output: Tensor, done: Pass) -> Tensor | None:
-    loss, tensors = done.loss, done.tensors
-    done.loss = done.tensors = None
+def _forward(ctx: Any, model_output: Tensor, done: Pass) -> Tensor:
     ctx.done = done
-    ctx.save_for_backward(model_output, *tensors)
+    ctx.save_for_backward(*done.inputs)
     ctx.set_materialize_grads(False)
-    return loss
+    return done.value
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, None]:
     done = ctx.done
-    if done.freed:
-        raise RuntimeError(FREED)
-    tensors = ctx.saved_tensors  # raises an error if an input was modified in place, or if the graph was freed
+    if done.error is not None:
+        raise RuntimeError(done.error)
+    inputs = ctx.saved_tensors  # raises an error if an input was modified in place, or if the graph was freed
     if grad_loss is None:
         return None, None
     if torch.is_grad_enabled() or not (is_direct([grad_loss]) and grad_loss.data_ptr()):
-        saved = done.saved.view(-1, tensors[0].shape[0])
-        return done.objective.operator(grad_loss, saved, *tensors, *done.scalars, "native"), None
-    return done.differentiate(tensors, grad_loss), None
-
-
-def backward(loss: Tensor, scale: float | Tensor) -> bool:
-    """``(loss * scale).backward()`` without the node of the loss; False if the loss is not that of an ordinary call."""
-    node = loss.grad_fn
-    done = getattr(node, "done", None)
-    if not isinstance(done, Pass) or not is_direct([loss]):
-        return False
-    if done.freed:
-        raise RuntimeError(FREED)
-    tensors = node.saved_tensors  # type: ignore[union-attr]  # see _backward
-    grad_loss = None
-    if isinstance(scale, Tensor):
-        grad_loss = scale.to(loss.device, torch.float32).reshape(())
-    elif scale != 1.0:
-        grad_loss = loss.new_full((), scale, requires_grad=False)
-    gradient = done.differentiate(tensors, grad_loss)
-    done.freed = True
-    run_backward(tensors[0], gradient)
-    return True
+        saved = done.saved.view(-1, inputs[0].shape[0])
+        return done.objective.operator(grad_loss, saved, *inputs, *done.scalars, "native"), None
+    return done.differentiate(inputs, grad_loss), None
 
 
 def sample_transition(arguments: SampleArguments, backend: str) -> tuple[Tensor, Tensor] | None:

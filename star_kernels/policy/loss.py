@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,46 +26,87 @@ from star_kernels.policy.checks import (
     resolve_channel_dim,
 )
 from star_kernels.policy.transitions import Transition
+from star_kernels.torch_internals import register_pytree
 
 
-class PolicyLoss(NamedTuple):
-    """A loss, and detached 0-dimensional metrics; reading a metric of a GPU synchronises, computing it does not."""
+@dataclass(eq=False)
+class PolicyLoss:
+    """A loss, and detached 0-dimensional metrics; reading a metric of a GPU synchronises, computing it does not.
+
+    ``loss, metrics = result`` unpacks it.
+
+    Attributes:
+        loss: float32 ``[]``, or ``[B]`` with ``reduction="none"``. It becomes part of the autograd graph when it is
+            first read; after :meth:`backward` it is a value without a graph, unless it was read before.
+        metrics: 0-dimensional tensors by name.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    _done: ClassVar[direct.Pass | None] = None
 
     def backward(self, scale: float | Tensor = 1.0) -> None:
         """Backpropagates ``loss * scale`` through the model, like ``(loss * scale).backward()`` and with less work.
 
         With a scale of one the gradient of the model's output, which the forward pass has computed, enters the model
-        directly: no kernel of the loss runs. Hooks of ``loss`` are not called.
+        directly: no kernel of the loss runs, and hooks of ``loss`` are not called.
 
         Args:
-            scale: a number or a tensor of one element, for example one over the number of accumulated batches, or that
-                of a gradient scaler: ``scaler.scale(torch.ones(()))``, on the loss's device.
+            scale: a number or a tensor of one element: for example one over the number of accumulated batches, or a
+                gradient scaler's ``scaler.scale(torch.ones(()))``, on the device of the loss.
 
         Raises:
             RuntimeError: the loss does not require grad, is a loss for each sample (``reduction="none"``), or its graph
                 has been freed by an earlier backward pass.
         """
-        loss = self.loss
-        if not loss.requires_grad:
+        done, loss = self._done, self.__dict__.get("loss")  # None if it has not been read
+        if done is not None and done.error is not None:
+            raise RuntimeError(done.error)
+        if done is None or loss is not None:
+            value, differentiable = self.loss, self.loss.requires_grad
+        else:
+            value, differentiable = done.value, done.differentiable
+        if not differentiable:
             raise RuntimeError(
                 "PolicyLoss.backward: the loss does not require grad; model_output must require grad, and grad mode be "
                 "enabled, when the loss is computed"
             )
-        if loss.ndim > 0:
+        if value.ndim > 0:
             raise RuntimeError(
-                f"PolicyLoss.backward: the loss must be one number, got one of shape {list(loss.shape)}; with "
+                f"PolicyLoss.backward: the loss must be one number, got one of shape {list(value.shape)}; with "
                 "reduction='none' call backward() of a sum of loss"
             )
-        if isinstance(scale, Tensor):
-            if scale.numel() != 1:
-                raise ValueError(f"scale must be a number or a tensor of one element, got {list(scale.shape)}")
-        else:
+        if not isinstance(scale, Tensor):
             check_number("scale", scale)
-        if not direct.backward(loss, scale):
-            (loss * scale).backward()
+        elif scale.numel() != 1:
+            raise ValueError(f"scale must be a number or a tensor of one element, got {list(scale.shape)}")
+        if done is None or not done.backward(loss, scale):
+            (self.loss * scale).backward()
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.loss
+        yield self.metrics
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.loss, self.metrics)[index]
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getattr__(self, name: str) -> Any:
+        """The loss or the metrics of an ordinary call when they are first read."""
+        done = self._done
+        if done is None or name not in ("loss", "metrics"):
+            raise AttributeError(f"PolicyLoss has no attribute {name!r}")
+        found = done.attach() if name == "loss" else _named(done.objective.metrics, done.metrics)
+        setattr(self, name, found)
+        return found
+
+    def __reduce__(self) -> Any:
+        return PolicyLoss, (self.loss, self.metrics)
+
+
+register_pytree(PolicyLoss, tuple)
 
 
 def weighted_policy_loss(
@@ -280,15 +322,21 @@ def _computed(
     """The loss and its metrics by name: of an ordinary call, of the reference implementation or of the operator."""
     if arguments.mask is not None:
         check_mask(arguments.mask, arguments.model_output, arguments.channel_dim)
-    found = objective(arguments, backend)
-    if found is None:
-        check_tensors(arguments, objective.declared)
-        backend = resolve_backend(backend, arguments.model_output)
-        arguments = objective.constants(arguments)
-        if backend == "naive":
-            check_weight_values(arguments.weights)
-            found = reference(arguments)
-        else:
-            found = operator(*arguments, backend)[:2]
-    loss, metrics = found
-    return PolicyLoss(loss, dict(zip(objective.metrics, metrics.unbind(), strict=True)))
+    done = objective(arguments, backend)
+    if done is not None:
+        result = object.__new__(PolicyLoss)
+        result.__dict__["_done"] = done
+        return result
+    check_tensors(arguments, objective.declared)
+    backend = resolve_backend(backend, arguments.model_output)
+    arguments = objective.constants(arguments)
+    if backend == "naive":
+        check_weight_values(arguments.weights)
+        loss, metrics = reference(arguments)
+    else:
+        loss, metrics, _ = operator(*arguments, backend)
+    return PolicyLoss(loss, _named(objective.metrics, metrics))
+
+
+def _named(names: Sequence[str], metrics: Tensor) -> dict[str, Tensor]:
+    return dict(zip(names, metrics.unbind(), strict=True))
