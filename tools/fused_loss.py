@@ -3,7 +3,7 @@ launch is: python -m tools.fused_loss
 
 A shape of a launch is the largest number of blocks of a cluster and of threads of a block. Each is first compared with
 the reference, with two launches (the shape "0") and with itself. Then launches are counted by the profiler, and all
-shapes are timed side by side with two launches, torch.compile, and a copy that moves three latents read and one written.
+shapes are timed side by side with two launches, torch.compile and a copy: three latents read and one written.
 The exit status is 1 if a shape is wrong or takes more launches than expected; times do not change it.
 """
 
