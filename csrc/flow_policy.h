@@ -322,6 +322,16 @@ STAR_INLINE void finish_dense(const PolicyArguments& a, int64_t b, double log_ra
   add_sample_ratio(a, log_ratio, ratio, metrics);
 }
 
+// Writes what is saved of a sample whose locations have ratios, which follows from the number of those that count: the
+// slopes without those of the surrogates.
+STAR_INLINE void save_locations(const PolicyArguments& a, const Coefficients& k, int64_t b, double inverse,
+                                const Saved& saved) {
+  const double guard = a.old_output.data ? guard_factor(k) : 1.0f;
+  const float slope = static_cast<float>(step_weight(a, b) * guard * share_of_sample(a));
+  for (int64_t g = 0; g < Policy::slopes(a); ++g) saved[g] = slope;
+  saved[Policy::slopes(a)] = static_cast<float>(inverse);
+}
+
 // Turns the sums of a sample into its part of the metrics and what is saved of it. A sample without a location that
 // counts contributes nothing.
 template <typename Sums>
@@ -331,16 +341,16 @@ STAR_INLINE void evaluate_sample(const PolicyArguments& a, int64_t b, const doub
   const double inverse = inverse_count(a, sums[Policy::kCount]), guard = a.old_output.data ? guard_factor(k) : 1.0f;
   const double step = step_weight(a, b);
   for (int i = 0; i < Policy::kMetrics; ++i) metrics[i] = 0.0;
-  if (a.per_location) {  // slopes without those of the surrogates
+  saved[Policy::slopes(a)] = static_cast<float>(inverse);
+  if (a.per_location) {
+    save_locations(a, k, b, inverse, saved);
     metrics[Policy::kMeanRatio] = sums[Policy::kRatio] * inverse;
     metrics[Policy::kMaxRatio] = sums[Policy::kRatioMax];
     metrics[Policy::kClipFraction] = sums[Policy::kClipped] * inverse;
     metrics[Policy::kApproximateKl] = 0.5 * sums[Policy::kSquaredLogRatio] * inverse;
     metrics[Policy::kPolicyLoss] = sums[Policy::kLoss] * inverse * step;
-  }
-  if (a.per_location || inverse == 0.0) {
-    const double slope = a.per_location ? step * guard * share_of_sample(a) : 0.0;
-    for (int64_t g = 0; g < Policy::slopes(a); ++g) saved[g] = static_cast<float>(slope);
+  } else if (inverse == 0.0) {
+    for (int64_t g = 0; g < Policy::slopes(a); ++g) saved[g] = 0.0f;
   } else if (a.dense) {
     finish_dense(a, b, sums[Policy::kLogRatio], more, inverse, guard, saved, metrics);
   } else {
@@ -350,7 +360,6 @@ STAR_INLINE void evaluate_sample(const PolicyArguments& a, int64_t b, const doub
     const double mean = sums[Policy::kSquaredDifference] * inverse / static_cast<double>(a.channels);
     metrics[Policy::kKlLoss] = mean * k.mean_output * k.mean_output * k.kl_scale;
   }
-  saved[Policy::slopes(a)] = static_cast<float>(inverse);
 }
 
 // The same, with what is saved in its place; also writes the loss of an unreduced sample.
@@ -385,10 +394,6 @@ STAR_INLINE float kl_gradient_factor(const PolicyArguments& a, const Coefficient
   const float mean = upstream_mean(a, b, saved) / static_cast<float>(a.channels);
   const float share = static_cast<float>(share_of_sample(a));
   return mean * share * a.kl_coef * 2.0f * k.kl_scale * k.mean_output * k.mean_output;
-}
-
-STAR_INLINE float kl_gradient_factor(const PolicyArguments& a, const Coefficients& k, int64_t b) {
-  return kl_gradient_factor(a, k, b, saved_of(a, b));
 }
 
 }  // namespace star

@@ -22,8 +22,11 @@ KERNELS = {  # name in the driver -> function whose instructions are counted
     "policy_backward": "policy_backward",
     "policy_location_forward": "policy_forward",
     "policy_location_backward": "policy_backward",
+    "policy_both": "policy_forward",
+    "policy_location_both": "policy_forward",
     "nft_forward": "nft_forward",
     "nft_backward": "nft_backward",
+    "nft_both": "nft_forward",
     "sample_transition": "sample_transition",
     "attention_maps": "attention_maps",
 }

@@ -1,7 +1,8 @@
 // The clipped policy loss with a weight for each location, its gradient, and the sampling step before it.
 //
-// Each pass reads the latents once, whatever the number of phrases. The gradient is computed in the backward pass from
-// the inputs: nothing of the latents' size is stored in between, and the gradient is rounded once.
+// Each pass reads the latents once, whatever the number of phrases. The gradient for an upstream gradient of one can be
+// written in the forward pass, one tile after the other; otherwise it is computed in the backward pass from the inputs
+// and a few saved numbers, and rounded once.
 #include "flow_policy.h"
 
 #include <cstdint>
@@ -90,10 +91,9 @@ void exponentiate(const float* log_ratio, int64_t n, float* ratio) {
 }
 
 // Sums over the ratios of a tile's locations.
-void add_locations(const PolicyArguments& a, const Tile& tile, const float* log_ratio, const float* weights,
-                   double (&sums)[Policy::kSums]) {
-  float ratio[kTile], loss[kTile], advantages[kTile];
-  exponentiate(log_ratio, tile.n, ratio);
+void add_locations(const PolicyArguments& a, const Tile& tile, const float* log_ratio, const float* ratio,
+                   const float* weights, double (&sums)[Policy::kSums]) {
+  float loss[kTile], advantages[kTile];
   const bool phrases = a.phrases > 1;
   if (phrases) {
     const SignedAdvantages signed_advantages(a, tile);
@@ -136,7 +136,9 @@ void forward_tile(const PolicyArguments& a, const Tile& tile, double* sums) {
   const float* weights = tile_weights(a, tile, 0, buffer);
   sums[Policy::kCount] = static_cast<double>(count_kept(tile_mask(a, tile), tile.n));
   if (a.per_location) {
-    add_locations(a, tile, log_ratio, weights, *reinterpret_cast<double (*)[Policy::kSums]>(sums));
+    float ratio[kTile];
+    exponentiate(log_ratio, tile.n, ratio);
+    add_locations(a, tile, log_ratio, ratio, weights, *reinterpret_cast<double (*)[Policy::kSums]>(sums));
   } else {
     sums[Policy::kLogRatio] = weighted_sum(weights, log_ratio, tile.n);
     add_more(a, tile, log_ratio, weights, sums + Policy::kSums);
@@ -169,11 +171,9 @@ void sample_factors(const PolicyArguments& a, const Coefficients& k, const Tile&
 
 // The same if locations have ratios.
 void location_factors(const PolicyArguments& a, const Coefficients& k, const Tile& tile, const float* weights,
-                      Buffers& buffers, float* out) {
+                      const float* ratio, float* out) {
   const float common = gradient_factor(a, k, tile.b);
-  float ratio[kTile], advantages[kTile];
-  tile_log_ratio(a, k, tile, buffers, out);
-  exponentiate(out, tile.n, ratio);
+  float advantages[kTile];
   if (a.phrases > 1) {
     const SignedAdvantages signed_advantages(a, tile);
     for (int64_t i = 0; i < tile.n; ++i) {
@@ -188,18 +188,12 @@ void location_factors(const PolicyArguments& a, const Coefficients& k, const Til
   }
 }
 
-void backward_tile(const PolicyArguments& a, const Tile& tile) {
-  const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
+// Writes the gradient of a tile from the factors of its residuals.
+void write_gradient(const PolicyArguments& a, const Coefficients& k, const Tile& tile, const float* weights,
+                    const float* factor, Buffers& buffers) {
   const View& residual_output = a.old_output.data ? a.old_output : a.model_output;
-  Buffers buffers;
-  float buffer[kTile], factor[kTile], gradient[kRun];
-  const float* weights = tile_weights(a, tile, 0, buffer);
-  if (a.per_location) {
-    location_factors(a, k, tile, weights, buffers, factor);
-  } else {
-    sample_factors(a, k, tile, weights, factor);
-  }
-  const float kl = a.ref_output.data ? kl_gradient_factor(a, k, tile.b) : 0.0f;
+  float gradient[kRun];
+  const float kl = a.ref_output.data ? kl_gradient_factor(a, k, tile.b, saved_of(a, tile.b)) : 0.0f;
   for_each_run(tile, a.channels, [&](int64_t p, int64_t c, int64_t n) {
     const float* x = load_tile_run(a.sample, tile, p, c, n, buffers.x);
     const float* v = load_tile_run(residual_output, tile, p, c, n, buffers.v);
@@ -217,6 +211,46 @@ void backward_tile(const PolicyArguments& a, const Tile& tile) {
     if (a.mask) drop_run(tile_mask(a, tile), gradient, p, n, tile.packed);
     store_tile_run(a.gradient, tile, p, c, n, gradient);
   });
+}
+
+void backward_tile(const PolicyArguments& a, const Tile& tile) {
+  const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
+  Buffers buffers;
+  float buffer[kTile], factor[kTile];
+  const float* weights = tile_weights(a, tile, 0, buffer);
+  if (a.per_location) {
+    float ratio[kTile];
+    tile_log_ratio(a, k, tile, buffers, factor);
+    exponentiate(factor, tile.n, ratio);
+    location_factors(a, k, tile, weights, ratio, factor);
+  } else {
+    sample_factors(a, k, tile, weights, factor);
+  }
+  write_gradient(a, k, tile, weights, factor, buffers);
+}
+
+// Both passes of a tile whose locations have ratios; what is saved of its sample is complete.
+void location_tile(const PolicyArguments& a, const Tile& tile, double* sums) {
+  const Coefficients k = coefficients_of(a.coefficients, a.columns, tile.b);
+  Buffers buffers;
+  float log_ratio[kTile], ratio[kTile], buffer[kTile], factor[kTile];
+  tile_log_ratio(a, k, tile, buffers, log_ratio);
+  exponentiate(log_ratio, tile.n, ratio);
+  const float* weights = tile_weights(a, tile, 0, buffer);
+  sums[Policy::kCount] = static_cast<double>(count_kept(tile_mask(a, tile), tile.n));
+  add_locations(a, tile, log_ratio, ratio, weights, *reinterpret_cast<double (*)[Policy::kSums]>(sums));
+  if (a.ref_output.data) sums[Policy::kSquaredDifference] = kl_sum(a, tile, weights);
+  location_factors(a, k, tile, weights, ratio, factor);
+  write_gradient(a, k, tile, weights, factor, buffers);
+}
+
+// What is saved of every sample, if locations have ratios: it does not depend on the latents.
+void save_all_locations(const PolicyArguments& a) {
+  for (int64_t b = 0; b < a.batch; ++b) {
+    const uint8_t* mask = a.mask ? a.mask + b * a.positions : nullptr;
+    const double kept = static_cast<double>(count_kept(mask, a.positions));
+    save_locations(a, coefficients_of(a.coefficients, a.columns, b), b, inverse_count(a, kept), saved_of(a, b));
+  }
 }
 
 // prev = mean + std * noise, stored in its dtype; the log-probability is that of the stored value.
@@ -242,8 +276,15 @@ void sample_tile(const SampleArguments& a, const Tile& tile) {
 }  // namespace
 
 void policy_forward(const PolicyArguments& a) {
-  forward<Policy>(a, [&](const Tile& tile, double* sums) { forward_tile(a, tile, sums); });
-  if (a.gradient.data) policy_backward(a);
+  const auto tile_sums = [&](const Tile& tile, double* sums) { forward_tile(a, tile, sums); };
+  if (!a.gradient.data) {
+    forward<Policy>(a, tile_sums);
+  } else if (a.per_location) {
+    save_all_locations(a);
+    forward<Policy>(a, [&](const Tile& tile, double* sums) { location_tile(a, tile, sums); });
+  } else {
+    forward_with_gradient<Policy>(a, tile_sums, [&](const Tile& tile) { backward_tile(a, tile); });
+  }
 }
 
 void policy_backward(const PolicyArguments& a) {

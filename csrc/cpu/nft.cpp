@@ -97,8 +97,12 @@ void backward_tile(const NftArguments& a, const Tile& tile) {
 }  // namespace
 
 void nft_forward(const NftArguments& a) {
-  forward<Nft>(a, [&](const Tile& tile, double* sums) { forward_tile(a, tile, sums); });
-  if (a.gradient.data) nft_backward(a);
+  const auto tile_sums = [&](const Tile& tile, double* sums) { forward_tile(a, tile, sums); };
+  if (a.gradient.data) {
+    forward_with_gradient<Nft>(a, tile_sums, [&](const Tile& tile) { backward_tile(a, tile); });
+  } else {
+    forward<Nft>(a, tile_sums);
+  }
 }
 
 void nft_backward(const NftArguments& a) {

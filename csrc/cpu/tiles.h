@@ -187,22 +187,36 @@ int64_t sums_of(const typename Kind::Arguments& a) {
   return Kind::kSums + Kind::more_sums(a);
 }
 
-// Adds up the tiles in order, into the slot of each sample's first, and writes the loss, the metrics and what is saved.
+// The slot of a tile's sums. When its sample is finished, the first tile's has the sample's metrics instead.
 template <typename Kind>
-void finish_forward(const typename Kind::Arguments& a) {
+double* slot_of(const typename Kind::Arguments& a, int64_t i) {
+  return a.partial + i * sums_of<Kind>(a);
+}
+
+// Adds up a sample's tiles in order, and writes what is saved of it and its part of the metrics.
+template <typename Kind>
+void finish_tiles(const typename Kind::Arguments& a, int64_t b) {
+  static_assert(int{Kind::kMetrics} <= int{Kind::kSums}, "metrics fit into a slot");
   const int64_t tiles = tiles_of(a.positions), width = sums_of<Kind>(a);
+  double* sums = slot_of<Kind>(a, b * tiles);
+  for (int64_t t = 1; t < tiles; ++t) {
+    const double* tile = sums + t * width;
+    for (int64_t i = 0; i < width; ++i) {
+      sums[i] = i == Kind::kLargestSum ? maximum(sums[i], tile[i]) : sums[i] + tile[i];
+    }
+  }
+  double metrics[Kind::kMetrics];
+  finish_sample(a, b, *reinterpret_cast<const double (*)[Kind::kSums]>(sums), sums + Kind::kSums, metrics);
+  for (int64_t i = 0; i < Kind::kMetrics; ++i) sums[i] = metrics[i];
+}
+
+// Writes the loss and the metrics from those of the finished samples.
+template <typename Kind>
+void finish_samples(const typename Kind::Arguments& a) {
   double total[Kind::kMetrics] = {};
   for (int64_t b = 0; b < a.batch; ++b) {
-    double* sums = a.partial + b * tiles * width;
-    for (int64_t t = 1; t < tiles; ++t) {
-      const double* tile = sums + t * width;
-      for (int64_t i = 0; i < width; ++i) {
-        sums[i] = i == Kind::kLargestSum ? maximum(sums[i], tile[i]) : sums[i] + tile[i];
-      }
-    }
-    double metrics[Kind::kMetrics];
-    finish_sample(a, b, *reinterpret_cast<const double (*)[Kind::kSums]>(sums), sums + Kind::kSums, metrics);
-    merge<Kind::kLargestMetric>(total, metrics);
+    const double* metrics = slot_of<Kind>(a, b * tiles_of(a.positions));
+    merge<Kind::kLargestMetric>(total, *reinterpret_cast<const double (*)[Kind::kMetrics]>(metrics));
   }
   finish_batch<Kind::kLargestMetric>(a, total);
 }
@@ -212,11 +226,35 @@ template <typename Kind, typename TileSums>
 void forward(const typename Kind::Arguments& a, TileSums tile_sums) {
   const int64_t width = sums_of<Kind>(a);
   for_each_tile(a, [&](int64_t i, const Tile& tile) {
-    double* sums = a.partial + i * width;
+    double* sums = slot_of<Kind>(a, i);
     for (int64_t j = 0; j < width; ++j) sums[j] = 0.0;
     tile_sums(tile, sums);
   });
-  finish_forward<Kind>(a);
+  for (int64_t b = 0; b < a.batch; ++b) finish_tiles<Kind>(a, b);
+  finish_samples<Kind>(a);
+}
+
+// The same, and `tile_gradient(tile)` for every tile of a sample whose sums are complete: at once, while its latents
+// are in the cache, if there are enough samples for the threads.
+template <typename Kind, typename TileSums, typename TileGradient>
+void forward_with_gradient(const typename Kind::Arguments& a, TileSums tile_sums, TileGradient tile_gradient) {
+  const int64_t tiles = tiles_of(a.positions), width = sums_of<Kind>(a);
+  const bool packed = is_packed(a.model_output, a.channels);
+  if (a.batch < a.threads) {
+    forward<Kind>(a, tile_sums);
+    for_each_tile(a, [&](int64_t, const Tile& tile) { tile_gradient(tile); });
+    return;
+  }
+  parallel_for(a.batch, a.threads, [&](int64_t b, int) {
+    for (int64_t i = b * tiles; i < (b + 1) * tiles; ++i) {
+      double* sums = slot_of<Kind>(a, i);
+      for (int64_t j = 0; j < width; ++j) sums[j] = 0.0;
+      tile_sums(Tile(i, a.positions, packed), sums);
+    }
+    finish_tiles<Kind>(a, b);
+    for (int64_t i = b * tiles; i < (b + 1) * tiles; ++i) tile_gradient(Tile(i, a.positions, packed));
+  });
+  finish_samples<Kind>(a);
 }
 
 }  // namespace

@@ -60,8 +60,8 @@ class Pass:
         self.inputs, self.gradient, self.differentiable = inputs, gradient, True
         try:
             self.versions = [t._version for t in inputs if t is not None]
-        except RuntimeError:  # tensors of inference mode, which autograd cannot save
-            self.attach()
+        except RuntimeError:  # tensors of inference mode, which autograd cannot save: this raises its error
+            self.objective.apply(inputs[0], self)
 
     def attach(self) -> Tensor:
         """The loss with its autograd node, if it is differentiable."""

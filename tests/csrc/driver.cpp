@@ -87,18 +87,30 @@ struct MapsInputs {
   }
 };
 
+// Two passes, and one that also writes the gradient, which must be that of two for an upstream gradient of ones.
+template <typename Kind, typename Inputs>
+void check_passes(const char* name, const Inputs& in, void (*forward)(const typename Kind::Arguments&),
+                  void (*backward)(const typename Kind::Arguments&)) {
+  with_threads(name, [&](int threads) { return in.template run<Kind>(in.arguments, threads, forward, backward); });
+  const auto at_once = [&](int threads) {
+    return in.template run<Kind>(in.arguments, threads, forward, backward, true);
+  };
+  with_threads(name, at_once);
+  Inputs ones = in;
+  std::fill(ones.upstream.begin(), ones.upstream.end(), 1.0f);
+  if (at_once(1) != ones.template run<Kind>(in.arguments, 1, forward, backward)) {
+    fail(std::string(name) + ": one pass differs from two");
+  }
+}
+
 void run_cases(int64_t cases, uint64_t seed) {
   for (int64_t i = 0; i < cases; ++i) {
     Random random{seed * 1000003u + static_cast<uint64_t>(i)};
     const Problem problem(random);
     const PolicyInputs policy(random, problem, false);
-    with_threads("policy", [&](int threads) {
-      return policy.run<star::Policy>(policy.arguments, threads, kernels::policy_forward, kernels::policy_backward);
-    });
+    check_passes<star::Policy>("policy", policy, kernels::policy_forward, kernels::policy_backward);
     const NftInputs nft(random, problem, false);
-    with_threads("nft", [&](int threads) {
-      return nft.run<star::Nft>(nft.arguments, threads, kernels::nft_forward, kernels::nft_backward);
-    });
+    check_passes<star::Nft>("nft", nft, kernels::nft_forward, kernels::nft_backward);
     const SampleInputs sampling(random, problem, false);
     with_threads("sample_transition", [&](int threads) { return sampling.run(threads); });
     const MapsInputs maps(random, false);
@@ -107,20 +119,23 @@ void run_cases(int64_t cases, uint64_t seed) {
   std::printf("%lld cases of each kernel\n", static_cast<long long>(cases));
 }
 
+// The pass that the name of the kernel ends with: forward, backward, or both, the forward pass with the gradient.
+template <typename Kind, typename Inputs>
+void run_passes(const std::string& kernel, const Inputs& in, void (*forward)(const typename Kind::Arguments&),
+                void (*backward)(const typename Kind::Arguments&)) {
+  const bool both = kernel.find("both") != std::string::npos, first = kernel.find("forward") != std::string::npos;
+  in.template run<Kind>(in.arguments, 1, both || first ? forward : nullptr, both || first ? nullptr : backward, both);
+}
+
 void run_once(const std::string& kernel) {
   Random random{1};
   const Problem problem(16, 32, 32);
   if (kernel.rfind("policy", 0) == 0) {
     PolicyInputs in(random, problem, true);
     in.arguments.per_location = kernel.find("location") != std::string::npos;
-    const bool forward = kernel.find("forward") != std::string::npos;
-    in.run<star::Policy>(in.arguments, 1, forward ? kernels::policy_forward : nullptr,
-                         forward ? nullptr : kernels::policy_backward);
+    run_passes<star::Policy>(kernel, in, kernels::policy_forward, kernels::policy_backward);
   } else if (kernel.rfind("nft", 0) == 0) {
-    const NftInputs in(random, problem, true);
-    const bool forward = kernel == "nft_forward";
-    in.run<star::Nft>(in.arguments, 1, forward ? kernels::nft_forward : nullptr,
-                      forward ? nullptr : kernels::nft_backward);
+    run_passes<star::Nft>(kernel, NftInputs(random, problem, true), kernels::nft_forward, kernels::nft_backward);
   } else if (kernel == "sample_transition") {
     SampleInputs(random, problem, true).run(1);
   } else if (kernel == "attention_maps") {

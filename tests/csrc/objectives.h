@@ -86,11 +86,12 @@ struct ObjectiveInputs {
     a.grad_loss = upstream.data();
   }
 
-  // Forward and backward of one objective with a number of threads: every output.
+  // Forward and backward of one objective with a number of threads: every output. With `at_once` the forward pass also
+  // writes the gradient, and `backward` is not called.
   template <typename Kind>
   std::vector<std::string> run(typename Kind::Arguments a, int threads,
                                void (*forward)(const typename Kind::Arguments&),
-                               void (*backward)(const typename Kind::Arguments&)) const {
+                               void (*backward)(const typename Kind::Arguments&), bool at_once = false) const {
     const int64_t tiles = (problem.positions + star::kTilePositions - 1) / star::kTilePositions;
     fill(a);
     std::vector<double> partial(static_cast<size_t>(problem.batch * tiles * (Kind::kSums + Kind::more_sums(a))));
@@ -99,10 +100,11 @@ struct ObjectiveInputs {
     Memory gradient = output(model_output.view.dtype, problem, gradient_layout);
     a.threads = threads;
     a.partial = partial.data(), a.loss = loss.data(), a.metrics = metrics.data(), a.saved = saved.data();
+    if (at_once) a.gradient = gradient.view, a.grad_loss = nullptr;
     if (forward) forward(a);
     a.gradient = gradient.view;
-    if (backward) backward(a);
-    if (forward && backward) {
+    if (backward && !at_once) backward(a);
+    if (forward && (backward || at_once)) {
       check_written("loss", loss), check_written("metrics", metrics), check_written("saved", saved);
       check_written("gradient", gradient, problem);
     }
