@@ -40,7 +40,7 @@ INSTRUCTION_SETS = {  # name -> compiler flags, number of floats in a vector reg
 }
 # file -> value of -ffp-contract, see csrc/flow_policy.h
 CPU_KERNELS = {"allocation": "off", "attention_maps": "fast", "flow_policy": "off", "nft": "fast"}
-CUDA_KERNELS = ("policy_forward", "policy_backward", "nft", "sample_transition")
+CUDA_KERNELS = ("policy_forward", "policy_backward", "policy_fused", "nft", "sample_transition")
 CUDA_ARCHITECTURES = ("80", "90a", "100a")
 
 

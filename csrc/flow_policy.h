@@ -13,12 +13,13 @@
 #include "arguments.h"
 
 #if defined(__CUDACC__)
-#define STAR_INLINE static __host__ __device__ __forceinline__
+#define STAR_INLINE_MEMBER __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
-#define STAR_INLINE static inline __attribute__((always_inline))
+#define STAR_INLINE_MEMBER inline __attribute__((always_inline))
 #else
-#define STAR_INLINE static inline
+#define STAR_INLINE_MEMBER inline
 #endif
+#define STAR_INLINE static STAR_INLINE_MEMBER
 
 namespace star {
 
@@ -184,6 +185,15 @@ STAR_INLINE float upstream_gradient(const Objective& a, int64_t b) {
   return a.grad_loss ? a.grad_loss[a.unreduced ? b : 0] : 1.0f;
 }
 
+// What is saved of one sample for its gradient.
+struct Saved {
+  float* first;
+  int64_t stride;
+  STAR_INLINE_MEMBER float& operator[](int64_t row) const { return first[row * stride]; }
+};
+
+STAR_INLINE Saved saved_of(const Objective& a, int64_t b) { return {a.saved + b, a.batch}; }
+
 STAR_INLINE double step_weight(const Objective& a, int64_t b) { return a.step_weights ? a.step_weights[b] : 1.0; }
 
 STAR_INLINE float clamp_advantage(float advantage, float limit) {
@@ -279,14 +289,14 @@ STAR_INLINE void add_sample_ratio(const PolicyArguments& a, double log_ratio, fl
 // after the kSums.
 template <typename Sums>
 STAR_INLINE void finish_phrases(const PolicyArguments& a, int64_t b, double log_ratio_sum, const Sums& more,
-                                double inverse, double guard, double (&metrics)[Policy::kMetrics]) {
+                                double inverse, double guard, const Saved& saved, double (&metrics)[Policy::kMetrics]) {
   const double step = step_weight(a, b), old = a.old_is_scalar ? a.old_log_prob[b] : 0.0f;
   for (int64_t g = 0; g < a.phrases; ++g) {
     const double log_ratio = ((g == 0 ? log_ratio_sum : more[g - 1]) * inverse - old) * guard;
     const float advantage = clamp_advantage(a.advantages[b * a.phrases + g], a.advantage_clip);
     const Surrogate s = clipped_surrogate(static_cast<float>(log_ratio), advantage, a.clip_low, a.clip_high);
     metrics[Policy::kPolicyLoss] += s.loss * step;
-    a.saved[g * a.batch + b] = static_cast<float>(step * guard * s.slope * share_of_sample(a));
+    saved[g] = static_cast<float>(step * guard * s.slope * share_of_sample(a));
     add_sample_ratio(a, log_ratio, s.ratio, metrics);
   }
   const double phrases = static_cast<double>(a.phrases);
@@ -299,7 +309,7 @@ STAR_INLINE void finish_phrases(const PolicyArguments& a, int64_t b, double log_
 // location's own (GSPO-token, arXiv 2507.18071).
 template <typename Sums>
 STAR_INLINE void finish_dense(const PolicyArguments& a, int64_t b, double log_ratio_sum, const Sums& more,
-                              double inverse, double guard, double (&metrics)[Policy::kMetrics]) {
+                              double inverse, double guard, const Saved& saved, double (&metrics)[Policy::kMetrics]) {
   const double step = step_weight(a, b), old = a.old_is_scalar ? a.old_log_prob[b] : 0.0f;
   const double log_ratio = (log_ratio_sum * inverse - old) * guard, share = share_of_sample(a);
   const float ratio = expf(static_cast<float>(log_ratio));
@@ -307,71 +317,81 @@ STAR_INLINE void finish_dense(const PolicyArguments& a, int64_t b, double log_ra
   const Surrogate down = clipped_surrogate_of(ratio, -1.0f, a.clip_low, a.clip_high);
   const double loss = weighted(more[0] * inverse, up.loss) + weighted(more[1] * inverse, down.loss);
   metrics[Policy::kPolicyLoss] = loss * step;
-  a.saved[b] = static_cast<float>(step * guard * up.slope * share);
-  a.saved[a.batch + b] = static_cast<float>(step * guard * down.slope * share);
+  saved[0] = static_cast<float>(step * guard * up.slope * share);
+  saved[1] = static_cast<float>(step * guard * down.slope * share);
   add_sample_ratio(a, log_ratio, ratio, metrics);
 }
 
 // Writes what is saved of a sample whose locations have ratios, which follows from the number of those that count: the
 // slopes without those of the surrogates.
-STAR_INLINE void save_locations(const PolicyArguments& a, const Coefficients& k, int64_t b, double inverse) {
+STAR_INLINE void save_locations(const PolicyArguments& a, const Coefficients& k, int64_t b, double inverse,
+                                const Saved& saved) {
   const double guard = a.old_output.data ? guard_factor(k) : 1.0f;
   const float slope = static_cast<float>(step_weight(a, b) * guard * share_of_sample(a));
-  for (int64_t g = 0; g < Policy::slopes(a); ++g) a.saved[g * a.batch + b] = slope;
-  a.saved[Policy::slopes(a) * a.batch + b] = static_cast<float>(inverse);
+  for (int64_t g = 0; g < Policy::slopes(a); ++g) saved[g] = slope;
+  saved[Policy::slopes(a)] = static_cast<float>(inverse);
 }
 
-// Turns the sums of a sample into its part of the metrics, and writes what is saved of it and, unreduced, its loss. A
-// sample without a location that counts contributes nothing.
+// Turns the sums of a sample into its part of the metrics and what is saved of it. A sample without a location that
+// counts contributes nothing.
 template <typename Sums>
-STAR_INLINE void finish_sample(const PolicyArguments& a, int64_t b, const double (&sums)[Policy::kSums],
-                               const Sums& more, double (&metrics)[Policy::kMetrics]) {
+STAR_INLINE void evaluate_sample(const PolicyArguments& a, int64_t b, const double (&sums)[Policy::kSums],
+                                 const Sums& more, const Saved& saved, double (&metrics)[Policy::kMetrics]) {
   const Coefficients k = coefficients_of(a.coefficients, a.columns, b);
   const double inverse = inverse_count(a, sums[Policy::kCount]), guard = a.old_output.data ? guard_factor(k) : 1.0f;
   const double step = step_weight(a, b);
   for (int i = 0; i < Policy::kMetrics; ++i) metrics[i] = 0.0;
-  a.saved[Policy::slopes(a) * a.batch + b] = static_cast<float>(inverse);
+  saved[Policy::slopes(a)] = static_cast<float>(inverse);
   if (a.per_location) {
-    save_locations(a, k, b, inverse);
+    save_locations(a, k, b, inverse, saved);
     metrics[Policy::kMeanRatio] = sums[Policy::kRatio] * inverse;
     metrics[Policy::kMaxRatio] = sums[Policy::kRatioMax];
     metrics[Policy::kClipFraction] = sums[Policy::kClipped] * inverse;
     metrics[Policy::kApproximateKl] = 0.5 * sums[Policy::kSquaredLogRatio] * inverse;
     metrics[Policy::kPolicyLoss] = sums[Policy::kLoss] * inverse * step;
   } else if (inverse == 0.0) {
-    for (int64_t g = 0; g < Policy::slopes(a); ++g) a.saved[g * a.batch + b] = 0.0f;
+    for (int64_t g = 0; g < Policy::slopes(a); ++g) saved[g] = 0.0f;
   } else if (a.dense) {
-    finish_dense(a, b, sums[Policy::kLogRatio], more, inverse, guard, metrics);
+    finish_dense(a, b, sums[Policy::kLogRatio], more, inverse, guard, saved, metrics);
   } else {
-    finish_phrases(a, b, sums[Policy::kLogRatio], more, inverse, guard, metrics);
+    finish_phrases(a, b, sums[Policy::kLogRatio], more, inverse, guard, saved, metrics);
   }
   if (a.ref_output.data) {
     const double mean = sums[Policy::kSquaredDifference] * inverse / static_cast<double>(a.channels);
     metrics[Policy::kKlLoss] = mean * k.mean_output * k.mean_output * k.kl_scale;
   }
+}
+
+// The same, with what is saved in its place; also writes the loss of an unreduced sample.
+template <typename Arguments, typename Sums, int kSums, int kMetrics>
+STAR_INLINE void finish_sample(const Arguments& a, int64_t b, const double (&sums)[kSums], const Sums& more,
+                               double (&metrics)[kMetrics]) {
+  evaluate_sample(a, b, sums, more, saved_of(a, b), metrics);
   if (a.unreduced) a.loss[b] = total_loss(a, metrics, 1.0);
 }
 
 // The upstream gradient of a sample's mean over locations.
-STAR_INLINE float upstream_mean(const PolicyArguments& a, int64_t b) {
-  return upstream_gradient(a, b) * a.saved[Policy::slopes(a) * a.batch + b];
+STAR_INLINE float upstream_mean(const PolicyArguments& a, int64_t b, const Saved& saved) {
+  return upstream_gradient(a, b) * saved[Policy::slopes(a)];
 }
 
 // d loss / d output = factor * slope * weight * residual.
-STAR_INLINE float gradient_factor_of_slope(const PolicyArguments& a, const Coefficients& k, int64_t b) {
-  return upstream_mean(a, b) * log_prob_slope(k, 1.0f / static_cast<float>(a.channels));
+STAR_INLINE float gradient_factor_of_slope(const PolicyArguments& a, const Coefficients& k, int64_t b,
+                                           const Saved& saved) {
+  return upstream_mean(a, b, saved) * log_prob_slope(k, 1.0f / static_cast<float>(a.channels));
 }
 
 // d loss / d output = factor * weight * residual, times the slope of the location's surrogate if it has a ratio. `row`
 // is that of the slope: the phrase, or for dense advantages 0 where they are positive and 1 where they are negative,
 // which then multiply the factor by their absolute value.
 STAR_INLINE float gradient_factor(const PolicyArguments& a, const Coefficients& k, int64_t b, int64_t row = 0) {
-  return gradient_factor_of_slope(a, k, b) * a.saved[row * a.batch + b];
+  const Saved saved = saved_of(a, b);
+  return gradient_factor_of_slope(a, k, b, saved) * saved[row];
 }
 
 // d loss / d output = factor * (output - ref_output), of the KL penalty, times the weight if that acts on it.
-STAR_INLINE float kl_gradient_factor(const PolicyArguments& a, const Coefficients& k, int64_t b) {
-  const float mean = upstream_mean(a, b) / static_cast<float>(a.channels);
+STAR_INLINE float kl_gradient_factor(const PolicyArguments& a, const Coefficients& k, int64_t b, const Saved& saved) {
+  const float mean = upstream_mean(a, b, saved) / static_cast<float>(a.channels);
   const float share = static_cast<float>(share_of_sample(a));
   return mean * share * a.kl_coef * 2.0f * k.kl_scale * k.mean_output * k.mean_output;
 }

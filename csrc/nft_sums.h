@@ -42,10 +42,10 @@ STAR_INLINE NftErrors nft_errors(float old_error, float change, float beta) {
   return {old_error + beta * change, old_error - beta * change};
 }
 
-// Turns the sums of a sample into its part of the metrics, and writes what is saved of it and, unreduced, its loss.
+// Turns the sums of a sample into its part of the metrics and what is saved of it.
 template <typename Sums>
-STAR_INLINE void finish_sample(const NftArguments& a, int64_t b, const double (&sums)[Nft::kSums], const Sums&,
-                               double (&metrics)[Nft::kMetrics]) {
+STAR_INLINE void evaluate_sample(const NftArguments& a, int64_t b, const double (&sums)[Nft::kSums], const Sums&,
+                                 const Saved& saved, double (&metrics)[Nft::kMetrics]) {
   const double inverse = inverse_count(a, sums[Nft::kCount]);
   const double inverse_elements = inverse / static_cast<double>(a.channels);
   double positive = 1.0, negative = 1.0;
@@ -64,10 +64,9 @@ STAR_INLINE void finish_sample(const NftArguments& a, int64_t b, const double (&
       factor / a.beta * (likely * metrics[Nft::kPositiveLoss] + (1.0 - likely) * metrics[Nft::kNegativeLoss]);
   metrics[Nft::kKlLoss] = a.ref_output.data ? sums[Nft::kSquaredDifference] * inverse_elements : 0.0;
   const double scale = 2.0 * factor * inverse_elements * share_of_sample(a);
-  a.saved[b] = static_cast<float>(scale * (likely * positive - (1.0 - likely) * negative));
-  a.saved[a.batch + b] = static_cast<float>(scale * (likely * positive + (1.0 - likely) * negative) * a.beta);
-  a.saved[2 * a.batch + b] = static_cast<float>(inverse);
-  if (a.unreduced) a.loss[b] = total_loss(a, metrics, 1.0);
+  saved[0] = static_cast<float>(scale * (likely * positive - (1.0 - likely) * negative));
+  saved[1] = static_cast<float>(scale * (likely * positive + (1.0 - likely) * negative) * a.beta);
+  saved[2] = static_cast<float>(inverse);
 }
 
 // d loss / d output = weight * (old_error * D + change * d) + kl * (output - ref_output), kl times the weight if that
@@ -76,11 +75,15 @@ struct NftFactors {
   float old_error, change, kl;
 };
 
-STAR_INLINE NftFactors gradient_factors(const NftArguments& a, int64_t b) {
+STAR_INLINE NftFactors gradient_factors(const NftArguments& a, int64_t b, const Saved& saved) {
   const float upstream = upstream_gradient(a, b);
-  const float mean = upstream * a.saved[2 * a.batch + b] / static_cast<float>(a.channels);
+  const float mean = upstream * saved[2] / static_cast<float>(a.channels);
   const float kl = mean * static_cast<float>(share_of_sample(a)) * a.kl_coef * 2.0f;
-  return {upstream * a.saved[b], upstream * a.saved[a.batch + b], kl};
+  return {upstream * saved[0], upstream * saved[1], kl};
+}
+
+STAR_INLINE NftFactors gradient_factors(const NftArguments& a, int64_t b) {
+  return gradient_factors(a, b, saved_of(a, b));
 }
 
 }  // namespace star

@@ -87,6 +87,14 @@ def entries() -> list[Entry]:
             "Whether every kernel runs on this device and agrees with the reference; if not, what to repair first.",
             timed=False,
         ),
+        Entry(
+            "fused",
+            ("{python}", "-m", "tools.fused_loss", "--out", "{folder}", "--seconds", "20"),
+            75.0,
+            "Whether the loss and its gradient in one launch are right, and which cluster and block are the fastest.",
+            summary=fused_times,
+            warm_up=(("{python}", "-m", "tools.fused_loss", "--out", "{folder}", "--seconds", "1", "--batch", "2"),),
+        ),
         benchmark("host", 45.0, "Whether a call costs the host as little as planned.", "host"),
         benchmark(
             "policy",
@@ -224,6 +232,12 @@ def findings(text: str) -> str:
     """The last summary line of a sanitizer; without one, the last line of the output."""
     summaries = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", text, re.MULTILINE)
     return summaries[-1] if summaries else last_line(text)
+
+
+def fused_times(text: str) -> str:
+    """What is wrong with the kernels of one launch, or else the times of each shape; else the last line."""
+    failed = re.findall(r"^FAILED: (.*)$", text, re.MULTILINE)
+    return " | ".join(failed or re.findall(r"fastest (.*)$", text, re.MULTILINE)) or last_line(text)
 
 
 def gluon_times(text: str) -> str:

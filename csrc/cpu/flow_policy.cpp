@@ -193,7 +193,7 @@ void write_gradient(const PolicyArguments& a, const Coefficients& k, const Tile&
                     const float* factor, Buffers& buffers) {
   const View& residual_output = a.old_output.data ? a.old_output : a.model_output;
   float gradient[kRun];
-  const float kl = a.ref_output.data ? kl_gradient_factor(a, k, tile.b) : 0.0f;
+  const float kl = a.ref_output.data ? kl_gradient_factor(a, k, tile.b, saved_of(a, tile.b)) : 0.0f;
   for_each_run(tile, a.channels, [&](int64_t p, int64_t c, int64_t n) {
     const float* x = load_tile_run(a.sample, tile, p, c, n, buffers.x);
     const float* v = load_tile_run(residual_output, tile, p, c, n, buffers.v);
@@ -249,7 +249,7 @@ void save_all_locations(const PolicyArguments& a) {
   for (int64_t b = 0; b < a.batch; ++b) {
     const uint8_t* mask = a.mask ? a.mask + b * a.positions : nullptr;
     const double kept = static_cast<double>(count_kept(mask, a.positions));
-    save_locations(a, coefficients_of(a.coefficients, a.columns, b), b, inverse_count(a, kept));
+    save_locations(a, coefficients_of(a.coefficients, a.columns, b), b, inverse_count(a, kept), saved_of(a, b));
   }
 }
 

@@ -77,11 +77,12 @@ int64_t policy_workspace_bytes(int64_t batch, int64_t positions, int64_t phrases
 
 int64_t nft_workspace_bytes(int64_t batch, int64_t positions) { return workspace_bytes(batch, positions, Nft::kSums); }
 
-// `partial` is workspace of `bytes`, which need not be initialised. If the gradient is wanted, a second kernel writes
-// it.
+// `partial` is workspace of `bytes`, which need not be initialised. A gradient that is wanted is written by the fused
+// kernel, or else by the backward kernel after the forward kernel.
 template <typename Kind>
 void run_forward(const char* name, Reader& in, Call<typename Kind::Arguments> call, int64_t bytes,
-                 void (*kernel)(const typename Kind::Arguments&, unsigned*, cudaStream_t),
+                 bool (*fused)(const typename Kind::Arguments&, unsigned*, cudaStream_t),
+                 void (*forward)(const typename Kind::Arguments&, unsigned*, cudaStream_t),
                  void (*backward)(const typename Kind::Arguments&, cudaStream_t)) {
   auto& a = call.arguments;
   a.partial = reinterpret_cast<double*>(dense_data<uint8_t>("partial", in.tensor("partial"), kDLUInt, 8, bytes));
@@ -90,8 +91,9 @@ void run_forward(const char* name, Reader& in, Call<typename Kind::Arguments> ca
   check_size(a);
   const DeviceGuard guard(call.model_output);
   const cudaStream_t stream = current_stream(call.model_output);
+  if (a.gradient.data && fused(a, counter, stream)) return check_launch(name);
   const View gradient = std::exchange(a.gradient, View{});
-  kernel(a, counter, stream);
+  forward(a, counter, stream);
   check_launch(name);
   if (!gradient.data) return;
   a.gradient = gradient;
@@ -110,7 +112,8 @@ void policy_forward(Reader& in) {
   const Call<PolicyArguments> call = read_policy(in);
   const PolicyArguments& a = call.arguments;
   const int64_t bytes = policy_workspace_bytes(a.batch, a.positions, a.phrases);
-  run_forward<Policy>("policy_forward", in, call, bytes, cuda::policy_forward, cuda::policy_backward);
+  run_forward<Policy>("policy_forward", in, call, bytes, cuda::policy_fused, cuda::policy_forward,
+                      cuda::policy_backward);
 }
 
 void policy_backward(Reader& in) {
@@ -120,7 +123,7 @@ void policy_backward(Reader& in) {
 void nft_forward(Reader& in) {
   const Call<NftArguments> call = read_nft(in);
   const int64_t bytes = nft_workspace_bytes(call.arguments.batch, call.arguments.positions);
-  run_forward<Nft>("nft_forward", in, call, bytes, cuda::nft_forward, cuda::nft_backward);
+  run_forward<Nft>("nft_forward", in, call, bytes, cuda::nft_fused, cuda::nft_forward, cuda::nft_backward);
 }
 
 void nft_backward(Reader& in) { run_backward<Nft>("nft_backward", in, read_nft(in), cuda::nft_backward); }

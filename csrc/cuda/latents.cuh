@@ -81,6 +81,11 @@ struct Word<4> {
   static constexpr int kCount = 1;
 };
 template <>
+struct Word<2> {
+  using Type = unsigned short;
+  static constexpr int kCount = 1;
+};
+template <>
 struct Word<1> {
   using Type = unsigned char;
   static constexpr int kCount = 1;
@@ -181,6 +186,9 @@ struct Scalar {
 };
 
 template <typename Access>
+constexpr bool kAlongPositions = Access::kVector && !Access::kPacked;  // whether a run has several positions
+
+template <typename Access>
 using OutputRun = Run<typename Access::Output, Access::kRun>;
 template <typename Access>
 using LatentRun = Run<typename Access::Latent, Access::kRun>;
@@ -208,7 +216,7 @@ __device__ __forceinline__ Place place_of(const Tiling& t, int64_t positions) {
 // equally many calls, so that body may combine the lanes of a warp; position is out of range if active is false.
 template <typename Access, typename Body>
 __device__ __forceinline__ void for_each_position(const Tiling& t, const Place& place, Body body) {
-  if constexpr (Access::kVector && !Access::kPacked) {
+  if constexpr (kAlongPositions<Access>) {
     const unsigned position = place.first + threadIdx.x * Access::kRun;
     body(position, 0u, position < place.end);
   } else {
@@ -219,21 +227,31 @@ __device__ __forceinline__ void for_each_position(const Tiling& t, const Place& 
   }
 }
 
-// Calls use(c, load(c)) for the runs of channels of a lane. If runs lie along positions, the loads of several channels
-// are issued before the first one is used: 192 bytes per thread for three float32 tensors.
-template <typename Access, typename Load, typename Use>
+// Calls use(c, load(c)) for as many channels from c on as are a multiple of kTogether, whose loads are issued together.
+// Returns the channel after them.
+template <int kTogether, typename Load, typename Use>
+__device__ __forceinline__ int use_runs(int c, int count, Load load, Use use) {
+  for (; c + kTogether <= count; c += kTogether) {
+    decltype(load(0)) runs[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) runs[i] = load(c + i);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) use(c + i, runs[i]);
+  }
+  return c;
+}
+
+// Channels whose loads a thread issues together, if runs lie along positions: 192 bytes for three float32 tensors.
+template <typename Access>
+constexpr int kInFlight = 16 / Access::kRun;
+
+// Calls use(c, load(c)) for the runs of channels of a lane.
+template <typename Access, int kTogether = kInFlight<Access>, typename Load, typename Use>
 __device__ __forceinline__ void for_each_run(const Tiling& t, int64_t channels, unsigned lane, Load load, Use use) {
   const int count = static_cast<int>(channels);
-  if constexpr (Access::kVector && !Access::kPacked) {
-    constexpr int kInFlight = 16 / Access::kRun;
-    int c = 0;
-    for (; c + kInFlight <= count; c += kInFlight) {
-      decltype(load(0)) runs[kInFlight];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) runs[i] = load(c + i);
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) use(c + i, runs[i]);
-    }
+  if constexpr (kAlongPositions<Access>) {
+    int c = use_runs<kTogether>(0, count, load, use);
+    if constexpr (kTogether > 4) c = use_runs<4>(c, count, load, use);
 #pragma unroll 1
     for (; c < count; ++c) use(c, load(c));
   } else {
@@ -341,6 +359,11 @@ __device__ __forceinline__ void add_kl_gradient(const Access& access, const Outp
   for (int i = 0; i < Access::kRun; ++i) {
     gradient[i] += factors[Access::kPacked ? 0 : i] * (access.value(output, i) - access.value(ref_output, i));
   }
+}
+
+// Whether the forward pass has written the gradient of a sample, for an upstream gradient of one, and one it is.
+__device__ __forceinline__ bool is_written(const Objective& a, unsigned b) {
+  return a.written && upstream_gradient(a, b) == 1.0f;
 }
 
 // Stores a run of the gradient: zero for positions that the mask drops, whose inputs may be anything.

@@ -25,18 +25,23 @@ unsigned tile_positions(int64_t batch, int64_t positions, bool packed, unsigned 
 // The tensors of a kernel, seen as runs of elements.
 struct Latents {
   int64_t batch, channels, positions;
-  bool packed;
+  bool packed, narrow;
   DType output, latent;
   bool aligned = true;
 
+  // `narrow`: runs along positions have 4 bytes of the narrowest dtype, as those of the fused kernels.
   template <typename Arguments>
-  explicit Latents(const Arguments& a)
-      : batch(a.batch), channels(a.channels), positions(a.positions), output(a.model_output.dtype) {
+  explicit Latents(const Arguments& a, bool narrow = false)
+      : batch(a.batch), channels(a.channels), positions(a.positions), narrow(narrow), output(a.model_output.dtype) {
     packed = channels > 1 && a.model_output.channel < a.model_output.position;
   }
 
-  // The longest run that every tensor can read 16 bytes at a time.
-  int run() const { return packed ? kPackedRun : (output != DType::kFloat32 && latent == output ? 8 : 4); }
+  // Else the longest run that every tensor can read 16 bytes at a time.
+  int run() const {
+    const bool wide = output == DType::kFloat32;
+    if (packed) return kPackedRun;
+    return narrow ? (wide ? 1 : 2) : (!wide && latent == output ? 8 : 4);
+  }
 
   void read(const View& view, DType dtype) {
     if (!view.data) return;
@@ -69,6 +74,13 @@ struct Latents {
   }
 };
 
+// The lanes that share a position.
+unsigned lanes_of(const Latents& l) {
+  unsigned lanes = 1;
+  while (l.packed && lanes < 32 && 2 * lanes * kPackedRun <= l.channels) lanes *= 2;
+  return lanes;
+}
+
 // `largest` tile of latents [C, P].
 template <typename Access>
 Tiling tiling_of(const Latents& l, unsigned largest = 4 * kThreads) {
@@ -76,8 +88,7 @@ Tiling tiling_of(const Latents& l, unsigned largest = 4 * kThreads) {
   t.tile = tile_positions(l.batch, l.positions, l.packed, largest);
   t.tiles = static_cast<unsigned>((l.positions + t.tile - 1) / t.tile);
   t.blocks = static_cast<unsigned>(l.batch * t.tiles);
-  t.lanes = 1;
-  while (l.packed && t.lanes < 32 && 2 * t.lanes * kPackedRun <= l.channels) t.lanes *= 2;
+  t.lanes = lanes_of(l);
   t.threads = l.packed ? t.tile * t.lanes : t.tile / (Access::kVector ? Access::kRun : 4);
   if (t.threads > kThreads) t.threads = kThreads;
   t.finish = 32;

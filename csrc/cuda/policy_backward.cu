@@ -17,76 +17,6 @@ namespace {
 
 constexpr int kKept = 16;
 
-// Factors of the residual and of the KL penalty's difference in the gradient at the positions of a run.
-template <typename Access>
-struct Factors {
-  float residual[Access::kSlots], kl[Access::kSlots];
-  bool keep[Access::kSlots];
-};
-
-// Adds up the slopes of phrases, weighted, for the positions of a run.
-template <typename Access>
-__device__ __forceinline__ void add_phrase_slopes(const PolicyArguments& a, unsigned b, unsigned position,
-                                                  float (&slopes)[Access::kSlots]) {
-  const unsigned phrases = static_cast<unsigned>(a.phrases);
-#pragma unroll 1
-  for (unsigned g = 0; g < phrases; ++g) {
-    float weights[Access::kSlots];
-    load_weights<Access::kSlots>(a, b * phrases + g, position, weights);
-    const float slope = a.saved[g * a.batch + b];
-#pragma unroll
-    for (int i = 0; i < Access::kSlots; ++i) slopes[i] += weights[i] * slope;
-  }
-}
-
-// Weight times d loss / d log-ratio for the positions of a run, with advantages of phrases or dense ones.
-template <typename Access>
-__device__ __forceinline__ void split_slopes(const PolicyArguments& a, const Rows<Access>& rows, unsigned b,
-                                             unsigned position, const float (&log_ratio)[Access::kSlots],
-                                             float (&slopes)[Access::kSlots]) {
-  if (!a.per_location && !a.dense) return add_phrase_slopes<Access>(a, b, position, slopes);
-  SignedAdvantage<float> advantages[Access::kSlots];
-  signed_advantages<Access>(a, rows, b, position, advantages);
-  const float up = a.saved[b], down = a.saved[a.batch + b];
-#pragma unroll
-  for (int i = 0; i < Access::kSlots; ++i) {
-    if (a.per_location) {
-      slopes[i] = signed_surrogate(expf(log_ratio[i]), advantages[i], a.clip_low, a.clip_high).slope * up;
-    } else {
-      slopes[i] = weighted(advantages[i].positive, up) + weighted(advantages[i].negative, down);
-    }
-  }
-}
-
-// `sums` is read if locations have ratios.
-template <typename Access, Credit kCredit>
-__device__ __forceinline__ Factors<Access> factors_of(const PolicyArguments& a, const Coefficients& k, unsigned b,
-                                                      unsigned position, const Sums<Access>& sums) {
-  constexpr bool kPlain = kCredit == Credit::kPlain;
-  const Rows<Access> rows(a, b, position, a.per_location);
-  const float common = gradient_factor_of_slope(a, k, b), kl = a.ref_output.data ? kl_gradient_factor(a, k, b) : 0.0f;
-  const float advantage = kPlain ? clamp_advantage(__ldg(a.advantages + b), a.advantage_clip) : 0.0f;
-  float log_ratio[Access::kSlots], slopes[Access::kSlots] = {};
-  if (a.per_location) log_ratios(a, k, rows, sums, log_ratio);
-  if constexpr (!kPlain) split_slopes<Access>(a, rows, b, position, log_ratio, slopes);
-  Factors<Access> factors;
-#pragma unroll
-  for (int i = 0; i < Access::kSlots; ++i) {
-    factors.kl[i] = a.weighted_kl ? rows.weights[i] * kl : kl;
-    factors.keep[i] = rows.keep[i];
-    if (!kPlain) {
-      factors.residual[i] = slopes[i] * common;
-    } else {
-      factors.residual[i] = rows.weights[i] * (common * a.saved[b]);
-      if (a.per_location) {
-        const Surrogate s = clipped_surrogate(log_ratio[i], advantage, a.clip_low, a.clip_high);
-        factors.residual[i] = weighted(factors.residual[i], s.slope);
-      }
-    }
-  }
-  return factors;
-}
-
 // Whether the general kernel is also used for ratios of locations.
 template <typename Access>
 constexpr bool kTakesLocations = Access::kPacked || !Access::kVector;
@@ -100,6 +30,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   const Place place = place_of(t, a.positions);
   const unsigned b = place.b;
+  if (is_written(a, b)) return;
   const Coefficients k = coefficients_of(a.coefficients, a.columns, b);
   const View& output = a.old_output.data ? a.old_output : a.model_output;  // of the residual, see guard_shift
   const Access access(a.model_output);
@@ -109,7 +40,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (a.per_location) sums = channel_sums(access, a, k, t, b, position, lane, active, View());
     }
     if (!active) return;
-    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, sums);
+    const Rows<Access> rows(a, b, position, a.per_location);
+    float log_ratio[Access::kSlots];
+    if (a.per_location) log_ratios(a, k, rows, sums, log_ratio);
+    const Saved saved = saved_of(a, b);
+    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, saved);
     const auto load = [&](int c) {
       Runs runs;
       runs.x = load_latent(access, a.sample, b, position, c);
@@ -139,10 +74,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename Access, Credit kCredit>
 __global__ void __launch_bounds__(kThreads / 2, 3)
     policy_location_backward_kernel(const __grid_constant__ PolicyArguments a, const __grid_constant__ Tiling t) {
-  constexpr int kRun = Access::kRun, kInFlight = 16 / kRun;
+  constexpr int kRun = Access::kRun, kTogether = kInFlight<Access>;
   const Place place = place_of(t, a.positions);
   const unsigned b = place.b, position = place.first + threadIdx.x * kRun;
-  if (position >= place.end) return;
+  if (position >= place.end || is_written(a, b)) return;
   const int channels = static_cast<int>(a.channels);
   const bool has_old = a.old_output.data;
   const Coefficients k = coefficients_of(a.coefficients, a.columns, b);
@@ -177,22 +112,26 @@ __global__ void __launch_bounds__(kThreads / 2, 3)
   };
   float kept[kKept][kRun], again[kRun];
 #pragma unroll
-  for (int first = 0; first < kKept; first += kInFlight) {
+  for (int first = 0; first < kKept; first += kTogether) {
     if (first >= channels) break;
-    Runs runs[kInFlight];
+    Runs runs[kTogether];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
+    for (int i = 0; i < kTogether; ++i) {
       runs[i] = load(first + i < channels ? first + i : channels - 1);  // a branch would keep the loads apart
     }
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
+    for (int i = 0; i < kTogether; ++i) {
       if (first + i < channels) add_run(runs[i], kept[first + i]);
     }
   }
 #pragma unroll 1
   for (int c = kKept; c < channels; ++c) add_run(load(c), again);
 
-  const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, sums);
+  const Rows<Access> rows(a, b, position, true);
+  float log_ratio[kRun];
+  log_ratios(a, k, rows, sums, log_ratio);
+  const Saved saved = saved_of(a, b);
+  const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, saved);
   const auto store = [&](int c, const float (&residuals)[kRun]) {
     float gradient[kRun];
 #pragma unroll

@@ -28,32 +28,37 @@ __device__ __forceinline__ void merge_lanes(double (&sums)[kSize], unsigned widt
   }
 }
 
-// Writes sums over the block's threads to partial[sum][block]: the first `used`, and with `more` those from kSums on.
-template <typename Kind, int kTerms>
-__device__ __forceinline__ void store_tile(const Tiling& t, const float (&terms)[kTerms], int used, bool more,
-                                           double* partial) {
-  __shared__ float shared[kTerms][kThreads];
-  const auto stored = [&](int i) { return i < used || (i >= Kind::kSums && more); };
-#pragma unroll
-  for (int i = 0; i < kTerms; ++i) {
-    if (stored(i)) shared[i][threadIdx.x] = terms[i];
+// The same for one sum, of which the largest is kept if `largest`.
+__device__ __forceinline__ void merge_chosen(double (&sum)[1], unsigned width, bool largest) {
+  if (largest) {
+    merge_lanes<0>(sum, width);
+  } else {
+    merge_lanes<-1>(sum, width);
   }
+}
+
+// Whether a thread has sum i: the first `used`, and with `more` those from kSums on.
+template <typename Kind>
+__device__ __forceinline__ bool has_sum(int i, int used, bool more) {
+  return i < used || (i >= Kind::kSums && more);
+}
+
+// Calls store(i, sum) with the sums over the block's threads, of which scratch[i * threads + thread] is in shared
+// memory.
+template <typename Kind, int kTerms, typename Store>
+__device__ __forceinline__ void add_threads(const Tiling& t, const float* scratch, int used, bool more, Store store) {
   __syncthreads();
   const unsigned lane = threadIdx.x % 32;
   for (int i = static_cast<int>(threadIdx.x / 32); i < kTerms; i += static_cast<int>(t.threads / 32)) {
-    if (!stored(i)) continue;
-    double sum[1] = {shared[i][lane]};
+    if (!has_sum<Kind>(i, used, more)) continue;
+    double sum[1] = {scratch[i * t.threads + lane]};
     const bool largest = i == Kind::kLargestSum;
     for (unsigned thread = lane + 32; thread < t.threads; thread += 32) {
-      const double other = shared[i][thread];
+      const double other = scratch[i * t.threads + thread];
       sum[0] = largest ? maximum(sum[0], other) : sum[0] + other;
     }
-    if (largest) {
-      merge_lanes<0>(sum, 32);
-    } else {
-      merge_lanes<-1>(sum, 32);
-    }
-    if (lane == 0) partial[static_cast<int64_t>(i) * t.blocks + blockIdx.x] = sum[0];
+    merge_chosen(sum, 32, largest);
+    if (lane == 0) store(i, sum[0]);
   }
 }
 
@@ -124,11 +129,16 @@ __device__ __noinline__ void finish_forward(const Tiling& t, const typename Kind
   finish_batch<Kind::kLargestMetric>(a, total);
 }
 
-// All of it; `used` and `more` as in store_tile.
-template <typename Kind, int kTerms>
+// The end of a forward kernel; `used` and `more` as in has_sum.
+template <typename Kind, int kTerms, typename Store>
 __device__ __forceinline__ void reduce(const Tiling& t, const typename Kind::Arguments& a, const float (&terms)[kTerms],
-                                       int used, bool more, unsigned* counter) {
-  store_tile<Kind>(t, terms, used, more, a.partial);
+                                       int used, bool more, unsigned* counter, Store store) {
+  __shared__ float scratch[kTerms * kThreads];
+#pragma unroll
+  for (int i = 0; i < kTerms; ++i) {
+    if (has_sum<Kind>(i, used, more)) scratch[i * t.threads + threadIdx.x] = terms[i];
+  }
+  add_threads<Kind, kTerms>(t, scratch, used, more, store);
   if (is_last_block(t, counter)) finish_forward<Kind>(t, a, used);
 }
 

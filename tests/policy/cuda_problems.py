@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -148,6 +151,88 @@ def with_credit(problem: Problem, layout: str, credit: str) -> Problem:
     elif credit == "dense":
         weights = torch.rand(batch, *LAYOUTS[layout][2], generator=generator)
     return replace(problem, advantages=4 * advantages, weights=weights)
+
+
+class Results:
+    """Memory for what the kernels write, which has NaN until then, and their calls."""
+
+    def __init__(self, library: Any, arguments: PolicyArguments | NftArguments) -> None:
+        output, batch = arguments.model_output, arguments.model_output.shape[0]
+        size = batch, output.numel() // (batch * output.shape[arguments.channel_dim])
+        if isinstance(arguments, PolicyArguments):
+            name, metrics = "policy", naive.METRICS
+            bytes_needed = library.policy_workspace_bytes(*size, arguments.phrases)
+        else:
+            name, metrics, bytes_needed = "nft", naive.NFT_METRICS, library.nft_workspace_bytes(*size)
+        self.workspace = torch.full((bytes_needed,), 255, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
+        self.loss = torch.full((batch,) if arguments.unreduced else (), torch.nan)
+        self.metrics = torch.full((len(metrics),), torch.nan)
+        self.saved = torch.full((arguments.saved_rows, batch), torch.nan)
+        self.gradient = torch.full_like(output, torch.nan)
+        self._library, self._name, self._arguments = library, name, arguments
+
+    def forward(self, *, gradient: bool, launches: int) -> None:
+        with counted(self._library, launches):
+            getattr(self._library, f"{self._name}_forward")(
+                *self._arguments, *self.workspace, self.loss, self.metrics, self.saved,
+                self.gradient if gradient else None,
+            )  # fmt: skip
+        assert self.workspace[1].item() == 0
+        assert not bool(self.saved.isnan().any()) or bool(self._arguments.model_output.isnan().any())
+
+    def backward(self, upstream: Tensor, *, written: bool) -> None:
+        with counted(self._library, 1):
+            backward = getattr(self._library, f"{self._name}_backward")
+            backward(*self._arguments, upstream, self.saved, self.gradient, written)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.loss, self.metrics, self.gradient))
+
+
+@contextmanager
+def counted(library: Any, launches: int) -> Iterator[None]:
+    """Checks the number of launches."""
+    before = library.launches()
+    yield
+    assert library.launches() == before + launches
+
+
+def run(library: Any, arguments: PolicyArguments | NftArguments, upstream: Tensor) -> tuple[Tensor, ...]:
+    """Loss, metrics and gradient of the forward and the backward kernel."""
+    results = Results(library, arguments)
+    results.forward(gradient=False, launches=1)
+    results.backward(upstream, written=False)
+    return tuple(results)
+
+
+def run_fused(
+    library: Any, arguments: PolicyArguments | NftArguments, shape: str = "16x32", *, launches: int = 1
+) -> tuple[Tensor, ...]:
+    """Loss, metrics and gradient, for an upstream gradient of ones, of the kernel that writes all of them.
+
+    Args:
+        shape: the largest number of blocks of a cluster and of threads of a block.
+        launches: 2 if the kernel cannot run.
+    """
+    results = Results(library, arguments)
+    with patch.dict(os.environ, {"STAR_KERNELS_FUSED": shape}):
+        results.forward(gradient=True, launches=launches)
+    return tuple(results)
+
+
+def sampled(library: Any, problem: Problem, *threads: int) -> tuple[Tensor, Tensor]:
+    prev, log_prob = torch.full_like(problem.sample, torch.nan), torch.full_like(problem.old_log_prob, torch.nan)
+    latents = (problem.output, problem.sample, problem.noise)
+    library.sample_transition(*latents, problem.coefficients, problem.channel_dim, *threads, prev, log_prob)
+    return prev, log_prob
+
+
+def assert_exact(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], size: float = 1.0) -> None:
+    """``size``: that of the terms whose sum is a loss."""
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-6, atol=1e-7 * size)
+    torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-5, atol=1e-7 * size)
+    error = (found[2].double() - expected[2]).norm() / expected[2].norm()
+    assert error < {F32: 1e-6, F16: 2**-11, BF16: 2**-8}[found[2].dtype]
 
 
 def exact(loss: Callable[[Any], tuple[Tensor, Tensor]], arguments: Any, upstream: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import baselines
 import pytest
 
 pytestmark = pytest.mark.exhaustive
@@ -21,6 +22,8 @@ ARCHITECTURES = ("80", "90a", "100a")
 # 0.8 us / 132 = 20 KB). The gradient of ratios of locations keeps 64 residuals in registers: 384 threads.
 REGISTERS = {"policy_location_backward_kernel": 65536 // 384}
 MOST_REGISTERS = 65536 // 512
+# Kernels that require clusters have no code for the first architecture.
+FUSED = ("policy_fused_kernel", "nft_fused_kernel")
 # Access to the latents: Vector<output, latent, packed, run> by the width of the dtypes, and Scalar.
 VECTORS = {"float32", "16-bit and float32", "16-bit", "packed float32", "packed 16-bit and float32", "packed 16-bit"}
 # Policy kernels are compiled twice: for one advantage per sample, and for those of phrases or of locations.
@@ -31,6 +34,8 @@ KERNELS = {
     "policy_location_backward_kernel": VECTORS - {v for v in VECTORS if "packed" in v},
     "nft_forward_kernel": VECTORS | {"scalar"},
     "nft_backward_kernel": VECTORS | {"scalar"},
+    "policy_fused_kernel": VECTORS | {"scalar"},
+    "nft_fused_kernel": VECTORS | {"scalar"},
     "sample_kernel": VECTORS | {"scalar"},
 }
 
@@ -69,7 +74,7 @@ def nvcc() -> str:
 
 @pytest.fixture(scope="module")
 def compiled(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Compiled], dict[str, str]]:
-    """The kernels for every architecture, and the PTX of each for the first."""
+    """The kernels for every architecture, and the PTX of each for the first that has it."""
     folder = tmp_path_factory.mktemp("compiled")
 
     def build(source: Path) -> str:
@@ -95,9 +100,11 @@ def compiled(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[
         for symbol, architecture, stack, stores, loads, registers in re.findall(pattern, report)
     ]
     bodies = {}
-    for file in folder.glob(f"*/*compute_{ARCHITECTURES[0]}*.ptx"):
-        for symbol, body in re.findall(r"\.entry (\S+?)\(.*?\n\{(.*?)\n\}", file.read_text(), re.DOTALL):
-            bodies[symbol] = body
+    for architecture in ARCHITECTURES[:2]:
+        for file in folder.glob(f"*/*compute_{architecture}*.ptx"):
+            for symbol, body in re.findall(r"\.entry (\S+?)\(.*?\n\{(.*?)\n\}", file.read_text(), re.DOTALL):
+                if (kernel_of(symbol)[0] in FUSED) == (architecture != ARCHITECTURES[0]):
+                    bodies[symbol] = body
     return kernels, bodies
 
 
@@ -119,17 +126,36 @@ def test_registers_leave_room_for_the_threads_that_hide_the_latency(compiled: tu
     assert [k for k in compiled[0] if k.registers > REGISTERS.get(k.name, MOST_REGISTERS)] == []
 
 
+def test_no_fused_kernel_takes_more_registers_than_it_did(nvcc: str, compiled: tuple) -> None:
+    counted: dict[str, int] = {}
+    for k in compiled[0]:
+        if k.name in FUSED and k.architecture != ARCHITECTURES[0]:
+            key = f"sm_{k.architecture} {k.name.removesuffix('_kernel')} {k.access}"
+            counted[key] = max(counted.get(key, 0), k.registers)
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    baselines.compare("registers", f"nvcc {re.search(r'V([0-9.]+)', release)[1]}", counted, 0.1)
+
+
+def test_fused_kernels_wait_for_their_cluster_before_they_end(compiled: tuple) -> None:
+    fused = {symbol: body for symbol, body in compiled[1].items() if kernel_of(symbol)[0] in FUSED}
+    assert len(fused) == (CREDITS + 1) * len(KERNELS["nft_fused_kernel"])
+    for symbol, body in fused.items():
+        after_the_last_store = body[body.rindex("st.global") :]
+        assert after_the_last_store.count("barrier.cluster.wait") == 1, symbol
+
+
 def test_vector_kernels_load_and_store_16_bytes_at_a_time(compiled: tuple) -> None:
     for symbol, body in compiled[1].items():
         name, access = kernel_of(symbol)
         wide = {kind: len(re.findall(rf"{kind}\S*\.v4\.\w*32", body)) for kind in ("ld.global", "st.global")}
-        if access == "scalar":
+        if access == "scalar" or (name in FUSED and "packed" not in access):  # runs of 4 bytes
             assert not wide["ld.global"], name
         else:
             tensors = 1 if access == "16-bit and float32" and "nft" in name else 2  # of 16 bytes in every run
             assert wide["ld.global"] >= tensors, (name, access)
         # float32 gradients and samples; the 16-bit ones beside float32 inputs go out in words of 8 bytes
-        if access in ("float32", "packed float32") and "forward" not in name:
+        narrow = name in FUSED and access == "float32"
+        if access in ("float32", "packed float32") and "forward" not in name and not narrow:
             assert wide["st.global"], (name, access)
 
 

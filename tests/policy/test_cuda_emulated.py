@@ -3,99 +3,30 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cuda_problems import (
-    BF16,
     DTYPES,
-    F16,
-    F32,
     LAYOUTS,
     VECTOR,
-    Problem,
+    assert_exact,
     exact,
     make,
     misaligned,
+    run,
+    sampled,
     spoilt,
     strided,
     upstream_of,
     with_credit,
 )
 from tiers import mostly_exhaustive
-from torch import Tensor
 
 from star_kernels import native
 from star_kernels.policy import naive
-from star_kernels.policy.arguments import NftArguments, PolicyArguments
-
-ROOT = Path(__file__).resolve().parents[2]
-EMULATION = Path(__file__).with_name("cuda_emulation")
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The CUDA library's functions, on CPU tensors."""
-    tvm_ffi_cpp = pytest.importorskip("tvm_ffi.cpp")
-    if shutil.which("c++") is None:
-        pytest.skip("needs a C++ compiler")
-    import tvm_ffi
-
-    folder = tmp_path_factory.mktemp("emulated")
-    sources = [ROOT / "csrc/cuda/exports.cpp", EMULATION / "probe.cpp"]
-    for kernel in (ROOT / "csrc/cuda").glob("*.cu"):
-        sources.append(folder / f"{kernel.stem}.cpp")
-        shutil.copyfile(kernel, sources[-1])
-    launch = (ROOT / "csrc/cuda/launch.cuh").read_text()
-    native_launch, launcher = (
-        "kernel<<<t.blocks, t.threads, 0, stream>>>(",
-        "emulation::launch(kernel, t.blocks, t.threads, 0, stream)(",
-    )
-    assert launch.count("<<<") == launch.count(native_launch) == 1
-    (folder / "include/cuda").mkdir(parents=True)
-    (folder / "include/cuda/launch.cuh").write_text(launch.replace(native_launch, launcher))
-    library = tvm_ffi_cpp.build(
-        name="emulated",
-        cpp_files=[str(source) for source in sources],
-        extra_cflags=["-O1", "-ffp-contract=off", "-Wno-unknown-pragmas"],
-        extra_include_paths=[str(folder / "include"), str(EMULATION), str(ROOT / "csrc")],
-        build_directory=str(folder),
-    )
-    return tvm_ffi.load_module(library)
-
-
-def run(emulated: Any, arguments: PolicyArguments | NftArguments, upstream: Tensor) -> tuple[Tensor, ...]:
-    """Loss, metrics and gradient of the kernels: one launch each, every result written, the counter left at zero."""
-    output, batch = arguments.model_output, arguments.model_output.shape[0]
-    size = batch, output.numel() // (batch * output.shape[arguments.channel_dim])
-    if isinstance(arguments, PolicyArguments):
-        name, metrics = "policy", naive.METRICS
-        bytes_needed = emulated.policy_workspace_bytes(*size, arguments.phrases)
-    else:
-        name, metrics, bytes_needed = "nft", naive.NFT_METRICS, emulated.nft_workspace_bytes(*size)
-    workspace = torch.full((bytes_needed,), 255, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
-    loss, summary = torch.full_like(upstream, torch.nan), torch.full((len(metrics),), torch.nan)
-    saved, gradient = torch.full((arguments.saved_rows, batch), torch.nan), torch.full_like(output, torch.nan)
-    launches = emulated.launches()
-    getattr(emulated, f"{name}_forward")(*arguments, *workspace, loss, summary, saved, None)
-    getattr(emulated, f"{name}_backward")(*arguments, upstream, saved, gradient, False)
-    assert emulated.launches() == launches + 2
-    assert workspace[1].item() == 0
-    assert not bool(saved.isnan().any()) or bool(output.isnan().any())
-    return loss, summary, gradient
-
-
-def assert_exact(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], size: float = 1.0) -> None:
-    """``size``: that of the terms whose sum is a loss."""
-    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-6, atol=1e-7 * size)
-    torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-5, atol=1e-7 * size)
-    error = (found[2].double() - expected[2]).norm() / expected[2].norm()
-    assert error < {F32: 1e-6, F16: 2**-11, BF16: 2**-8}[found[2].dtype]
-
 
 QUICK = {"tiles and a bit", "runs across rows", "odd", "packed"}
 CASES = mostly_exhaustive(
@@ -228,13 +159,6 @@ def test_aligned_latents_are_read_16_bytes_at_a_time_and_others_give_the_same(em
             for got, want in zip(other, found[0], strict=True):
                 torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=1e-7)
                 torch.testing.assert_close(got[2], want[2], rtol=1e-3 if dtypes != "float32" else 1e-5, atol=1e-8)
-
-
-def sampled(library: Any, problem: Problem, *threads: int) -> tuple[Tensor, Tensor]:
-    prev, log_prob = torch.full_like(problem.sample, torch.nan), torch.full_like(problem.old_log_prob, torch.nan)
-    latents = (problem.output, problem.sample, problem.noise)
-    library.sample_transition(*latents, problem.coefficients, problem.channel_dim, *threads, prev, log_prob)
-    return prev, log_prob
 
 
 @pytest.mark.native

@@ -24,7 +24,7 @@ COMMANDS = {e.name: e.command for entry in ENTRIES.values() for e in (entry, *wa
 
 def test_the_order_is_that_of_value() -> None:
     assert list(ENTRIES) == [
-        *("smoke", "host", "policy", "capture", "step", "compiled", "attention", "gluon", "tuning"),
+        *("smoke", "fused", "host", "policy", "capture", "step", "compiled", "attention", "gluon", "tuning"),
         *("tests", "memcheck", "racecheck", "initcheck", "synccheck", "suite"),
     ]
     assert ENTRIES["smoke"].seconds <= 60
@@ -78,6 +78,13 @@ def test_the_summary_of_a_sanitizer_is_found_in_its_output() -> None:
     log = "all kernels agree with ...\n========= ERROR SUMMARY: 2 errors\n"
     assert gpu.findings(log) == "ERROR SUMMARY: 2 errors"
     assert gpu.findings("no kernels\n") == "no kernels"
+
+
+def test_the_summary_of_the_fused_loss_has_what_is_wrong_or_the_times() -> None:
+    times = "8x16x64x64 float32: copy 3.1 | 16x256 6.4 us; fastest PolicyLoss 16x256: 0.48 of the copy's bandwidth\n"
+    assert gpu.fused_times(times) == "PolicyLoss 16x256: 0.48 of the copy's bandwidth"
+    assert gpu.fused_times(f"FAILED: 8x256 differs\n{times}") == "8x256 differs"
+    assert gpu.fused_times("no GPU\n") == "no GPU"
 
 
 def test_the_summary_of_the_gluon_kernel_has_the_times_of_all_variants() -> None:
