@@ -17,9 +17,10 @@ import torch
 from star_kernels.checks import warn
 
 FOLDER = Path(os.environ.get("STAR_KERNELS_LIB") or Path(__file__).with_name("lib"))
+CPU = "libstar_kernels_cpu.so"
 _POLICY = ("policy_forward", "policy_backward", "nft_forward", "nft_backward", "sample_transition")
 FUNCTIONS = {
-    "libstar_kernels_cpu.so": (*_POLICY, "attention_maps", "isa", "runnable_isas"),
+    CPU: (*_POLICY, "attention_is_ordinary", "attention_maps", "isa", "runnable_isas"),
     "libstar_kernels_cuda.so": (*_POLICY, "policy_workspace_bytes", "nft_workspace_bytes", "architectures"),
 }
 
@@ -27,7 +28,7 @@ FUNCTIONS = {
 @cache
 def cpu() -> Any | None:
     """The CPU kernels (see csrc/cpu/exports.cpp), or None with one warning if they cannot be loaded."""
-    library, problem = load("libstar_kernels_cpu.so")
+    library, problem = load(CPU)
     if library is None:
         warn(
             f"star_kernels is falling back to PyTorch operations, which are slower: {problem}. Reinstall with a C++17 "
