@@ -51,9 +51,7 @@ def watch() -> Watch:
     def vectorised() -> bool:
         return any(interpreter.key() == vmap for interpreter in get_interpreter_stack() or ())
 
-    return Watch(
-        observed, transformed, differentiated, vectorised, dual, _any_requires_grad, _is_any_autocast_enabled
-    )
+    return Watch(observed, transformed, differentiated, vectorised, dual, _any_requires_grad, _is_any_autocast_enabled)
 
 
 WATCH = watch()

@@ -84,9 +84,7 @@ def attention(
     batch, phrases, _ = weight.shape
     maps = lse.new_empty((batch, phrases, n_rows) if reduce_heads else (batch, phrases, shape[3 - axis], n_rows))
     threads = torch.get_num_threads()
-    library.attention_maps(
-        query, key, lse, index, weight, key_mask, start, scale, False, reduce_heads, threads, maps
-    )
+    library.attention_maps(query, key, lse, index, weight, key_mask, start, scale, False, reduce_heads, threads, maps)
     return out, maps, lse
 
 

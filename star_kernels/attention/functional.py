@@ -89,7 +89,11 @@ def attention(
     if (
         not torch.compiler.is_compiling()
         and type(reduce_heads) is type(return_lse) is type(detach_maps) is bool
-        and (found := direct.attention(query, key, value, selection, axis, rows, key_mask, scale, reduce_heads, detach_maps, backend))
+        and (
+            found := direct.attention(
+                query, key, value, selection, axis, rows, key_mask, scale, reduce_heads, detach_maps, backend
+            )
+        )
     ):
         out, maps, lse = found
         return AttentionOutput(out.transpose(1, 2) if axis == 1 else out, maps, lse if return_lse else None)

@@ -25,7 +25,7 @@ def attention_with_maps(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The output of the attention call of the module ``name``, and its maps ``[batch, G, R]``, constant if ``detach``."""
+    """The output of the attention call of ``name``, and its maps ``[batch, G, R]``, constants if ``detach``."""
     if dropout_p or is_causal:
         raise ValueError(
             f"{name} calls attention with dropout_p={dropout_p}, is_causal={is_causal}: maps need dropout_p=0 and "

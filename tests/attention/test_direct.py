@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,7 +38,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 @pytest.mark.native
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
-@pytest.mark.parametrize("name", ["plain", "head_dim_odd", "bshd_per_head", "phrases", "mask_all", "cross", "rows_slice"])
+@pytest.mark.parametrize(
+    "name", ["plain", "head_dim_odd", "bshd_per_head", "phrases", "mask_all", "cross", "rows_slice"]
+)
 def test_the_direct_path_gives_the_bits_of_the_operator(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +158,8 @@ def test_detached_maps_in_a_compiled_function() -> None:
 
 @pytest.mark.native
 @pytest.mark.parametrize(
-    ("plan", "own"), [(Plan("cudnn", "cudnn"), True), (Plan("efficient", "triton"), False), (Plan("flash", "cudnn"), False)]
+    ("plan", "own"),
+    [(Plan("cudnn", "cudnn"), True), (Plan("efficient", "triton"), False), (Plan("flash", "cudnn"), False)],
 )
 def test_on_a_gpu_pytorch_differentiates_the_kernel_that_is_planned_for_both_passes(
     plan: Plan, own: bool, monkeypatch: pytest.MonkeyPatch
