@@ -125,32 +125,36 @@ bool is(ffi::TensorView t, uint8_t code, uint8_t bits, int32_t ndim, DLDevice de
          t.device().device_type == device.device_type && t.device().device_id == device.device_id;
 }
 
-// Whether the arguments of attention are valid and in layouts that every kernel reads as they are. `sequence_axis` is
-// 2, or 1 for [B, S, H, D]; `last` is the largest selected position. Reads no values, so tensors may be on any device.
-// If the result is false, the caller finds out what is wrong, or copies.
-bool attention_is_ordinary(ffi::TensorView query, ffi::TensorView key, ffi::TensorView value, ffi::TensorView index,
-                           ffi::TensorView weight, ffi::Optional<ffi::TensorView> key_mask, int64_t sequence_axis,
-                           int64_t last, int64_t start, int64_t n_rows) {
+// What star_kernels/attention/direct.py asks of the arguments of attention, in one call.
+constexpr int64_t kOrdinary = 1, kOnCuda = 2, kNarrow = 4;
+
+// 0 unless the arguments of attention are valid and in layouts that every kernel reads as they are; then flags.
+// `sequence_axis` is 2, or 1 for [B, S, H, D]; `last` is the largest selected position. Reads no values, so tensors may
+// be on any device. If the result is 0, the caller finds out what is wrong, or copies.
+int64_t attention_kind(ffi::TensorView query, ffi::TensorView key, ffi::TensorView value, ffi::TensorView index,
+                       ffi::TensorView weight, ffi::Optional<ffi::TensorView> key_mask, int64_t sequence_axis,
+                       int64_t last, int64_t start, int64_t n_rows) {
   const DLDevice device = query.device();
   const DLDataType dtype = query.dtype();
   const int64_t heads_axis = 3 - sequence_axis;
   const bool wide = dtype.code == kDLFloat && dtype.bits == 32;
-  if (device.device_type != kDLCPU && device.device_type != kDLCUDA) return false;
-  if (!(wide || ((dtype.code == kDLFloat || dtype.code == kDLBfloat) && dtype.bits == 16))) return false;
+  if (device.device_type != kDLCPU && device.device_type != kDLCUDA) return 0;
+  if (!(wide || ((dtype.code == kDLFloat || dtype.code == kDLBfloat) && dtype.bits == 16))) return 0;
   for (const ffi::TensorView& t : {query, key, value}) {
-    if (t.device().device_type != device.device_type || t.device().device_id != device.device_id) return false;
-    if (t.dtype().code != dtype.code || t.dtype().bits != dtype.bits || !ordinary_layout(t)) return false;
+    if (t.device().device_type != device.device_type || t.device().device_id != device.device_id) return 0;
+    if (t.dtype().code != dtype.code || t.dtype().bits != dtype.bits || !ordinary_layout(t)) return 0;
     if (t.size(0) != query.size(0) || t.size(heads_axis) != query.size(heads_axis) || t.size(3) != query.size(3))
-      return false;
+      return 0;
   }
   const int64_t batch = query.size(0), queries = query.size(sequence_axis), keys = key.size(sequence_axis);
-  if (value.size(sequence_axis) != keys || query.size(3) > kMaxHeadDim) return false;
-  if (!is(index, kDLInt, 32, 2, device) || !is(weight, kDLFloat, 32, 3, device)) return false;
-  if (index.size(0) != batch || weight.size(0) != batch || weight.size(2) != index.size(1)) return false;
-  if (weight.numel() == 0 || last >= keys || start < 0 || n_rows <= 0 || start > queries - n_rows) return false;
-  if (!key_mask.has_value()) return true;
+  if (value.size(sequence_axis) != keys || query.size(3) > kMaxHeadDim) return 0;
+  if (!is(index, kDLInt, 32, 2, device) || !is(weight, kDLFloat, 32, 3, device)) return 0;
+  if (index.size(0) != batch || weight.size(0) != batch || weight.size(2) != index.size(1)) return 0;
+  if (weight.numel() == 0 || last >= keys || start < 0 || n_rows <= 0 || start > queries - n_rows) return 0;
+  const int64_t found = kOrdinary | (device.device_type == kDLCUDA ? kOnCuda : 0) | (wide ? 0 : kNarrow);
+  if (!key_mask.has_value()) return found;
   const ffi::TensorView mask = key_mask.value();
-  return is(mask, kDLBool, 8, 2, device) && mask.size(0) == batch && mask.size(1) == keys;
+  return is(mask, kDLBool, 8, 2, device) && mask.size(0) == batch && mask.size(1) == keys ? found : 0;
 }
 
 void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView lse, ffi::TensorView index,
@@ -271,7 +275,7 @@ STAR_EXPORT(policy_backward)
 STAR_EXPORT(nft_forward)
 STAR_EXPORT(nft_backward)
 STAR_EXPORT(sample_transition)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_is_ordinary, star::attention_is_ordinary);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_kind, star::attention_kind);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_maps, star::attention_maps);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(isa, star::isa);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(runnable_isas, star::runnable_isas);

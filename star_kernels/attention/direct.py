@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import inf
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from star_kernels import native
 from star_kernels.attention import dispatch, ops, vendor
@@ -20,8 +20,7 @@ from star_kernels.operators import constant
 from star_kernels.selection import TokenSelection
 from star_kernels.torch_internals import WATCH
 
-_PLAIN = frozenset((Tensor, nn.Parameter))
-_is_negated = Tensor.is_neg
+_ON_CUDA, _NARROW = 2, 4  # flags of attention_kind in csrc/cpu/exports.cpp: the device, and a dtype of 16 bits
 _UNREADABLE = (IndexError, TypeError, ValueError, RuntimeError, BufferError)  # of tensors that have no strides
 
 
@@ -49,8 +48,11 @@ def attention(
     if WATCH.autocasting():
         query, key, value = autocasted(query, key, value)
     index, weight = selection.index, selection.weight
-    tensors = (query, key, value, index, weight) if key_mask is None else (query, key, value, index, weight, key_mask)
-    if not _PLAIN.issuperset(map(type, tensors)) or any(map(_is_negated, tensors)):
+    if not (type(query) is type(key) is type(value) is type(index) is type(weight) is Tensor):
+        return None
+    if key_mask is not None and (type(key_mask) is not Tensor or key_mask.is_neg()):
+        return None
+    if query.is_neg() or key.is_neg() or value.is_neg() or index.is_neg() or weight.is_neg():
         return None
     library, _ = native.load(native.CPU)
     if library is None:
@@ -59,9 +61,10 @@ def attention(
         shape = query.shape
         start, n_rows = (0, shape[axis]) if rows is None else resolve_rows(rows, shape[axis])
         last = selection.last
-        if not library.attention_is_ordinary(query, key, value, index, weight, key_mask, axis, last, start, n_rows):
-            return None
+        kind = library.attention_kind(query, key, value, index, weight, key_mask, axis, last, start, n_rows)
     except _UNREADABLE:
+        return None
+    if not kind:
         return None
     if axis == 1:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -69,20 +72,26 @@ def attention(
         scale = shape[3] ** -0.5
     elif type(scale) is not float or not -inf < scale < inf:
         return None
-    differentiated = torch.is_grad_enabled() and WATCH.requires_grad(query, key, value)
-    if query.is_cuda:
+    differentiated = (query.requires_grad or key.requires_grad or value.requires_grad) and torch.is_grad_enabled()
+    if kind & _ON_CUDA:
         arguments = MapArguments(index, constant(weight), key_mask, start, n_rows, scale, reduce_heads)
         return _on_cuda(query, key, value, arguments, backend, differentiated, detach_maps)
     if backend != "auto" and backend != "vendor":
         return None
     # PyTorch's 16-bit backward pass on a CPU takes several times as long as that of our operator.
-    if differentiated and not (detach_maps and query.dtype is torch.float32):
+    if differentiated and not (detach_maps and not kind & _NARROW):
         flat = index, constant(weight), key_mask, start, n_rows, scale, reduce_heads, "vendor"
         out, maps, lse = ops.ATTENTION.differentiable(query, key, value, *flat)
         return (out, maps.detach(), lse.detach()) if detach_maps else (out, maps, lse)
     out, lse = vendor.forward(query, key, value, key_mask, scale)
     batch, phrases, _ = weight.shape
-    maps = lse.new_empty((batch, phrases, n_rows) if reduce_heads else (batch, phrases, shape[3 - axis], n_rows))
+    # With strides given, an allocation takes half the time.
+    if reduce_heads:
+        maps = lse.new_empty_strided((batch, phrases, n_rows), (phrases * n_rows, n_rows, 1))
+    else:
+        heads = shape[3 - axis]
+        sizes, strides = (batch, phrases, heads, n_rows), (phrases * heads * n_rows, heads * n_rows, n_rows, 1)
+        maps = lse.new_empty_strided(sizes, strides)
     threads = torch.get_num_threads()
     library.attention_maps(query, key, lse, index, weight, key_mask, start, scale, False, reduce_heads, threads, maps)
     return out, maps, lse

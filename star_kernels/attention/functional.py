@@ -85,18 +85,15 @@ def attention(
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, dtype, device or range; the message names it.
     """
-    axis = _sequence_axis(layout)
-    if (
-        not torch.compiler.is_compiling()
-        and type(reduce_heads) is type(return_lse) is type(detach_maps) is bool
-        and (
-            found := direct.attention(
-                query, key, value, selection, axis, rows, key_mask, scale, reduce_heads, detach_maps, backend
-            )
+    axis = 2 if layout == "bhsd" else _sequence_axis(layout)
+    flags = type(reduce_heads) is type(return_lse) is type(detach_maps) is bool
+    if flags and not torch.compiler.is_dynamo_compiling():
+        found = direct.attention(
+            query, key, value, selection, axis, rows, key_mask, scale, reduce_heads, detach_maps, backend
         )
-    ):
-        out, maps, lse = found
-        return AttentionOutput(out.transpose(1, 2) if axis == 1 else out, maps, lse if return_lse else None)
+        if found is not None:
+            out, maps, lse = found
+            return AttentionOutput(out if axis == 2 else out.transpose(1, 2), maps, lse if return_lse else None)
     query, key, value = autocasted(query, key, value)
     check_qkv(query, key, value, axis)
     if axis == 1:
