@@ -53,12 +53,11 @@ def compute(
     else:
         normaliser = lse[:, :, start : start + n_rows, None]  # [B, H, R, 1]
 
-    exponent = torch.matmul(dense, scaled.mT).sub_(normaliser)  # [B, H, R, T]
-    if key_mask is not None:  # a masked score may exceed the log-sum-exp, and exp would overflow
+    ignored = (index == EMPTY)[:, None, None]  # [B, 1, 1, T]
+    if key_mask is not None:
         by_row = key_mask[:, None, start : start + n_rows, None] if text_to_image else None
-        counts = by_row if by_row is not None else key_mask.gather(1, of_tokens)[:, None, None]
-        exponent.masked_fill_(~counts, float("-inf"))
-    weight = weight.masked_fill((index == EMPTY)[:, None], 0.0)  # [B, G, T]
+        ignored = ignored | ~(by_row if by_row is not None else key_mask.gather(1, of_tokens)[:, None, None])
+    exponent = torch.matmul(dense, scaled.mT).sub_(normaliser).masked_fill_(ignored, float("-inf"))  # [B, H, R, T]
     if arguments.reduce_heads:
         upstream = torch.matmul(grad_maps.mT, weight / heads)[:, None]  # [B, 1, R, T]
     else:
