@@ -3,7 +3,7 @@
 The benchmark runs on a GPU if there is one, otherwise on the CPU. It has these parts:
 
   attention   attention with maps, against attention without maps and other ways to compute the maps
-  backward    the backward pass of attention (GPU only)
+  backward    the backward pass of attention (GPU, or CPU with --thorough)
   policy      the policy loss with and without weights, against Flow-GRPO's loss in PyTorch
   host        the time of each function on tiny tensors, against PyTorch: the cost of Python
   capture     a transformer's forward pass with and without captured maps (GPU, or CPU with --thorough)
@@ -44,8 +44,6 @@ from benchmarks.timing import progress
 from benchmarks.timing.harness import Budget, Extent
 
 PARTS = ("attention", "backward", "policy", "host", "capture", "end-to-end", "compiled", "epoch")
-# On a CPU the backward pass of attention is PyTorch's own.
-THOROUGH_ON_CPU = ("attention", "policy", "host", "capture", "end-to-end", "compiled", "epoch")
 ON_CPU = ("attention", "policy", "host", "end-to-end", "epoch")  # end-to-end includes a capture
 # Default run: seconds of each part, including its preparation.
 BUDGET = {
@@ -89,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     device = torch.device(options.device)
     dtypes = [DTYPES[name] for name in options.dtype] if options.dtype else None
-    everything = PARTS if device.type == "cuda" else THOROUGH_ON_CPU if options.thorough else ON_CPU
+    everything = PARTS if device.type == "cuda" or options.thorough else ON_CPU
     chosen = options.only or [part for part in everything if part != "compiled" or can_compile(device)]
     plan = progress.Plan({part: expected(options, part) for part in chosen})
     described = environment.describe(device)
@@ -189,8 +187,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--device must be cpu, cuda or cuda:N, got {options.device!r}")
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         parser.error(f"--device: torch {torch.__version__} cannot use {options.device!r} on this machine")
-    if device.type == "cpu" and "backward" in (options.only or ()):
-        parser.error("--only backward requires a GPU: on a CPU the backward pass of attention is PyTorch's own")
     if "compiled" in (options.only or ()) and not can_compile(device):
         parser.error("--only compiled requires a C++ compiler on a CPU: install g++, or set CXX")
     from benchmarks.variants.prompt_tokens import PromptError, load_tokenizer, read_prompts

@@ -18,9 +18,10 @@ from star_kernels.checks import warn
 from star_kernels.torch_internals import constant_in_graph
 
 FOLDER = Path(os.environ.get("STAR_KERNELS_LIB") or Path(__file__).with_name("lib"))
+CPU = "libstar_kernels_cpu.so"
 _POLICY = ("policy_forward", "policy_backward", "nft_forward", "nft_backward", "sample_transition")
 FUNCTIONS = {
-    "libstar_kernels_cpu.so": (*_POLICY, "attention_maps", "allocate", "transition", "isa", "runnable_isas"),
+    CPU: (*_POLICY, "attention_kind", "attention_maps", "allocate", "transition", "isa", "runnable_isas"),
     "libstar_kernels_cuda.so": (*_POLICY, "policy_workspace_bytes", "nft_workspace_bytes", "architectures"),
 }
 
@@ -28,7 +29,7 @@ FUNCTIONS = {
 @cache
 def cpu() -> Any:
     """The CPU kernels (see csrc/cpu/exports.cpp), or None with one warning if they cannot be loaded."""
-    library, problem = load("libstar_kernels_cpu.so")
+    library, problem = load(CPU)
     if library is None:
         warn(
             f"star_kernels is falling back to PyTorch operations, which are slower: {problem}. Reinstall with a C++17 "

@@ -68,7 +68,7 @@ class Operator:
         function = _function(name, implementation, setup_context, backward)
         # The method of Function's base class: Function's own first looks for dead wrappers of torch.func in all
         # arguments, which have no memory and do not come here.
-        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        self.differentiable = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         self._transformable = _transformable(name, self, setup_context, backward)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -80,7 +80,7 @@ class Operator:
         if not in_memory(tensors):
             return self.overload(*arguments)
         if torch.is_grad_enabled() and WATCH.requires_grad(*tensors):
-            return self._apply(*arguments)
+            return self.differentiable(*arguments)
         return self._implementation(*arguments)
 
 

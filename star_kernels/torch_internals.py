@@ -32,19 +32,20 @@ class Watch(NamedTuple):
     vectorised: Callable[[], bool]  # torch.vmap
     dual: Callable[[], bool]  # forward-mode differentiation
     requires_grad: Callable[..., bool]  # whether one of the arguments requires a gradient
+    autocasting: Callable[[], bool]  # torch.autocast on any kind of device
 
 
 def watch() -> Watch:
     """The questions for the installed version of torch."""
     try:
-        from torch._C import _any_requires_grad, _len_torch_dispatch_stack
+        from torch._C import _any_requires_grad, _is_any_autocast_enabled, _len_torch_dispatch_stack
         from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 
         forward_ad._current_level + 0  # the number of open levels, less one
         kinds, vmap = (TransformType.Grad, TransformType.Jvp), TransformType.Vmap
     except (ImportError, AttributeError):
         yes, no = (lambda: True), (lambda: False)
-        return Watch(yes, no, no, no, yes, lambda *_: True)
+        return Watch(yes, no, no, no, yes, lambda *_: True, yes)
 
     def transformed() -> bool:
         return peek_interpreter_stack() is not None
@@ -61,7 +62,7 @@ def watch() -> Watch:
     def vectorised() -> bool:
         return any(interpreter.key() == vmap for interpreter in get_interpreter_stack() or ())
 
-    return Watch(observed, transformed, differentiated, vectorised, dual, _any_requires_grad)
+    return Watch(observed, transformed, differentiated, vectorised, dual, _any_requires_grad, _is_any_autocast_enabled)
 
 
 WATCH = watch()

@@ -1,4 +1,6 @@
-"""The backward pass of attention on a GPU: ours with and without a gradient of the maps, and PyTorch's kernels."""
+"""The backward pass of attention: with detached maps, as in a capture, and PyTorch's; on a GPU also that of our kernel,
+with and without a gradient of the maps.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,23 @@ from benchmarks.variants.attention import FLUX_1024, SD35_512, SD35_1024, VENDOR
 from star_kernels import attention
 
 SHAPES = ((SD35_512, 16), (SD35_1024, 4), (FLUX_1024, 2))
+CPU_SHAPES = (
+    (replace(SD35_512, heads=4), 1),
+    (replace(FLUX_1024, name="FLUX 512²", heads=2, image=1024), 1),
+)
 # Relative RMS difference allowed between two backward passes in a 16-bit dtype.
 TOLERANCE = 3e-2
 
 
 def measure(request: Request) -> Iterator[dict[str, Any]]:
-    """Yields one case for each shape and dtype; none on a CPU, where the backward pass is PyTorch's own."""
+    """Yields one case for each shape and dtype."""
     device, dtypes, batch, budget, extent = request
-    if device.type != "cuda":
-        return
-    shapes = [replace(shape, batch=batch or b) for shape, b in SHAPES]
+    on_gpu = device.type == "cuda"
+    shapes = [replace(shape, batch=batch or b) for shape, b in (SHAPES if on_gpu else CPU_SHAPES)]
     if extent == "quick":
-        shapes = [replace(SD35_512, name="smoke test", heads=2)]
-    cases = [(shape, dtype) for shape in shapes for dtype in dtypes or [torch.bfloat16]]
+        shapes = [replace(SD35_512, name="smoke test", heads=2) if on_gpu else Shape("smoke test", 1, 2, 64, 256, 77)]
+    usual = torch.bfloat16 if on_gpu else torch.float32
+    cases = [(shape, dtype) for shape in shapes for dtype in dtypes or [usual]]
     for done, (shape, dtype) in enumerate(cases):
         yield measure_case(shape, dtype, device, budget.for_next(len(cases) - done))
 
@@ -42,14 +48,16 @@ def measure_case(shape: Shape, dtype: torch.dtype, device: torch.device, budget:
     title = f"attention backward · {shape.name} · {name}"
     clock = kernel_clock(device)
     times = interleave(found, clock, budget, title, warm_up=3)
-    flash = "flash" if "flash" in times.names else "sdpa"
-    fastest = times.fastest([v.name for v in found if not v.name.startswith("ours")])
-    labels = {v.name: v.label for v in found}
-    ratios = {
-        "backward_over_flash": (f"BACKWARD ours / {labels[flash]}", "ours", flash),
-        "backward_over_fastest": (f"FLOOR    ours / fastest, {labels[fastest]}", "ours", fastest),
-        "map_gradient_overhead": ("OVERHEAD ours with map gradient / without", "ours_maps", "ours"),
-    }
+    ratios = {"detached_over_sdpa": ("DETACHED with detached maps / PyTorch SDPA", "detached", "sdpa")}
+    if "ours" in times.names:
+        flash = "flash" if "flash" in times.names else "sdpa"
+        fastest = times.fastest([v.name for v in found if v.name in ("sdpa", *VENDORS)])
+        labels = {v.name: v.label for v in found}
+        ratios |= {
+            "backward_over_flash": (f"BACKWARD ours / {labels[flash]}", "ours", flash),
+            "backward_over_fastest": (f"FLOOR    ours / fastest, {labels[fastest]}", "ours", fastest),
+            "map_gradient_overhead": ("OVERHEAD ours with map gradient / without", "ours_maps", "ours"),
+        }
     return {
         "name": shape.name,
         "batch": shape.batch,
@@ -67,29 +75,45 @@ def variants(x: Inputs) -> list[Variant]:
     """The backward passes to compare. Each runs through a graph that is built once and retained."""
     leaves = [t.detach().requires_grad_() for t in (x.query, x.key, x.value)]
     upstream = torch.randn_like(x.query)
-    ours = attention(*leaves, x.selection, rows=x.shape.rows, backend="triton")
-    upstream_maps = torch.randn_like(ours.maps)
+    upstream_maps: list[Tensor] = []
 
     def through(*outputs: Tensor) -> tuple[Tensor, ...]:
-        gradients = [upstream, upstream_maps][: len(outputs)]
+        gradients = [upstream, *upstream_maps][: len(outputs)]
         return torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
     sdpa = F.scaled_dot_product_attention(*leaves)
-    expected = through(sdpa)
+    detached = attention(*leaves, x.selection, rows=x.shape.rows, detach_maps=True).out
     found = [
         Variant("sdpa", "PyTorch SDPA", lambda: through(sdpa)),
-        Variant("ours", "ours", lambda: through(ours.out)),
-        Variant("ours_maps", "ours, with a gradient of the maps", lambda: through(ours.out, ours.maps)),
+        Variant("detached", "with detached maps", lambda: through(detached)),
     ]
-    for got, want in zip(through(ours.out), expected, strict=True):
-        error = float((got.float() - want.float()).norm() / want.float().norm())
-        if not error <= TOLERANCE:
-            raise RuntimeError(f"our gradients differ from PyTorch's by {error:.2e} (relative RMS)")
+    if x.query.is_cuda:
+        ours = attention(*leaves, x.selection, rows=x.shape.rows, backend="triton")
+        upstream_maps.append(torch.randn_like(ours.maps))
+        found += [
+            Variant("ours", "ours", lambda: through(ours.out)),
+            Variant("ours_maps", "ours, with a gradient of the maps", lambda: through(ours.out, ours.maps)),
+        ]
+    expected = through(sdpa)
+    for variant in found[1:]:
+        if variant.name != "ours_maps":
+            _check(variant, expected)
+    if not x.query.is_cuda:
+        return found
     for name, backend in VENDORS.items():
         out = _with(backend, leaves)
         if out is not None:
             found.append(Variant(name, f"PyTorch SDPA ({name})", lambda out=out: through(out)))
     return found
+
+
+def _check(variant: Variant, expected: tuple[Tensor, ...]) -> None:
+    for got, want in zip(variant.run(), expected, strict=True):
+        error = float((got.float() - want.float()).norm() / want.float().norm())
+        if not error <= TOLERANCE:
+            raise RuntimeError(
+                f"the gradients of '{variant.label}' differ from PyTorch's by {error:.2e} (relative RMS)"
+            )
 
 
 def _with(backend: SDPBackend, leaves: list[Tensor]) -> Tensor | None:

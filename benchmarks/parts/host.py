@@ -115,9 +115,12 @@ def make_pairs(batch: int, dtype: torch.dtype, device: torch.device) -> list[Pai
     pairs = [
         Pair("attention", "attention with maps", lambda: attention(query, key, value, selection).out,
              "SDPA", lambda: sdpa(query, key, value)),
-        Pair("attention_gradients", "attention with maps, gradients",
-             lambda: with_gradients(lambda *qkv: attention(*qkv, selection).out),
+        Pair("attention_gradients", "attention with detached maps, gradients",  # as in a capture
+             lambda: with_gradients(lambda *qkv: attention(*qkv, selection, detach_maps=True).out),
              "SDPA, gradients", lambda: with_gradients(sdpa)),
+        Pair("attention_differentiable", "attention with maps, gradients",
+             lambda: with_gradients(lambda *qkv: attention(*qkv, selection).out),
+             "SDPA, gradients, again", lambda: with_gradients(sdpa)),
         Pair("policy_loss", "policy loss, PolicyLoss.backward", lambda: ours_directly(x, None),
              "policy loss, eager, gradients", lambda: flow_grpo(x, old)[1]),
         Pair("policy_loss_autograd", "policy loss, autograd", lambda: ours(x, None),

@@ -101,8 +101,10 @@ def rows(part: str, case: dict[str, Any]) -> Iterator[Row]:
         label = ", ".join([case["name"], *([f"{heads} of 24 heads"] if heads < 24 else batch), dtype])
         if part == "attention":
             yield row(label, "ours_without" if "ours_without" in times else "sdpa", "ours", "overhead")
+        elif "detached" in times:
+            yield row(f"backward, {label}", "sdpa", "detached", "detached_over_sdpa")
         else:
-            yield row(f"backward, {label}", "ours", "ours_maps", "map_gradient_overhead")
+            yield row(f"map gradient, {label}", "ours", "ours_maps", "map_gradient_overhead")
     elif part == "policy" and "ours_weighted" in times:
         yield row(f"{case['title'].split(',')[0]}, {dtype}", "ours", "ours_weighted", "ours_weighted_over_ours")
     elif part == "capture":

@@ -12,7 +12,7 @@ from typing import Any
 
 ANY = ""
 # Names of the cases. Cases of --quick have other names, to which no threshold applies.
-ATTENTION, LARGE, FLUX = "SD3.5-M 512²", "SD3.5-M 1024²", "FLUX 1024²"
+ATTENTION, LARGE, FLUX, FLUX_512 = "SD3.5-M 512²", "SD3.5-M 1024²", "FLUX 1024²", "FLUX 512²"
 LOSS, BANDWIDTH = "policy loss", "policy loss, large"
 FORWARD, STEP, EPOCH = ("SD3.5-M 512² forward", "SD3.5-M 1024² forward"), "SD3.5-M step", "epoch of the driver"
 HOST = "host time"
@@ -50,6 +50,11 @@ THRESHOLDS = (
     *(
         Threshold("attention", "distance_to_floor", "<=", limit, device="cuda", case=case, dtype="bfloat16")
         for case, limit in ((ATTENTION, 1.0), (LARGE, 1.0), (FLUX, 1.01))
+    ),
+    *(
+        Threshold("backward", "detached_over_sdpa", "<=", limit, device=device, case=case)
+        for device, limit, cases in (("cuda", 1.01, (ATTENTION, LARGE, FLUX)), ("cpu", 1.03, (ATTENTION, FLUX_512)))
+        for case in cases
     ),
     *(Threshold("backward", "backward_over_flash", "<=", 1.0, device="cuda", case=case) for case in (ATTENTION, LARGE)),
     Threshold("policy", "eager_over_ours", ">=", 10.0, device="cuda", case=LOSS),

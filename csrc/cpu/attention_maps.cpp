@@ -94,20 +94,18 @@ void pack_tokens(const MapsArguments& a, const Scratch& scratch, int64_t b, int6
   float* tokens = scratch.tokens + (b * a.heads + h) * a.head_dim * padded;
   float* token_lse = scratch.token_lse + (b * a.heads + h) * padded;
   float buffer[kMaxHeadDim];
-  for (int64_t t = 0; t < padded; ++t) {
+  std::memset(tokens, 0, static_cast<size_t>(a.head_dim * padded) * sizeof(float));
+  std::memset(token_lse, 0, static_cast<size_t>(padded) * sizeof(float));
+  for (int64_t t = 0; t < a.slots; ++t) {
+    if (!counts(a, b, t)) continue;
     float* lane = tokens + (t / kLanes) * a.head_dim * kLanes + t % kLanes;
-    token_lse[t] = 0.0f;
-    if (t < a.slots && counts(a, b, t)) {
-      const int64_t position = a.index[b * a.slots + t];
-      const int64_t offset = b * a.gathered.batch + h * a.gathered.channel + position * a.gathered.position;
-      const float* source = load_run(a.gathered, offset, 1, a.head_dim, buffer);
-      for (int64_t d = 0; d < a.head_dim; ++d) lane[d * kLanes] = source[d] * a.scale;
-      if (a.text_to_image) {
-        const int64_t at = b * a.lse.batch + h * a.lse.channel + position * a.lse.position;
-        token_lse[t] = static_cast<const float*>(a.lse.data)[at];
-      }
-    } else {
-      for (int64_t d = 0; d < a.head_dim; ++d) lane[d * kLanes] = 0.0f;
+    const int64_t position = a.index[b * a.slots + t];
+    const int64_t offset = b * a.gathered.batch + h * a.gathered.channel + position * a.gathered.position;
+    const float* source = load_run(a.gathered, offset, 1, a.head_dim, buffer);
+    for (int64_t d = 0; d < a.head_dim; ++d) lane[d * kLanes] = source[d] * a.scale;
+    if (a.text_to_image) {
+      const int64_t at = b * a.lse.batch + h * a.lse.channel + position * a.lse.position;
+      token_lse[t] = static_cast<const float*>(a.lse.data)[at];
     }
   }
 }

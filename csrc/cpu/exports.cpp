@@ -3,7 +3,9 @@
 #include <tvm/ffi/string.h>
 
 #include <cstdlib>
+#include <iterator>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -87,6 +89,77 @@ View heads_view(const char* name, ffi::TensorView t, int64_t batch, int64_t head
   return {t.data_ptr(), dtype_of(name, t), t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// Whether no two elements share memory, as they do after expand or in overlapping windows.
+bool distinct(ffi::TensorView t) {
+  int64_t sizes[4], strides[4];
+  int count = 0;
+  for (int64_t d = 0; d < 4; ++d) {
+    if (t.size(d) == 1) continue;
+    int at = count++;
+    for (; at > 0 && strides[at - 1] > t.stride(d); --at) {
+      strides[at] = strides[at - 1];
+      sizes[at] = sizes[at - 1];
+    }
+    strides[at] = t.stride(d);
+    sizes[at] = t.size(d);
+  }
+  int64_t reach = 1;  // the first offset past the elements of the smaller strides
+  for (int i = 0; i < count; ++i) {
+    if (strides[i] < reach) return false;
+    reach += strides[i] * (sizes[i] - 1);
+  }
+  return true;
+}
+
+// Whether [B, H, S, D] is in a layout that every kernel reads as it is: distinct rows of unit stride, which on a GPU
+// start at multiples of 16 bytes.
+bool ordinary_layout(ffi::TensorView t) {
+  if (t.ndim() != 4 || t.numel() == 0 || !t.data_ptr() || t.stride(3) != 1 || !distinct(t)) return false;
+  if (t.device().device_type == kDLCPU) return true;
+  const int64_t size = t.dtype().bits / 8;
+  for (int64_t d = 0; d < 3; ++d) {
+    if (t.size(d) != 1 && t.stride(d) * size % 16 != 0) return false;
+  }
+  return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+}
+
+bool is(ffi::TensorView t, uint8_t code, uint8_t bits, int32_t ndim, DLDevice device) {
+  return t.dtype().code == code && t.dtype().bits == bits && t.ndim() == ndim && t.IsContiguous() && t.data_ptr() &&
+         t.device().device_type == device.device_type && t.device().device_id == device.device_id;
+}
+
+// What star_kernels/attention/direct.py asks of the arguments of attention, in one call.
+constexpr int64_t kOrdinary = 1, kOnCuda = 2, kNarrow = 4;
+
+// 0 unless the arguments of attention are valid and in layouts that every kernel reads as they are; then flags.
+// `sequence_axis` is 2, or 1 for [B, S, H, D]; `last` is the largest selected position. Reads no values, so tensors may
+// be on any device. If the result is 0, the caller finds out what is wrong, or copies.
+int64_t attention_kind(ffi::TensorView query, ffi::TensorView key, ffi::TensorView value, ffi::TensorView index,
+                       ffi::TensorView weight, ffi::Optional<ffi::TensorView> key_mask, int64_t sequence_axis,
+                       int64_t last, int64_t start, int64_t n_rows) {
+  const DLDevice device = query.device();
+  const DLDataType dtype = query.dtype();
+  const int64_t heads_axis = 3 - sequence_axis;
+  const bool wide = dtype.code == kDLFloat && dtype.bits == 32;
+  if (device.device_type != kDLCPU && device.device_type != kDLCUDA) return 0;
+  if (!(wide || ((dtype.code == kDLFloat || dtype.code == kDLBfloat) && dtype.bits == 16))) return 0;
+  for (const ffi::TensorView& t : {query, key, value}) {
+    if (t.device().device_type != device.device_type || t.device().device_id != device.device_id) return 0;
+    if (t.dtype().code != dtype.code || t.dtype().bits != dtype.bits || !ordinary_layout(t)) return 0;
+    if (t.size(0) != query.size(0) || t.size(heads_axis) != query.size(heads_axis) || t.size(3) != query.size(3))
+      return 0;
+  }
+  const int64_t batch = query.size(0), queries = query.size(sequence_axis), keys = key.size(sequence_axis);
+  if (value.size(sequence_axis) != keys || query.size(3) > kMaxHeadDim) return 0;
+  if (!is(index, kDLInt, 32, 2, device) || !is(weight, kDLFloat, 32, 3, device)) return 0;
+  if (index.size(0) != batch || weight.size(0) != batch || weight.size(2) != index.size(1)) return 0;
+  if (weight.numel() == 0 || last >= keys || start < 0 || n_rows <= 0 || start > queries - n_rows) return 0;
+  const int64_t found = kOrdinary | (device.device_type == kDLCUDA ? kOnCuda : 0) | (wide ? 0 : kNarrow);
+  if (!key_mask.has_value()) return found;
+  const ffi::TensorView mask = key_mask.value();
+  return is(mask, kDLBool, 8, 2, device) && mask.size(0) == batch && mask.size(1) == keys ? found : 0;
+}
+
 void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView lse, ffi::TensorView index,
                     ffi::TensorView weight, ffi::Optional<ffi::TensorView> key_mask, int64_t start, double scale,
                     bool text_to_image, bool reduce_heads, int64_t threads, ffi::TensorView maps) {
@@ -134,8 +207,11 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
   }
   a.maps = floats("maps", maps, a.batch * a.phrases * (reduce_heads ? 1 : a.heads) * a.n_rows);
   a.threads = threads_for(a.batch * a.heads * a.n_rows * a.slots * a.head_dim, kMapsGrain, threads);
-  std::vector<float> scratch(static_cast<size_t>(kernels().maps_scratch_floats(a)));
-  a.scratch = scratch.data();
+  float few[4096];  // enough for a small call
+  std::unique_ptr<float[]> many;
+  const auto floats = static_cast<size_t>(kernels().maps_scratch_floats(a));
+  if (floats > std::size(few)) many.reset(new float[floats]);
+  a.scratch = many ? many.get() : few;
   kernels().attention_maps(a);
 }
 
@@ -274,6 +350,7 @@ STAR_EXPORT(policy_backward)
 STAR_EXPORT(nft_forward)
 STAR_EXPORT(nft_backward)
 STAR_EXPORT(sample_transition)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_kind, star::attention_kind);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_maps, star::attention_maps);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(allocate, star::allocate);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(transition, star::transition);

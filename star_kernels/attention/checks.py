@@ -13,6 +13,7 @@ from star_kernels.checks import check_dense
 from star_kernels.selection import TokenSelection, check_selection_fields
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INTEGERS = (int, torch.SymInt)
 
 
 def autocasted(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -118,7 +119,7 @@ def resolve_rows(rows: slice | tuple[int, int] | None, length: int) -> tuple[int
     if not (
         isinstance(rows, tuple)
         and len(rows) == 2
-        and all(isinstance(n, int | torch.SymInt) and not isinstance(n, bool) for n in rows)
+        and all([isinstance(n, _INTEGERS) and not isinstance(n, bool) for n in rows])
     ):
         raise TypeError(f"rows must be a slice or a tuple (start, length) of two integers, got {rows!r}")
     start, count = rows

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from star_kernels.attention import dispatch, naive, ops
+from star_kernels.attention import direct, dispatch, naive, ops
 from star_kernels.attention.arguments import MapArguments
 from star_kernels.attention.checks import (
     autocasted,
@@ -20,7 +20,7 @@ from star_kernels.attention.checks import (
     resolve_scale,
 )
 from star_kernels.checks import check_flag
-from star_kernels.operators import constant
+from star_kernels.operators import constant, constants
 from star_kernels.selection import TokenSelection
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -46,6 +46,7 @@ def attention(
     layout: str = "bhsd",
     reduce_heads: bool = True,
     return_lse: bool = False,
+    detach_maps: bool = False,
     backend: str = "auto",
 ) -> AttentionOutput:
     """Softmax attention that also returns how much each row attends to the selected tokens, from the same pass.
@@ -69,6 +70,8 @@ def attention(
         layout: "bhsd" or "bshd".
         reduce_heads: average the maps over heads; if False, they are ``[B, G, H, R]``.
         return_lse: also return the natural log-sum-exp of the scaled scores, float32 ``[B, H, Sq]``.
+        detach_maps: return maps and log-sum-exp as constants, without a gradient. Gradients of the output are then
+            computed by PyTorch's own autograd node wherever its kernel is the one to run.
         backend: "auto"; "vendor" (PyTorch's fused attention, followed by a map kernel that reads its log-sum-exp);
             "triton" (CUDA only: maps in the epilogue of the flash attention kernel); "cudnn", "flash" or "efficient"
             (CUDA only: one of PyTorch's kernels); or "naive" (the reference implementation, which materialises all
@@ -82,7 +85,15 @@ def attention(
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, dtype, device or range; the message names it.
     """
-    axis = _sequence_axis(layout)
+    axis = 2 if layout == "bhsd" else _sequence_axis(layout)
+    flags = type(reduce_heads) is type(return_lse) is type(detach_maps) is bool
+    if flags and not torch.compiler.is_dynamo_compiling():
+        found = direct.attention(
+            query, key, value, selection, axis, rows, key_mask, scale, reduce_heads, detach_maps, backend
+        )
+        if found is not None:
+            out, maps, lse = found
+            return AttentionOutput(out if axis == 2 else out.transpose(1, 2), maps, lse if return_lse else None)
     query, key, value = autocasted(query, key, value)
     check_qkv(query, key, value, axis)
     if axis == 1:
@@ -94,6 +105,7 @@ def attention(
     scale = resolve_scale(scale, head_dim)
     check_flag("reduce_heads", reduce_heads)
     check_flag("return_lse", return_lse)
+    check_flag("detach_maps", detach_maps)
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(dispatch.BACKENDS)}, got {backend!r}")
     device, dtype, head_dim = query.device.type, query.dtype, index_of(head_dim)  # constant in a graph
@@ -108,6 +120,8 @@ def attention(
         out, maps, lse = naive.attention(query, key, value, MapArguments(*flat))
     else:
         out, maps, lse = ops.ATTENTION(query, key, value, *flat, backend)
+    if detach_maps:
+        maps, lse = constants(maps, lse)
     return AttentionOutput(out.transpose(1, 2) if axis == 1 else out, maps, lse if return_lse else None)
 
 

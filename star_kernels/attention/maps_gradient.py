@@ -47,23 +47,22 @@ def compute(
     of_tokens = index.clamp(min=0).long()  # [B, T]
     positions = of_tokens[:, None, :, None].expand(-1, heads, -1, width)
     dense = dense[:, :, start : start + n_rows].float()  # [B, H, R, D]
-    tokens = gathered.gather(2, positions).float()  # [B, H, T, D]
+    scaled = gathered.gather(2, positions).float() * arguments.scale  # [B, H, T, D]
     if text_to_image:
         normaliser = lse.gather(2, positions[..., 0])[:, :, None]  # [B, H, 1, T]
     else:
         normaliser = lse[:, :, start : start + n_rows, None]  # [B, H, R, 1]
 
-    counts = (index != EMPTY)[:, None, None]  # [B, 1, 1, T]
+    ignored = (index == EMPTY)[:, None, None]  # [B, 1, 1, T]
     if key_mask is not None:
         by_row = key_mask[:, None, start : start + n_rows, None] if text_to_image else None
-        counts = counts & (by_row if by_row is not None else key_mask.gather(1, of_tokens)[:, None, None])
-    scores = torch.matmul(dense, tokens.transpose(-1, -2)) * arguments.scale
-    exponent = (scores - normaliser).masked_fill(~counts, float("-inf"))
+        ignored = ignored | ~(by_row if by_row is not None else key_mask.gather(1, of_tokens)[:, None, None])
+    exponent = torch.matmul(dense, scaled.mT).sub_(normaliser).masked_fill_(ignored, float("-inf"))  # [B, H, R, T]
     if arguments.reduce_heads:
-        upstream = torch.einsum("bgr,bgt->brt", grad_maps / heads, weight)[:, None]
+        upstream = torch.matmul(grad_maps.mT, weight / heads)[:, None]  # [B, 1, R, T]
     else:
-        upstream = torch.einsum("bghr,bgt->bhrt", grad_maps, weight)
-    grad_scores = torch.exp(exponent) * upstream  # [B, H, R, T]
+        upstream = torch.matmul(grad_maps.permute(0, 2, 3, 1), weight[:, None])  # [B, H, R, T]
+    grad_scores = exponent.exp_().mul_(upstream)  # [B, H, R, T]
 
     grad_lse = torch.zeros(lse.shape, dtype=lse.dtype, device=lse.device)
     if text_to_image:
@@ -71,9 +70,9 @@ def compute(
     else:
         grad_lse[:, :, start : start + n_rows] = -grad_scores.sum(dim=3)
     return MapsGradient(
-        rows=torch.matmul(grad_scores, tokens) * arguments.scale,
+        rows=torch.matmul(grad_scores, scaled),
         start=start,
-        tokens=torch.matmul(grad_scores.transpose(-1, -2), dense) * arguments.scale,
+        tokens=torch.matmul(grad_scores.mT, dense) * arguments.scale,
         positions=positions,
         lse=grad_lse,
         text_to_image=text_to_image,

@@ -36,7 +36,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Te
     else:
         query, key, value = for_pytorch(query, key, value)
         out, lse = vendor.forward(query, key, value, key_mask, scale)
-    return out, _maps(query, key, lse, arguments), lse
+    return out, maps_of(query, key, lse, arguments), lse
 
 
 def attention_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +104,7 @@ def attention_backward_fake(
 
 def attention_maps(query: Tensor, key: Tensor, lse: Tensor, *rest: Any) -> Tensor:
     query, key = unit_strides(query, key)
-    return _maps(query, key, lse, MapArguments(*rest))
+    return maps_of(query, key, lse, MapArguments(*rest))
 
 
 def attention_maps_fake(query: Tensor, key: Tensor, lse: Tensor, *rest: Any) -> Tensor:
@@ -127,7 +127,7 @@ def attention_maps_backward_fake(
     return torch.empty_like(query), torch.empty_like(key), lse.new_empty(lse.shape)
 
 
-def _maps(query: Tensor, key: Tensor, lse: Tensor, arguments: MapArguments) -> Tensor:
+def maps_of(query: Tensor, key: Tensor, lse: Tensor, arguments: MapArguments) -> Tensor:
     """The maps of tensors with unit strides, from their log-sum-exp."""
     kernel = dispatch.maps_kernel(query)
     if kernel == "naive":

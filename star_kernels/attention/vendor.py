@@ -65,7 +65,8 @@ def backward(
     No [Sq, Sk] matrix is materialised. PyTorch's 16-bit backward pass on a CPU is several times slower than this one,
     and no more exact.
     """
-    lse = lse.clamp(min=_LEAST)  # PyTorch computes exp(-inf - lse) for a row without any key: 0, not NaN
+    if key_mask is not None:
+        lse = lse.clamp(min=_LEAST)  # PyTorch computes exp(-inf - lse) for a row without any key: 0, not NaN
     saved = _float32(grad_out, grad_lse, query, key, value, out, columns=1)
     mask = _additive(key_mask, torch.float32)
     dq, dk, dv = _CPU_BACKWARD(*saved, lse, 0.0, False, attn_mask=mask, scale=scale)
@@ -108,7 +109,8 @@ def _float32(
     dS = P (dO V^T - rowsum(dO O) + dlse), so dlse is passed as the first of ``columns`` additional columns (the others
     are 0): dO' = [dO, 1], V' = [V, 0], O' = [O, -dlse].
     """
-    query, key, value, out = query.float(), key.float(), value.float(), out.float()
+    if query.dtype != torch.float32:
+        query, key, value, out = query.float(), key.float(), value.float(), out.float()
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.float()
     if grad_lse is not None:
         # F.pad takes heads of one element for an image with channels last, and would return that layout.

@@ -15,6 +15,7 @@ MASKED = -1e3  # an additive mask must be 0, or at most this: such keys have pro
 def attention_with_maps(
     name: str,
     forward_pass: ForwardPass,
+    detach: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -24,7 +25,7 @@ def attention_with_maps(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The output of the attention call of the module ``name``, and its maps ``[batch, G, R]``."""
+    """The output of the attention call of ``name``, and its maps ``[batch, G, R]``, constants if ``detach``."""
     if dropout_p or is_causal:
         raise ValueError(
             f"{name} calls attention with dropout_p={dropout_p}, is_causal={is_causal}: maps need dropout_p=0 and "
@@ -52,6 +53,7 @@ def attention_with_maps(
         rows=rows,
         key_mask=None if attn_mask is None else _key_mask(name, attn_mask, batch, key.shape[2]),
         scale=scale,
+        detach_maps=detach,
         backend=backend_for(name, query, key, value),
     )
     return out, maps

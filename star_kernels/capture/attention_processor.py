@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from star_kernels.capture.attention_call import attention_with_maps
-from star_kernels.capture.interception import FunctionMode, Interception, PatchedFunction
+from star_kernels.capture.interception import FunctionMode, Interception
 from star_kernels.capture.passes import ForwardPass, Passes
 
 
@@ -78,9 +78,9 @@ class CapturedAttention:
                 "checkpointing: its maps would not be differentiable. Use checkpointing with use_reentrant=False, or "
                 "capture with detach=True"
             )
-        out, maps = attention_with_maps(self.name, forward_pass, *args, **kwargs)
+        out, maps = attention_with_maps(self.name, forward_pass, self.detach, *args, **kwargs)
         if recorded:
-            self.maps = maps.detach() if self.detach else maps
+            self.maps = maps
         return out
 
 
@@ -110,22 +110,23 @@ def _recording_class(processor_class: Any) -> type[Any]:
             captured.ran = captured.compiled = True
             with FunctionMode(Interception(partial(captured.attend, forward_pass))):
                 return original(self, *args, **kwargs)
-        forward_pass = captured.passes.in_this_thread()
-        is_replica = args and isinstance(args[0], nn.Module) and args[0] is not captured.attention
+        passes = captured.passes
+        forward_pass = passes.in_this_thread()
+        is_replica = args and args[0] is not captured.attention and isinstance(args[0], nn.Module)
         if forward_pass is None or is_replica:
             return original(self, *args, **kwargs)
-        if captured.passes.is_open(forward_pass):
+        if passes.is_open(forward_pass):
             captured.ran = True
         interception = Interception(partial(captured.attend, forward_pass))
         if _calls_by_name.get(processor_class, False):
-            with PatchedFunction(interception):
+            with interception:
                 result = original(self, *args, **kwargs)
             if not interception.done:  # from the next call on a mode is used for this class
                 _calls_by_name[processor_class] = False
             return result
-        with PatchedFunction(interception) as patch, FunctionMode(interception):
+        with interception, FunctionMode(interception):
             result = original(self, *args, **kwargs)
-        if patch.called:
+        if interception.by_name:
             _calls_by_name.setdefault(processor_class, True)
         return result
 

@@ -55,6 +55,8 @@ class MapCapture:
         self._lock = threading.RLock()
         self._modules = [CapturedAttention(name, module, self._passes, detach) for name, module in attentions.items()]
         self._checkpointing = Checkpointing(model, self._passes, self._modules)
+        self._forward: Any = None  # the model's forward method
+        self._signature = inspect.Signature()  # of that method
         self._value: Tensor | None = None
         self._image: ImageTokens | None = None  # of the latest captured pass
         self._conditional = slice(None)  # the part of its batch that the selection is for
@@ -133,7 +135,9 @@ class MapCapture:
             selection = self.selection
             if selection is None or not self.enabled:
                 return
-            bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+            if model.forward != self._forward:
+                self._forward, self._signature = model.forward, inspect.signature(model.forward)
+            bound = self._signature.bind_partial(*args, **kwargs).arguments
             arguments = {**bound, **kwargs}  # also those that the signature has as **kwargs
             if arguments.get("skip_layers"):  # skip-layer guidance: a pass without some of the blocks
                 return
@@ -142,7 +146,7 @@ class MapCapture:
                 image = self._family.image(model, arguments)
             except KeyError as missing:
                 raise ValueError(f"transformer must be called with {missing} while maps are captured") from None
-            self._image = replace(image, **self._overrides)
+            self._image = replace(image, **self._overrides) if self._overrides else image
             if self._image.text is not None:
                 _check_text(selection, *self._image.text)
             whole, self._conditional, expected = self._guidance.for_pass(selection, arguments)

@@ -1,8 +1,9 @@
 """Interception of ``F.scaled_dot_product_attention`` in the thread that runs an attention processor.
 
-Two ways to intercept the call. :class:`PatchedFunction` replaces the function in ``torch.nn.functional``; the
-replacement looks up whether its own thread intercepts anything. :class:`FunctionMode` intercepts the call under any
-name but adds microseconds to every call of a PyTorch function, about 70 in a transformer block.
+Two ways to intercept the call. An :class:`Interception`, as a context, replaces the function in
+``torch.nn.functional``; the replacement looks up whether its own thread intercepts anything. :class:`FunctionMode`
+intercepts the call under any name but adds microseconds to every call of a PyTorch function, about 70 in a transformer
+block.
 """
 
 from __future__ import annotations
@@ -17,34 +18,28 @@ from torch.overrides import TorchFunctionMode
 
 _thread = threading.local()
 _lock = threading.Lock()
-_patches = 0  # PatchedFunction contexts open, in all threads
+_patches = 0  # contexts open, in all threads
 _unpatched: Any = None  # F.scaled_dot_product_attention before the first of them was entered
 _BUILTIN = F.scaled_dot_product_attention  # the function that a TorchFunctionMode receives
 
 
 class Interception:
-    """Replaces the first attention call of a processor; later ones (image prompt adapters) are left unchanged."""
+    """Replaces the first attention call of a processor; later ones (image prompt adapters) are left unchanged.
+
+    As a context it replaces ``F.scaled_dot_product_attention``; other threads reach PyTorch's function.
+    """
+
+    __slots__ = ("by_name", "done", "outer", "replacement")
 
     def __init__(self, replacement: Callable[..., Any]) -> None:
         self.replacement = replacement
         self.done = False
+        self.by_name = False  # whether the call was one of torch.nn.functional's function
+        self.outer: Interception | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.done = True
-        return self.replacement(*args, **kwargs)
-
-
-class PatchedFunction:
-    """Context in which ``F.scaled_dot_product_attention`` is replaced; other threads reach PyTorch's function."""
-
-    def __init__(self, interception: Interception) -> None:
-        self.interception = interception
-        self.called = False
-        self.outer: PatchedFunction | None = None
-
-    def __enter__(self) -> PatchedFunction:
+    def __enter__(self) -> Interception:
         global _patches, _unpatched
-        self.outer, _thread.patch = getattr(_thread, "patch", None), self
+        self.outer, _thread.interception = getattr(_thread, "interception", None), self
         with _lock:
             if not _patches:
                 _unpatched, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _dispatch
@@ -53,7 +48,7 @@ class PatchedFunction:
 
     def __exit__(self, *exception: object) -> None:
         global _patches
-        _thread.patch = self.outer
+        _thread.interception = self.outer
         with _lock:
             _patches -= 1
             if not _patches:
@@ -61,11 +56,11 @@ class PatchedFunction:
 
 
 def _dispatch(*args: Any, **kwargs: Any) -> Any:
-    patch = getattr(_thread, "patch", None)
-    if patch is None or patch.interception.done:
+    interception = getattr(_thread, "interception", None)
+    if interception is None or interception.done:
         return _unpatched(*args, **kwargs)
-    patch.called = True
-    return patch.interception(*args, **kwargs)
+    interception.done = interception.by_name = True
+    return interception.replacement(*args, **kwargs)
 
 
 class FunctionMode(TorchFunctionMode):
@@ -83,4 +78,5 @@ class FunctionMode(TorchFunctionMode):
             return args[0].unflatten(*args[1:], **kwargs)
         if self.interception.done or func is not _BUILTIN:
             return func(*args, **kwargs)
-        return self.interception(*args, **kwargs)
+        self.interception.done = True
+        return self.interception.replacement(*args, **kwargs)

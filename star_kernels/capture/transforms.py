@@ -19,7 +19,7 @@ def backend_for(name: str, *tensors: Tensor) -> str:
         ValueError: the module runs under torch.vmap. Its maps would have a dimension that no longer exists when they
             are read.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not WATCH.observed():
         return "auto"
     if not (WATCH.transformed() or WATCH.dual()):
         return "auto"

@@ -56,7 +56,7 @@ def test_shapes_and_layouts_are_those_that_the_operator_promises(
     kernel: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PyTorch's fake kernels in the operator's implementation, against the operator's own fake implementation."""
-    monkeypatch.setattr(ops, "_maps", lambda query, key, lse, arguments: ops._empty_maps(query, arguments))
+    monkeypatch.setattr(ops, "maps_of", lambda query, key, lse, arguments: ops._empty_maps(query, arguments))
     monkeypatch.setattr(layouts, "is_aligned", lambda tensor: tensor.stride(-1) == 1)  # a fake tensor has no address
     monkeypatch.setattr(vendor, "_no_dropout", fresh_state)
     with FakeTensorMode():
