@@ -121,7 +121,7 @@ def make_pairs(batch: int, dtype: torch.dtype, device: torch.device) -> list[Pai
         Pair("attention_differentiable", "attention with maps, gradients",
              lambda: with_gradients(lambda *qkv: attention(*qkv, selection).out),
              "SDPA, gradients, again", lambda: with_gradients(sdpa)),
-        Pair("policy_loss", "policy loss, PolicyLoss.backward", lambda: ours_directly(x, None),
+        Pair("policy_loss", "policy loss, PolicyLoss.backward", ours_directly(x),
              "policy loss, eager, gradients", lambda: flow_grpo(x, old)[1]),
         Pair("policy_loss_autograd", "policy loss, autograd", lambda: ours(x, None),
              "policy loss, eager, autograd", lambda: flow_grpo(x, old)),

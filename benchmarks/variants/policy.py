@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,13 +91,17 @@ def ours(x: Inputs, weights: Tensor | None) -> tuple[Tensor, Tensor, dict[str, T
     return loss, torch.autograd.grad(loss, x.model_output)[0], metrics
 
 
-def ours_directly(x: Inputs, weights: Tensor | None) -> Tensor:
-    """The gradient by ``PolicyLoss.backward``, as the documentation recommends."""
-    x.model_output.grad = None
+def ours_directly(x: Inputs) -> Callable[[], Tensor]:
+    """A call that computes the gradient without weights by ``PolicyLoss.backward``, as the documentation recommends."""
     output = x.model_output.view_as(x.model_output)  # no leaf, like that of a model: a leaf would copy its gradient
-    _loss(x, weights, output).backward()
-    assert x.model_output.grad is not None
-    return x.model_output.grad
+
+    def run() -> Tensor:
+        x.model_output.grad = None
+        _loss(x, None, output).backward()
+        assert x.model_output.grad is not None
+        return x.model_output.grad
+
+    return run
 
 
 def flow_grpo_step(
@@ -171,7 +176,7 @@ def variants(x: Inputs, compiled: bool = True) -> list[Variant]:
         Variant("ours", "ours, no weights", lambda: ours(x, None)),
         Variant("ours_weighted", "ours, weights on the patch grid", lambda: ours(x, x.weights)),
         Variant("eager", "Flow-GRPO arithmetic, eager", lambda: flow_grpo(x, old)),
-        Variant("ours_directly", "ours, no weights, PolicyLoss.backward", lambda: ours_directly(x, None)),
+        Variant("ours_directly", "ours, no weights, PolicyLoss.backward", ours_directly(x)),
     ]
     if compiled:
         objective = torch.compile(_objective, fullgraph=True, dynamic=False)

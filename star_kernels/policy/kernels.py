@@ -1,8 +1,9 @@
 """The kernels of the policy operators on each backend. Each call writes the given results.
 
-The compiled functions take the fields of the arguments in their declared order, and then the results. The compiled
-forward passes also write the gradient for an upstream gradient of ones, if memory for it is given; a compiled backward
-pass keeps a gradient that is already ``written`` so if ``grad_loss`` is all ones, and computes it again otherwise.
+The compiled functions take the fields of the arguments in their declared order, and then the results. A compiled
+forward pass also writes the gradient for an upstream gradient of ones, if memory for it is given. A compiled backward
+pass whose gradient is already ``written`` keeps it if ``grad_loss`` is all ones, and computes it again otherwise. The
+Triton kernels have neither.
 """
 
 from __future__ import annotations
