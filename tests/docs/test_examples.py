@@ -15,6 +15,7 @@ from pages import PAGES, ROOT, blocks, name
 # Pages whose examples have other tests, which also check the results.
 ELSEWHERE = {
     "docs/adding-a-model.md": "tests/capture/test_guide.py",
+    "docs/flow-factory.md": "tests/integrations/test_flow_factory.py",
     "docs/flow-grpo.md": "tests/integrations/test_flow_grpo_guide.py",
     "docs/maps.md": "tests/prompts/test_maps_docs.py",
     "docs/verl-omni.md": "tests/integrations/test_verl_omni_guide.py",
@@ -111,4 +112,13 @@ def _recipes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return {"pipeline": pipeline, "trained": trained}
 
 
-PREPARED = {"README.md": _readme, "docs/prompts.md": _prompts, "docs/recipes.md": _recipes}
+def _unirl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A small pipeline in place of the one that the page loads."""
+    diffusers = pytest.importorskip("diffusers")
+    from small_pipelines import sd3_pipeline
+
+    monkeypatch.setattr(diffusers.StableDiffusion3Pipeline, "from_pretrained", lambda *_, **__: sd3_pipeline())
+    return {}
+
+
+PREPARED = {"README.md": _readme, "docs/prompts.md": _prompts, "docs/recipes.md": _recipes, "docs/unirl.md": _unirl}
