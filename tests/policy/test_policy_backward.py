@@ -15,7 +15,7 @@ from problems import BATCH, MEMORY, SIGMA, Problem, make, patch_weights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from star_kernels import PolicyLoss, weighted_nft_loss, weighted_policy_loss
+from star_kernels import PolicyLoss, sample_transition, weighted_nft_loss, weighted_policy_loss
 from star_kernels.policy import direct
 from star_kernels.policy import loss as losses
 
@@ -239,6 +239,40 @@ def test_a_scale_may_have_a_gradient() -> None:
     assert torch.equal(scale.grad, compute("sample", output_of()).loss.detach())
 
 
+@pytest.mark.parametrize("read", [False, True], ids=["", "loss read"])
+@pytest.mark.parametrize(
+    "scale", [torch.complex(torch.ones(()), torch.tensor(2.0)).conj().imag, torch._efficientzerotensor(())], ids=str
+)
+def test_a_scale_may_be_a_negated_view_or_a_zero_without_memory(scale: Tensor, read: bool) -> None:
+    output, expected = output_of(), output_of()
+    result = compute("sample", output)
+    assert not read or result.loss.requires_grad
+    result.backward(scale)
+    compute("sample", expected).backward(float(scale))
+    assert torch.equal(output.grad, expected.grad)
+
+
+def test_a_complex_scale_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="only for real scalar outputs"):
+        compute("sample", output_of()).backward(torch.tensor(1j))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected in")
+def test_anomaly_detection_names_the_loss(kind: str) -> None:
+    result = compute(kind, output_of() * float("nan"))
+    with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match=r"Function 'weighted_\w+_lossBackward'"):
+        result.backward()
+
+
+def test_a_transform_of_torch_func_that_reads_a_loss_first_is_an_error() -> None:
+    result = compute("sample", output_of())
+    with pytest.raises(RuntimeError, match="loss must be read before a transform"):
+        torch.func.grad(lambda x: x * result.loss)(torch.ones(()))
+    value = result.loss.detach()
+    assert torch.equal(torch.func.grad(lambda x: x * result.loss)(torch.ones(())), value)
+
+
 def test_a_loss_of_another_way_has_the_same_method() -> None:
     output = output_of()
     compute("sample", output, backend="naive").backward(0.5)
@@ -333,6 +367,25 @@ def test_ordinary_calls_need_no_checks_in_python(call: str, memory: str) -> None
     with mock.patch.object(losses, "check_tensors", side_effect=AssertionError("not an ordinary call")):
         weighted_policy_loss(*arguments, **options)
         weighted_policy_loss(latents[0].detach().requires_grad_(), *arguments[1:], **options).backward()
+
+
+def test_a_missing_dimension_is_the_error_of_a_wrong_shape() -> None:
+    latent = torch.ones(1, 2, 3, 4, 1)
+    flat = latent[0].transpose(0, 1)
+    step = rollout().transition
+    with pytest.raises(ValueError, match=r"sample must have the shape of model_output"):
+        weighted_policy_loss(latent, flat, latent, torch.ones(1, 2, 3, 4), torch.ones(1), step, channel_dim=4)
+    with pytest.raises(ValueError, match=r"advantages must have shape \[B, G\] = \[1, 1\]"):
+        weighted_policy_loss(
+            *(latent,) * 3,
+            torch.ones(1, 2, 3, 4),
+            torch.ones(()),
+            step,
+            weights=torch.ones(1, 1, 2, 3, 4),
+            channel_dim=4,
+        )
+    with pytest.raises(ValueError, match=r"sample must have the shape of model_output"):
+        sample_transition(latent, flat, step, noise=latent, channel_dim=4)
 
 
 @pytest.mark.parametrize(
