@@ -15,7 +15,7 @@ from problems import BATCH, MEMORY, SIGMA, Problem, make, patch_weights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from star_kernels import PolicyLoss, sample_transition, weighted_nft_loss, weighted_policy_loss
+from star_kernels import PolicyLoss, weighted_nft_loss, weighted_policy_loss
 from star_kernels.policy import direct
 from star_kernels.policy import loss as losses
 
@@ -367,25 +367,6 @@ def test_ordinary_calls_need_no_checks_in_python(call: str, memory: str) -> None
     with mock.patch.object(losses, "check_tensors", side_effect=AssertionError("not an ordinary call")):
         weighted_policy_loss(*arguments, **options)
         weighted_policy_loss(latents[0].detach().requires_grad_(), *arguments[1:], **options).backward()
-
-
-def test_a_missing_dimension_is_the_error_of_a_wrong_shape() -> None:
-    latent = torch.ones(1, 2, 3, 4, 1)
-    flat = latent[0].transpose(0, 1)
-    step = rollout().transition
-    with pytest.raises(ValueError, match=r"sample must have the shape of model_output"):
-        weighted_policy_loss(latent, flat, latent, torch.ones(1, 2, 3, 4), torch.ones(1), step, channel_dim=4)
-    with pytest.raises(ValueError, match=r"advantages must have shape \[B, G\] = \[1, 1\]"):
-        weighted_policy_loss(
-            *(latent,) * 3,
-            torch.ones(1, 2, 3, 4),
-            torch.ones(()),
-            step,
-            weights=torch.ones(1, 1, 2, 3, 4),
-            channel_dim=4,
-        )
-    with pytest.raises(ValueError, match=r"sample must have the shape of model_output"):
-        sample_transition(latent, flat, step, noise=latent, channel_dim=4)
 
 
 @pytest.mark.parametrize(

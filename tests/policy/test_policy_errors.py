@@ -235,6 +235,24 @@ def test_good_input_is_accepted() -> None:
     sample_transition(LATENT, LATENT, STEP)
 
 
+def test_a_missing_dimension_is_the_error_of_a_wrong_shape() -> None:
+    latent = torch.ones(1, 2, 3, 4, 1)
+    flat = latent[0].transpose(0, 1)
+    with pytest.raises(ValueError, match=r"sample must have the shape of model_output"):
+        weighted_policy_loss(latent, flat, latent, torch.ones(1, 2, 3, 4), torch.ones(1), STEP, channel_dim=4)
+    with pytest.raises(ValueError, match=r"advantages must have shape \[B, G\] = \[1, 1\]"):
+        weighted_policy_loss(
+            *(latent,) * 3,
+            torch.ones(1, 2, 3, 4),
+            torch.ones(()),
+            STEP,
+            weights=torch.ones(1, 1, 2, 3, 4),
+            channel_dim=4,
+        )
+    with pytest.raises(ValueError, match=r"sample must have the shape of model_output"):
+        sample_transition(latent, flat, STEP, noise=latent, channel_dim=4)
+
+
 @pytest.mark.parametrize("options", [{"weights": ROWS + 1}, {"ratio": "location"}])
 def test_one_old_log_prob_for_each_sample_requires_sample_ratios_without_weights(options: dict) -> None:
     weighted_policy_loss(**{**GOOD, "old_log_prob": ONES})
