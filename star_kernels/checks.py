@@ -11,6 +11,8 @@ from torch import Tensor
 
 from star_kernels.torch_internals import WATCH
 
+_LARGEST = 2**63 - 1  # of the integers that PyTorch and the compiled libraries accept
+
 
 def warn(message: str) -> None:
     """A UserWarning that points to the line outside star_kernels and torch from which this code was called."""
@@ -28,6 +30,10 @@ def check_flag(name: str, value: bool) -> None:
 def check_number(name: str, value: float) -> None:
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ValueError(
+            f"{name} must be a float if it is above 2**63 - 1, got an integer of {value.bit_length()} bits"
+        )
 
 
 def check_dense(name: str, tensor: Tensor) -> None:

@@ -46,7 +46,7 @@ class RecordedMaps:
         if not self.maps:
             raise RuntimeError("no maps were recorded: the transformer did not run within record_maps")
         chosen = self.maps if steps is None else self.maps[steps]
-        if not chosen or (steps is not None and len(chosen) != steps.stop - steps.start):
+        if not chosen or (steps is not None and max(steps.stop or 0, -(steps.start or 0)) > len(self.maps)):
             raise ValueError(f"steps must be recorded passes, of which there are {len(self.maps)}, got {steps}")
         maps = torch.stack([taken.sum(dim=1) for taken in chosen], dim=1)  # [B, Steps, h, w]
         return allocate(maps, layout="bshw", strength=strength, over=over, cap=cap)

@@ -73,19 +73,23 @@ class SamplerCheck:
         while self._pending and (self._pending[0].copied is None or self._pending[0].copied.query()):
             pending = self._pending.pop(0)
             deviation = _deviation(pending.numbers, pending.sde_type)
-            if deviation > TOLERANCE:  # not if it is NaN, as in a step without noise
+            if deviation > TOLERANCE:
                 self._pending.clear()
                 raise ValueError(_explained(pending, deviation))
 
 
 def _deviation(numbers: Tensor, sde_type: str) -> float:
-    """The largest relative difference from the density of a sampler, with or without its normaliser."""
+    """The largest relative difference from the density of a sampler, with or without its normaliser.
+
+    Samples for which it is NaN, as in a step without noise, do not count.
+    """
     log_prob, squares, std_dev_t, sqrt_dt = numbers.double()
     transition = mean_transition(std_dev_t, sqrt_dt, sde_type=sde_type)
     exponent, offset = transition.scale.double() * squares, transition.offset.double()
     plain = (log_prob + exponent).abs() / exponent
     normalised = (log_prob + exponent - offset).abs() / (exponent + offset.abs())
-    return float(torch.minimum(plain.amax(), normalised.amax()))
+    infinity = float("inf")
+    return min(float(torch.nan_to_num(found, nan=0.0, posinf=infinity).amax()) for found in (plain, normalised))
 
 
 def _explained(pending: _Pending, deviation: float) -> str:

@@ -22,7 +22,7 @@ def resolve_channel_dim(channel_dim: int, model_output: Tensor) -> int:
             "model_output must have 3 to 5 dimensions, none of them 0, such as [B, C, H, W], [B, C, F, H, W] or "
             f"[B, S, C], got {list(model_output.shape)}"
         )
-    if not isinstance(channel_dim, int):
+    if not isinstance(channel_dim, int) or isinstance(channel_dim, bool):
         raise TypeError(f"channel_dim must be an integer, got {channel_dim!r}")
     resolved = channel_dim + model_output.ndim if channel_dim < 0 else channel_dim
     if not 1 <= resolved < model_output.ndim:
@@ -203,6 +203,8 @@ def check_clip(clip_range: float | tuple[float, float]) -> tuple[float, float]:
         raise TypeError(f"clip_range must be a number or a tuple (below, above) of two, got {clip_range!r}")
     if len(pair) != 2:
         raise ValueError(f"clip_range must be a number or a tuple (below, above) of two, got {clip_range!r}")
+    for bound in pair:
+        check_number("clip_range", bound)
     low, high = pair
     if not (0 <= low <= 1 and high >= 0):
         raise ValueError(f"clip_range must be at least 0, its lower half at most 1, got {clip_range}")

@@ -31,7 +31,8 @@ from star_kernels.policy.arguments import (
 from star_kernels.policy.layouts import empty_like, walkable
 from star_kernels.torch_internals import WATCH, run_backward
 
-REJECTED = (TypeError, ValueError, RuntimeError, BufferError)  # what the library raises for arguments it cannot read
+# What the library raises for arguments it cannot read, and PyTorch for tensors without a dimension.
+REJECTED = (TypeError, ValueError, RuntimeError, BufferError, IndexError)
 FREED = (
     "Trying to backward through the graph a second time: PolicyLoss.backward has freed it. Compute the loss again, or "
     "call loss.backward(retain_graph=True) first."
@@ -67,6 +68,10 @@ class Pass:
         """The loss with its autograd node, if it is differentiable."""
         if self.inputs is None:
             return self.value
+        if WATCH.transformed():
+            raise RuntimeError(
+                "PolicyLoss.loss must be read before a transform of torch.func if the loss is computed before it"
+            )
         self.error = self._change()
         if torch.is_grad_enabled():
             loss = self.objective.apply(self.inputs[0], self)
@@ -80,9 +85,12 @@ class Pass:
     def backward(self, loss: Tensor | None, scale: float | Tensor) -> bool:
         """``(loss * scale).backward()`` without the node of the loss, which is None if there is no node yet.
 
-        Returns False, and does nothing, if the loss is not that of this pass or a mode observes the call.
+        Returns False, and does nothing, if the loss is not that of this pass, if a mode observes the call, and for a
+        scale whose value is not in its memory or is complex.
         """
         inputs = self.inputs
+        if isinstance(scale, Tensor) and not (is_direct([scale]) and in_memory([scale]) and not scale.is_complex()):
+            return False
         if loss is not None:
             node = loss.grad_fn
             if getattr(node, "done", None) is not self or not is_direct([loss]):

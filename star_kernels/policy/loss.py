@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from star_kernels.checks import check_flag, check_number
@@ -81,7 +82,7 @@ class PolicyLoss:
         elif scale.numel() != 1:
             raise ValueError(f"scale must be a number or a tensor of one element, got {list(scale.shape)}")
         learned = isinstance(scale, Tensor) and scale.requires_grad
-        if done is None or learned or not done.backward(loss, scale):
+        if done is None or learned or torch.is_anomaly_enabled() or not done.backward(loss, scale):
             (self.loss * scale).backward()
 
     def __iter__(self) -> Iterator[Any]:

@@ -48,6 +48,16 @@ def test_log_probabilities_of_the_sampler_pass(sde_type: str, normalised: bool) 
     check.settle()  # an error is raised once
 
 
+def test_a_sample_without_noise_hides_no_other() -> None:
+    old = rollout("sd3", "cps").old
+    mean, scale, log_prob = old.mean.clone(), old.std_dev_t.clone(), old.log_prob_mean.clone()
+    mean[0], scale[0], log_prob[0] = old.prev_sample[0], 0, 0
+    check = SamplerCheck()
+    check.add(log_prob, mean, old.prev_sample, scale, old.sqrt_dt, sde_type="cps")
+    with pytest.raises(ValueError, match="sde_type must be the sampler of log_probs, got 'sde'"):
+        check.add(log_prob, mean, old.prev_sample, scale, old.sqrt_dt, sde_type="sde")
+
+
 def test_comparisons_wait_for_the_copy_not_for_the_device() -> None:
     old = rollout("sd3").old
     check = SamplerCheck()

@@ -58,8 +58,11 @@ def test_weights_of_a_window_are_those_of_its_maps() -> None:
     assert torch.equal(some, every[:, 1:3])
     shared = recorded.weights(steps=slice(1, 3), over="trajectory")
     close(shared.flatten(1).mean(dim=1), torch.ones(2))  # among the steps of the window
-    with pytest.raises(ValueError, match="steps must be recorded passes, of which there are 5, got"):
-        recorded.weights(steps=slice(4, 6))
+    for part in (slice(None, 2), slice(3, None), slice(-2, None), slice(0, 5, 2)):
+        assert torch.equal(recorded.weights(steps=part), every[:, part])
+    for wrong in (slice(4, 6), slice(-6, None), slice(2, 2)):
+        with pytest.raises(ValueError, match="steps must be recorded passes, of which there are 5, got"):
+            recorded.weights(steps=wrong)
 
 
 @pytest.mark.parametrize("name", ["weights", "next_latents", "log_probs", "timesteps"])

@@ -239,6 +239,40 @@ def test_a_scale_may_have_a_gradient() -> None:
     assert torch.equal(scale.grad, compute("sample", output_of()).loss.detach())
 
 
+@pytest.mark.parametrize("read", [False, True], ids=["", "loss read"])
+@pytest.mark.parametrize(
+    "scale", [torch.complex(torch.ones(()), torch.tensor(2.0)).conj().imag, torch._efficientzerotensor(())], ids=str
+)
+def test_a_scale_may_be_a_negated_view_or_a_zero_without_memory(scale: Tensor, read: bool) -> None:
+    output, expected = output_of(), output_of()
+    result = compute("sample", output)
+    assert not read or result.loss.requires_grad
+    result.backward(scale)
+    compute("sample", expected).backward(float(scale))
+    assert torch.equal(output.grad, expected.grad)
+
+
+def test_a_complex_scale_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="only for real scalar outputs"):
+        compute("sample", output_of()).backward(torch.tensor(1j))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected in")
+def test_anomaly_detection_names_the_loss(kind: str) -> None:
+    result = compute(kind, output_of() * float("nan"))
+    with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match=r"Function 'weighted_\w+_lossBackward'"):
+        result.backward()
+
+
+def test_a_transform_of_torch_func_that_reads_a_loss_first_is_an_error() -> None:
+    result = compute("sample", output_of())
+    with pytest.raises(RuntimeError, match="loss must be read before a transform"):
+        torch.func.grad(lambda x: x * result.loss)(torch.ones(()))
+    value = result.loss.detach()
+    assert torch.equal(torch.func.grad(lambda x: x * result.loss)(torch.ones(())), value)
+
+
 def test_a_loss_of_another_way_has_the_same_method() -> None:
     output = output_of()
     compute("sample", output, backend="naive").backward(0.5)

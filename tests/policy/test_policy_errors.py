@@ -73,6 +73,7 @@ LATENT_ERRORS = [
     ("channel_dim", -4, ValueError, r"channel_dim must name a dimension of model_output after the batch.*got -4"),
     ("channel_dim", 1.5, TypeError, "channel_dim .*1.5"),
     ("channel_dim", None, TypeError, "channel_dim .*None"),
+    ("channel_dim", True, TypeError, "channel_dim .*True"),
     ("backend", "cuda", ValueError, "backend must be one of auto, .*got 'cuda'"),
     ("backend", None, ValueError, "backend must be one of auto, .*got None"),
 ]
@@ -126,6 +127,9 @@ LOSS_ERRORS = [
     ("clip_range", (0.1, 0.2, 0.3), ValueError, r"clip_range .*\(0.1, 0.2, 0.3\)"),
     ("clip_range", "wide", TypeError, "clip_range .*wide"),
     ("weighted_kl", None, TypeError, "weighted_kl must be True or False, got None"),
+    ("clip_range", (0.1, 10**400), ValueError, "clip_range must be a float .*got an integer of 1329 bits"),
+    ("advantage_clip", 2**63, ValueError, "advantage_clip must be a float .*got an integer of 64 bits"),
+    ("kl_coef", 10**400, ValueError, "kl_coef must be a float .*got an integer of 1329 bits"),
     ("advantage_clip", 0.0, ValueError, "advantage_clip must be positive, got 0.0"),
     ("advantage_clip", NAN, ValueError, "advantage_clip must be positive, got nan"),
     ("advantage_clip", None, TypeError, "advantage_clip .*None"),
@@ -229,6 +233,24 @@ def test_good_input_is_accepted() -> None:
     weighted_policy_loss(**GOOD, weights=weights(0.0), clip_range=(0.1, 5.0), kl_coef=0.0)
     weighted_nft_loss(**GOOD_NFT)
     sample_transition(LATENT, LATENT, STEP)
+
+
+def test_a_missing_dimension_is_the_error_of_a_wrong_shape() -> None:
+    latent = torch.ones(1, 2, 3, 4, 1)
+    flat = latent[0].transpose(0, 1)
+    with pytest.raises(ValueError, match=r"sample must have the shape of model_output"):
+        weighted_policy_loss(latent, flat, latent, torch.ones(1, 2, 3, 4), torch.ones(1), STEP, channel_dim=4)
+    with pytest.raises(ValueError, match=r"advantages must have shape \[B, G\] = \[1, 1\]"):
+        weighted_policy_loss(
+            *(latent,) * 3,
+            torch.ones(1, 2, 3, 4),
+            torch.ones(()),
+            STEP,
+            weights=torch.ones(1, 1, 2, 3, 4),
+            channel_dim=4,
+        )
+    with pytest.raises(ValueError, match=r"sample must have the shape of model_output"):
+        sample_transition(latent, flat, STEP, noise=latent, channel_dim=4)
 
 
 @pytest.mark.parametrize("options", [{"weights": ROWS + 1}, {"ratio": "location"}])
