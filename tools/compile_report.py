@@ -31,11 +31,12 @@ from triton.compiler import ASTSource
 
 from star_kernels.attention import triton_backward, triton_forward, triton_maps, triton_tiles
 from star_kernels.attention.triton_config import (
+    Epilogue,
     Tile,
     backward_config,
     descriptor_tiles,
+    epilogue_config,
     forward_config,
-    loads_tokens_early,
     maps_config,
 )
 
@@ -52,10 +53,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (32, 64, 128)
 KERNELS = ("forward", "query", "key_value")
 POINTERS = {
-    **dict.fromkeys(("p_index", "p_counter"), "*i32"),
+    "p_index": "*i32",
     "p_mask": "*u8",
     **dict.fromkeys(
-        ("p_lse", "p_lse2", "p_delta", "p_grad_lse", "p_grads", "p_weight", "p_maps", "p_partial", "p_table"),
+        ("p_lse", "p_lse2", "p_delta", "p_grad_lse", "p_grads", "p_weight", "p_maps", "p_mean", "p_table"),
         "*fp32",
     ),
 }
@@ -79,7 +80,9 @@ class Variant:
     reduce_heads: bool = True
     grad_lse: bool = False
     text_to_image: bool = False
+    one_chunk: bool = True
     tile: Tile | None = None
+    epilogue: Epilogue | None = None
 
     def shipped_tile(self) -> Tile:
         if self.kernel == "maps":
@@ -106,26 +109,29 @@ def build(variant: Variant) -> Any:
     tile = variant.tile or variant.shipped_tile()
     module = {"forward": triton_forward, "maps": triton_maps}.get(variant.kernel, triton_backward)
     function = getattr(module, f"{variant.kernel}_kernel")
-    reduces = variant.maps and variant.reduce_heads
+    epilogue = variant.epilogue or epilogue_config(
+        variant.architecture, variant.width, DTYPES[variant.dtype], tile, variant.architecture in ("sm_90", "sm_100")
+    )
+    overlap = epilogue.overlap and variant.maps and variant.reduce_heads
     constants: dict[str, Any] = {
         "HEAD_DIM": variant.width,
         "BLOCK_D": triton_tiles.padded(variant.width),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "BLOCK_G": triton_maps.phrase_tile(variant.groups),
         "EVEN": variant.even,
         "TOKEN_LSE": variant.text_to_image,
-        "EARLY": loads_tokens_early(variant.architecture, variant.width, DTYPES[variant.dtype], tile),
-        "ONE_CHUNK": True,
+        "TOKENS": epilogue.tokens,
+        "OUTPUT_LAST": epilogue.output_last,
+        "OVERLAP": overlap,
+        "ONE_CHUNK": variant.one_chunk,
+        "ONE_PHRASE": variant.groups == 1,
         "STAGES": tile.num_stages,
     }
     if not variant.maps:
-        constants |= dict.fromkeys(("p_index", "p_weight", "p_maps", "p_partial", "p_grads", "p_table"))
+        constants |= dict.fromkeys(("p_index", "p_weight", "p_maps", "p_grads", "p_table"))
     rows = {"d_q": tile.block_m, "d_k": tile.block_n, "d_v": tile.block_n}
     if not tile.descriptors:
         constants |= dict.fromkeys(rows)
-    if not reduces:
-        constants["p_counter"] = None
     if not variant.masked:
         constants["p_mask"] = None
     if not variant.grad_lse:
@@ -145,7 +151,8 @@ def build(variant: Variant) -> Any:
             aligned[position,] = [["tt.divisibility", 16]]
     constants = {name: constants[name] for name in function.arg_names if name in constants}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=TARGETS[variant.architecture], options=tile.launch)
+    options = {**tile.launch, **triton_maps.dependent(overlap and variant.kernel in ("maps", "mean"))}
+    return triton.compile(source, target=TARGETS[variant.architecture], options=options)
 
 
 def measure(variant: Variant) -> Usage:

@@ -11,6 +11,7 @@ python -m tools.compile_report prints them.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -148,14 +149,53 @@ def descriptor_tiles(head_dim: int) -> tuple[Tile, ...]:
     return Tile(128, 64, 8, 3, descriptors=True), Tile(128, 128, 8, 2, descriptors=True)
 
 
-def loads_tokens_early(architecture: str, head_dim: int, dtype: torch.dtype, tile: Tile) -> bool:
-    """Whether the forward kernel loads the selected tokens' keys before its loop and writes the output after the maps.
+@dataclass(frozen=True)
+class Epilogue:
+    """How the forward kernel computes maps.
 
-    On an H200 this order halves the cost of maps at head dim 128, from 8.6 to 3.9 % of the kernel: only one block is
-    resident on a multiprocessor, so nothing overlaps its waits for memory. At head dim 64 a second block does, and the
-    order makes the kernel slower.
+    Attributes:
+        tokens: what is computed before the loop over the keys, in registers and shared memory: "late", nothing;
+            "keys", the weights and keys of the selected tokens are loaded; "scores", also their product with the
+            queries.
+        output_last: whether the maps are written before the output.
+        overlap: whether the launch of the mean over heads starts before the end of this one.
     """
-    return architecture == "sm_90" and head_dim > 64 and dtype != torch.float32 and not tile.descriptors
+
+    tokens: str = "late"
+    output_last: bool = False
+    overlap: bool = False
+
+
+@cache
+def epilogue_config(
+    architecture: str, head_dim: int, dtype: torch.dtype, tile: Tile, overlap: bool = False
+) -> Epilogue:
+    """The epilogue of the forward kernel.
+
+    On an H200 keys loaded early and the output written last halve the cost of maps at head dim 128, from 8.6 to 3.9 %
+    of the kernel: only one block is resident on a multiprocessor, so nothing overlaps its waits for memory. At head dim
+    64 a second block does, and the order makes the kernel slower.
+    """
+    early = architecture == "sm_90" and head_dim > 64 and dtype != torch.float32 and not tile.descriptors
+    return Epilogue("keys", True, overlap) if early else Epilogue(overlap=overlap)
+
+
+@cache
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a device supports programmatic dependent launches, also while a CUDA graph is captured."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0) and _driver() >= 12030
+
+
+def _driver() -> int:
+    """The version of CUDA that the driver supports, as 1000 * major + 10 * minor; 0 if unknown."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
 
 
 def maps_config(head_dim: int, dtype: torch.dtype, simple: bool) -> Tile:
