@@ -69,7 +69,7 @@ SCALARS = {"scale": "fp32", "scale_log2": "fp32", "share": "fp32"}
 class Variant:
     """A specialisation of a kernel, as its launcher compiles it. ``tile`` None selects the tile in the package."""
 
-    kernel: str  # one of KERNELS, or "maps"
+    kernel: str  # one of KERNELS, "maps" or "mean"
     architecture: str
     width: int  # head dim
     dtype: str = "bf16"
@@ -85,8 +85,8 @@ class Variant:
     epilogue: Epilogue | None = None
 
     def shipped_tile(self) -> Tile:
-        if self.kernel == "maps":
-            return maps_config(self.width, DTYPES[self.dtype], self.groups == 1 and not self.masked)
+        if self.kernel in ("maps", "mean"):
+            return maps_config(self.width, DTYPES[self.dtype], self.simple)
         arguments = self.architecture, self.width, DTYPES[self.dtype], self.masked
         tile: Tile = (
             forward_config(*arguments)
@@ -94,6 +94,17 @@ class Variant:
             else getattr(backward_config(*arguments), self.kernel)
         )
         return tile
+
+    @property
+    def simple(self) -> bool:
+        """Whether there are one phrase, one chunk of tokens and no key mask."""
+        return self.groups == 1 and self.one_chunk and not self.masked
+
+    def shipped_epilogue(self, tile: Tile) -> Epilogue:
+        overlap = self.architecture in ("sm_90", "sm_100")
+        if self.epilogue is not None or self.kernel != "forward":
+            return self.epilogue or Epilogue(overlap=overlap)
+        return epilogue_config(self.architecture, self.width, DTYPES[self.dtype], tile, self.simple, overlap)
 
 
 class Usage(NamedTuple):
@@ -107,11 +118,10 @@ class Usage(NamedTuple):
 def build(variant: Variant) -> Any:
     """Compiles the kernel with the arguments of its launcher."""
     tile = variant.tile or variant.shipped_tile()
-    module = {"forward": triton_forward, "maps": triton_maps}.get(variant.kernel, triton_backward)
+    modules = {"forward": triton_forward, "maps": triton_maps, "mean": triton_maps}
+    module = modules.get(variant.kernel, triton_backward)
     function = getattr(module, f"{variant.kernel}_kernel")
-    epilogue = variant.epilogue or epilogue_config(
-        variant.architecture, variant.width, DTYPES[variant.dtype], tile, variant.architecture in ("sm_90", "sm_100")
-    )
+    epilogue = variant.shipped_epilogue(tile)
     overlap = epilogue.overlap and variant.maps and variant.reduce_heads
     constants: dict[str, Any] = {
         "HEAD_DIM": variant.width,
@@ -125,6 +135,7 @@ def build(variant: Variant) -> Any:
         "OVERLAP": overlap,
         "ONE_CHUNK": variant.one_chunk,
         "ONE_PHRASE": variant.groups == 1,
+        "BLOCK_R": triton_maps.MEAN_ROWS,
         "STAGES": tile.num_stages,
     }
     if not variant.maps:

@@ -32,8 +32,8 @@ from star_kernels.attention.triton_tiles import (
     BLOCK_T,
     LOG2E,
     SIZES,
+    load_positions,
     load_rows,
-    load_tokens,
     mask_bytes,
     padded,
     store_rows,
@@ -118,19 +118,22 @@ def forward_kernel(
     if p_mask is not None:
         p_mask += o_b * keys
 
+    b_index, m_t, b_w, b_s = None, None, None, None
+    if p_index is not None:
+        p_index += o_b * slots
+        p_weight += o_b * phrases * slots
+        if TOKENS != "late":  # before the queries, as the addresses of the tokens' keys wait for it
+            b_index, m_t = load_positions(p_index, p_mask, 0, slots, keys)
+            if ONE_PHRASE:
+                b_w = load_weights(p_weight, 0, slots)
     if d_q is None:
         p_q += o_b * stride_qb + o_h * stride_qh
         b_q = load_rows(p_q, stride_qs, o_row, m_m, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
     else:
         b_q = d_q.load([tl.program_id(2), tl.program_id(1), first, 0]).reshape([BLOCK_M, BLOCK_D])
-    m_t, b_gathered, b_w, b_s = None, None, None, None
-    if p_index is not None:
-        p_index += o_b * slots
-        p_weight += o_b * phrases * slots
-        if TOKENS != "late":
-            if ONE_PHRASE:
-                b_w = load_weights(p_weight, 0, slots)
-            _, m_t, b_gathered = load_tokens(p_k, stride_ks, p_index, p_mask, 0, slots, keys, HEAD_DIM, BLOCK_D)
+    b_gathered = None
+    if p_index is not None and TOKENS != "late":
+        b_gathered = load_rows(p_k, stride_ks, b_index, m_t, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
         if TOKENS == "scores":
             b_s = token_scores(b_q, b_gathered)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -167,13 +170,11 @@ def forward_kernel(
         store_rows(b_acc / b_sum[:, None], p_out, stride_os, o_row, m_m, HEAD_DIM, BLOCK_D)
     if p_index is not None:
         if (first < row_start + n_rows) & (first + BLOCK_M > row_start):
-            m_first, b_first = m_t, b_gathered
-            if TOKENS == "late":
-                _, m_first, b_first = load_tokens(p_k, stride_ks, p_index, p_mask, 0, slots, keys, HEAD_DIM, BLOCK_D)
             o_r = o_m - row_start
             stride_g = tl.num_programs(1).to(tl.int64) * n_rows
             store_maps(
-                token_scores(b_q, b_first) if b_s is None else b_s, m_first, b_w, b_q, b_lse[:, None], None, p_k, stride_ks, None, p_index, p_weight, p_mask,
+                token_scores(b_q, b_gathered) if TOKENS == "keys" else b_s, m_t, b_w, b_q, b_lse[:, None], None,
+                p_k, stride_ks, None, p_index, p_weight, p_mask,
                 p_maps + (o_b * phrases * tl.num_programs(1) + o_h) * n_rows + o_r, (o_r >= 0) & (o_r < n_rows),
                 stride_g, slots, keys, phrases, scale_log2, HEAD_DIM, BLOCK_D, ONE_CHUNK, ONE_PHRASE,
             )  # fmt: skip
@@ -216,8 +217,11 @@ def attention(
     keys = key.shape[2]
     device = architecture(query.device)
     config = config or forward_config(device, head_dim, query.dtype, key_mask is not None)
+    _, phrases, slots = weight.shape
+    one_chunk, one_phrase = slots <= BLOCK_T.value, phrases == 1
     if epilogue is None:
-        epilogue = epilogue_config(device, head_dim, query.dtype, config, overlaps_launches(query.device))
+        simple = one_chunk and one_phrase and key_mask is None
+        epilogue = epilogue_config(device, head_dim, query.dtype, config, simple, overlaps_launches(query.device))
     overlap = epilogue.overlap and with_maps and reduce_heads and heads > 1
     descriptors: tuple[TensorDescriptor | None, ...] = (None, None, None)
     if config.descriptors and query.dtype != torch.float32 and all(map(describable, (query, key, value))):
@@ -225,19 +229,15 @@ def attention(
         descriptors = tuple(describe(tensor, tile_rows) for tensor, tile_rows in tiles)
     with torch.cuda.device_of(query):
         lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
-        maps, phrases, slots = None, 1, 1
-        of_maps: tuple[Tensor | None, ...] = (None, None, mask_bytes(key_mask), None)
-        if with_maps:
-            _, phrases, slots = weight.shape
-            maps = empty_maps(query, arguments)
-            of_maps = (index.contiguous(), weight.contiguous(), mask_bytes(key_mask), maps)
+        maps = empty_maps(query, arguments) if with_maps else None
+        p_index, p_weight = (index.contiguous(), weight.contiguous()) if with_maps else (None, None)
         forward_kernel[triton.cdiv(queries, config.block_m), heads, batch](
-            query, key, value, *descriptors, out, lse, *of_maps,
+            query, key, value, *descriptors, out, lse, p_index, p_weight, mask_bytes(key_mask), maps,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             queries, keys, start, n_rows, slots, phrases, scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            ONE_CHUNK=slots <= BLOCK_T.value, ONE_PHRASE=phrases == 1, TOKENS=epilogue.tokens,
-            OUTPUT_LAST=epilogue.output_last, OVERLAP=overlap, EVEN=keys % config.block_n == 0, **config.launch,
+            ONE_CHUNK=one_chunk, ONE_PHRASE=one_phrase, TOKENS=epilogue.tokens, OUTPUT_LAST=epilogue.output_last,
+            OVERLAP=overlap, EVEN=keys % config.block_n == 0, **config.launch,
         )  # fmt: skip
         if maps is not None and reduce_heads:
             maps = mean_over_heads(maps, overlap)

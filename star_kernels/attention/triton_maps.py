@@ -96,17 +96,18 @@ def store_maps(
     ONE_PHRASE: tl.constexpr,
 ):
     """Writes the maps of a tile of rows and one head."""
-    b_p = token_probabilities(b_s, b_lse, m_t, scale_log2)
-    _store_chunk(b_p, b_w, m_keys, p_weight, p_map, m_r, stride_g, 0, slots, phrases, ONE_PHRASE)
-    if not ONE_CHUNK:
-        for t0 in tl.range(BLOCK_T, slots, BLOCK_T, num_stages=1):
+    if b_s is not None:
+        b_p = token_probabilities(b_s, b_lse, m_t, scale_log2)
+        _store_chunk(b_p, b_w, m_keys, p_weight, p_map, m_r, stride_g, 0, slots, phrases, ONE_PHRASE)
+    if b_s is None or not ONE_CHUNK:
+        for t0 in tl.range(0 if b_s is None else BLOCK_T, slots, BLOCK_T, num_stages=1):
             b_index, m_more, b_gathered = load_tokens(
                 p_gathered, stride_gathered, p_index, p_mask, t0, slots, length, HEAD_DIM, BLOCK_D
             )  # fmt: skip
             if p_token_lse is not None:
                 b_lse = tl.load(p_token_lse + b_index, mask=m_more, other=0.0)[None, :] * LOG2E
-            b_p = token_probabilities(token_scores(b_dense, b_gathered), b_lse, m_more, scale_log2)
             tl.debug_barrier()  # other threads of the block may have stored what this one adds to
+            b_p = token_probabilities(token_scores(b_dense, b_gathered), b_lse, m_more, scale_log2)
             _store_chunk(b_p, None, m_keys, p_weight, p_map, m_r, stride_g, t0, slots, phrases, ONE_PHRASE)
 
 
@@ -118,7 +119,7 @@ def maps_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TOKEN_LSE: tl.constexpr,
     ONE_CHUNK: tl.constexpr, ONE_PHRASE: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Maps of ``tiles`` tiles of rows and one head: the tokens stay in shared memory, and each row is read once."""
+    """Maps of ``tiles`` tiles of rows and one head. The first chunk of tokens stays in shared memory."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
@@ -129,11 +130,11 @@ def maps_kernel(
     p_weight += o_b * phrases * slots
     p_gathered += o_b * stride_gb + o_h * stride_gh
     p_lse += (o_b * heads + o_h) * queries
-    p_token_lse, p_token_mask = None, p_mask
     length = queries if TOKEN_LSE else keys
     if p_mask is not None:
         p_mask += o_b * keys
-        p_token_mask = None if TOKEN_LSE else p_mask
+    p_token_lse = p_lse if TOKEN_LSE else None
+    p_token_mask = None if TOKEN_LSE else p_mask
     b_index, m_t, b_gathered = load_tokens(
         p_gathered, stride_gs, p_index, p_token_mask, 0, slots, length, HEAD_DIM, BLOCK_D
     )  # fmt: skip
@@ -144,9 +145,7 @@ def maps_kernel(
     first = tl.program_id(0) * tiles
     own_tiles = tl.minimum(tiles, tl.cdiv(n_rows, BLOCK_M) - first)
     o_m = first * BLOCK_M + tl.arange(0, BLOCK_M)
-    b_lse, b_next = None, None
     if TOKEN_LSE:
-        p_token_lse = p_lse
         b_lse = tl.load(p_lse + b_index, mask=m_t, other=0.0)[None, :] * LOG2E
     else:
         p_lse += row_start
@@ -164,9 +163,9 @@ def maps_kernel(
             b_lse_tile = b_next[:, None] * LOG2E
             b_next = tl.load(p_lse + o_m + BLOCK_M, mask=o_m + BLOCK_M < n_rows, other=0.0)
         store_maps(
-            token_scores(b_dense, b_gathered), m_t, b_w, b_dense, b_lse_tile, m_keys, p_gathered, stride_gs,
-            p_token_lse, p_index, p_weight, p_token_mask, p_maps + o_m, m_m, stride_g, slots, length, phrases,
-            scale_log2, HEAD_DIM, BLOCK_D, ONE_CHUNK, ONE_PHRASE,
+            token_scores(b_dense, b_gathered), m_t, b_w, b_dense, b_lse_tile, m_keys,
+            p_gathered, stride_gs, p_token_lse, p_index, p_weight, p_token_mask, p_maps + o_m, m_m, stride_g,
+            slots, length, phrases, scale_log2, HEAD_DIM, BLOCK_D, ONE_CHUNK, ONE_PHRASE,
         )  # fmt: skip
         o_m += BLOCK_M
 
@@ -214,8 +213,8 @@ def attention_maps(
     dense, gathered = (key, query) if text_to_image else (query, key)
     batch, heads, queries, head_dim = query.shape
     _, phrases, slots = weight.shape
-    simple = phrases == 1 and slots <= BLOCK_T.value and key_mask is None
-    config = config or maps_config(head_dim, query.dtype, simple)
+    one_chunk, one_phrase = slots <= BLOCK_T.value, phrases == 1
+    config = config or maps_config(head_dim, query.dtype, one_chunk and one_phrase and key_mask is None)
     overlap = overlaps_launches(query.device) if overlap is None else overlap
     tiles = triton.cdiv(n_rows, config.block_m)
     of_program = min(MOST_TILES, triton.cdiv(tiles * heads * batch, resident_programs(query.device)))
@@ -226,7 +225,7 @@ def attention_maps(
             *dense.stride()[:3], *gathered.stride()[:3],
             queries, key.shape[2], start, n_rows, slots, phrases, of_program, scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, TOKEN_LSE=text_to_image,
-            ONE_CHUNK=slots <= BLOCK_T.value, ONE_PHRASE=phrases == 1, OVERLAP=overlap, STAGES=config.num_stages,
+            ONE_CHUNK=one_chunk, ONE_PHRASE=one_phrase, OVERLAP=overlap, STAGES=config.num_stages,
             **config.launch, **dependent(overlap),
         )  # fmt: skip
         return mean_over_heads(maps, overlap) if reduce_heads else maps
@@ -257,7 +256,7 @@ def dependent(overlap: bool) -> dict[str, bool]:
 
 @cache
 def resident_programs(device: torch.device) -> int:
-    """The number of programs of maps_kernel that run at the same time, three on a multiprocessor."""
+    """The number of programs of maps_kernel that run at the same time, at least four on a multiprocessor."""
     if device.type != "cuda":
-        return 384
-    return 3 * torch.cuda.get_device_properties(device).multi_processor_count
+        return 432
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count

@@ -44,20 +44,11 @@ def store_rows(b_tile, p_base, stride, o_rows, m_rows, HEAD_DIM: tl.constexpr, B
 
 
 @triton.jit
-def load_tokens(
-    p_gathered,
-    stride_gathered,
-    p_index,
-    p_mask,  # of the keys, if the tokens are keys; else None
-    t0,
-    slots,
-    length,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """A chunk of selected tokens: positions [BLOCK_T], the mask of the slots that count, and rows [BLOCK_T, BLOCK_D].
+def load_positions(p_index, p_mask, t0, slots, length):
+    """Positions [BLOCK_T] of a chunk of selected tokens, and the mask of the slots that count.
 
     A position past the sequence counts as an empty slot: compiled callers do not check values, and it must not be read.
+    ``p_mask`` is the key mask if the tokens are keys, else None.
     """
     o_t = t0 + tl.arange(0, BLOCK_T)
     b_index = tl.load(p_index + o_t, mask=o_t < slots, other=-1)
@@ -65,6 +56,15 @@ def load_tokens(
     b_index = tl.where(m_t, b_index, 0).to(tl.int64)
     if p_mask is not None:
         m_t = m_t & (tl.load(p_mask + b_index, mask=m_t, other=0) != 0)
+    return b_index, m_t
+
+
+@triton.jit
+def load_tokens(
+    p_gathered, stride_gathered, p_index, p_mask, t0, slots, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """A chunk of selected tokens: their positions, the mask of the slots that count, and rows [BLOCK_T, BLOCK_D]."""
+    b_index, m_t = load_positions(p_index, p_mask, t0, slots, length)
     return b_index, m_t, load_rows(p_gathered, stride_gathered, b_index, m_t, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
 
 
