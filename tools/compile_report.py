@@ -52,6 +52,9 @@ SHARED_MEMORY = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (32, 64, 128)
 KERNELS = ("forward", "query", "key_value")
+EPILOGUES = tuple(
+    Epilogue(tokens, output_last) for tokens in ("late", "keys", "scores") for output_last in (False, True)
+)
 POINTERS = {
     "p_index": "*i32",
     "p_mask": "*u8",
@@ -122,7 +125,6 @@ def build(variant: Variant) -> Any:
     module = modules.get(variant.kernel, triton_backward)
     function = getattr(module, f"{variant.kernel}_kernel")
     epilogue = variant.shipped_epilogue(tile)
-    overlap = epilogue.overlap and variant.maps and variant.reduce_heads
     constants: dict[str, Any] = {
         "HEAD_DIM": variant.width,
         "BLOCK_D": triton_tiles.padded(variant.width),
@@ -132,9 +134,10 @@ def build(variant: Variant) -> Any:
         "TOKEN_LSE": variant.text_to_image,
         "TOKENS": epilogue.tokens,
         "OUTPUT_LAST": epilogue.output_last,
-        "OVERLAP": overlap,
+        "OVERLAP": epilogue.overlap,
+        "FOLLOWED": epilogue.overlap and variant.maps and variant.reduce_heads,
         "ONE_CHUNK": variant.one_chunk,
-        "ONE_PHRASE": variant.groups == 1,
+        "ONE_PHRASE": variant.groups == 1 and (variant.kernel == "maps" or epilogue.tokens != "late"),
         "BLOCK_R": triton_maps.MEAN_ROWS,
         "STAGES": tile.num_stages,
     }
@@ -162,7 +165,7 @@ def build(variant: Variant) -> Any:
             aligned[position,] = [["tt.divisibility", 16]]
     constants = {name: constants[name] for name in function.arg_names if name in constants}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
-    options = {**tile.launch, **triton_maps.dependent(overlap and variant.kernel in ("maps", "mean"))}
+    options = {**tile.launch, **triton_maps.dependent(epilogue.overlap and variant.kernel in ("maps", "mean"))}
     return triton.compile(source, target=TARGETS[variant.architecture], options=options)
 
 

@@ -103,9 +103,9 @@ def forward_kernel(
     queries, keys, row_start, n_rows, slots, phrases, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ONE_CHUNK: tl.constexpr, ONE_PHRASE: tl.constexpr, TOKENS: tl.constexpr, OUTPUT_LAST: tl.constexpr,
-    OVERLAP: tl.constexpr, EVEN: tl.constexpr,
+    FOLLOWED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
+    if FOLLOWED:
         gdc_launch_dependents()
     o_b = tl.program_id(2).to(tl.int64)
     o_h = tl.program_id(1).to(tl.int64)
@@ -222,6 +222,7 @@ def attention(
     if epilogue is None:
         simple = one_chunk and one_phrase and key_mask is None
         epilogue = epilogue_config(device, head_dim, query.dtype, config, simple, overlaps_launches(query.device))
+    late = epilogue.tokens == "late"  # a variant for one phrase would only save the loads of its weights
     overlap = epilogue.overlap and with_maps and reduce_heads and heads > 1
     descriptors: tuple[TensorDescriptor | None, ...] = (None, None, None)
     if config.descriptors and query.dtype != torch.float32 and all(map(describable, (query, key, value))):
@@ -236,8 +237,8 @@ def attention(
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             queries, keys, start, n_rows, slots, phrases, scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            ONE_CHUNK=one_chunk, ONE_PHRASE=one_phrase, TOKENS=epilogue.tokens, OUTPUT_LAST=epilogue.output_last,
-            OVERLAP=overlap, EVEN=keys % config.block_n == 0, **config.launch,
+            ONE_CHUNK=one_chunk, ONE_PHRASE=one_phrase and not late, TOKENS=epilogue.tokens,
+            OUTPUT_LAST=epilogue.output_last, FOLLOWED=overlap, EVEN=keys % config.block_n == 0, **config.launch,
         )  # fmt: skip
         if maps is not None and reduce_heads:
             maps = mean_over_heads(maps, overlap)

@@ -45,27 +45,30 @@ def load_weights(p_weight, t0, slots):
 
 
 @triton.jit
-def _store_chunk(b_p, b_w, m_keys, p_weight, p_map, m_r, stride_g, t0, slots, phrases, ONE_PHRASE: tl.constexpr):
+def _store_chunk(
+    b_p, b_w, m_keys, p_weight, p_map, m_r, stride_g, t0, slots, phrases, ONE_CHUNK: tl.constexpr,
+    ONE_PHRASE: tl.constexpr,
+):  # fmt: skip
     """Writes the maps of a chunk of tokens, or adds them if it is not the first. ``b_w`` None: loads the weights."""
     if ONE_PHRASE:
         if b_w is None:
             b_w = load_weights(p_weight, t0, slots)
-        _store_phrase(b_p, b_w, m_keys, p_map, m_r, t0)
+        _store_phrase(b_p, b_w, m_keys, p_map, m_r, t0, ONE_CHUNK)
     else:
         for _ in tl.range(0, phrases, num_stages=1):
-            _store_phrase(b_p, load_weights(p_weight, t0, slots), m_keys, p_map, m_r, t0)
+            _store_phrase(b_p, load_weights(p_weight, t0, slots), m_keys, p_map, m_r, t0, ONE_CHUNK)
             p_weight += slots
             p_map += stride_g
 
 
 @triton.jit
-def _store_phrase(b_p, b_w, m_keys, p_map, m_r, t0):
-    # The pointers take the layout of the product's result, so that nothing moves between threads before the store.
-    b_map = tl.sum(b_p * b_w[None, :], axis=1)
+def _store_phrase(b_p, b_w, m_keys, p_map, m_r, t0, ONE_CHUNK: tl.constexpr):
+    b_map = tl.sum(b_p * b_w[None, :], axis=1)  # in the layout of the product's result
     if m_keys is not None:
         b_map = tl.where(m_keys, b_map, 0.0)
-    if t0 > 0:
-        b_map += tl.load(p_map, mask=m_r, other=0.0)
+    if not ONE_CHUNK:
+        if t0 > 0:
+            b_map += tl.load(p_map, mask=m_r, other=0.0)
     tl.store(p_map, b_map, mask=m_r)
 
 
@@ -98,7 +101,7 @@ def store_maps(
     """Writes the maps of a tile of rows and one head."""
     if b_s is not None:
         b_p = token_probabilities(b_s, b_lse, m_t, scale_log2)
-        _store_chunk(b_p, b_w, m_keys, p_weight, p_map, m_r, stride_g, 0, slots, phrases, ONE_PHRASE)
+        _store_chunk(b_p, b_w, m_keys, p_weight, p_map, m_r, stride_g, 0, slots, phrases, ONE_CHUNK, ONE_PHRASE)
     if b_s is None or not ONE_CHUNK:
         for t0 in tl.range(0 if b_s is None else BLOCK_T, slots, BLOCK_T, num_stages=1):
             b_index, m_more, b_gathered = load_tokens(
@@ -106,9 +109,10 @@ def store_maps(
             )  # fmt: skip
             if p_token_lse is not None:
                 b_lse = tl.load(p_token_lse + b_index, mask=m_more, other=0.0)[None, :] * LOG2E
-            tl.debug_barrier()  # other threads of the block may have stored what this one adds to
+            if not ONE_CHUNK:
+                tl.debug_barrier()  # other threads of the block may have stored what this one adds to
             b_p = token_probabilities(token_scores(b_dense, b_gathered), b_lse, m_more, scale_log2)
-            _store_chunk(b_p, None, m_keys, p_weight, p_map, m_r, stride_g, t0, slots, phrases, ONE_PHRASE)
+            _store_chunk(b_p, None, m_keys, p_weight, p_map, m_r, stride_g, t0, slots, phrases, ONE_CHUNK, ONE_PHRASE)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "tiles"])
@@ -117,11 +121,13 @@ def maps_kernel(
     stride_db, stride_dh, stride_ds, stride_gb, stride_gh, stride_gs,
     queries, keys, row_start, n_rows, slots, phrases, tiles, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TOKEN_LSE: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, ONE_PHRASE: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, ONE_PHRASE: tl.constexpr, OVERLAP: tl.constexpr, FOLLOWED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Maps of ``tiles`` tiles of rows and one head. The first chunk of tokens stays in shared memory."""
-    if OVERLAP:
+    if FOLLOWED:
         gdc_launch_dependents()
+    if OVERLAP:
         gdc_wait()
     o_b = tl.program_id(2).to(tl.int64)
     o_h = tl.program_id(1).to(tl.int64)
@@ -216,6 +222,7 @@ def attention_maps(
     one_chunk, one_phrase = slots <= BLOCK_T.value, phrases == 1
     config = config or maps_config(head_dim, query.dtype, one_chunk and one_phrase and key_mask is None)
     overlap = overlaps_launches(query.device) if overlap is None else overlap
+    followed = overlap and reduce_heads and heads > 1
     tiles = triton.cdiv(n_rows, config.block_m)
     of_program = min(MOST_TILES, triton.cdiv(tiles * heads * batch, resident_programs(query.device)))
     with torch.cuda.device_of(query):
@@ -225,8 +232,8 @@ def attention_maps(
             *dense.stride()[:3], *gathered.stride()[:3],
             queries, key.shape[2], start, n_rows, slots, phrases, of_program, scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, TOKEN_LSE=text_to_image,
-            ONE_CHUNK=one_chunk, ONE_PHRASE=one_phrase, OVERLAP=overlap, STAGES=config.num_stages,
-            **config.launch, **dependent(overlap),
+            ONE_CHUNK=one_chunk, ONE_PHRASE=one_phrase, OVERLAP=overlap, FOLLOWED=followed,
+            STAGES=config.num_stages, **config.launch, **dependent(overlap),
         )  # fmt: skip
         return mean_over_heads(maps, overlap) if reduce_heads else maps
 
