@@ -31,11 +31,12 @@ from triton.compiler import ASTSource
 
 from star_kernels.attention import triton_backward, triton_forward, triton_maps, triton_tiles
 from star_kernels.attention.triton_config import (
+    Epilogue,
     Tile,
     backward_config,
     descriptor_tiles,
+    epilogue_config,
     forward_config,
-    loads_tokens_early,
     maps_config,
 )
 
@@ -51,11 +52,14 @@ SHARED_MEMORY = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (32, 64, 128)
 KERNELS = ("forward", "query", "key_value")
+EPILOGUES = tuple(
+    Epilogue(tokens, output_last) for tokens in ("late", "keys", "scores") for output_last in (False, True)
+)
 POINTERS = {
-    **dict.fromkeys(("p_index", "p_counter"), "*i32"),
+    "p_index": "*i32",
     "p_mask": "*u8",
     **dict.fromkeys(
-        ("p_lse", "p_lse2", "p_delta", "p_grad_lse", "p_grads", "p_weight", "p_maps", "p_partial", "p_table"),
+        ("p_lse", "p_lse2", "p_delta", "p_grad_lse", "p_grads", "p_weight", "p_maps", "p_mean", "p_table"),
         "*fp32",
     ),
 }
@@ -68,7 +72,7 @@ SCALARS = {"scale": "fp32", "scale_log2": "fp32", "share": "fp32"}
 class Variant:
     """A specialisation of a kernel, as its launcher compiles it. ``tile`` None selects the tile in the package."""
 
-    kernel: str  # one of KERNELS, or "maps"
+    kernel: str  # one of KERNELS, "maps" or "mean"
     architecture: str
     width: int  # head dim
     dtype: str = "bf16"
@@ -79,11 +83,13 @@ class Variant:
     reduce_heads: bool = True
     grad_lse: bool = False
     text_to_image: bool = False
+    one_chunk: bool = True
     tile: Tile | None = None
+    epilogue: Epilogue | None = None
 
     def shipped_tile(self) -> Tile:
-        if self.kernel == "maps":
-            return maps_config(self.width, DTYPES[self.dtype], self.groups == 1 and not self.masked)
+        if self.kernel in ("maps", "mean"):
+            return maps_config(self.width, DTYPES[self.dtype], self.simple)
         arguments = self.architecture, self.width, DTYPES[self.dtype], self.masked
         tile: Tile = (
             forward_config(*arguments)
@@ -91,6 +97,17 @@ class Variant:
             else getattr(backward_config(*arguments), self.kernel)
         )
         return tile
+
+    @property
+    def simple(self) -> bool:
+        """Whether there are one phrase, one chunk of tokens and no key mask."""
+        return self.groups == 1 and self.one_chunk and not self.masked
+
+    def shipped_epilogue(self, tile: Tile) -> Epilogue:
+        overlap = self.architecture in ("sm_90", "sm_100")
+        if self.epilogue is not None or self.kernel != "forward":
+            return self.epilogue or Epilogue(overlap=overlap)
+        return epilogue_config(self.architecture, self.width, DTYPES[self.dtype], tile, self.simple, overlap)
 
 
 class Usage(NamedTuple):
@@ -104,28 +121,31 @@ class Usage(NamedTuple):
 def build(variant: Variant) -> Any:
     """Compiles the kernel with the arguments of its launcher."""
     tile = variant.tile or variant.shipped_tile()
-    module = {"forward": triton_forward, "maps": triton_maps}.get(variant.kernel, triton_backward)
+    modules = {"forward": triton_forward, "maps": triton_maps, "mean": triton_maps}
+    module = modules.get(variant.kernel, triton_backward)
     function = getattr(module, f"{variant.kernel}_kernel")
-    reduces = variant.maps and variant.reduce_heads
+    epilogue = variant.shipped_epilogue(tile)
     constants: dict[str, Any] = {
         "HEAD_DIM": variant.width,
         "BLOCK_D": triton_tiles.padded(variant.width),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "BLOCK_G": triton_maps.phrase_tile(variant.groups),
         "EVEN": variant.even,
         "TOKEN_LSE": variant.text_to_image,
-        "EARLY": loads_tokens_early(variant.architecture, variant.width, DTYPES[variant.dtype], tile),
-        "ONE_CHUNK": True,
+        "TOKENS": epilogue.tokens,
+        "OUTPUT_LAST": epilogue.output_last,
+        "OVERLAP": epilogue.overlap,
+        "FOLLOWED": epilogue.overlap and variant.maps and variant.reduce_heads,
+        "ONE_CHUNK": variant.one_chunk,
+        "ONE_PHRASE": variant.groups == 1 and (variant.kernel == "maps" or epilogue.tokens != "late"),
+        "BLOCK_R": triton_maps.MEAN_ROWS,
         "STAGES": tile.num_stages,
     }
     if not variant.maps:
-        constants |= dict.fromkeys(("p_index", "p_weight", "p_maps", "p_partial", "p_grads", "p_table"))
+        constants |= dict.fromkeys(("p_index", "p_weight", "p_maps", "p_grads", "p_table"))
     rows = {"d_q": tile.block_m, "d_k": tile.block_n, "d_v": tile.block_n}
     if not tile.descriptors:
         constants |= dict.fromkeys(rows)
-    if not reduces:
-        constants["p_counter"] = None
     if not variant.masked:
         constants["p_mask"] = None
     if not variant.grad_lse:
@@ -145,7 +165,8 @@ def build(variant: Variant) -> Any:
             aligned[position,] = [["tt.divisibility", 16]]
     constants = {name: constants[name] for name in function.arg_names if name in constants}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=TARGETS[variant.architecture], options=tile.launch)
+    options = {**tile.launch, **triton_maps.dependent(epilogue.overlap and variant.kernel in ("maps", "mean"))}
+    return triton.compile(source, target=TARGETS[variant.architecture], options=options)
 
 
 def measure(variant: Variant) -> Usage:

@@ -127,7 +127,9 @@ def gpu_epilogues() -> str:
     """The overhead of maps in the Triton kernel, for several orders of its epilogue."""
     found = json.loads(EPILOGUES.read_text())
     rows = {
-        made["epilogue"]: [f"{case['overhead']:.3f}" for case in made["cases"].values()]
+        f"{made['epilogue']}, the mean over heads in the kernel": [
+            f"{case['overhead']:.3f}" for case in made["cases"].values()
+        ]
         for made in found["epilogues"].values()
     }
     rows |= {

@@ -77,6 +77,7 @@ def entries() -> list[Entry]:
     # With one compile thread, Inductor starts no pool of processes, for whose end pytest would wait.
     tests = ("{python}", "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "{xdist}", "tests")
     tune = ("{python}", "-m", "tools.tune_attention")
+    variants = ("{python}", "-m", "tools.map_variants")
     compiles = tuple((*tune, "--compile", str(number), "--seconds", "55") for number in range(TUNED_SHAPES))
     suite = ("{python}", "-m", "pytest", "-q", "benchmarks/test_policy.py", "benchmarks/test_attention.py")
     return [
@@ -116,6 +117,14 @@ def entries() -> list[Entry]:
             "What STAR adds to a rollout-and-update step.",
             "end-to-end",
             options=("--repetitions", "16"),
+        ),
+        Entry(
+            "map-variants",
+            (*variants, "--out", "{folder}"),
+            90.0,
+            "Which variant of the kernels for maps is the fastest, and whether dependent launches pay.",
+            summary=fastest_maps,
+            warm_up=tuple((*variants, "--compile", part) for part in ("late", "keys", "scores", "vendor")),
         ),
         benchmark(
             "compiled",
@@ -245,6 +254,17 @@ def gluon_times(text: str) -> str:
     return " | ".join(re.findall(r"agrees with PyTorch; (.*)", text)) or last_line(text)
 
 
+def fastest_maps(text: str) -> str:
+    """The fastest variant with maps of each comparison, and its ratio; without one, the last line of the output."""
+    found = []
+    for block in re.split(r"\n(?=\S)", text):
+        rows = re.findall(r"^  (.+?) +[\d.]+ us  ([\d.]+)", block, re.MULTILINE)[1:]
+        if rows:
+            name, ratio = min(rows, key=lambda row: float(row[1]))
+            found.append(f"{ratio} {name}")
+    return " | ".join(found) or last_line(text)
+
+
 def merge(queue: Queue) -> dict[str, Any] | None:
     """Adds the benchmark results of the queue's entries to the file of this device, and returns its content.
 
@@ -300,7 +320,7 @@ def table(results: Sequence[Result], lines: Sequence[str], seconds: float) -> st
     rows = []
     for r in results:
         spent = "" if r.outcome in (NO_TIME, INTERRUPTED) and not r.seconds else f"{r.seconds:.0f} s"
-        rows.append(f"{r.name:<10} {r.outcome:<11} {spent:>6}  {'recorded ' * r.recorded}{r.detail}"[:140].rstrip())
+        rows.append(f"{r.name:<12} {r.outcome:<11} {spent:>6}  {'recorded ' * r.recorded}{r.detail}"[:140].rstrip())
     return "\n".join(["", *lines, "", *rows, f"{seconds:.0f} s in total; --again repeats recorded entries"])
 
 
@@ -314,7 +334,7 @@ def listing(chosen: Sequence[Entry], records: Records, machine: Machine | None) 
             state = (
                 f"{record['outcome']}, {record.get('date', '')[:10]}, {record.get('device')}: {record.get('detail')}"
             )
-        lines += [f"{entry.name:<10} {entry.seconds:>4.0f} s  {entry.decides}", f"{'':<19}{state}"[:140]]
+        lines += [f"{entry.name:<12} {entry.seconds:>4.0f} s  {entry.decides}", f"{'':<21}{state}"[:140]]
     return "\n".join(lines)
 
 

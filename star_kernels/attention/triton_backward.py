@@ -25,12 +25,13 @@ from star_kernels.attention.triton_tiles import (
     BLOCK_T,
     LOG2E,
     SIZES,
-    attend_tokens,
     load_rows,
     load_tokens,
     mask_bytes,
     padded,
     store_rows,
+    token_probabilities,
+    token_scores,
 )
 
 SCATTER = 256  # positions in a program of scatter_kernel, a multiple of the tiles of keys
@@ -92,8 +93,8 @@ def _add_map_term(
     """Adds sum_t P_it gw_it k_t to the accumulator of dQ and sum_t P_it gw_it to delta."""
     for t0 in tl.range(0, slots, BLOCK_T, num_stages=1):
         o_t = t0 + tl.arange(0, BLOCK_T)
-        b_index, m_t, b_k = load_tokens(p_k, stride_ks, p_index, t0, slots, keys, HEAD_DIM, BLOCK_D)
-        b_p = attend_tokens(b_q, b_lse, b_index, m_t, b_k, None, p_mask, scale_log2)
+        _, m_t, b_k = load_tokens(p_k, stride_ks, p_index, p_mask, t0, slots, keys, HEAD_DIM, BLOCK_D)
+        b_p = token_probabilities(token_scores(b_q, b_k), b_lse[:, None], m_t, scale_log2)
         b_gw = tl.zeros([BLOCK_M, BLOCK_T], dtype=tl.float32)
         p_g, p_w = p_grads + tl.arange(0, BLOCK_M), p_weight + o_t
         for _ in tl.range(0, phrases, num_stages=1):

@@ -11,6 +11,7 @@ python -m tools.compile_report prints them.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -148,25 +149,76 @@ def descriptor_tiles(head_dim: int) -> tuple[Tile, ...]:
     return Tile(128, 64, 8, 3, descriptors=True), Tile(128, 128, 8, 2, descriptors=True)
 
 
-def loads_tokens_early(architecture: str, head_dim: int, dtype: torch.dtype, tile: Tile) -> bool:
-    """Whether the forward kernel loads the selected tokens' keys before its loop and writes the output after the maps.
+@dataclass(frozen=True)
+class Epilogue:
+    """How the forward kernel computes maps.
 
-    On an H200 this order halves the cost of maps at head dim 128, from 8.6 to 3.9 % of the kernel: only one block is
-    resident on a multiprocessor, so nothing overlaps its waits for memory. At head dim 64 a second block does, and the
-    order makes the kernel slower.
+    Attributes:
+        tokens: what is computed before the loop over the keys, in registers and shared memory: "late", nothing;
+            "keys", the weights and keys of the selected tokens are loaded; "scores", also their product with the
+            queries.
+        output_last: whether the maps are written before the output.
+        overlap: whether the launch of the mean over heads starts before the end of this one.
     """
-    return architecture == "sm_90" and head_dim > 64 and dtype != torch.float32 and not tile.descriptors
+
+    tokens: str = "late"
+    output_last: bool = False
+    overlap: bool = False
+
+
+# What the forward kernel computes of the selected tokens before its loop, by the largest head dim of a line: in simple
+# calls (one phrase, one chunk of tokens, no key mask) and in others. As much as the registers have room for.
+_TOKENS = {
+    "sm_80": {64: ("late", "late"), 128: ("scores", "scores")},
+    "sm_90": {32: ("late", "late"), 64: ("scores", "late"), 128: ("scores", "scores")},
+    "sm_100": {64: ("late", "late"), 128: ("scores", "scores")},
+    "gfx9": {128: ("late", "late")},
+}
+
+
+@cache
+def epilogue_config(
+    architecture: str, head_dim: int, dtype: torch.dtype, tile: Tile, simple: bool, overlap: bool = False
+) -> Epilogue:
+    """The epilogue of the forward kernel; ``simple`` if there are one phrase, one chunk of tokens and no key mask.
+
+    On an H200 at head dim 128 only one block is resident on a multiprocessor, so nothing overlaps its waits for memory.
+    There maps cost 3.4 % with keys loaded early and the output written last, and 9.1 % with the output written first.
+    At head dim 64 a second block overlaps them, and the output is better written first.
+    """
+    if dtype == torch.float32 or tile.descriptors or tile.block_n > 64:  # such tiles need the registers
+        return Epilogue(overlap=overlap)
+    tokens = _find(_TOKENS[architecture], head_dim)[not simple]
+    return Epilogue(tokens, output_last=architecture == "sm_90" and head_dim > 64, overlap=overlap)
+
+
+@cache
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a device supports programmatic dependent launches, also while a CUDA graph is captured."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0) and _driver() >= 12030
+
+
+def _driver() -> int:
+    """The version of CUDA that the driver supports, as 1000 * major + 10 * minor; 0 if unknown."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
 
 
 def maps_config(head_dim: int, dtype: torch.dtype, simple: bool) -> Tile:
-    """The tile of the kernel for maps from a log-sum-exp: small, as the kernel is bound by memory latency.
+    """The tile of the kernel for maps from a log-sum-exp: small, as the kernel is bound by memory.
 
-    Three of its blocks fit on a multiprocessor. In ``simple`` calls, with one phrase and no key mask, there are also
-    registers to prefetch the rows of the next head.
+    Four of its blocks fit on a multiprocessor. In ``simple`` calls, with one phrase, one chunk of tokens and no key
+    mask, each of them also prefetches two tiles of rows.
     """
     if dtype == torch.float32:
-        return Tile(32 if head_dim <= 128 else 16, 16, 4, 1, 168)
-    return Tile(64 if head_dim <= 128 else 32, 16, 4, 2 if simple and head_dim <= 128 else 1, 168)
+        return Tile(32 if head_dim <= 128 and simple else 16, 16, 4, 1, 168)
+    return Tile(64 if head_dim <= 128 else 32, 16, 4, 3 if simple and head_dim <= 128 else 1, 168)
 
 
 _T = TypeVar("_T")

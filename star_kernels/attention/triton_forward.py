@@ -1,7 +1,8 @@
 """Flash attention (Dao, arXiv 2307.08691) that also returns token-aggregated attention maps.
 
 A program computes a tile of query rows of one head. The maps are computed after its loop over the keys, from the
-log-sum-exp of the rows and one narrow matrix product with the selected keys: no second launch, no work in the loop.
+log-sum-exp of the rows and one narrow matrix product with the selected keys, and written per head: no work in the loop,
+and nothing that waits for other programs. The mean over heads is a second, tiny launch.
 
 With tensor descriptors tiles are loaded by bulk copies (TMA on sm_90 and later), which require neither registers for
 addresses nor masks: see docs/hopper.md.
@@ -13,13 +14,31 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from star_kernels.attention.arguments import MapArguments
 from star_kernels.attention.layouts import dense_rows, result_like
-from star_kernels.attention.triton_config import Tile, architecture, forward_config, loads_tokens_early
-from star_kernels.attention.triton_maps import finished, map_buffers, phrase_tile, store_maps
-from star_kernels.attention.triton_tiles import LOG2E, SIZES, load_rows, load_tokens, mask_bytes, padded, store_rows
+from star_kernels.attention.triton_config import (
+    Epilogue,
+    Tile,
+    architecture,
+    epilogue_config,
+    forward_config,
+    overlaps_launches,
+)
+from star_kernels.attention.triton_maps import empty_maps, load_weights, mean_over_heads, store_maps
+from star_kernels.attention.triton_tiles import (
+    BLOCK_T,
+    LOG2E,
+    SIZES,
+    load_positions,
+    load_rows,
+    mask_bytes,
+    padded,
+    store_rows,
+    token_scores,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.0e38)  # below any score but finite: (-inf) - LOWEST is -inf, and (-inf) - (-inf) would be NaN
@@ -78,13 +97,16 @@ def _attend_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    p_q, p_k, p_v, d_q, d_k, d_v, p_out, p_lse, p_index, p_weight, p_mask, p_maps, p_partial, p_counter,
+    p_q, p_k, p_v, d_q, d_k, d_v, p_out, p_lse, p_index, p_weight, p_mask, p_maps,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os,
     queries, keys, row_start, n_rows, slots, phrases, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
-    EARLY: tl.constexpr, EVEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, ONE_PHRASE: tl.constexpr, TOKENS: tl.constexpr, OUTPUT_LAST: tl.constexpr,
+    FOLLOWED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
+    if FOLLOWED:
+        gdc_launch_dependents()
     o_b = tl.program_id(2).to(tl.int64)
     o_h = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCK_M
@@ -96,14 +118,24 @@ def forward_kernel(
     if p_mask is not None:
         p_mask += o_b * keys
 
+    b_index, m_t, b_w, b_s = None, None, None, None
+    if p_index is not None:
+        p_index += o_b * slots
+        p_weight += o_b * phrases * slots
+        if TOKENS != "late":  # before the queries, as the addresses of the tokens' keys wait for it
+            b_index, m_t = load_positions(p_index, p_mask, 0, slots, keys)
+            if ONE_PHRASE:
+                b_w = load_weights(p_weight, 0, slots)
     if d_q is None:
         p_q += o_b * stride_qb + o_h * stride_qh
         b_q = load_rows(p_q, stride_qs, o_row, m_m, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
     else:
         b_q = d_q.load([tl.program_id(2), tl.program_id(1), first, 0]).reshape([BLOCK_M, BLOCK_D])
-    b_index, m_t, b_gathered = None, None, None
-    if p_index is not None and EARLY:  # see loads_tokens_early
-        b_index, m_t, b_gathered = load_tokens(p_k, stride_ks, p_index + o_b * slots, 0, slots, keys, HEAD_DIM, BLOCK_D)
+    b_gathered = None
+    if p_index is not None and TOKENS != "late":
+        b_gathered = load_rows(p_k, stride_ks, b_index, m_t, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+        if TOKENS == "scores":
+            b_s = token_scores(b_q, b_gathered)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -134,16 +166,19 @@ def forward_kernel(
     if p_mask is not None:  # a row without any key attends to nothing
         b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     p_out += o_b * stride_ob + o_h * stride_oh
-    if not EARLY:
+    if not OUTPUT_LAST:
         store_rows(b_acc / b_sum[:, None], p_out, stride_os, o_row, m_m, HEAD_DIM, BLOCK_D)
     if p_index is not None:
         if (first < row_start + n_rows) & (first + BLOCK_M > row_start):
+            o_r = o_m - row_start
+            stride_g = tl.num_programs(1).to(tl.int64) * n_rows
             store_maps(
-                b_q, b_lse, b_index, m_t, b_gathered, p_k, stride_ks, p_index, p_weight, p_mask, p_maps, p_partial,
-                p_counter, o_b, row_start, n_rows, slots, keys, phrases, scale_log2,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_G,
+                token_scores(b_q, b_gathered) if TOKENS == "keys" else b_s, m_t, b_w, b_q, b_lse[:, None], None,
+                p_k, stride_ks, None, p_index, p_weight, p_mask,
+                p_maps + (o_b * phrases * tl.num_programs(1) + o_h) * n_rows + o_r, (o_r >= 0) & (o_r < n_rows),
+                stride_g, slots, keys, phrases, scale_log2, HEAD_DIM, BLOCK_D, ONE_CHUNK, ONE_PHRASE,
             )  # fmt: skip
-    if EARLY:  # last, as the maps' arrival counter waits for all earlier stores
+    if OUTPUT_LAST:
         store_rows(b_acc / b_sum[:, None], p_out, stride_os, o_row, m_m, HEAD_DIM, BLOCK_D)
 
 
@@ -155,8 +190,9 @@ def attention(
     *,
     with_maps: bool = True,
     config: Tile | None = None,
+    epilogue: Epilogue | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Softmax attention, its maps and its log-sum-exp, in one launch.
+    """Softmax attention, its maps and its log-sum-exp. The mean of the maps over heads is a second launch.
 
     Args:
         query: ``[B, H, Sq, D]``, float32, float16 or bfloat16, any strides.
@@ -165,6 +201,7 @@ def attention(
         arguments: of the maps, and the key mask and scale of the attention.
         with_maps: if False, the same kernel without maps, to measure their cost.
         config: tile and launch parameters; by default those of the device.
+        epilogue: how the maps are computed; by default as is best on the device.
 
     Returns:
         The output in the layout of ``query``; maps, float32 ``[B, G, R]``, or ``[B, G, H, R]`` per head, or None; the
@@ -178,31 +215,34 @@ def attention(
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
-    config = config or forward_config(architecture(query.device), head_dim, query.dtype, key_mask is not None)
+    device = architecture(query.device)
+    config = config or forward_config(device, head_dim, query.dtype, key_mask is not None)
+    _, phrases, slots = weight.shape
+    one_chunk, one_phrase = slots <= BLOCK_T.value, phrases == 1
+    if epilogue is None:
+        simple = one_chunk and one_phrase and key_mask is None
+        epilogue = epilogue_config(device, head_dim, query.dtype, config, simple, overlaps_launches(query.device))
+    late = epilogue.tokens == "late"  # a variant for one phrase would only save the loads of its weights
+    overlap = epilogue.overlap and with_maps and reduce_heads and heads > 1
     descriptors: tuple[TensorDescriptor | None, ...] = (None, None, None)
     if config.descriptors and query.dtype != torch.float32 and all(map(describable, (query, key, value))):
         tiles = ((query, config.block_m), (key, config.block_n), (value, config.block_n))
         descriptors = tuple(describe(tensor, tile_rows) for tensor, tile_rows in tiles)
-    grid = (triton.cdiv(queries, config.block_m), heads, batch)
     with torch.cuda.device_of(query):
         lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
-        of_maps: tuple[Tensor | None, ...] = (None,) * 5  # index, weight, maps, partial maps, arrival counters
-        maps, phrases, slots = None, 1, 1
-        if with_maps:
-            _, phrases, slots = weight.shape
-            maps, partial, counter = map_buffers(query, arguments, tiles=grid[0], parts=heads)
-            of_maps = (index.contiguous(), weight.contiguous(), maps, partial, counter)
-        p_index, p_weight, *p_results = of_maps
-        forward_kernel[grid](
-            query, key, value, *descriptors, out, lse, p_index, p_weight, mask_bytes(key_mask), *p_results,
+        maps = empty_maps(query, arguments) if with_maps else None
+        p_index, p_weight = (index.contiguous(), weight.contiguous()) if with_maps else (None, None)
+        forward_kernel[triton.cdiv(queries, config.block_m), heads, batch](
+            query, key, value, *descriptors, out, lse, p_index, p_weight, mask_bytes(key_mask), maps,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             queries, keys, start, n_rows, slots, phrases, scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_G=phrase_tile(phrases),
-            EARLY=loads_tokens_early(architecture(query.device), head_dim, query.dtype, config),
-            EVEN=keys % config.block_n == 0, **config.launch,
+            ONE_CHUNK=one_chunk, ONE_PHRASE=one_phrase and not late, TOKENS=epilogue.tokens,
+            OUTPUT_LAST=epilogue.output_last, FOLLOWED=overlap, EVEN=keys % config.block_n == 0, **config.launch,
         )  # fmt: skip
-    return out, None if maps is None else finished(maps, reduce_heads), lse
+        if maps is not None and reduce_heads:
+            maps = mean_over_heads(maps, overlap)
+    return out, maps, lse
 
 
 def describable(tensor: Tensor) -> bool:

@@ -44,41 +44,43 @@ def store_rows(b_tile, p_base, stride, o_rows, m_rows, HEAD_DIM: tl.constexpr, B
 
 
 @triton.jit
-def load_tokens(
-    p_gathered, stride_gathered, p_index, t0, slots, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """A chunk of selected tokens: positions [BLOCK_T], the mask of filled slots, and rows [BLOCK_T, BLOCK_D].
+def load_positions(p_index, p_mask, t0, slots, length):
+    """Positions [BLOCK_T] of a chunk of selected tokens, and the mask of the slots that count.
 
     A position past the sequence counts as an empty slot: compiled callers do not check values, and it must not be read.
+    ``p_mask`` is the key mask if the tokens are keys, else None.
     """
     o_t = t0 + tl.arange(0, BLOCK_T)
     b_index = tl.load(p_index + o_t, mask=o_t < slots, other=-1)
     m_t = (b_index >= 0) & (b_index < length)
     b_index = tl.where(m_t, b_index, 0).to(tl.int64)
+    if p_mask is not None:
+        m_t = m_t & (tl.load(p_mask + b_index, mask=m_t, other=0) != 0)
+    return b_index, m_t
+
+
+@triton.jit
+def load_tokens(
+    p_gathered, stride_gathered, p_index, p_mask, t0, slots, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """A chunk of selected tokens: their positions, the mask of the slots that count, and rows [BLOCK_T, BLOCK_D]."""
+    b_index, m_t = load_positions(p_index, p_mask, t0, slots, length)
     return b_index, m_t, load_rows(p_gathered, stride_gathered, b_index, m_t, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
 
 
 @triton.jit
-def attend_tokens(
-    b_dense,  # [ROWS, BLOCK_D]
-    b_lse,  # [ROWS], base 2; not read if there is a p_token_lse
-    b_index,  # this and the next two from load_tokens
-    m_t,
-    b_gathered,
-    p_token_lse,  # log-sum-exp of the tokens, if they are queries
-    p_mask,  # key mask, if there is one; not read if the tokens are queries
-    scale_log2,
-):
-    """Probabilities [ROWS, BLOCK_T] of a chunk of selected tokens, zero in empty slots."""
-    b_s = tl.dot(b_dense, tl.trans(b_gathered), input_precision="ieee")  # [ROWS, BLOCK_T]
-    if p_token_lse is not None:
-        b_token_lse = tl.load(p_token_lse + b_index, mask=m_t, other=0.0) * LOG2E
-        b_p = tl.exp2(b_s * scale_log2 - b_token_lse[None, :])
-    else:
-        if p_mask is not None:
-            m_t = m_t & (tl.load(p_mask + b_index, mask=m_t, other=0) != 0)
-        b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
-    return tl.where(m_t[None, :], b_p, 0.0)
+def token_scores(b_dense, b_gathered):
+    """Unscaled scores [ROWS, BLOCK_T] of a chunk of selected tokens."""
+    return tl.dot(b_dense, tl.trans(b_gathered), input_precision="ieee")
+
+
+@triton.jit
+def token_probabilities(b_s, b_lse, m_t, scale_log2):
+    """Probabilities [ROWS, BLOCK_T], zero in slots that do not count.
+
+    ``b_lse`` is the log-sum-exp in base 2 of the rows [ROWS, 1], or of the tokens [1, BLOCK_T] if they are queries.
+    """
+    return tl.where(m_t[None, :], tl.exp2(b_s * scale_log2 - b_lse), 0.0)
 
 
 def padded(head_dim: int) -> int:

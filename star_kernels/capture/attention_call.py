@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from star_kernels.attention import attention
+from star_kernels.capture.averages import keeps_heads
 from star_kernels.capture.passes import ForwardPass
 from star_kernels.capture.transforms import backend_for
 
@@ -25,7 +26,10 @@ def attention_with_maps(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The output of the attention call of ``name``, and its maps ``[batch, G, R]``, constants if ``detach``."""
+    """The output of the attention call of ``name``, and its maps, ``[batch, G, R]`` or ``[batch, G, H, R]``.
+
+    The maps are constants if ``detach``.
+    """
     if dropout_p or is_causal:
         raise ValueError(
             f"{name} calls attention with dropout_p={dropout_p}, is_causal={is_causal}: maps need dropout_p=0 and "
@@ -54,6 +58,7 @@ def attention_with_maps(
         key_mask=None if attn_mask is None else _key_mask(name, attn_mask, batch, key.shape[2]),
         scale=scale,
         detach_maps=detach,
+        reduce_heads=not keeps_heads(forward_pass, query),
         backend=backend_for(name, query, key, value),
     )
     return out, maps

@@ -35,7 +35,7 @@ class CapturedAttention:
         self.detach = detach
         self.ran = False  # in the latest forward pass
         self.compiled = False  # the maps are an output of a compiled graph
-        self.maps: Tensor | None = None  # [batch, G, R]
+        self.maps: Tensor | None = None  # [batch, G, R], or [batch, G, H, R]
         other = recorded_by(self.processor)
         if other is not None and other.recording_processor is None:  # left over from a capture that was removed
             self.processor = other.processor

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from star_kernels.capture import guidance
 from star_kernels.capture.attention_processor import CapturedAttention
+from star_kernels.capture.averages import mean_maps
 from star_kernels.capture.checkpointing import Checkpointing
 from star_kernels.capture.family import Family, Grid, ImageTokens
 from star_kernels.capture.hooks import Hook
@@ -52,6 +52,7 @@ class MapCapture:
         self._guidance = guidance.Guidance(cfg, family.cfg)
         self._overrides = {name: given for name, given in (("rows", rows), ("grid", grid)) if given is not None}
         self._passes = Passes()
+        self._detach = detach
         self._lock = threading.RLock()
         self._modules = [CapturedAttention(name, module, self._passes, detach) for name, module in attentions.items()]
         self._checkpointing = Checkpointing(model, self._passes, self._modules)
@@ -150,7 +151,8 @@ class MapCapture:
             if self._image.text is not None:
                 _check_text(selection, *self._image.text)
             whole, self._conditional, expected = self._guidance.for_pass(selection, arguments)
-            self._passes.begin(ForwardPass(whole, expected, self._image.rows, torch.is_grad_enabled()))
+            detached = len(self._modules) if self._detach else 0
+            self._passes.begin(ForwardPass(whole, expected, self._image.rows, torch.is_grad_enabled(), detached))
             self._checkpointing.begin()
 
     def _end(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -191,19 +193,7 @@ class MapCapture:
                 f"no maps yet: {len(found)} of {len(self._modules)} chosen blocks have run; set a selection and call "
                 "the transformer before reading maps"
             )
-        grids = [self._image.grid_of(maps.shape[-1]) for maps in found]
-        finest = max(grids)
-        parts = [_on_grid(maps[self._conditional], grid, finest) for maps, grid in zip(found, grids, strict=True)]
-        return torch.stack(parts).mean(dim=0)
-
-
-def _on_grid(maps: Tensor, grid: Grid, finest: Grid) -> Tensor:
-    """``[B, G, R]`` to ``[B, G, h, w]``, interpolated to the finest grid."""
-    rows, columns = grid
-    if rows * columns > maps.shape[-1]:
-        raise ValueError(f"grid must have at most {maps.shape[-1]} positions, the image rows, got {rows} x {columns}")
-    maps = maps[..., : rows * columns].unflatten(-1, grid)
-    return maps if grid == finest else F.interpolate(maps, finest, mode="bilinear")
+        return mean_maps([maps[self._conditional] for maps in found], self._image.grid_of)
 
 
 def _check_text(selection: TokenSelection, start: int, length: int) -> None:

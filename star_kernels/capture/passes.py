@@ -24,6 +24,7 @@ class ForwardPass:
     expected: str  # how the batch must relate to the user's selection, for the error message
     rows: tuple[int, int] | None
     grad_enabled: bool  # when the pass began
+    detached: int = 0  # the number of blocks whose maps are detached
 
 
 class Passes:

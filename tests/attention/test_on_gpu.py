@@ -119,6 +119,25 @@ def test_maps_are_bitwise_repeatable(name: str, backend: str) -> None:
         assert torch.equal(first, attention(query, key, value, selection, rows=rows, backend=backend).maps)
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_dependent_launches_change_no_bit(name: str) -> None:
+    """Twenty calls in a row, each of which overwrites the memory of the one before."""
+    from star_kernels.attention import triton_forward, triton_maps
+    from star_kernels.attention.arguments import MapArguments
+    from star_kernels.attention.triton_config import Epilogue, overlaps_launches
+
+    query, key, value, selection, rows = make(name, torch.bfloat16)
+    if not overlaps_launches(query.device):
+        pytest.skip("needs sm_90 and CUDA 12.3")
+    arguments = MapArguments(selection.index, selection.weight, None, *rows, query.shape[-1] ** -0.5, True)
+    _, first, lse = triton_forward.attention(query, key, value, arguments, epilogue=Epilogue(overlap=False))
+    alone = triton_maps.attention_maps(query, key, lse, arguments, overlap=False)
+    for _ in range(20):
+        _, maps, lse = triton_forward.attention(query, key, value, arguments, epilogue=Epilogue(overlap=True))
+        assert torch.equal(maps, first)
+        assert torch.equal(triton_maps.attention_maps(query, key, lse, arguments, overlap=True), alone)
+
+
 def test_calls_are_captured_in_a_graph_and_replay_on_new_values() -> None:
     query, key, value, selection, rows = make("sd35_512", torch.bfloat16)
     stream = torch.cuda.Stream()

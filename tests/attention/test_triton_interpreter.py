@@ -29,13 +29,18 @@ from triton_cases import (
 )
 from triton_interpreter import INTERPRETED, TIERS, inner, outer, require_interpreter, run_interpreted
 
-from star_kernels import counters
 from star_kernels.attention import naive
 
 require_interpreter()
 if INTERPRETED:
     from star_kernels.attention import triton_backward, triton_forward, triton_maps
-    from star_kernels.attention.triton_config import BackwardConfig, Tile, backward_config, forward_config
+    from star_kernels.attention.triton_config import (
+        BackwardConfig,
+        Epilogue,
+        Tile,
+        backward_config,
+        forward_config,
+    )
 
     TILE = Tile(32, 32, 4, 1)
     BULK = Tile(32, 32, 4, 1, descriptors=True)
@@ -173,33 +178,55 @@ def test_the_shipped_configurations_give_the_same_results(architecture: str, wid
         torch.testing.assert_close(one, two, rtol=2e-3, atol=2e-3)
 
 
+EPILOGUES = [("keys", False), ("keys", True), ("scores", False), ("scores", True)]
+EARLY_CASES = {
+    "simple": Case((2, 3, 70, 50, 32)),
+    "phrases_and_mask": Case((2, 3, 70, 50, 32), phrases=5, masked="some"),
+    "chunks": Case((1, 2, 20, 50, 16), slots=37),
+    "everything": Case((2, 2, 70, 50, 16), slots=37, phrases=3, masked="all", rows=(33, 30), reduce_heads=False),
+}
+
+
 @inner
 @pytest.mark.parametrize(
-    "case", [Case((2, 3, 70, 50, 32), phrases=5, masked="some"), Case((1, 2, 20, 50, 16), slots=37)]
+    ("name", "tokens", "output_last"),
+    mostly_exhaustive(
+        [(name, *epilogue) for name in EARLY_CASES for epilogue in EPILOGUES],
+        lambda name, tokens, output_last: tokens == "scores" and output_last == (name == "everything"),
+    ),
 )
-def test_tokens_loaded_early_give_the_same_maps(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make(case, torch.float16)
-    expected = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
-    monkeypatch.setattr(triton_forward, "loads_tokens_early", lambda *_: True)
-    got = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
+def test_every_epilogue_gives_the_same_results(name: str, tokens: str, output_last: bool, poisoned: None) -> None:
+    inputs = make(EARLY_CASES[name], torch.float16)
+    late, early = Epilogue(), Epilogue(tokens, output_last)
+    expected = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE, epilogue=late)
+    got = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE, epilogue=early)
     for one, two in zip(expected, got, strict=True):
         assert torch.equal(one, two)
 
 
 @inner
 @pytest.mark.parametrize("text_to_image", [False, True])
-@pytest.mark.parametrize(("programs", "slots"), mostly_exhaustive([(1, 5), (1, 37), (10, 5), (10, 37)], [(1, 5)]))
-def test_the_maps_kernel_may_add_heads_in_one_program(
+@pytest.mark.parametrize(("programs", "slots"), mostly_exhaustive([(1, 5), (1, 37), (15, 5), (15, 37)], [(15, 5)]))
+def test_a_program_of_the_maps_kernel_may_have_several_tiles(
     programs: int, slots: int, text_to_image: bool, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Three tiles, of which the last is not full: all in one program, or two and one."""
     inputs = make(Case((2, 5, 70, 70, 16), slots=slots, phrases=2, masked="some"), torch.float32)
     wide = [t.double() for t in inputs.tensors]
     lse = exact_lse(inputs)
     arguments = inputs.arguments._replace(text_to_image=text_to_image)
     expected = naive.attention_maps(*wide[:2], lse, arguments)
-    monkeypatch.setattr(triton_maps, "PROGRAMS", programs)
+    monkeypatch.setattr(triton_maps, "resident_programs", lambda _: programs)
     got = triton_maps.attention_maps(*inputs.tensors[:2], lse.float(), arguments, config=TILE)
     torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=1e-5)
+
+
+@inner
+@pytest.mark.parametrize("shape", [(2, 3, 24, 70), (1, 1, 1, 5), (1, 2, 9, 300)])
+def test_the_mean_over_heads(shape: tuple[int, int, int, int], poisoned: None) -> None:
+    maps = torch.rand(shape)
+    mean = triton_maps.mean_over_heads(maps, overlap=False)
+    torch.testing.assert_close(mean.double(), maps.double().mean(dim=2), rtol=1e-6, atol=0.0)
 
 
 BULK_CASES = ["plain", "one", "full_tiles", "cross", "cross_short", "head_dim_72", "rows", "mask_all", "scale_negative"]
@@ -299,27 +326,21 @@ def test_equal_calls_give_equal_bits(reduce_heads: bool) -> None:
 
 
 @inner
-def test_on_amd_the_mean_over_heads_is_a_separate_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make(Case((2, 3, 40, 40, 16), phrases=2), torch.float32)
-    lse = exact_lse(inputs).float()
-    expected = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)[1]
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(triton_maps, "zero_counters", lambda *_: pytest.fail("a counter was requested"))
-    for maps in (
-        triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)[1],
-        triton_maps.attention_maps(*inputs.tensors[:2], lse, inputs.arguments, config=TILE),
-    ):
-        torch.testing.assert_close(maps, expected, rtol=1e-5, atol=1e-6)
-
-
-@inner
 def test_rows_outside_the_range_write_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles without a row of the range do not increment the arrival counter, and no map is written twice."""
+    """Neither before the maps of the first row and head nor after those of the last."""
     inputs = make(Case((1, 3, 128, 40, 16), rows=(33, 20)), torch.float32)
-    arrivals = torch.zeros(4, dtype=torch.int32)
-    monkeypatch.setattr(triton_maps, "zero_counters", lambda device, size: arrivals.fill_(-1000))
-    triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
-    assert arrivals.tolist() == [-1000, -997, -1000, -1000]
+    lse = exact_lse(inputs).float()
+    for run in (
+        lambda: triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE),
+        lambda: triton_maps.attention_maps(*inputs.tensors[:2], lse, inputs.arguments, config=TILE),
+    ):
+        memory = torch.full((200 + 3 * 20,), -7.0)
+        monkeypatch.setattr(triton_maps, "empty_maps", lambda *_, m=memory: m[100:-100].view(1, 1, 3, 20))
+        monkeypatch.setattr(triton_forward, "empty_maps", triton_maps.empty_maps)
+        run()
+        assert bool((memory[:100] == -7.0).all())
+        assert bool((memory[-100:] == -7.0).all())
+        assert bool((memory[100:-100] >= 0.0).all())
 
 
 @inner
@@ -330,13 +351,3 @@ def test_the_forward_kernel_without_maps_gives_the_same_output() -> None:
     assert maps is None
     assert torch.equal(out, with_maps[0])
     assert torch.equal(lse, with_maps[2])
-
-
-@inner
-def test_arrival_counters_are_left_at_zero() -> None:
-    for shape in ((2, 3, 40, 40, 16), (4, 2, 100, 20, 16)):
-        inputs = make(Case(shape), torch.float32)
-        triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
-        found = list(counters._counters.values())
-        assert found
-        assert not any(counter.any() for counter in found)

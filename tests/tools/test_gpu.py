@@ -24,7 +24,8 @@ COMMANDS = {e.name: e.command for entry in ENTRIES.values() for e in (entry, *wa
 
 def test_the_order_is_that_of_value() -> None:
     assert list(ENTRIES) == [
-        *("smoke", "fused", "host", "policy", "capture", "step", "compiled", "attention", "gluon", "tuning"),
+        *("smoke", "fused", "host", "policy", "capture", "step", "compiled"),
+        *("map-variants", "attention", "gluon", "tuning"),
         *("tests", "memcheck", "racecheck", "initcheck", "synccheck", "suite"),
     ]
     assert ENTRIES["smoke"].seconds <= 60
@@ -93,6 +94,16 @@ def test_the_summary_of_the_gluon_kernel_has_the_times_of_all_variants() -> None
     )
     assert gpu.gluon_times(log) == "0.9 ms, PyTorch 0.8 ms | 1"
     assert gpu.gluon_times("no GPU\n") == "no GPU"
+
+
+def test_the_summary_of_the_map_variants_has_the_fastest_of_each_comparison() -> None:
+    log = (
+        "SD3.5-M 512\n  without   65.1 us  1.0000 of 'without'\n  keys, output last   67.0 us  1.0290 [1.02, 1.03] of "
+        "'without'\n  scores   66.0 us  1.0140 of 'without'\nFLUX\n  copy   20.0 us  1.0000 of 'copy'\n"
+        "  map kernel, 3 stages   11.0 us  0.5500 of 'copy', 91% of the speed of a copy\nall variants agree\n"
+    )
+    assert gpu.fastest_maps(log) == "1.0140 scores | 0.5500 map kernel, 3 stages"
+    assert gpu.fastest_maps("no GPU\n") == "no GPU"
 
 
 def measured(queue: Queue, name: str, part: str, case: dict[str, Any]) -> None:
