@@ -1,9 +1,10 @@
 """Tests the numeric contract with each instruction set and number of threads of this processor (`make numerics`).
 
-    python tests/numerics.py [ARGUMENTS OF PYTEST]
+    python tests/numerics.py [--brief] [ARGUMENTS OF PYTEST]
 
 The tests run once for each instruction set and number of threads. The instruction set is that of PyTorch
 (ATEN_CPU_CAPABILITY) and of the compiled kernels (STAR_KERNELS_ISA). The exit status is 1 if any run fails.
+With --brief, instruction sets that are not the default run with one thread only, and the default not with two.
 """
 
 from __future__ import annotations
@@ -66,12 +67,23 @@ def run(capability: str, threads: int, arguments: list[str]) -> bool:
     return done.returncode == 0
 
 
+def threads_of(capability: str, brief: bool) -> tuple[int, ...]:
+    """The numbers of threads to test with an instruction set."""
+    default = torch.backends.cpu.get_cpu_capability().lower()
+    if not brief:
+        return THREADS
+    return (1, 4) if capability in ("", default) else (1,)
+
+
 def main(arguments: list[str]) -> int:
+    brief = "--brief" in arguments
+    arguments = [argument for argument in arguments if argument != "--brief"]
     skipped = [capability for capability in CAPABILITIES if not runs(capability)]
     for capability in skipped:
         missing = f"this processor does not have {capability} instructions"
         print(f"numerics: {missing if capability else 'the best available instructions are among those tested'}")
-    outcomes = [run(c, threads, arguments) for c in CAPABILITIES if c not in skipped for threads in THREADS]
+    chosen = [c for c in CAPABILITIES if c not in skipped]
+    outcomes = [run(c, threads, arguments) for c in chosen for threads in threads_of(c, brief)]
     return 0 if all(outcomes) else 1
 
 
