@@ -2,7 +2,7 @@
 // follow from its log-ratio and its advantage, and the factors of its gradient.
 //
 // Kernels are compiled for a Credit. The plain kernels keep one advantage in a register; the others read the advantages
-// and weights of all phrases, or of the location, while the latents are read once.
+// and weights of all phrases, or of the location, while the latents are read once, and support Flow-DPPO's threshold.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 #include "cuda/latents.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/reduction.cuh"
-#include "flow_policy.h"
+#include "policy_sums.h"
 
 namespace star {
 namespace cuda {
@@ -19,7 +19,7 @@ namespace {
 
 enum class Credit {
   kPlain,    // one advantage for each sample
-  kSeveral,  // advantages of phrases, or dense ones
+  kSeveral,  // advantages of phrases, or dense ones; or a threshold of the divergence
 };
 
 Latents policy_latents(const PolicyArguments& a, bool narrow = false) {
@@ -35,7 +35,7 @@ Latents policy_latents(const PolicyArguments& a, bool narrow = false) {
 }
 
 // Sums over the channels of each position of a run: squared residuals, squared changes from the old output
-// (GRPO-Guard), squared differences from the reference model's output (the KL penalty).
+// (GRPO-Guard, Flow-DPPO), squared differences from the reference model's output (the KL penalty).
 template <typename Access>
 struct Sums {
   float residual[Access::kSlots], change[Access::kSlots], kl[Access::kSlots];
@@ -76,8 +76,8 @@ __device__ __forceinline__ Sums<Access> channel_sums(const Access& access, const
       sum = add(sum, multiply(r, r));
       residuals[i] = r;
     }
-    if (has_old) {
-      add_squared_differences(access, runs.v, runs.old, sums.change);
+    if (has_old) add_squared_differences(access, runs.v, runs.old, sums.change);
+    if (a.guarded) {
 #pragma unroll
       for (int i = 0; i < Access::kRun; ++i) {
         residuals[i] = residual(k, access.value(runs.x, i), access.value(runs.old, i), access.value(runs.prev, i));
@@ -122,7 +122,7 @@ __device__ __forceinline__ void log_ratios(const PolicyArguments& a, const Coeff
 #pragma unroll
   for (int i = 0; i < Access::kSlots; ++i) {
     out[i] = log_prob(k, sums.residual[i], inverse_channels) - rows.old_log_prob.value[i];
-    if (!a.old_output.data) continue;
+    if (!a.guarded) continue;
     out[i] += guard_shift(k, sums.change[i], inverse_channels);
     if (a.per_location) out[i] *= guard_factor(k);
   }
@@ -160,13 +160,28 @@ template <Credit kCredit>
 constexpr int kTerms = Policy::kSums + (kCredit == Credit::kPlain ? 0 : 2);
 
 __device__ __forceinline__ int policy_sums(const PolicyArguments& a) {
-  return a.per_location ? Policy::kSums : Policy::kSampleSums;
+  return a.per_location ? Policy::kSums : Policy::kSampleSums + masks_divergence(a);
+}
+
+// The divergence of a position of a run if there is a threshold, else 0.
+template <typename Access>
+__device__ __forceinline__ float divergence_of(const PolicyArguments& a, const Coefficients& k,
+                                               const Sums<Access>& sums, int i) {
+  return masks_divergence(a) ? kl_divergence(k, sums.change[i], 1.0f / static_cast<float>(a.channels)) : 0.0f;
+}
+
+// The same for all positions of a run.
+template <typename Access>
+__device__ __forceinline__ void divergences(const PolicyArguments& a, const Coefficients& k, const Sums<Access>& sums,
+                                            float (&out)[Access::kSlots]) {
+#pragma unroll
+  for (int i = 0; i < Access::kSlots; ++i) out[i] = divergence_of(a, k, sums, i);
 }
 
 // Adds the terms of the positions of a run to the sums of a thread.
 template <typename Access, Credit kCredit>
-__device__ __forceinline__ void add_terms(const PolicyArguments& a, unsigned b, unsigned position,
-                                          const Rows<Access>& rows, const Sums<Access>& sums,
+__device__ __forceinline__ void add_terms(const PolicyArguments& a, const Coefficients& k, unsigned b,
+                                          unsigned position, const Rows<Access>& rows, const Sums<Access>& sums,
                                           const float (&log_ratio)[Access::kSlots], float (&terms)[kTerms<kCredit>]) {
   constexpr bool kPlain = kCredit == Credit::kPlain;
   constexpr int kPositive = Policy::kSums, kNegative = kPositive + 1;
@@ -186,8 +201,9 @@ __device__ __forceinline__ void add_terms(const PolicyArguments& a, unsigned b, 
     } else if constexpr (kPlain) {
       add_ratio(terms, log_ratio[i], advantage, rows.weights[i], a);
     } else {
-      add_ratio(terms, log_ratio[i], advantages[i], a);
+      add_ratio(terms, log_ratio[i], advantages[i], divergence_of(a, k, sums, i), a);
     }
+    if (!kPlain && masks_divergence(a)) terms[Policy::divergence_sum(a)] += divergence_of(a, k, sums, i);
     const float kl_weight = a.weighted_kl ? rows.weights[i] : 1.0f;
     if (a.ref_output.data) terms[Policy::kSquaredDifference] += kl_weight * sums.kl[i];
   }
@@ -257,10 +273,12 @@ __device__ __forceinline__ void add_phrase_slopes(const PolicyArguments& a, unsi
 }
 
 // Weight times d loss / d log-ratio for the positions of a run, with advantages of phrases or dense ones.
+// `divergence` is read if locations have ratios and there is a threshold.
 template <typename Access>
 __device__ __forceinline__ void split_slopes(const PolicyArguments& a, const Rows<Access>& rows, unsigned b,
                                              unsigned position, const float (&log_ratio)[Access::kSlots],
-                                             const Saved& saved, float (&slopes)[Access::kSlots]) {
+                                             const float (&divergence)[Access::kSlots], const Saved& saved,
+                                             float (&slopes)[Access::kSlots]) {
   if (!a.per_location && !a.dense) return add_phrase_slopes<Access>(a, b, position, saved, slopes);
   SignedAdvantage<float> advantages[Access::kSlots];
   signed_advantages<Access>(a, rows, b, position, advantages);
@@ -268,24 +286,25 @@ __device__ __forceinline__ void split_slopes(const PolicyArguments& a, const Row
 #pragma unroll
   for (int i = 0; i < Access::kSlots; ++i) {
     if (a.per_location) {
-      slopes[i] = signed_surrogate(expf(log_ratio[i]), advantages[i], a.clip_low, a.clip_high).slope * up;
+      slopes[i] = bounded_surrogate(a, expf(log_ratio[i]), advantages[i], bounds_of(a, divergence[i])).slope * up;
     } else {
       slopes[i] = weighted(advantages[i].positive, up) + weighted(advantages[i].negative, down);
     }
   }
 }
 
-// `log_ratio` is read if locations have ratios.
+// `log_ratio` is read if locations have ratios, and `divergence` if there is a threshold too.
 template <typename Access, Credit kCredit>
 __device__ __forceinline__ Factors<Access> factors_of(const PolicyArguments& a, const Coefficients& k, unsigned b,
                                                       unsigned position, const Rows<Access>& rows,
-                                                      const float (&log_ratio)[Access::kSlots], const Saved& saved) {
+                                                      const float (&log_ratio)[Access::kSlots],
+                                                      const float (&divergence)[Access::kSlots], const Saved& saved) {
   constexpr bool kPlain = kCredit == Credit::kPlain;
   const float common = gradient_factor_of_slope(a, k, b, saved);
   const float kl = a.ref_output.data ? kl_gradient_factor(a, k, b, saved) : 0.0f;
   const float advantage = kPlain ? clamp_advantage(__ldg(a.advantages + b), a.advantage_clip) : 0.0f;
   float slopes[Access::kSlots] = {};
-  if constexpr (!kPlain) split_slopes<Access>(a, rows, b, position, log_ratio, saved, slopes);
+  if constexpr (!kPlain) split_slopes<Access>(a, rows, b, position, log_ratio, divergence, saved, slopes);
   Factors<Access> factors;
 #pragma unroll
   for (int i = 0; i < Access::kSlots; ++i) {
@@ -307,7 +326,7 @@ __device__ __forceinline__ Factors<Access> factors_of(const PolicyArguments& a, 
 // Returns run(credit) with the Credit of the arguments as an integral constant.
 template <typename Run>
 auto with_credit(const PolicyArguments& a, Run run) {
-  if (a.dense || a.phrases > 1) return run(std::integral_constant<Credit, Credit::kSeveral>{});
+  if (a.dense || a.phrases > 1 || masks_divergence(a)) return run(std::integral_constant<Credit, Credit::kSeveral>{});
   return run(std::integral_constant<Credit, Credit::kPlain>{});
 }
 

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     float log_ratio[Access::kSlots];
     log_ratios(a, k, rows, sums, log_ratio);
     if (!kPlain && has_phrase_ratios(a)) store_ratios(a, place, position, rows, log_ratio, tile);
-    add_terms<Access, kCredit>(a, place.b, position, rows, sums, log_ratio, terms);
+    add_terms<Access, kCredit>(a, k, place.b, position, rows, sums, log_ratio, terms);
   });
   const auto store = [&](int64_t sum, double value) { a.partial[sum * t.blocks + blockIdx.x] = value; };
   if (!kPlain && has_phrase_ratios(a)) add_phrases(a, t, place, tile, store);

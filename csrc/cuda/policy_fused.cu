@@ -20,7 +20,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   const Coefficients k = coefficients_of(a.coefficients, a.columns, b);
   const Access access(a.model_output);
   const Room room(f);
-  const TileRatios tile{room.ratios, room.cells};
+  const bool masks_locations = !kPlain && a.per_location && masks_divergence(a);
+  float* const divergence_of_tile = reinterpret_cast<float*>(room.cells);  // if masks_locations
+  const TileRatios tile{room.ratios, masks_locations ? nullptr : room.cells};
   const bool has_ratios = a.per_location || (!kPlain && has_phrase_ratios(a));
   Kept<kRun> residuals(room.kept, f.threads);
   const auto keep = [&](const float (&values)[kRun]) { residuals.put(values); };
@@ -33,8 +35,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     float log_ratio[kSlots];
     log_ratios(a, k, rows, sums, log_ratio);
     if (has_ratios) store_ratios(a, place, position, rows, log_ratio, tile);
+    if (masks_locations) {
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) divergence_of_tile[position - place.first + i] = divergence_of(a, k, sums, i);
+    }
     float terms[kTerms<kCredit>] = {};
-    add_terms<Access, kCredit>(a, b, position, rows, sums, log_ratio, terms);
+    add_terms<Access, kCredit>(a, k, b, position, rows, sums, log_ratio, terms);
     thread_sums.add(terms);
   });
   const auto store = [&](int64_t sum, double value) { room.own[sum] = value; };
@@ -46,13 +52,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   for_each_kept_position<Access>(f, place, [&](unsigned position, unsigned lane, bool active) {
     if (!active) return;
     const Rows<Access> rows(a, b, position, false);
-    float log_ratio[kSlots] = {};
+    float log_ratio[kSlots] = {}, divergence[kSlots] = {};
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       if (a.per_location) log_ratio[i] = tile.log_ratio[position - place.first + i];
+      if (masks_locations) divergence[i] = divergence_of_tile[position - place.first + i];
     }
     const Saved saved{room.saved, 1};
-    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, saved);
+    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, divergence, saved);
     struct Runs {
       OutputRun<Access> output, ref;
     };
@@ -91,7 +98,7 @@ bool policy_fused(const PolicyArguments& a, unsigned* counter, cudaStream_t stre
                         kTerms<credit>,
                         1,
                         a.per_location || phrases,
-                        phrases};
+                        phrases || (a.per_location && masks_divergence(a))};
     return with_fused_access(latents, [&](auto type) {
       using Access = typename decltype(type)::type;
       return launch_fused<Access>(policy_fused_kernel<Access, credit>, latents, demand, a, counter, stream);
