@@ -145,10 +145,9 @@ def masked_surrogate(log_ratio, advantage, diverged):
     Loss and slope are 0 where it has and the gradient leads further away. A NaN stays visible.
     """
     ratio = tl.exp(log_ratio)
-    free = -advantage * ratio
-    free = tl.where(advantage == 0.0, tl.where(ratio == float("inf"), 0.0, free), free)
-    further = ((ratio > 1.0) & (advantage > 0.0)) | ((ratio < 1.0) & (advantage < 0.0))
-    value = tl.where(diverged & further, 0.0, free)
+    idle = advantage * tl.where(ratio == float("inf"), 1.0, ratio) == 0.0
+    further = advantage * (ratio - 1.0) > 0.0
+    value = tl.where(idle | (diverged & further), 0.0, -advantage * ratio)
     return ratio, value, value, diverged
 
 

@@ -52,9 +52,8 @@ from star_kernels.policy.triton_ratios import (
 
 # Rows of the partial sums. Ratios of samples: a weighted log-ratio, or one per phrase in the rows from LOG_RATIO on, or
 # with dense advantages one and the sums POSITIVE and NEGATIVE. Ratios of locations: the rows from LOSS on.
-COUNT, KL, LOG_RATIO, POSITIVE, NEGATIVE = (tl.constexpr(row) for row in range(5))
-LOSS, RATIO, RATIO_MAX, CLIPPED, SQUARED = (tl.constexpr(row) for row in range(2, 7))
-DIVERGENCE = tl.constexpr(7)  # sums of divergences; with phrases, that of the row after their log-ratios
+COUNT, KL, DIVERGENCE, LOG_RATIO, POSITIVE, NEGATIVE = (tl.constexpr(row) for row in range(6))
+LOSS, RATIO, RATIO_MAX, CLIPPED, SQUARED = (tl.constexpr(row) for row in range(3, 8))
 ROWS = 8
 
 
@@ -97,7 +96,7 @@ def _finish(
             elif not PHRASES:
                 b_log_ratio += load_sums(p_tile, LOG_RATIO, m_tile)
             if KL_MASK:
-                b_divergences += load_sums(p_tile, tl.maximum(DIVERGENCE, LOG_RATIO + phrases), m_tile)
+                b_divergences += load_sums(p_tile, DIVERGENCE, m_tile)
             if DENSE and not PER_LOCATION:
                 b_positive += load_sums(p_tile, POSITIVE, m_tile)
                 b_negative += load_sums(p_tile, NEGATIVE, m_tile)
@@ -328,7 +327,7 @@ def policy_forward_kernel(
     if p_ref is not None:
         store_sum(p_partial, KL, b_kl)
     if KL_MASK:
-        store_sum(p_partial, tl.maximum(DIVERGENCE, LOG_RATIO + phrases), b_divergences.to(tl.float64))
+        store_sum(p_partial, DIVERGENCE, b_divergences.to(tl.float64))
     if PER_LOCATION:
         store_sum(p_partial, LOSS, b_first.to(tl.float64))
         store_sum(p_partial, RATIO, b_ratio.to(tl.float64))
@@ -357,7 +356,7 @@ def policy_forward(arguments: PolicyArguments, results: Forward) -> None:
     shape = geometry(a.model_output, a.channel_dim)
     tiles = shape.tiles_to_add
     programs = shape.batch * tiles
-    rows = max(ROWS, LOG_RATIO.value + a.phrases + 1)
+    rows = max(ROWS, LOG_RATIO.value + a.phrases)
     device = a.model_output.device
     with torch.cuda.device_of(a.model_output):
         policy_forward_kernel[(programs,)](
