@@ -41,7 +41,7 @@ struct Policy {
   // Sums over the positions of a tile or of a sample. The log-ratio (of the first phrase) and the loss are weighted,
   // the squared difference as the KL penalty is; the rest are plain sums over the ratios of locations. The first
   // kSampleSums are those that a ratio for each sample needs. With a threshold of the divergence the sum of that takes
-  // the place of one that the ratio does not need, see divergence_sum.
+  // the place of one that the ratio does not need.
   enum Sum {
     kLogRatio,
     kSquaredDifference,
@@ -57,8 +57,7 @@ struct Policy {
   enum Metric { kMeanRatio, kMaxRatio, kClipFraction, kApproximateKl, kDivergence, kPolicyLoss, kKlLoss, kMetrics };
   static constexpr int kLargestSum = kRatioMax, kLargestMetric = kMaxRatio;
 
-  // The sum that the divergences of positions are added to.
-  STAR_INLINE int64_t divergence_sum(const PolicyArguments& a) { return a.per_location ? kLogRatio : kSampleSums; }
+  static constexpr int kLocationDivergence = kLogRatio, kSampleDivergence = kSampleSums;  // places of its sum
   // Sums of a tile after the kSums, for a ratio of each sample: the weighted log-ratios of the other phrases, or for
   // dense advantages the weighted sums of max(A, 0) and max(-A, 0).
   STAR_INLINE int64_t more_sums(const PolicyArguments& a) { return a.per_location ? 0 : (a.dense ? 2 : a.phrases - 1); }
@@ -165,7 +164,9 @@ STAR_INLINE void evaluate_sample(const PolicyArguments& a, int64_t b, const doub
   const double step = step_weight(a, b);
   for (int i = 0; i < Policy::kMetrics; ++i) metrics[i] = 0.0;
   saved[Policy::slopes(a)] = static_cast<float>(inverse);
-  if (masks_divergence(a)) metrics[Policy::kDivergence] = sums[Policy::divergence_sum(a)] * inverse;
+  if (masks_divergence(a))
+    metrics[Policy::kDivergence] =
+        (a.per_location ? sums[Policy::kLocationDivergence] : sums[Policy::kSampleDivergence]) * inverse;
   const Bounds bounds = bounds_of(a, metrics[Policy::kDivergence]);  // of ratios of samples
   if (a.per_location) {
     save_locations(a, k, b, inverse, saved);

@@ -125,7 +125,8 @@ void masked_surrogates(const PolicyArguments& a, const Tile& tile, const float* 
 
 // Adds the divergences to the sums over ratios of locations; those of dropped positions are below every threshold.
 void add_divergences(const PolicyArguments& a, const Tile& tile, const Divergences& divergences, double* sums) {
-  sums[Policy::divergence_sum(a)] = plain_sum(divergences.values, tile.n);
+  sums[a.per_location ? Policy::kLocationDivergence : Policy::kSampleDivergence] =
+      plain_sum(divergences.values, tile.n);
   if (!a.per_location) return;
   for (int64_t i = 0; i < tile.n; ++i) sums[Policy::kClipped] += bounds_of(a, divergences.values[i]).diverged;
 }

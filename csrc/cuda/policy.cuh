@@ -203,7 +203,11 @@ __device__ __forceinline__ void add_terms(const PolicyArguments& a, const Coeffi
     } else {
       add_ratio(terms, log_ratio[i], advantages[i], divergence_of(a, k, sums, i), a);
     }
-    if (!kPlain && masks_divergence(a)) terms[Policy::divergence_sum(a)] += divergence_of(a, k, sums, i);
+    if (!kPlain && masks_divergence(a)) {
+      const float divergence = divergence_of(a, k, sums, i);
+      terms[Policy::kLocationDivergence] += a.per_location ? divergence : 0.0f;
+      terms[Policy::kSampleDivergence] += a.per_location ? 0.0f : divergence;
+    }
     const float kl_weight = a.weighted_kl ? rows.weights[i] : 1.0f;
     if (a.ref_output.data) terms[Policy::kSquaredDifference] += kl_weight * sums.kl[i];
   }
