@@ -22,6 +22,12 @@ enum class Credit {
   kSeveral,  // advantages of phrases, or dense ones; or a threshold of the divergence
 };
 
+// Whether ratios are GRPO-Guard's. The plain kernels read the old output for nothing else.
+template <Credit kCredit>
+__device__ __forceinline__ bool is_guarded(const PolicyArguments& a) {
+  return kCredit == Credit::kPlain ? a.old_output.data != nullptr : a.guarded;
+}
+
 Latents policy_latents(const PolicyArguments& a, bool narrow = false) {
   Latents l(a, narrow);
   l.latent = a.sample.dtype;
@@ -47,7 +53,7 @@ struct Drop {
 };
 
 // Calls keep(residuals) with the residuals of the gradient of each run, see guard_shift.
-template <typename Access, typename Keep = Drop>
+template <Credit kCredit, typename Access, typename Keep = Drop>
 __device__ __forceinline__ Sums<Access> channel_sums(const Access& access, const PolicyArguments& a,
                                                      const Coefficients& k, const Tiling& t, unsigned b,
                                                      unsigned position, unsigned lane, bool active,
@@ -56,7 +62,7 @@ __device__ __forceinline__ Sums<Access> channel_sums(const Access& access, const
     LatentRun<Access> x, prev;
     OutputRun<Access> v, old, ref;
   };
-  const bool has_old = a.old_output.data, has_ref = ref_output.data;
+  const bool has_old = a.old_output.data, guarded = is_guarded<kCredit>(a), has_ref = ref_output.data;
   const auto load = [&](int c) {
     Runs runs;
     runs.x = load_latent(access, a.sample, b, position, c);
@@ -76,11 +82,12 @@ __device__ __forceinline__ Sums<Access> channel_sums(const Access& access, const
       sum = add(sum, multiply(r, r));
       residuals[i] = r;
     }
-    if (has_old) add_squared_differences(access, runs.v, runs.old, sums.change);
-    if (a.guarded) {
+    if (has_old) {
+      add_squared_differences(access, runs.v, runs.old, sums.change);
 #pragma unroll
       for (int i = 0; i < Access::kRun; ++i) {
-        residuals[i] = residual(k, access.value(runs.x, i), access.value(runs.old, i), access.value(runs.prev, i));
+        const float output = guarded ? access.value(runs.old, i) : access.value(runs.v, i);
+        residuals[i] = residual(k, access.value(runs.x, i), output, access.value(runs.prev, i));
       }
     }
     keep(residuals);
@@ -115,14 +122,14 @@ struct Rows {
 };
 
 // The log-ratios of the positions of a run, normalised if they are those of locations.
-template <typename Access>
+template <Credit kCredit, typename Access>
 __device__ __forceinline__ void log_ratios(const PolicyArguments& a, const Coefficients& k, const Rows<Access>& rows,
                                            const Sums<Access>& sums, float (&out)[Access::kSlots]) {
   const float inverse_channels = 1.0f / static_cast<float>(a.channels);
 #pragma unroll
   for (int i = 0; i < Access::kSlots; ++i) {
     out[i] = log_prob(k, sums.residual[i], inverse_channels) - rows.old_log_prob.value[i];
-    if (!a.guarded) continue;
+    if (!is_guarded<kCredit>(a)) continue;
     out[i] += guard_shift(k, sums.change[i], inverse_channels);
     if (a.per_location) out[i] *= guard_factor(k);
   }

@@ -70,6 +70,7 @@ def test_without_weights_it_is_the_replaced_loss_bit_for_bit(verl_omni: World, m
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_of_one_are_the_replaced_loss(verl_omni: World, mode: str, layout: str, sde_type: str) -> None:
     problem = rollout(layout, sde_type, drift=0.1)  # steps that differ by sample
+    problem.advantages[3] = 1.3
     batch = micro_batch(problem)
     factor = {"rollout_is_weights": torch.tensor([[9.0, 1.0], [9.0, 0.0], [9.0, 0.5], [9.0, 2.0]])}
     batch |= factor

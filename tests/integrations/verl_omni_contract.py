@@ -280,7 +280,7 @@ def verl_omni(monkeypatch: pytest.MonkeyPatch) -> World:
 
 def actor_config(loss_mode: str, clip_ratio: float = 0.05) -> SimpleNamespace:
     settings = {"clip_ratio": clip_ratio, "adv_clip_max": 5.0, "mix_beta": 0.5, "ref_kl_coef": 0.1}
-    settings |= {"kl_mask_threshold": 1e-4, "add_kl_coefficient": True}
+    settings |= {"kl_mask_threshold": 1e-3, "add_kl_coefficient": True}
     return SimpleNamespace(diffusion_loss=SimpleNamespace(loss_mode=loss_mode, adaptive_weight_min=1e-5, **settings))
 
 
