@@ -121,17 +121,21 @@ struct Rows {
   }
 };
 
-// The log-ratios of the positions of a run, normalised if they are those of locations.
+// The log-ratios of the positions of a run, normalised if they are those of locations. With a threshold the divergences
+// take the place of the squared changes.
 template <Credit kCredit, typename Access>
 __device__ __forceinline__ void log_ratios(const PolicyArguments& a, const Coefficients& k, const Rows<Access>& rows,
-                                           const Sums<Access>& sums, float (&out)[Access::kSlots]) {
+                                           Sums<Access>& sums, float (&out)[Access::kSlots]) {
   const float inverse_channels = 1.0f / static_cast<float>(a.channels);
 #pragma unroll
   for (int i = 0; i < Access::kSlots; ++i) {
     out[i] = log_prob(k, sums.residual[i], inverse_channels) - rows.old_log_prob.value[i];
-    if (!is_guarded<kCredit>(a)) continue;
-    out[i] += guard_shift(k, sums.change[i], inverse_channels);
-    if (a.per_location) out[i] *= guard_factor(k);
+    if (kCredit != Credit::kPlain && masks_divergence(a)) {
+      sums.change[i] = kl_divergence(k, sums.change[i], inverse_channels);
+    } else if (a.old_output.data) {
+      out[i] += guard_shift(k, sums.change[i], inverse_channels);
+      if (a.per_location) out[i] *= guard_factor(k);
+    }
   }
 }
 
@@ -170,25 +174,10 @@ __device__ __forceinline__ int policy_sums(const PolicyArguments& a) {
   return a.per_location ? Policy::kSums : Policy::kSampleSums + masks_divergence(a);
 }
 
-// The divergence of a position of a run if there is a threshold, else 0.
-template <typename Access>
-__device__ __forceinline__ float divergence_of(const PolicyArguments& a, const Coefficients& k,
-                                               const Sums<Access>& sums, int i) {
-  return masks_divergence(a) ? kl_divergence(k, sums.change[i], 1.0f / static_cast<float>(a.channels)) : 0.0f;
-}
-
-// The same for all positions of a run.
-template <typename Access>
-__device__ __forceinline__ void divergences(const PolicyArguments& a, const Coefficients& k, const Sums<Access>& sums,
-                                            float (&out)[Access::kSlots]) {
-#pragma unroll
-  for (int i = 0; i < Access::kSlots; ++i) out[i] = divergence_of(a, k, sums, i);
-}
-
 // Adds the terms of the positions of a run to the sums of a thread.
 template <typename Access, Credit kCredit>
-__device__ __forceinline__ void add_terms(const PolicyArguments& a, const Coefficients& k, unsigned b,
-                                          unsigned position, const Rows<Access>& rows, const Sums<Access>& sums,
+__device__ __forceinline__ void add_terms(const PolicyArguments& a, unsigned b, unsigned position,
+                                          const Rows<Access>& rows, const Sums<Access>& sums,
                                           const float (&log_ratio)[Access::kSlots], float (&terms)[kTerms<kCredit>]) {
   constexpr bool kPlain = kCredit == Credit::kPlain;
   constexpr int kPositive = Policy::kSums, kNegative = kPositive + 1;
@@ -208,12 +197,11 @@ __device__ __forceinline__ void add_terms(const PolicyArguments& a, const Coeffi
     } else if constexpr (kPlain) {
       add_ratio(terms, log_ratio[i], advantage, rows.weights[i], a);
     } else {
-      add_ratio(terms, log_ratio[i], advantages[i], divergence_of(a, k, sums, i), a);
+      add_ratio(terms, log_ratio[i], advantages[i], sums.change[i], a);
     }
     if (!kPlain && masks_divergence(a)) {
-      const float divergence = divergence_of(a, k, sums, i);
-      terms[Policy::kLocationDivergence] += a.per_location ? divergence : 0.0f;
-      terms[Policy::kSampleDivergence] += a.per_location ? 0.0f : divergence;
+      terms[Policy::kLocationDivergence] += a.per_location ? sums.change[i] : 0.0f;
+      terms[Policy::kSampleDivergence] += a.per_location ? 0.0f : sums.change[i];
     }
     const float kl_weight = a.weighted_kl ? rows.weights[i] : 1.0f;
     if (a.ref_output.data) terms[Policy::kSquaredDifference] += kl_weight * sums.kl[i];

@@ -43,10 +43,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Rows<Access> rows(a, b, position, a.per_location);
     float log_ratio[Access::kSlots];
     if (a.per_location) log_ratios<kCredit>(a, k, rows, sums, log_ratio);
-    float divergence[Access::kSlots] = {};
-    if constexpr (kCredit != Credit::kPlain) divergences<Access>(a, k, sums, divergence);
     const Saved saved = saved_of(a, b);
-    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, divergence, saved);
+    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, sums.change, saved);
     const auto load = [&](int c) {
       Runs runs;
       runs.x = load_latent(access, a.sample, b, position, c);
@@ -132,10 +130,8 @@ __global__ void __launch_bounds__(kThreads / 2, 3)
   const Rows<Access> rows(a, b, position, true);
   float log_ratio[kRun];
   log_ratios<kCredit>(a, k, rows, sums, log_ratio);
-  float divergence[kRun] = {};
-  if constexpr (kCredit != Credit::kPlain) divergences<Access>(a, k, sums, divergence);
   const Saved saved = saved_of(a, b);
-  const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, divergence, saved);
+  const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, sums.change, saved);
   const auto store = [&](int c, const float (&residuals)[kRun]) {
     float gradient[kRun];
 #pragma unroll

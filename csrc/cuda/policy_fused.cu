@@ -30,17 +30,17 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   const ThreadSums<Policy, kTerms<kCredit>> thread_sums(room.scratch, f.threads, policy_sums(a), more);
   for_each_kept_position<Access>(f, place, [&](unsigned position, unsigned lane, bool active) {
     const Rows<Access> rows(a, b, active ? position : place.first, !a.old_is_scalar);
-    const Sums<Access> sums = channel_sums<kCredit>(access, a, k, f, b, position, lane, active, a.ref_output, keep);
+    Sums<Access> sums = channel_sums<kCredit>(access, a, k, f, b, position, lane, active, a.ref_output, keep);
     if (!active || lane != 0) return;
     float log_ratio[kSlots];
     log_ratios<kCredit>(a, k, rows, sums, log_ratio);
     if (has_ratios) store_ratios(a, place, position, rows, log_ratio, tile);
     if (masks_locations) {
 #pragma unroll
-      for (int i = 0; i < kSlots; ++i) divergence_of_tile[position - place.first + i] = divergence_of(a, k, sums, i);
+      for (int i = 0; i < kSlots; ++i) divergence_of_tile[position - place.first + i] = sums.change[i];
     }
     float terms[kTerms<kCredit>] = {};
-    add_terms<Access, kCredit>(a, k, b, position, rows, sums, log_ratio, terms);
+    add_terms<Access, kCredit>(a, b, position, rows, sums, log_ratio, terms);
     thread_sums.add(terms);
   });
   const auto store = [&](int64_t sum, double value) { room.own[sum] = value; };
