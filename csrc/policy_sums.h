@@ -13,27 +13,31 @@ namespace star {
 // has its gradient where the divergence does, and without bounds elsewhere; the slope is the loss.
 STAR_INLINE bool masks_divergence(const PolicyArguments& a) { return a.kl_mask_threshold > 0.0f; }
 
-// The bounds of a ratio, of a policy whose divergence is `divergence` if there is a threshold. A NaN is below it.
+// The bounds of a ratio, and whether there is a threshold that the policy has reached.
 struct Bounds {
   float low, high;
-  bool diverged;
+  bool masks, diverged;
 };
 
+STAR_INLINE Bounds clip_bounds(const PolicyArguments& a) { return {a.clip_low, a.clip_high, false, false}; }
+
+// The bounds of a policy whose divergence is `divergence`, which is read if there is a threshold. A NaN is below it.
 STAR_INLINE Bounds bounds_of(const PolicyArguments& a, double divergence) {
-  if (masks_divergence(a) && divergence >= a.kl_mask_threshold) return {1.0f, 1.0f, true};
-  return {a.clip_low, a.clip_high, false};
+  if (!masks_divergence(a)) return clip_bounds(a);
+  const bool diverged = divergence >= a.kl_mask_threshold;
+  return {diverged ? 1.0f : a.clip_low, diverged ? 1.0f : a.clip_high, true, diverged};
 }
 
-STAR_INLINE Surrogate bounded_surrogate(const PolicyArguments& a, float ratio, float advantage, const Bounds& bounds) {
+STAR_INLINE Surrogate bounded_surrogate(float ratio, float advantage, const Bounds& bounds) {
   const Surrogate s = clipped_surrogate_of(ratio, advantage, bounds.low, bounds.high);
-  return {ratio, masks_divergence(a) ? s.slope : s.loss, s.slope};
+  return {ratio, bounds.masks ? s.slope : s.loss, s.slope};
 }
 
 // The same for advantages of both signs, of locations.
-STAR_INLINE SignedSurrogate<float> bounded_surrogate(const PolicyArguments& a, float ratio,
-                                                     const SignedAdvantage<float>& advantage, const Bounds& bounds) {
+STAR_INLINE SignedSurrogate<float> bounded_surrogate(float ratio, const SignedAdvantage<float>& advantage,
+                                                     const Bounds& bounds) {
   const SignedSurrogate<float> s = signed_surrogate(ratio, advantage, bounds.low, bounds.high);
-  return {masks_divergence(a) ? s.slope : s.loss, s.slope};
+  return {bounds.masks ? s.slope : s.loss, s.slope};
 }
 
 struct Policy {
@@ -85,13 +89,12 @@ STAR_INLINE void add_ratio(Number (&sums)[kSize], float log_ratio, float advanta
   add_ratio_metrics(sums, log_ratio, s.ratio, a);
 }
 
-// The same with the weighted advantages of several phrases, and the divergence.
+// The same with the weighted advantages of several phrases.
 template <typename Number, int kSize>
 STAR_INLINE void add_ratio(Number (&sums)[kSize], float log_ratio, const SignedAdvantage<float>& advantage,
-                           float divergence, const PolicyArguments& a) {
+                           const Bounds& bounds, const PolicyArguments& a) {
   const float ratio = expf(log_ratio);
-  const Bounds bounds = bounds_of(a, divergence);
-  sums[Policy::kLoss] += bounded_surrogate(a, ratio, advantage, bounds).loss;
+  sums[Policy::kLoss] += bounded_surrogate(ratio, advantage, bounds).loss;
   add_ratio_metrics(sums, log_ratio, ratio, a);
   sums[Policy::kClipped] += bounds.diverged;
 }
@@ -115,7 +118,7 @@ STAR_INLINE void finish_phrases(const PolicyArguments& a, int64_t b, double log_
   for (int64_t g = 0; g < a.phrases; ++g) {
     const double log_ratio = ((g == 0 ? log_ratio_sum : more[g - 1]) * inverse - old) * guard;
     const float advantage = clamp_advantage(a.advantages[b * a.phrases + g], a.advantage_clip);
-    const Surrogate s = bounded_surrogate(a, expf(static_cast<float>(log_ratio)), advantage, bounds);
+    const Surrogate s = bounded_surrogate(expf(static_cast<float>(log_ratio)), advantage, bounds);
     metrics[Policy::kPolicyLoss] += s.loss * step;
     saved[g] = static_cast<float>(step * guard * s.slope * share_of_sample(a));
     add_sample_ratio(a, log_ratio, s.ratio, bounds.diverged, metrics);
@@ -135,8 +138,8 @@ STAR_INLINE void finish_dense(const PolicyArguments& a, int64_t b, double log_ra
   const double step = step_weight(a, b), old = a.old_is_scalar ? a.old_log_prob[b] : 0.0f;
   const double log_ratio = (log_ratio_sum * inverse - old) * guard, share = share_of_sample(a);
   const float ratio = expf(static_cast<float>(log_ratio));
-  const Surrogate up = bounded_surrogate(a, ratio, 1.0f, bounds);
-  const Surrogate down = bounded_surrogate(a, ratio, -1.0f, bounds);
+  const Surrogate up = bounded_surrogate(ratio, 1.0f, bounds);
+  const Surrogate down = bounded_surrogate(ratio, -1.0f, bounds);
   const double loss = weighted(more[0] * inverse, up.loss) + weighted(more[1] * inverse, down.loss);
   metrics[Policy::kPolicyLoss] = loss * step;
   saved[0] = static_cast<float>(step * guard * up.slope * share);

@@ -119,7 +119,7 @@ void masked_surrogates(const PolicyArguments& a, const Tile& tile, const float* 
                        float* out) {
   const SignedAdvantages advantages(a, tile);
   for (int64_t i = 0; i < tile.n; ++i) {
-    out[i] = bounded_surrogate(a, ratio[i], advantages[i], bounds_of(a, divergences.values[i])).slope;
+    out[i] = bounded_surrogate(ratio[i], advantages[i], bounds_of(a, divergences.values[i])).slope;
   }
 }
 

@@ -20,12 +20,16 @@ namespace {
 enum class Credit {
   kPlain,    // one advantage for each sample
   kSeveral,  // advantages of phrases, or dense ones; or a threshold of the divergence
+  kClipped,  // the same without such a threshold
 };
 
-// Whether ratios are GRPO-Guard's. The plain kernels read the old output for nothing else.
+template <Credit kCredit>
+constexpr bool kMasks = kCredit == Credit::kSeveral;
+
+// Whether ratios are GRPO-Guard's. Kernels without a threshold read the old output for nothing else.
 template <Credit kCredit>
 __device__ __forceinline__ bool is_guarded(const PolicyArguments& a) {
-  return kCredit == Credit::kPlain ? a.old_output.data != nullptr : a.guarded;
+  return kMasks<kCredit> ? a.guarded : a.old_output.data != nullptr;
 }
 
 Latents policy_latents(const PolicyArguments& a, bool narrow = false) {
@@ -130,7 +134,7 @@ __device__ __forceinline__ void log_ratios(const PolicyArguments& a, const Coeff
 #pragma unroll
   for (int i = 0; i < Access::kSlots; ++i) {
     out[i] = log_prob(k, sums.residual[i], inverse_channels) - rows.old_log_prob.value[i];
-    if (kCredit != Credit::kPlain && masks_divergence(a)) {
+    if (kMasks<kCredit> && masks_divergence(a)) {
       sums.change[i] = kl_divergence(k, sums.change[i], inverse_channels);
     } else if (a.old_output.data) {
       out[i] += guard_shift(k, sums.change[i], inverse_channels);
@@ -174,6 +178,12 @@ __device__ __forceinline__ int policy_sums(const PolicyArguments& a) {
   return a.per_location ? Policy::kSums : Policy::kSampleSums + masks_divergence(a);
 }
 
+// The bounds of a location's ratio.
+template <Credit kCredit>
+__device__ __forceinline__ Bounds location_bounds(const PolicyArguments& a, float divergence) {
+  return kMasks<kCredit> ? bounds_of(a, divergence) : clip_bounds(a);
+}
+
 // Adds the terms of the positions of a run to the sums of a thread.
 template <typename Access, Credit kCredit>
 __device__ __forceinline__ void add_terms(const PolicyArguments& a, unsigned b, unsigned position,
@@ -197,9 +207,9 @@ __device__ __forceinline__ void add_terms(const PolicyArguments& a, unsigned b, 
     } else if constexpr (kPlain) {
       add_ratio(terms, log_ratio[i], advantage, rows.weights[i], a);
     } else {
-      add_ratio(terms, log_ratio[i], advantages[i], sums.change[i], a);
+      add_ratio(terms, log_ratio[i], advantages[i], location_bounds<kCredit>(a, sums.change[i]), a);
     }
-    if (!kPlain && masks_divergence(a)) {
+    if (kMasks<kCredit> && masks_divergence(a)) {
       terms[Policy::kLocationDivergence] += a.per_location ? sums.change[i] : 0.0f;
       terms[Policy::kSampleDivergence] += a.per_location ? 0.0f : sums.change[i];
     }
@@ -273,7 +283,7 @@ __device__ __forceinline__ void add_phrase_slopes(const PolicyArguments& a, unsi
 
 // Weight times d loss / d log-ratio for the positions of a run, with advantages of phrases or dense ones.
 // `divergence` is read if locations have ratios and there is a threshold.
-template <typename Access>
+template <typename Access, Credit kCredit>
 __device__ __forceinline__ void split_slopes(const PolicyArguments& a, const Rows<Access>& rows, unsigned b,
                                              unsigned position, const float (&log_ratio)[Access::kSlots],
                                              const float (&divergence)[Access::kSlots], const Saved& saved,
@@ -285,7 +295,8 @@ __device__ __forceinline__ void split_slopes(const PolicyArguments& a, const Row
 #pragma unroll
   for (int i = 0; i < Access::kSlots; ++i) {
     if (a.per_location) {
-      slopes[i] = bounded_surrogate(a, expf(log_ratio[i]), advantages[i], bounds_of(a, divergence[i])).slope * up;
+      slopes[i] =
+          bounded_surrogate(expf(log_ratio[i]), advantages[i], location_bounds<kCredit>(a, divergence[i])).slope * up;
     } else {
       slopes[i] = weighted(advantages[i].positive, up) + weighted(advantages[i].negative, down);
     }
@@ -303,7 +314,7 @@ __device__ __forceinline__ Factors<Access> factors_of(const PolicyArguments& a, 
   const float kl = a.ref_output.data ? kl_gradient_factor(a, k, b, saved) : 0.0f;
   const float advantage = kPlain ? clamp_advantage(__ldg(a.advantages + b), a.advantage_clip) : 0.0f;
   float slopes[Access::kSlots] = {};
-  if constexpr (!kPlain) split_slopes<Access>(a, rows, b, position, log_ratio, divergence, saved, slopes);
+  if constexpr (!kPlain) split_slopes<Access, kCredit>(a, rows, b, position, log_ratio, divergence, saved, slopes);
   Factors<Access> factors;
 #pragma unroll
   for (int i = 0; i < Access::kSlots; ++i) {

@@ -1,4 +1,4 @@
-// The policy loss, its metrics and its gradient in one launch; see fused.cuh.
+// The policy loss, its metrics and its gradient in one launch, without a threshold of the divergence; see fused.cuh.
 #include <cstdint>
 
 #include "cuda/fused.cuh"
@@ -20,9 +20,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   const Coefficients k = coefficients_of(a.coefficients, a.columns, b);
   const Access access(a.model_output);
   const Room room(f);
-  const bool masks_locations = !kPlain && a.per_location && masks_divergence(a);
-  float* const divergence_of_tile = reinterpret_cast<float*>(room.cells);  // if masks_locations
-  const TileRatios tile{room.ratios, masks_locations ? nullptr : room.cells};
+  const TileRatios tile{room.ratios, room.cells};
   const bool has_ratios = a.per_location || (!kPlain && has_phrase_ratios(a));
   Kept<kRun> residuals(room.kept, f.threads);
   const auto keep = [&](const float (&values)[kRun]) { residuals.put(values); };
@@ -35,10 +33,6 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     float log_ratio[kSlots];
     log_ratios<kCredit>(a, k, rows, sums, log_ratio);
     if (has_ratios) store_ratios(a, place, position, rows, log_ratio, tile);
-    if (masks_locations) {
-#pragma unroll
-      for (int i = 0; i < kSlots; ++i) divergence_of_tile[position - place.first + i] = sums.change[i];
-    }
     float terms[kTerms<kCredit>] = {};
     add_terms<Access, kCredit>(a, b, position, rows, sums, log_ratio, terms);
     thread_sums.add(terms);
@@ -52,14 +46,13 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   for_each_kept_position<Access>(f, place, [&](unsigned position, unsigned lane, bool active) {
     if (!active) return;
     const Rows<Access> rows(a, b, position, false);
-    float log_ratio[kSlots] = {}, divergence[kSlots] = {};
+    float log_ratio[kSlots] = {};
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       if (a.per_location) log_ratio[i] = tile.log_ratio[position - place.first + i];
-      if (masks_locations) divergence[i] = divergence_of_tile[position - place.first + i];
     }
     const Saved saved{room.saved, 1};
-    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, divergence, saved);
+    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, {}, saved);
     struct Runs {
       OutputRun<Access> output, ref;
     };
@@ -90,6 +83,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
 }  // namespace
 
 bool policy_fused(const PolicyArguments& a, unsigned* counter, cudaStream_t stream) {
+  if (masks_divergence(a)) return false;  // needs more registers than there are
   const Latents latents = policy_latents(a, true);
   const bool phrases = !a.per_location && a.phrases > 1;
   return with_credit(a, [&](auto credit) {
@@ -98,10 +92,11 @@ bool policy_fused(const PolicyArguments& a, unsigned* counter, cudaStream_t stre
                         kTerms<credit>,
                         1,
                         a.per_location || phrases,
-                        phrases || (a.per_location && masks_divergence(a))};
+                        phrases};
+    constexpr Credit kCredit = credit == Credit::kPlain ? Credit::kPlain : Credit::kClipped;
     return with_fused_access(latents, [&](auto type) {
       using Access = typename decltype(type)::type;
-      return launch_fused<Access>(policy_fused_kernel<Access, credit>, latents, demand, a, counter, stream);
+      return launch_fused<Access>(policy_fused_kernel<Access, kCredit>, latents, demand, a, counter, stream);
     });
   });
 }
