@@ -167,9 +167,10 @@ STAR_INLINE void evaluate_sample(const PolicyArguments& a, int64_t b, const doub
   const double step = step_weight(a, b);
   for (int i = 0; i < Policy::kMetrics; ++i) metrics[i] = 0.0;
   saved[Policy::slopes(a)] = static_cast<float>(inverse);
-  if (masks_divergence(a))
-    metrics[Policy::kDivergence] =
-        (a.per_location ? sums[Policy::kLocationDivergence] : sums[Policy::kSampleDivergence]) * inverse;
+  if (masks_divergence(a)) {
+    const double sum = a.per_location ? sums[Policy::kLocationDivergence] : sums[Policy::kSampleDivergence];
+    metrics[Policy::kDivergence] = sum * inverse;
+  }
   const Bounds bounds = bounds_of(a, metrics[Policy::kDivergence]);  // of ratios of samples
   if (a.per_location) {
     save_locations(a, k, b, inverse, saved);

@@ -66,7 +66,7 @@ __device__ __forceinline__ Sums<Access> channel_sums(const Access& access, const
     LatentRun<Access> x, prev;
     OutputRun<Access> v, old, ref;
   };
-  const bool has_old = a.old_output.data, guarded = is_guarded<kCredit>(a), has_ref = ref_output.data;
+  const bool has_old = a.old_output.data, has_ref = ref_output.data;
   const auto load = [&](int c) {
     Runs runs;
     runs.x = load_latent(access, a.sample, b, position, c);
@@ -90,7 +90,8 @@ __device__ __forceinline__ Sums<Access> channel_sums(const Access& access, const
       add_squared_differences(access, runs.v, runs.old, sums.change);
 #pragma unroll
       for (int i = 0; i < Access::kRun; ++i) {
-        const float output = guarded ? access.value(runs.old, i) : access.value(runs.v, i);
+        const bool of_v = kMasks<kCredit> && !a.guarded;
+        const float output = of_v ? access.value(runs.v, i) : access.value(runs.old, i);
         residuals[i] = residual(k, access.value(runs.x, i), output, access.value(runs.prev, i));
       }
     }
@@ -134,12 +135,10 @@ __device__ __forceinline__ void log_ratios(const PolicyArguments& a, const Coeff
 #pragma unroll
   for (int i = 0; i < Access::kSlots; ++i) {
     out[i] = log_prob(k, sums.residual[i], inverse_channels) - rows.old_log_prob.value[i];
-    if (kMasks<kCredit> && masks_divergence(a)) {
-      sums.change[i] = kl_divergence(k, sums.change[i], inverse_channels);
-    } else if (a.old_output.data) {
-      out[i] += guard_shift(k, sums.change[i], inverse_channels);
-      if (a.per_location) out[i] *= guard_factor(k);
-    }
+    if (kMasks<kCredit> && masks_divergence(a)) sums.change[i] = kl_divergence(k, sums.change[i], inverse_channels);
+    if (!is_guarded<kCredit>(a)) continue;
+    out[i] += guard_shift(k, sums.change[i], inverse_channels);
+    if (a.per_location) out[i] *= guard_factor(k);
   }
 }
 
