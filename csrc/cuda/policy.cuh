@@ -99,10 +99,11 @@ __device__ __forceinline__ Sums<Access> channel_sums(const Access& access, const
     if (has_ref) add_squared_differences(access, runs.v, runs.ref, sums.kl);
   };
   constexpr bool kNarrow = Access::kVector && Access::kRun < 4;
+  constexpr int kTogether = kNarrow && kCredit == Credit::kClipped ? kInFlight<Access> / 4 * 3 : kInFlight<Access>;
   if (active && kNarrow && (has_old || has_ref)) {  // more tensors would need too many registers
     for_each_run<Access, kInFlight<Access> / 2>(t, a.channels, lane, load, use);
   } else if (active) {
-    for_each_run<Access>(t, a.channels, lane, load, use);
+    for_each_run<Access, kTogether>(t, a.channels, lane, load, use);
   }
   add_lanes<Access>(t, sums.residual);
   if (has_old) add_lanes<Access>(t, sums.change);

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
       if (a.per_location) log_ratio[i] = tile.log_ratio[position - place.first + i];
     }
     const Saved saved{room.saved, 1};
-    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, {}, saved);
+    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, log_ratio, saved);
     struct Runs {
       OutputRun<Access> output, ref;
     };
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
 }  // namespace
 
 bool policy_fused(const PolicyArguments& a, unsigned* counter, cudaStream_t stream) {
-  if (masks_divergence(a)) return false;  // needs more registers than there are
+  if (masks_divergence(a)) return false;  // would need too many registers
   const Latents latents = policy_latents(a, true);
   const bool phrases = !a.per_location && a.phrases > 1;
   return with_credit(a, [&](auto credit) {
