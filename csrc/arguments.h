@@ -43,14 +43,16 @@ struct Objective {
 
 struct PolicyArguments : Objective {
   View sample, prev_sample;
-  View old_output;            // data null: no GRPO-Guard
+  View old_output;            // of GRPO-Guard, or of the divergence; or data null
   const float* coefficients;  // [6, columns]
   int64_t columns;            // batch or 1
   const float* old_log_prob;  // [B, P], or [B] if old_is_scalar
   bool old_is_scalar;
   bool dense;  // an advantage for each location; phrases is 1
   bool per_location;
+  bool guarded;  // GRPO-Guard's ratio
   float clip_low, clip_high;
+  float kl_mask_threshold;  // Flow-DPPO's, of the divergence from old_output; 0 without it
 };
 
 struct NftArguments : Objective {

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "nft_sums.h"
+#include "policy_sums.h"
 
 #if !defined(STAR_DEVICE)
 #error "define STAR_DEVICE, the DLPack device type of the library"
@@ -263,6 +264,9 @@ Call<PolicyArguments> read_policy(Reader& in) {
   a.clip_high = in.number("clip_high");
   a.advantage_clip = in.number("advantage_clip");
   a.kl_coef = in.number("kl_coef");
+  a.kl_mask_threshold = in.number("kl_mask_threshold");
+  check(a.kl_mask_threshold <= 0.0f || a.old_output.data, "old_model_output", "be given with kl_mask_threshold");
+  a.guarded = a.old_output.data && !(a.kl_mask_threshold > 0.0f);
   fill_advantages(a, advantages, call, options);
   a.old_is_scalar = old_log_prob.ndim() == 1;
   check(!a.old_is_scalar || !(a.per_location || a.weights), "old_log_prob", "be given for every location");

@@ -42,6 +42,10 @@ STAR_INLINE Coefficients load_coefficients(const float* table, int64_t columns, 
           p[kScale * columns],      p[kOffset * columns],     p[kKlScale * columns]};
 }
 
+STAR_INLINE Coefficients coefficients_of(const float* table, int64_t columns, int64_t sample) {
+  return load_coefficients(table, columns, columns == 1 ? 0 : sample);
+}
+
 // Product and sum, rounded separately: the compiler may not fuse them in device code.
 STAR_INLINE float multiply(float x, float y) {
 #if defined(__CUDA_ARCH__)
@@ -77,6 +81,12 @@ STAR_INLINE float log_prob(const Coefficients& c, float sum_of_squares, float in
 // the gradient is that of the log-probability with the residual of v_old in place of r.
 STAR_INLINE float guard_shift(const Coefficients& c, float sum_of_squares, float inverse_channels) {
   return c.scale * c.mean_output * c.mean_output * (sum_of_squares * inverse_channels);
+}
+
+// The Kullback-Leibler divergence from the old policy of a position, the mean over its channels.
+STAR_INLINE float kl_divergence(const Coefficients& c, float sum_of_squares, float inverse_channels) {
+  const float change = c.mean_output / c.std;
+  return 0.5f * change * change * (sum_of_squares * inverse_channels);
 }
 
 STAR_INLINE float guard_factor(const Coefficients& c) { return 1.0f / (2.0f * c.scale * c.std); }
@@ -216,184 +226,13 @@ STAR_INLINE void finish_batch(const Objective& a, const double (&metrics)[kMetri
   }
 }
 
-struct Policy {
-  using Arguments = PolicyArguments;
-  // Sums over the positions of a tile or of a sample. The log-ratio (of the first phrase) and the loss are weighted,
-  // the squared difference as the KL penalty is; the rest are plain sums over the ratios of locations. The first
-  // kSampleSums are those that a ratio for each sample needs.
-  enum Sum {
-    kLogRatio,
-    kSquaredDifference,
-    kCount,
-    kSampleSums,
-    kLoss = kSampleSums,
-    kRatio,
-    kRatioMax,
-    kClipped,
-    kSquaredLogRatio,
-    kSums
-  };
-  enum Metric { kMeanRatio, kMaxRatio, kClipFraction, kApproximateKl, kPolicyLoss, kKlLoss, kMetrics };
-  static constexpr int kLargestSum = kRatioMax, kLargestMetric = kMaxRatio;
-
-  // Sums of a tile after the kSums, for a ratio of each sample: the weighted log-ratios of the other phrases, or for
-  // dense advantages the weighted sums of max(A, 0) and max(-A, 0).
-  STAR_INLINE int64_t more_sums(const PolicyArguments& a) { return a.per_location ? 0 : (a.dense ? 2 : a.phrases - 1); }
-  // Rows of what is saved for the backward pass: d loss / d log-ratio of each phrase, or for dense advantages of both
-  // signs; then one over the count.
-  STAR_INLINE int64_t slopes(const PolicyArguments& a) { return a.dense ? 2 : a.phrases; }
-  STAR_INLINE int64_t saved_rows(const PolicyArguments& a) { return slopes(a) + 1; }
-};
-
-STAR_INLINE Coefficients coefficients_of(const float* table, int64_t columns, int64_t sample) {
-  return load_coefficients(table, columns, columns == 1 ? 0 : sample);
-}
-
-// The terms of a location's ratio, without the loss. kSize is at least Policy::kSums.
-template <typename Number, int kSize>
-STAR_INLINE void add_ratio_metrics(Number (&sums)[kSize], float log_ratio, float ratio, const PolicyArguments& a) {
-  sums[Policy::kRatio] += ratio;
-  sums[Policy::kRatioMax] = maximum(sums[Policy::kRatioMax], static_cast<Number>(ratio));
-  sums[Policy::kClipped] += ratio < a.clip_low || ratio > a.clip_high;
-  sums[Policy::kSquaredLogRatio] += static_cast<Number>(log_ratio) * log_ratio;
-}
-
-// The terms of a location's ratio, with one advantage.
-template <typename Number, int kSize>
-STAR_INLINE void add_ratio(Number (&sums)[kSize], float log_ratio, float advantage, float weight,
-                           const PolicyArguments& a) {
-  const Surrogate s = clipped_surrogate(log_ratio, advantage, a.clip_low, a.clip_high);
-  sums[Policy::kLoss] += weighted(static_cast<Number>(weight), s.loss);
-  add_ratio_metrics(sums, log_ratio, s.ratio, a);
-}
-
-// The same with the weighted advantages of several phrases.
-template <typename Number, int kSize>
-STAR_INLINE void add_ratio(Number (&sums)[kSize], float log_ratio, const SignedAdvantage<float>& advantage,
-                           const PolicyArguments& a) {
-  const float ratio = expf(log_ratio);
-  sums[Policy::kLoss] += signed_surrogate(ratio, advantage, a.clip_low, a.clip_high).loss;
-  add_ratio_metrics(sums, log_ratio, ratio, a);
-}
-
-// Adds the metrics of a sample's ratio; several phrases have one each.
-STAR_INLINE void add_sample_ratio(const PolicyArguments& a, double log_ratio, float ratio,
-                                  double (&metrics)[Policy::kMetrics]) {
-  metrics[Policy::kMeanRatio] += ratio;
-  metrics[Policy::kMaxRatio] = maximum(metrics[Policy::kMaxRatio], static_cast<double>(ratio));
-  metrics[Policy::kClipFraction] += ratio < a.clip_low || ratio > a.clip_high;
-  metrics[Policy::kApproximateKl] += 0.5 * log_ratio * log_ratio;
-}
-
-// The ratios of a sample's phrases: writes their slopes and adds up their losses and metrics. more[i] are the sums
-// after the kSums.
-template <typename Sums>
-STAR_INLINE void finish_phrases(const PolicyArguments& a, int64_t b, double log_ratio_sum, const Sums& more,
-                                double inverse, double guard, const Saved& saved, double (&metrics)[Policy::kMetrics]) {
-  const double step = step_weight(a, b), old = a.old_is_scalar ? a.old_log_prob[b] : 0.0f;
-  for (int64_t g = 0; g < a.phrases; ++g) {
-    const double log_ratio = ((g == 0 ? log_ratio_sum : more[g - 1]) * inverse - old) * guard;
-    const float advantage = clamp_advantage(a.advantages[b * a.phrases + g], a.advantage_clip);
-    const Surrogate s = clipped_surrogate(static_cast<float>(log_ratio), advantage, a.clip_low, a.clip_high);
-    metrics[Policy::kPolicyLoss] += s.loss * step;
-    saved[g] = static_cast<float>(step * guard * s.slope * share_of_sample(a));
-    add_sample_ratio(a, log_ratio, s.ratio, metrics);
-  }
-  const double phrases = static_cast<double>(a.phrases);
-  metrics[Policy::kMeanRatio] /= phrases;
-  metrics[Policy::kClipFraction] /= phrases;
-  metrics[Policy::kApproximateKl] /= phrases;
-}
-
-// The ratio of a sample with dense advantages: the value of a location's ratio is the sample's, its gradient the
-// location's own (GSPO-token, arXiv 2507.18071).
-template <typename Sums>
-STAR_INLINE void finish_dense(const PolicyArguments& a, int64_t b, double log_ratio_sum, const Sums& more,
-                              double inverse, double guard, const Saved& saved, double (&metrics)[Policy::kMetrics]) {
-  const double step = step_weight(a, b), old = a.old_is_scalar ? a.old_log_prob[b] : 0.0f;
-  const double log_ratio = (log_ratio_sum * inverse - old) * guard, share = share_of_sample(a);
-  const float ratio = expf(static_cast<float>(log_ratio));
-  const Surrogate up = clipped_surrogate_of(ratio, 1.0f, a.clip_low, a.clip_high);
-  const Surrogate down = clipped_surrogate_of(ratio, -1.0f, a.clip_low, a.clip_high);
-  const double loss = weighted(more[0] * inverse, up.loss) + weighted(more[1] * inverse, down.loss);
-  metrics[Policy::kPolicyLoss] = loss * step;
-  saved[0] = static_cast<float>(step * guard * up.slope * share);
-  saved[1] = static_cast<float>(step * guard * down.slope * share);
-  add_sample_ratio(a, log_ratio, ratio, metrics);
-}
-
-// Writes what is saved of a sample whose locations have ratios, which follows from the number of those that count: the
-// slopes without those of the surrogates.
-STAR_INLINE void save_locations(const PolicyArguments& a, const Coefficients& k, int64_t b, double inverse,
-                                const Saved& saved) {
-  const double guard = a.old_output.data ? guard_factor(k) : 1.0f;
-  const float slope = static_cast<float>(step_weight(a, b) * guard * share_of_sample(a));
-  for (int64_t g = 0; g < Policy::slopes(a); ++g) saved[g] = slope;
-  saved[Policy::slopes(a)] = static_cast<float>(inverse);
-}
-
-// Turns the sums of a sample into its part of the metrics and what is saved of it. A sample without a location that
-// counts contributes nothing.
-template <typename Sums>
-STAR_INLINE void evaluate_sample(const PolicyArguments& a, int64_t b, const double (&sums)[Policy::kSums],
-                                 const Sums& more, const Saved& saved, double (&metrics)[Policy::kMetrics]) {
-  const Coefficients k = coefficients_of(a.coefficients, a.columns, b);
-  const double inverse = inverse_count(a, sums[Policy::kCount]), guard = a.old_output.data ? guard_factor(k) : 1.0f;
-  const double step = step_weight(a, b);
-  for (int i = 0; i < Policy::kMetrics; ++i) metrics[i] = 0.0;
-  saved[Policy::slopes(a)] = static_cast<float>(inverse);
-  if (a.per_location) {
-    save_locations(a, k, b, inverse, saved);
-    metrics[Policy::kMeanRatio] = sums[Policy::kRatio] * inverse;
-    metrics[Policy::kMaxRatio] = sums[Policy::kRatioMax];
-    metrics[Policy::kClipFraction] = sums[Policy::kClipped] * inverse;
-    metrics[Policy::kApproximateKl] = 0.5 * sums[Policy::kSquaredLogRatio] * inverse;
-    metrics[Policy::kPolicyLoss] = sums[Policy::kLoss] * inverse * step;
-  } else if (inverse == 0.0) {
-    for (int64_t g = 0; g < Policy::slopes(a); ++g) saved[g] = 0.0f;
-  } else if (a.dense) {
-    finish_dense(a, b, sums[Policy::kLogRatio], more, inverse, guard, saved, metrics);
-  } else {
-    finish_phrases(a, b, sums[Policy::kLogRatio], more, inverse, guard, saved, metrics);
-  }
-  if (a.ref_output.data) {
-    const double mean = sums[Policy::kSquaredDifference] * inverse / static_cast<double>(a.channels);
-    metrics[Policy::kKlLoss] = mean * k.mean_output * k.mean_output * k.kl_scale;
-  }
-}
-
-// The same, with what is saved in its place; also writes the loss of an unreduced sample.
+// Turns the sums of a sample into its part of the metrics and what is saved of it, in its place; also writes the loss
+// of an unreduced sample.
 template <typename Arguments, typename Sums, int kSums, int kMetrics>
 STAR_INLINE void finish_sample(const Arguments& a, int64_t b, const double (&sums)[kSums], const Sums& more,
                                double (&metrics)[kMetrics]) {
   evaluate_sample(a, b, sums, more, saved_of(a, b), metrics);
   if (a.unreduced) a.loss[b] = total_loss(a, metrics, 1.0);
-}
-
-// The upstream gradient of a sample's mean over locations.
-STAR_INLINE float upstream_mean(const PolicyArguments& a, int64_t b, const Saved& saved) {
-  return upstream_gradient(a, b) * saved[Policy::slopes(a)];
-}
-
-// d loss / d output = factor * slope * weight * residual.
-STAR_INLINE float gradient_factor_of_slope(const PolicyArguments& a, const Coefficients& k, int64_t b,
-                                           const Saved& saved) {
-  return upstream_mean(a, b, saved) * log_prob_slope(k, 1.0f / static_cast<float>(a.channels));
-}
-
-// d loss / d output = factor * weight * residual, times the slope of the location's surrogate if it has a ratio. `row`
-// is that of the slope: the phrase, or for dense advantages 0 where they are positive and 1 where they are negative,
-// which then multiply the factor by their absolute value.
-STAR_INLINE float gradient_factor(const PolicyArguments& a, const Coefficients& k, int64_t b, int64_t row = 0) {
-  const Saved saved = saved_of(a, b);
-  return gradient_factor_of_slope(a, k, b, saved) * saved[row];
-}
-
-// d loss / d output = factor * (output - ref_output), of the KL penalty, times the weight if that acts on it.
-STAR_INLINE float kl_gradient_factor(const PolicyArguments& a, const Coefficients& k, int64_t b, const Saved& saved) {
-  const float mean = upstream_mean(a, b, saved) / static_cast<float>(a.channels);
-  const float share = static_cast<float>(share_of_sample(a));
-  return mean * share * a.kl_coef * 2.0f * k.kl_scale * k.mean_output * k.mean_output;
 }
 
 }  // namespace star

@@ -27,7 +27,8 @@ def operator_arguments(name: str) -> dict[str, Any]:
     policy = {
         **latent, "old_log_prob": t["old_log_prob"], "advantages": t["advantages"], **coefficients, **options,
         "old_model_output": t["old_model_output"], "ref_model_output": None, "channel_dim": 1, "per_location": True,
-        **flags, "clip_low": 0.5, "clip_high": 1.5, "advantage_clip": 5.0, "kl_coef": 0.0, "backend": "native",
+        **flags, "clip_low": 0.5, "clip_high": 1.5, "advantage_clip": 5.0, "kl_coef": 0.0, "kl_mask_threshold": 0.0,
+        "backend": "native",
     }  # fmt: skip
     nft = {
         "model_output": t["model_output"], "old_model_output": t["old_model_output"], "target": t["sample"],

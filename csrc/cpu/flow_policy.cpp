@@ -3,11 +3,10 @@
 // Each pass reads the latents once, whatever the number of phrases. The gradient for an upstream gradient of one can be
 // written in the forward pass, one tile after the other; otherwise it is computed in the backward pass from the inputs
 // and a few saved numbers, and rounded once.
-#include "flow_policy.h"
-
 #include <cstdint>
 
 #include "cpu/tiles.h"
+#include "policy_sums.h"
 
 namespace star {
 namespace STAR_ISA {
@@ -39,6 +38,20 @@ inline void tile_log_prob(const PolicyArguments& a, const Coefficients& k, const
   for (int64_t i = 0; i < tile.n; ++i) out[i] = log_prob(k, out[i], inverse_channels);
 }
 
+// The divergences of a tile's positions, if there is a threshold; zero where the mask drops a position.
+struct Divergences {
+  float values[kTile];
+  bool given = false;
+
+  Divergences(const PolicyArguments& a, const Coefficients& k, const Tile& tile) : given(masks_divergence(a)) {
+    if (!given) return;
+    squared_differences(a.model_output, a.old_output, a.channels, tile, values);
+    const float inverse_channels = 1.0f / static_cast<float>(a.channels);
+    for (int64_t i = 0; i < tile.n; ++i) values[i] = kl_divergence(k, values[i], inverse_channels);
+    drop(tile_mask(a, tile), values, tile.n);
+  }
+};
+
 // Log-ratios of a tile's positions, normalised if locations have ratios; zero where the mask drops a position.
 void tile_log_ratio(const PolicyArguments& a, const Coefficients& k, const Tile& tile, Buffers& buffers, float* out) {
   tile_log_prob(a, k, tile, buffers, out);
@@ -46,7 +59,7 @@ void tile_log_ratio(const PolicyArguments& a, const Coefficients& k, const Tile&
     const float* old = a.old_log_prob + tile.b * a.positions + tile.first;
     for (int64_t i = 0; i < tile.n; ++i) out[i] -= old[i];
   }
-  if (a.old_output.data) {
+  if (a.guarded) {
     float squares[kTile];
     squared_differences(a.model_output, a.old_output, a.channels, tile, squares);
     const float inverse_channels = 1.0f / static_cast<float>(a.channels);
@@ -67,7 +80,7 @@ void tile_advantages(const PolicyArguments& a, const Tile& tile, float* out) {
   drop(tile_mask(a, tile), out, tile.n);
 }
 
-// The weighted advantages of several phrases at each of a tile's positions, by sign.
+// The weighted advantages at each of a tile's positions, of several phrases or dense, by sign.
 struct SignedAdvantages {
   float positive[kTile], negative[kTile];
 
@@ -75,6 +88,10 @@ struct SignedAdvantages {
     fill(positive, tile.n, 0.0f);
     fill(negative, tile.n, 0.0f);
     float buffer[kTile];
+    if (a.dense) {
+      add_dense(a, tile, buffer);
+      return;
+    }
     for (int64_t g = 0; g < a.phrases; ++g) {
       const float* weights = tile_weights(a, tile, g, buffer);
       const auto [up, down] = signed_advantage(clamp_advantage(a.advantages[tile.b * a.phrases + g], a.advantage_clip));
@@ -83,7 +100,36 @@ struct SignedAdvantages {
     }
   }
   SignedAdvantage<float> operator[](int64_t i) const { return {positive[i], negative[i]}; }
+
+ private:
+  void add_dense(const PolicyArguments& a, const Tile& tile, float* buffer) {
+    float advantages[kTile];
+    tile_advantages(a, tile, advantages);
+    const float* weights = tile_weights(a, tile, 0, buffer);
+    for (int64_t i = 0; i < tile.n; ++i) {
+      const auto [up, down] = signed_advantage(advantages[i]);
+      positive[i] = weights[i] * up;
+      negative[i] = weights[i] * down;
+    }
+  }
 };
+
+// The weighted surrogates of a tile's locations with a threshold of the divergence, which are their slopes too.
+void masked_surrogates(const PolicyArguments& a, const Tile& tile, const float* ratio, const Divergences& divergences,
+                       float* out) {
+  const SignedAdvantages advantages(a, tile);
+  for (int64_t i = 0; i < tile.n; ++i) {
+    out[i] = bounded_surrogate(ratio[i], advantages[i], bounds_of(a, divergences.values[i])).slope;
+  }
+}
+
+// Adds the divergences to the sums over ratios of locations; those of dropped positions are below every threshold.
+void add_divergences(const PolicyArguments& a, const Tile& tile, const Divergences& divergences, double* sums) {
+  sums[a.per_location ? Policy::kLocationDivergence : Policy::kSampleDivergence] =
+      plain_sum(divergences.values, tile.n);
+  if (!a.per_location) return;
+  for (int64_t i = 0; i < tile.n; ++i) sums[Policy::kClipped] += bounds_of(a, divergences.values[i]).diverged;
+}
 
 // Ratios of a tile's locations, in a loop of its own: the compiler then vectorises the arithmetic after it.
 void exponentiate(const float* log_ratio, int64_t n, float* ratio) {
@@ -92,10 +138,13 @@ void exponentiate(const float* log_ratio, int64_t n, float* ratio) {
 
 // Sums over the ratios of a tile's locations.
 void add_locations(const PolicyArguments& a, const Tile& tile, const float* log_ratio, const float* ratio,
-                   const float* weights, double (&sums)[Policy::kSums]) {
+                   const float* weights, const Divergences& divergences, double (&sums)[Policy::kSums]) {
   float loss[kTile], advantages[kTile];
-  const bool phrases = a.phrases > 1;
-  if (phrases) {
+  const bool with_weights = divergences.given || a.phrases > 1;
+  if (divergences.given) {
+    masked_surrogates(a, tile, ratio, divergences, loss);
+    add_divergences(a, tile, divergences, sums);
+  } else if (with_weights) {
     const SignedAdvantages signed_advantages(a, tile);
     for (int64_t i = 0; i < tile.n; ++i) {
       loss[i] = signed_surrogate(ratio[i], signed_advantages[i], a.clip_low, a.clip_high).loss;
@@ -109,7 +158,7 @@ void add_locations(const PolicyArguments& a, const Tile& tile, const float* log_
   const uint8_t* mask = tile_mask(a, tile);
   for (int64_t i = 0; i < tile.n; ++i) {
     if (mask && !mask[i]) continue;
-    sums[Policy::kLoss] += phrases ? loss[i] : static_cast<double>(weights[i]) * loss[i];
+    sums[Policy::kLoss] += with_weights ? loss[i] : static_cast<double>(weights[i]) * loss[i];
     add_ratio_metrics(sums, log_ratio[i], ratio[i], a);
   }
 }
@@ -135,11 +184,13 @@ void forward_tile(const PolicyArguments& a, const Tile& tile, double* sums) {
   tile_log_ratio(a, k, tile, buffers, log_ratio);
   const float* weights = tile_weights(a, tile, 0, buffer);
   sums[Policy::kCount] = static_cast<double>(count_kept(tile_mask(a, tile), tile.n));
+  const Divergences divergences(a, k, tile);
   if (a.per_location) {
     float ratio[kTile];
     exponentiate(log_ratio, tile.n, ratio);
-    add_locations(a, tile, log_ratio, ratio, weights, *reinterpret_cast<double (*)[Policy::kSums]>(sums));
+    add_locations(a, tile, log_ratio, ratio, weights, divergences, *reinterpret_cast<double (*)[Policy::kSums]>(sums));
   } else {
+    if (divergences.given) add_divergences(a, tile, divergences, sums);
     sums[Policy::kLogRatio] = weighted_sum(weights, log_ratio, tile.n);
     add_more(a, tile, log_ratio, weights, sums + Policy::kSums);
   }
@@ -171,9 +222,14 @@ void sample_factors(const PolicyArguments& a, const Coefficients& k, const Tile&
 
 // The same if locations have ratios.
 void location_factors(const PolicyArguments& a, const Coefficients& k, const Tile& tile, const float* weights,
-                      const float* ratio, float* out) {
+                      const float* ratio, const Divergences& divergences, float* out) {
   const float common = gradient_factor(a, k, tile.b);
   float advantages[kTile];
+  if (divergences.given) {
+    masked_surrogates(a, tile, ratio, divergences, out);
+    for (int64_t i = 0; i < tile.n; ++i) out[i] *= common;
+    return;
+  }
   if (a.phrases > 1) {
     const SignedAdvantages signed_advantages(a, tile);
     for (int64_t i = 0; i < tile.n; ++i) {
@@ -191,7 +247,7 @@ void location_factors(const PolicyArguments& a, const Coefficients& k, const Til
 // Writes the gradient of a tile from the factors of its residuals.
 void write_gradient(const PolicyArguments& a, const Coefficients& k, const Tile& tile, const float* weights,
                     const float* factor, Buffers& buffers) {
-  const View& residual_output = a.old_output.data ? a.old_output : a.model_output;
+  const View& residual_output = a.guarded ? a.old_output : a.model_output;
   float gradient[kRun];
   const float kl = a.ref_output.data ? kl_gradient_factor(a, k, tile.b, saved_of(a, tile.b)) : 0.0f;
   for_each_run(tile, a.channels, [&](int64_t p, int64_t c, int64_t n) {
@@ -205,7 +261,7 @@ void write_gradient(const PolicyArguments& a, const Coefficients& k, const Tile&
     }
     if (a.ref_output.data) {
       const float* ref_output = load_tile_run(a.ref_output, tile, p, c, n, buffers.other);
-      if (a.old_output.data) v = load_tile_run(a.model_output, tile, p, c, n, buffers.v);
+      if (a.guarded) v = load_tile_run(a.model_output, tile, p, c, n, buffers.v);
       add_kl_gradient(a, weights, kl, v, ref_output, p, n, tile.packed, gradient);
     }
     if (a.mask) drop_run(tile_mask(a, tile), gradient, p, n, tile.packed);
@@ -222,7 +278,7 @@ void backward_tile(const PolicyArguments& a, const Tile& tile) {
     float ratio[kTile];
     tile_log_ratio(a, k, tile, buffers, factor);
     exponentiate(factor, tile.n, ratio);
-    location_factors(a, k, tile, weights, ratio, factor);
+    location_factors(a, k, tile, weights, ratio, Divergences(a, k, tile), factor);
   } else {
     sample_factors(a, k, tile, weights, factor);
   }
@@ -238,9 +294,10 @@ void location_tile(const PolicyArguments& a, const Tile& tile, double* sums) {
   exponentiate(log_ratio, tile.n, ratio);
   const float* weights = tile_weights(a, tile, 0, buffer);
   sums[Policy::kCount] = static_cast<double>(count_kept(tile_mask(a, tile), tile.n));
-  add_locations(a, tile, log_ratio, ratio, weights, *reinterpret_cast<double (*)[Policy::kSums]>(sums));
+  const Divergences divergences(a, k, tile);
+  add_locations(a, tile, log_ratio, ratio, weights, divergences, *reinterpret_cast<double (*)[Policy::kSums]>(sums));
   if (a.ref_output.data) sums[Policy::kSquaredDifference] = kl_sum(a, tile, weights);
-  location_factors(a, k, tile, weights, ratio, factor);
+  location_factors(a, k, tile, weights, ratio, divergences, factor);
   write_gradient(a, k, tile, weights, factor, buffers);
 }
 

@@ -2,7 +2,7 @@
 // follow from its log-ratio and its advantage, and the factors of its gradient.
 //
 // Kernels are compiled for a Credit. The plain kernels keep one advantage in a register; the others read the advantages
-// and weights of all phrases, or of the location, while the latents are read once.
+// and weights of all phrases, or of the location, while the latents are read once, and support Flow-DPPO's threshold.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 #include "cuda/latents.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/reduction.cuh"
-#include "flow_policy.h"
+#include "policy_sums.h"
 
 namespace star {
 namespace cuda {
@@ -19,8 +19,18 @@ namespace {
 
 enum class Credit {
   kPlain,    // one advantage for each sample
-  kSeveral,  // advantages of phrases, or dense ones
+  kSeveral,  // advantages of phrases, or dense ones; or a threshold of the divergence
+  kClipped,  // the same without such a threshold
 };
+
+template <Credit kCredit>
+constexpr bool kMasks = kCredit == Credit::kSeveral;
+
+// Whether ratios are GRPO-Guard's. Kernels without a threshold read the old output for nothing else.
+template <Credit kCredit>
+__device__ __forceinline__ bool is_guarded(const PolicyArguments& a) {
+  return kMasks<kCredit> ? a.guarded : a.old_output.data != nullptr;
+}
 
 Latents policy_latents(const PolicyArguments& a, bool narrow = false) {
   Latents l(a, narrow);
@@ -35,7 +45,7 @@ Latents policy_latents(const PolicyArguments& a, bool narrow = false) {
 }
 
 // Sums over the channels of each position of a run: squared residuals, squared changes from the old output
-// (GRPO-Guard), squared differences from the reference model's output (the KL penalty).
+// (GRPO-Guard, Flow-DPPO), squared differences from the reference model's output (the KL penalty).
 template <typename Access>
 struct Sums {
   float residual[Access::kSlots], change[Access::kSlots], kl[Access::kSlots];
@@ -47,7 +57,7 @@ struct Drop {
 };
 
 // Calls keep(residuals) with the residuals of the gradient of each run, see guard_shift.
-template <typename Access, typename Keep = Drop>
+template <Credit kCredit, typename Access, typename Keep = Drop>
 __device__ __forceinline__ Sums<Access> channel_sums(const Access& access, const PolicyArguments& a,
                                                      const Coefficients& k, const Tiling& t, unsigned b,
                                                      unsigned position, unsigned lane, bool active,
@@ -80,17 +90,20 @@ __device__ __forceinline__ Sums<Access> channel_sums(const Access& access, const
       add_squared_differences(access, runs.v, runs.old, sums.change);
 #pragma unroll
       for (int i = 0; i < Access::kRun; ++i) {
-        residuals[i] = residual(k, access.value(runs.x, i), access.value(runs.old, i), access.value(runs.prev, i));
+        const bool of_v = kMasks<kCredit> && !a.guarded;
+        const float output = of_v ? access.value(runs.v, i) : access.value(runs.old, i);
+        residuals[i] = residual(k, access.value(runs.x, i), output, access.value(runs.prev, i));
       }
     }
     keep(residuals);
     if (has_ref) add_squared_differences(access, runs.v, runs.ref, sums.kl);
   };
   constexpr bool kNarrow = Access::kVector && Access::kRun < 4;
+  constexpr int kTogether = kNarrow && kCredit == Credit::kClipped ? kInFlight<Access> / 4 * 3 : kInFlight<Access>;
   if (active && kNarrow && (has_old || has_ref)) {  // more tensors would need too many registers
     for_each_run<Access, kInFlight<Access> / 2>(t, a.channels, lane, load, use);
   } else if (active) {
-    for_each_run<Access>(t, a.channels, lane, load, use);
+    for_each_run<Access, kTogether>(t, a.channels, lane, load, use);
   }
   add_lanes<Access>(t, sums.residual);
   if (has_old) add_lanes<Access>(t, sums.change);
@@ -114,15 +127,17 @@ struct Rows {
   }
 };
 
-// The log-ratios of the positions of a run, normalised if they are those of locations.
-template <typename Access>
+// The log-ratios of the positions of a run, normalised if they are those of locations. With a threshold the divergences
+// take the place of the squared changes.
+template <Credit kCredit, typename Access>
 __device__ __forceinline__ void log_ratios(const PolicyArguments& a, const Coefficients& k, const Rows<Access>& rows,
-                                           const Sums<Access>& sums, float (&out)[Access::kSlots]) {
+                                           Sums<Access>& sums, float (&out)[Access::kSlots]) {
   const float inverse_channels = 1.0f / static_cast<float>(a.channels);
 #pragma unroll
   for (int i = 0; i < Access::kSlots; ++i) {
     out[i] = log_prob(k, sums.residual[i], inverse_channels) - rows.old_log_prob.value[i];
-    if (!a.old_output.data) continue;
+    if (kMasks<kCredit> && masks_divergence(a)) sums.change[i] = kl_divergence(k, sums.change[i], inverse_channels);
+    if (!is_guarded<kCredit>(a)) continue;
     out[i] += guard_shift(k, sums.change[i], inverse_channels);
     if (a.per_location) out[i] *= guard_factor(k);
   }
@@ -160,7 +175,13 @@ template <Credit kCredit>
 constexpr int kTerms = Policy::kSums + (kCredit == Credit::kPlain ? 0 : 2);
 
 __device__ __forceinline__ int policy_sums(const PolicyArguments& a) {
-  return a.per_location ? Policy::kSums : Policy::kSampleSums;
+  return a.per_location ? Policy::kSums : Policy::kSampleSums + masks_divergence(a);
+}
+
+// The bounds of a location's ratio.
+template <Credit kCredit>
+__device__ __forceinline__ Bounds location_bounds(const PolicyArguments& a, float divergence) {
+  return kMasks<kCredit> ? bounds_of(a, divergence) : clip_bounds(a);
 }
 
 // Adds the terms of the positions of a run to the sums of a thread.
@@ -186,7 +207,11 @@ __device__ __forceinline__ void add_terms(const PolicyArguments& a, unsigned b, 
     } else if constexpr (kPlain) {
       add_ratio(terms, log_ratio[i], advantage, rows.weights[i], a);
     } else {
-      add_ratio(terms, log_ratio[i], advantages[i], a);
+      add_ratio(terms, log_ratio[i], advantages[i], location_bounds<kCredit>(a, sums.change[i]), a);
+    }
+    if (kMasks<kCredit> && masks_divergence(a)) {
+      terms[Policy::kLocationDivergence] += a.per_location ? sums.change[i] : 0.0f;
+      terms[Policy::kSampleDivergence] += a.per_location ? 0.0f : sums.change[i];
     }
     const float kl_weight = a.weighted_kl ? rows.weights[i] : 1.0f;
     if (a.ref_output.data) terms[Policy::kSquaredDifference] += kl_weight * sums.kl[i];
@@ -257,10 +282,12 @@ __device__ __forceinline__ void add_phrase_slopes(const PolicyArguments& a, unsi
 }
 
 // Weight times d loss / d log-ratio for the positions of a run, with advantages of phrases or dense ones.
-template <typename Access>
+// `divergence` is read if locations have ratios and there is a threshold.
+template <typename Access, Credit kCredit>
 __device__ __forceinline__ void split_slopes(const PolicyArguments& a, const Rows<Access>& rows, unsigned b,
                                              unsigned position, const float (&log_ratio)[Access::kSlots],
-                                             const Saved& saved, float (&slopes)[Access::kSlots]) {
+                                             const float (&divergence)[Access::kSlots], const Saved& saved,
+                                             float (&slopes)[Access::kSlots]) {
   if (!a.per_location && !a.dense) return add_phrase_slopes<Access>(a, b, position, saved, slopes);
   SignedAdvantage<float> advantages[Access::kSlots];
   signed_advantages<Access>(a, rows, b, position, advantages);
@@ -268,24 +295,26 @@ __device__ __forceinline__ void split_slopes(const PolicyArguments& a, const Row
 #pragma unroll
   for (int i = 0; i < Access::kSlots; ++i) {
     if (a.per_location) {
-      slopes[i] = signed_surrogate(expf(log_ratio[i]), advantages[i], a.clip_low, a.clip_high).slope * up;
+      slopes[i] =
+          bounded_surrogate(expf(log_ratio[i]), advantages[i], location_bounds<kCredit>(a, divergence[i])).slope * up;
     } else {
       slopes[i] = weighted(advantages[i].positive, up) + weighted(advantages[i].negative, down);
     }
   }
 }
 
-// `log_ratio` is read if locations have ratios.
+// `log_ratio` is read if locations have ratios, and `divergence` if there is a threshold too.
 template <typename Access, Credit kCredit>
 __device__ __forceinline__ Factors<Access> factors_of(const PolicyArguments& a, const Coefficients& k, unsigned b,
                                                       unsigned position, const Rows<Access>& rows,
-                                                      const float (&log_ratio)[Access::kSlots], const Saved& saved) {
+                                                      const float (&log_ratio)[Access::kSlots],
+                                                      const float (&divergence)[Access::kSlots], const Saved& saved) {
   constexpr bool kPlain = kCredit == Credit::kPlain;
   const float common = gradient_factor_of_slope(a, k, b, saved);
   const float kl = a.ref_output.data ? kl_gradient_factor(a, k, b, saved) : 0.0f;
   const float advantage = kPlain ? clamp_advantage(__ldg(a.advantages + b), a.advantage_clip) : 0.0f;
   float slopes[Access::kSlots] = {};
-  if constexpr (!kPlain) split_slopes<Access>(a, rows, b, position, log_ratio, saved, slopes);
+  if constexpr (!kPlain) split_slopes<Access, kCredit>(a, rows, b, position, log_ratio, divergence, saved, slopes);
   Factors<Access> factors;
 #pragma unroll
   for (int i = 0; i < Access::kSlots; ++i) {
@@ -307,7 +336,7 @@ __device__ __forceinline__ Factors<Access> factors_of(const PolicyArguments& a, 
 // Returns run(credit) with the Credit of the arguments as an integral constant.
 template <typename Run>
 auto with_credit(const PolicyArguments& a, Run run) {
-  if (a.dense || a.phrases > 1) return run(std::integral_constant<Credit, Credit::kSeveral>{});
+  if (a.dense || a.phrases > 1 || masks_divergence(a)) return run(std::integral_constant<Credit, Credit::kSeveral>{});
   return run(std::integral_constant<Credit, Credit::kPlain>{});
 }
 

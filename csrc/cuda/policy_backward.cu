@@ -32,19 +32,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   const unsigned b = place.b;
   if (is_written(a, b)) return;
   const Coefficients k = coefficients_of(a.coefficients, a.columns, b);
-  const View& output = a.old_output.data ? a.old_output : a.model_output;  // of the residual, see guard_shift
+  const View& output = is_guarded<kCredit>(a) ? a.old_output : a.model_output;  // of the residual, see guard_shift
   const Access access(a.model_output);
   for_each_position<Access>(t, place, [&](unsigned position, unsigned lane, bool active) {
     Sums<Access> sums{};
     if constexpr (kTakesLocations<Access>) {
-      if (a.per_location) sums = channel_sums(access, a, k, t, b, position, lane, active, View());
+      if (a.per_location) sums = channel_sums<kCredit>(access, a, k, t, b, position, lane, active, View());
     }
     if (!active) return;
     const Rows<Access> rows(a, b, position, a.per_location);
     float log_ratio[Access::kSlots];
-    if (a.per_location) log_ratios(a, k, rows, sums, log_ratio);
+    if (a.per_location) log_ratios<kCredit>(a, k, rows, sums, log_ratio);
     const Saved saved = saved_of(a, b);
-    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, saved);
+    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, sums.change, saved);
     const auto load = [&](int c) {
       Runs runs;
       runs.x = load_latent(access, a.sample, b, position, c);
@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kThreads / 2, 3)
       sums.residual[j] = add(sums.residual[j], multiply(r, r));
       residuals[j] = r;
     }
-    if (!has_old) return;
-    add_squared_differences(access, runs.v, runs.old, sums.change);
+    if (has_old) add_squared_differences(access, runs.v, runs.old, sums.change);
+    if (!is_guarded<kCredit>(a)) return;
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
       residuals[j] = residual(k, access.value(runs.x, j), access.value(runs.old, j), access.value(runs.prev, j));
@@ -129,9 +129,9 @@ __global__ void __launch_bounds__(kThreads / 2, 3)
 
   const Rows<Access> rows(a, b, position, true);
   float log_ratio[kRun];
-  log_ratios(a, k, rows, sums, log_ratio);
+  log_ratios<kCredit>(a, k, rows, sums, log_ratio);
   const Saved saved = saved_of(a, b);
-  const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, saved);
+  const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, sums.change, saved);
   const auto store = [&](int c, const float (&residuals)[kRun]) {
     float gradient[kRun];
 #pragma unroll

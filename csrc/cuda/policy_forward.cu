@@ -26,10 +26,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   float terms[kTerms<kCredit>] = {};
   for_each_position<Access>(t, place, [&](unsigned position, unsigned lane, bool active) {
     const Rows<Access> rows(a, place.b, active ? position : place.first, !a.old_is_scalar);
-    const Sums<Access> sums = channel_sums(access, a, k, t, place.b, position, lane, active, a.ref_output);
+    Sums<Access> sums = channel_sums<kCredit>(access, a, k, t, place.b, position, lane, active, a.ref_output);
     if (!active || lane != 0) return;
     float log_ratio[Access::kSlots];
-    log_ratios(a, k, rows, sums, log_ratio);
+    log_ratios<kCredit>(a, k, rows, sums, log_ratio);
     if (!kPlain && has_phrase_ratios(a)) store_ratios(a, place, position, rows, log_ratio, tile);
     add_terms<Access, kCredit>(a, place.b, position, rows, sums, log_ratio, terms);
   });

@@ -1,4 +1,4 @@
-// The policy loss, its metrics and its gradient in one launch; see fused.cuh.
+// The policy loss, its metrics and its gradient in one launch, without a threshold of the divergence; see fused.cuh.
 #include <cstdint>
 
 #include "cuda/fused.cuh"
@@ -28,10 +28,10 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   const ThreadSums<Policy, kTerms<kCredit>> thread_sums(room.scratch, f.threads, policy_sums(a), more);
   for_each_kept_position<Access>(f, place, [&](unsigned position, unsigned lane, bool active) {
     const Rows<Access> rows(a, b, active ? position : place.first, !a.old_is_scalar);
-    const Sums<Access> sums = channel_sums(access, a, k, f, b, position, lane, active, a.ref_output, keep);
+    Sums<Access> sums = channel_sums<kCredit>(access, a, k, f, b, position, lane, active, a.ref_output, keep);
     if (!active || lane != 0) return;
     float log_ratio[kSlots];
-    log_ratios(a, k, rows, sums, log_ratio);
+    log_ratios<kCredit>(a, k, rows, sums, log_ratio);
     if (has_ratios) store_ratios(a, place, position, rows, log_ratio, tile);
     float terms[kTerms<kCredit>] = {};
     add_terms<Access, kCredit>(a, b, position, rows, sums, log_ratio, terms);
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
       if (a.per_location) log_ratio[i] = tile.log_ratio[position - place.first + i];
     }
     const Saved saved{room.saved, 1};
-    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, saved);
+    const Factors<Access> factors = factors_of<Access, kCredit>(a, k, b, position, rows, log_ratio, log_ratio, saved);
     struct Runs {
       OutputRun<Access> output, ref;
     };
@@ -83,6 +83,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
 }  // namespace
 
 bool policy_fused(const PolicyArguments& a, unsigned* counter, cudaStream_t stream) {
+  if (masks_divergence(a)) return false;  // would need too many registers
   const Latents latents = policy_latents(a, true);
   const bool phrases = !a.per_location && a.phrases > 1;
   return with_credit(a, [&](auto credit) {
@@ -92,9 +93,10 @@ bool policy_fused(const PolicyArguments& a, unsigned* counter, cudaStream_t stre
                         1,
                         a.per_location || phrases,
                         phrases};
+    constexpr Credit kCredit = credit == Credit::kPlain ? Credit::kPlain : Credit::kClipped;
     return with_fused_access(latents, [&](auto type) {
       using Access = typename decltype(type)::type;
-      return launch_fused<Access>(policy_fused_kernel<Access, credit>, latents, demand, a, counter, stream);
+      return launch_fused<Access>(policy_fused_kernel<Access, kCredit>, latents, demand, a, counter, stream);
     });
   });
 }

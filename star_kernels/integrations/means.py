@@ -18,7 +18,7 @@ from star_kernels.policy import PolicyLoss, Transition, weighted_policy_loss
 SAMPLERS = ("sde", "cps", "dance_sde")
 
 _LOSS_ONLY = {
-    *("advantages", "clip_range", "advantage_clip", "adv_clip_max", "step_weights", "reduction"),
+    *("advantages", "clip_range", "kl_mask_threshold", "advantage_clip", "adv_clip_max", "step_weights", "reduction"),
     *("beta", "kl_coef", "ref_prev_sample_mean", "ref_model_output", "weighted_kl"),
 }
 
@@ -74,6 +74,7 @@ def policy_loss_of_means(
     old_prev_sample_mean: Tensor | None = None,
     weights: Tensor | None = None,
     guard: bool = False,
+    kl_mask_threshold: float | None = None,
     sde_type: str = "sde",
     clip_range: float | tuple[float, float] = 1e-4,
     adv_clip_max: float = 5.0,
@@ -100,6 +101,8 @@ def policy_loss_of_means(
             latent.
         guard: if True, use GRPO-Guard's normalised ratio and divide the loss of each sample by -dt; requires
             ``old_prev_sample_mean``.
+        kl_mask_threshold: Flow-DPPO's threshold of the divergence from ``old_prev_sample_mean``, in place of
+            ``clip_range``; see :func:`star_kernels.weighted_policy_loss`.
         beta, ref_prev_sample_mean: coefficient of the KL penalty, and the mean under the reference model.
         step_weights: ``[B]``, a factor for the policy loss of each sample.
         clip_range, options: see :func:`star_kernels.weighted_policy_loss`.
@@ -107,8 +110,11 @@ def policy_loss_of_means(
     Raises:
         TypeError, ValueError: wrong type, shape, dtype or range; the message names the argument.
     """
-    if old_prev_sample_mean is None and (guard or old_log_prob is None):
-        use = "with guard=True" if guard else "if old_log_prob is None"
+    masks = kl_mask_threshold is not None
+    if guard and masks:
+        raise ValueError("guard must be False with kl_mask_threshold, whose ratio is not normalised, got True")
+    if old_prev_sample_mean is None and (guard or masks or old_log_prob is None):
+        use = "with guard=True" if guard else "with kl_mask_threshold" if masks else "if old_log_prob is None"
         raise ValueError(f"old_prev_sample_mean must be given {use}, got None")
     for name, latent in (("prev_sample", prev_sample), ("old_prev_sample_mean", old_prev_sample_mean)):
         if latent is not None:
@@ -136,7 +142,8 @@ def policy_loss_of_means(
         advantage_clip=adv_clip_max,
         ref_model_output=ref_prev_sample_mean if beta else None,
         kl_coef=beta,
-        old_model_output=old_prev_sample_mean if guard else None,
+        old_model_output=old_prev_sample_mean if guard or masks else None,
+        kl_mask_threshold=kl_mask_threshold,
         step_weights=step_weights,
         channel_dim=channel_dim,
         **options,

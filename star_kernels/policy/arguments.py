@@ -41,7 +41,7 @@ Number = Annotated[float, Kind.NUMBER]
 
 
 class PolicyArguments(NamedTuple):
-    """Those of the clipped policy loss."""
+    """Those of the clipped policy loss. With kl_mask_threshold the bounds of the ratio are 0 and infinity."""
 
     model_output: Latent
     sample: Latent
@@ -62,6 +62,7 @@ class PolicyArguments(NamedTuple):
     clip_high: Number
     advantage_clip: Number
     kl_coef: Number
+    kl_mask_threshold: Number = 0.0  # none
 
     @property
     def has_phrases(self) -> bool:
@@ -77,6 +78,16 @@ class PolicyArguments(NamedTuple):
     def dense(self) -> bool:
         """Whether advantages are ``[B, *locations]``."""
         return self.advantages.ndim > 1 and not self.has_phrases
+
+    @property
+    def guarded(self) -> bool:
+        """Whether ratios are normalised as GRPO-Guard's."""
+        return self.old_model_output is not None and self.kl_mask_threshold == 0
+
+    @property
+    def absent_metrics(self) -> tuple[str, ...]:
+        """Metrics of the kernels that these arguments do not have."""
+        return () if self.kl_mask_threshold else ("kl_new_old_mean",)
 
     @property
     def saved_rows(self) -> int:
@@ -108,6 +119,11 @@ class NftArguments(NamedTuple):
     beta: Number
     advantage_clip: Number
     kl_coef: Number
+
+    @property
+    def absent_metrics(self) -> tuple[str, ...]:
+        """See PolicyArguments."""
+        return ()
 
     @property
     def saved_rows(self) -> int:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from star_kernels.checks import check_dense, check_number, readable
-from star_kernels.policy.arguments import Arguments, Declaration, Kind, NftArguments, has_phrases
+from star_kernels.policy.arguments import Arguments, Declaration, Kind, NftArguments, PolicyArguments, has_phrases
 from star_kernels.policy.transitions import Transition
 
+CLIP_RANGE = 1e-4  # the default
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -211,6 +212,25 @@ def check_clip(clip_range: float | tuple[float, float]) -> tuple[float, float]:
     return 1.0 - low, 1.0 + high
 
 
+def check_kl_mask(
+    kl_mask_threshold: float, clip_range: float | tuple[float, float], old_model_output: Tensor | None
+) -> float:
+    """The threshold of Flow-DPPO, which replaces the clip and needs the rollout's output."""
+    check_number("kl_mask_threshold", kl_mask_threshold)
+    if not 0 < kl_mask_threshold < float("inf"):
+        raise ValueError(f"kl_mask_threshold must be positive and finite, or None, got {kl_mask_threshold}")
+    if clip_range != CLIP_RANGE:
+        raise ValueError(
+            f"clip_range must not be given with kl_mask_threshold, which replaces the clip, got {clip_range}"
+        )
+    if old_model_output is None:
+        raise ValueError(
+            "old_model_output must be given with kl_mask_threshold: the divergence is that from the rollout's model, "
+            "got None"
+        )
+    return float(kl_mask_threshold)
+
+
 def check_coefficients(advantage_clip: float, kl_coef: float) -> None:
     check_number("advantage_clip", advantage_clip)
     check_number("kl_coef", kl_coef)
@@ -236,6 +256,8 @@ def check_operator(arguments: Arguments, declared: Declaration) -> None:
         raise ValueError(f"channel_dim must be counted from the front, got {channel_dim}")
     if model_output.dtype == torch.float64:
         raise TypeError("model_output must be float32, float16 or bfloat16, got torch.float64")
+    if isinstance(arguments, PolicyArguments) and arguments.kl_mask_threshold:
+        check_kl_mask(arguments.kl_mask_threshold, CLIP_RANGE, arguments.old_model_output)
     check_tensors(arguments, declared)
 
 

@@ -43,14 +43,14 @@ class Pass:
     """A forward pass: its results, and its inputs until they are saved by the loss's autograd node or freed."""
 
     __slots__ = (
-        *("differentiable", "error", "gradient", "inputs", "metrics", "objective", "saved", "scalars", "value"),
-        "versions",
+        *("absent_metrics", "differentiable", "error", "gradient", "inputs", "metrics", "objective", "saved"),
+        *("scalars", "value", "versions"),
     )
 
     def __init__(self, objective: Objective, arguments: Any, loss: Tensor, metrics: Tensor, saved: Tensor) -> None:
         self.objective, self.scalars = objective, arguments[objective.n_tensors :]
         self.value: Tensor = loss  # without a graph, until the node has returned it
-        self.metrics, self.saved = metrics, saved
+        self.metrics, self.saved, self.absent_metrics = metrics, saved, arguments.absent_metrics
         self.differentiable = False
         self.inputs: Any = None  # if differentiable, until the node has saved them
         self.gradient: Tensor | None = None  # if differentiable, until it is handed over

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,9 +15,11 @@ from star_kernels.policy import direct, naive, ops
 from star_kernels.policy.arguments import NftArguments, PolicyArguments
 from star_kernels.policy.backends import resolve_backend
 from star_kernels.policy.checks import (
+    CLIP_RANGE,
     check_beta,
     check_clip,
     check_coefficients,
+    check_kl_mask,
     check_mask,
     check_ratio,
     check_reduction,
@@ -100,7 +103,7 @@ class PolicyLoss:
         done = self._done
         if done is None or name not in ("loss", "metrics"):
             raise AttributeError(f"PolicyLoss has no attribute {name!r}")
-        found = done.attach() if name == "loss" else _named(done.objective.metrics, done.metrics)
+        found = done.attach() if name == "loss" else _named(done.objective.metrics, done.metrics, done.absent_metrics)
         setattr(self, name, found)
         return found
 
@@ -121,12 +124,13 @@ def weighted_policy_loss(
     *,
     weights: Tensor | None = None,
     ratio: str = "sample",
-    clip_range: float | tuple[float, float] = 1e-4,
+    clip_range: float | tuple[float, float] = CLIP_RANGE,
     advantage_clip: float = 5.0,
     ref_model_output: Tensor | None = None,
     kl_coef: float = 0.0,
     weighted_kl: bool = False,
     old_model_output: Tensor | None = None,
+    kl_mask_threshold: float | None = None,
     step_weights: Tensor | None = None,
     mask: Tensor | None = None,
     reduction: str = "mean",
@@ -156,6 +160,12 @@ def weighted_policy_loss(
       ``rho grad d_p``. A constant A_p gives the loss of advantages ``[B]``, if the weights have mean one.
     * ``ratio="location"``: ``loss = mean_p W_p max(-A_p rho_p, -A_p clip(rho_p))``.
 
+    With ``kl_mask_threshold`` the mask of Flow-DPPO (arXiv 2606.11025) takes the place of the clip: the loss of a ratio
+    is ``-A rho``, and 0 without a gradient if the divergence D from the rollout's policy is at least the threshold and
+    the gradient leads further away (A > 0 and rho > 1, or A < 0 and rho < 1). ``D_p = mean_c (mean - mean_old)^2 /
+    (2 std^2)``. A ratio of a sample has the mean of D_p over the locations that count, whatever the weights, as
+    published; a ratio of a location has D_p (not in the paper).
+
     Only ``model_output`` receives a gradient. The kernels support the first derivative in reverse mode;
     ``backend="naive"`` supports all derivatives. If ``model_output`` requires grad, the compiled kernels compute its
     gradient in the forward pass and keep it, in memory of its size, until the backward pass; they need no other memory
@@ -184,7 +194,9 @@ def weighted_policy_loss(
         old_model_output: velocity of the rollout's model; enables GRPO-Guard's normalisation of the ratio
             (arXiv 2510.22319): ``d_p <- (d_p + scale (mean - mean_old)^2) / (2 scale std)``, so that the log-ratio
             has mean zero and the same width at every step. The paper's balance of the steps is
-            ``step_weights = 1 / (sigma - sigma_next)``.
+            ``step_weights = 1 / (sigma - sigma_next)``. With ``kl_mask_threshold`` the ratio is not normalised.
+        kl_mask_threshold: Flow-DPPO's threshold of the divergence from ``old_model_output``, which it requires, in
+            place of ``clip_range``, which must then have its default; positive. The published recipes use 1e-5.
         step_weights: float32 ``[B]``, a factor of each sample's policy loss (not of its KL penalty).
         mask: bool ``[B, *locations]``, true for locations that count, for example to exclude the padding of packed
             latents. All means are over those locations, and weights should have mean one over them.
@@ -194,9 +206,10 @@ def weighted_policy_loss(
 
     Returns:
         ``(loss, metrics)``: the float32 loss, and ``ratio_mean``, ``ratio_max``, ``clip_fraction`` (ratios outside the
-        clip range), ``approx_kl`` (half the mean squared log-ratio), ``policy_loss`` and ``kl_loss`` (before
-        ``kl_coef``), over the batch. With phrases ``policy_loss`` is the sum over them, ``ratio_max`` the maximum, and
-        the other metrics of ratios are means over phrases.
+        clip range, or whose divergence is at least ``kl_mask_threshold``), ``approx_kl`` (half the mean squared
+        log-ratio), with ``kl_mask_threshold`` ``kl_new_old_mean`` (the mean divergence), ``policy_loss`` and
+        ``kl_loss`` (before ``kl_coef``), over the batch. With phrases ``policy_loss`` is the sum over them,
+        ``ratio_max`` the maximum, and the other metrics of ratios are means over phrases.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or range; the message names it.
@@ -205,6 +218,10 @@ def weighted_policy_loss(
     """
     per_location = check_ratio(ratio)
     clip_low, clip_high = check_clip(clip_range)
+    threshold = 0.0
+    if kl_mask_threshold is not None:
+        threshold = check_kl_mask(kl_mask_threshold, clip_range, old_model_output)
+        clip_low, clip_high = 0.0, math.inf
     check_flag("weighted_kl", weighted_kl)
     unreduced = _check_common(reduction, advantage_clip, kl_coef, ref_model_output)
     channel_dim = resolve_channel_dim(channel_dim, model_output)
@@ -229,6 +246,7 @@ def weighted_policy_loss(
         clip_high=clip_high,
         advantage_clip=advantage_clip,
         kl_coef=kl_coef,
+        kl_mask_threshold=threshold,
     )
     return _computed(arguments, backend, direct.POLICY, naive.weighted_policy_loss, ops.WEIGHTED_POLICY_LOSS)
 
@@ -339,8 +357,8 @@ def _computed(
         loss, metrics = reference(arguments)
     else:
         loss, metrics, _ = operator(*arguments, backend)
-    return PolicyLoss(loss, _named(objective.metrics, metrics))
+    return PolicyLoss(loss, _named(objective.metrics, metrics, arguments.absent_metrics))
 
 
-def _named(names: Sequence[str], metrics: Tensor) -> dict[str, Tensor]:
-    return dict(zip(names, metrics.unbind(), strict=True))
+def _named(names: Sequence[str], metrics: Tensor, absent: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: value for name, value in zip(names, metrics.unbind(), strict=True) if name not in absent}

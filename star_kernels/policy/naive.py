@@ -7,7 +7,7 @@ from torch import Tensor
 
 from star_kernels.policy.arguments import NftArguments, PolicyArguments, SampleArguments
 
-METRICS = ("ratio_mean", "ratio_max", "clip_fraction", "approx_kl", "policy_loss", "kl_loss")
+METRICS = ("ratio_mean", "ratio_max", "clip_fraction", "approx_kl", "kl_new_old_mean", "policy_loss", "kl_loss")
 NFT_METRICS = ("positive_loss", "negative_loss", "deviation", "policy_loss", "kl_loss")
 LEAST_ERROR = 1e-5  # lower bound of the mean absolute error that DiffusionNFT divides by
 
@@ -30,7 +30,7 @@ def log_prob(
 
 
 def weighted_policy_loss(arguments: PolicyArguments) -> tuple[Tensor, Tensor]:
-    """The loss, ``[]`` or ``[B]``, and the metrics, a tensor [6] in the order of METRICS.
+    """The loss, ``[]`` or ``[B]``, and the metrics, a tensor [7] in the order of METRICS.
 
     In the shapes below N is the number of phrases, and 1 for advantages ``[B]`` and ``[B, *locations]``.
     """
@@ -51,7 +51,16 @@ def weighted_policy_loss(arguments: PolicyArguments) -> tuple[Tensor, Tensor]:
             acting = log_ratio.detach().reshape(-1, *[1] * (own.ndim - 1)) + (own - own.detach())
     counts = torch.ones_like(own, dtype=torch.bool) if mask is None else mask  # what enters the sums
 
-    surrogate = _surrogate(acting, _clamped_advantages(a, acting), weights if acting.ndim > 2 else None, a)
+    divergence = None if not a.kl_mask_threshold else _divergence(a, model_output).unsqueeze(1)  # as log_ratio
+    if divergence is not None and not a.per_location:
+        divergence = location_mean(divergence, mask, leading=2)  # [B, 1]
+    advantages = _clamped_advantages(a, acting)
+    if divergence is None:
+        surrogate = _surrogate(acting, advantages, weights if acting.ndim > 2 else None, a)
+    else:
+        diverged = divergence >= a.kl_mask_threshold
+        acting_diverged = diverged.reshape(*diverged.shape, *[1] * (acting.ndim - diverged.ndim))
+        surrogate = _masked_surrogate(acting, advantages, weights if acting.ndim > 2 else None, acting_diverged)
     if acting.ndim > 2:  # of locations
         surrogate = (weights * surrogate).sum(dim=1, keepdim=True)
     policy_loss = _counted_mean(surrogate, counts).sum(dim=1)  # [B]
@@ -65,11 +74,16 @@ def weighted_policy_loss(arguments: PolicyArguments) -> tuple[Tensor, Tensor]:
         kl_loss = location_mean(_weigh(squared, a.weights if a.weighted_kl else None), a.mask)
     ratio = torch.exp(log_ratio)
     outside = (ratio < a.clip_low) | (ratio > a.clip_high)
+    if divergence is not None:
+        outside = diverged.expand_as(ratio)
+    else:
+        divergence = torch.zeros_like(ratio)
     metrics = (
         _counted_mean(ratio, counts).mean(),
         ratio.masked_fill(~_counted(ratio, counts), 0.0).max(),
         _counted_mean(outside.to(ratio.dtype), counts).mean(),
         0.5 * _counted_mean(log_ratio.square(), counts).mean(),
+        _counted_mean(divergence, counts).mean(),
     )
     return _reduced(policy_loss, kl_loss, a.kl_coef, a.unreduced, metrics)
 
@@ -122,16 +136,29 @@ def _log_ratios(a: PolicyArguments, model_output: Tensor) -> Tensor:
     log_ratio = log_prob(model_output, sample, prev_sample, a.coefficients, a.channel_dim)
     if a.old_log_prob.ndim > 1:
         log_ratio = log_ratio - (a.old_log_prob if a.mask is None else a.old_log_prob.masked_fill(~a.mask, 0.0))
-    if a.old_model_output is not None:  # GRPO-Guard: takes out the mean of the log-ratio
-        b, scale = (_columns(a.coefficients, log_ratio)[i] for i in (1, 3))
-        shift = _wide(model_output) - _wide(_keep(a.old_model_output, a))
-        log_ratio = log_ratio + scale * b.square() * shift.square().mean(dim=a.channel_dim)
+    if a.guarded:  # GRPO-Guard: takes out the mean of the log-ratio
+        scale = _columns(a.coefficients, log_ratio)[3]
+        log_ratio = log_ratio + scale * _squared_change(a, model_output)
     return log_ratio
+
+
+def _squared_change(a: PolicyArguments, model_output: Tensor) -> Tensor:
+    """``(mean - mean_old)^2``, averaged over channels: [B, *locations]."""
+    assert a.old_model_output is not None
+    change = _wide(model_output) - _wide(_keep(a.old_model_output, a))
+    squared = change.square().mean(dim=a.channel_dim)
+    return _columns(a.coefficients, squared)[1].square() * squared
+
+
+def _divergence(a: PolicyArguments, model_output: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence from the old policy, averaged over channels: [B, *locations], no gradient."""
+    squared = _squared_change(a, model_output.detach())
+    return squared / (2 * _columns(a.coefficients, squared)[2].square())
 
 
 def _normalised(log_ratio: Tensor, a: PolicyArguments) -> Tensor:
     """GRPO-Guard: takes out the dependence of the log-ratio on the noise scale."""
-    if a.old_model_output is None:
+    if not a.guarded:
         return log_ratio
     std, scale = _columns(a.coefficients, log_ratio)[2:4]
     return log_ratio / (2 * scale * std)
@@ -162,6 +189,18 @@ def _surrogate(log_ratio: Tensor, advantage: Tensor, weights: Tensor | None, a: 
     idle = (advantage if weights is None else advantage * weights) == 0
     bounds = outside & ((bounded > free) | idle)
     return torch.where(bounds, bounded.detach(), -advantage * torch.exp(log_ratio.masked_fill(bounds, 0.0)))
+
+
+def _masked_surrogate(log_ratio: Tensor, advantage: Tensor, weights: Tensor | None, diverged: Tensor) -> Tensor:
+    """-A rho, and 0 where the policy has diverged and the gradient leads further away (Flow-DPPO).
+
+    A ratio that overflows has no gradient, rather than 0 * inf, there, or if advantage or weight are zero.
+    """
+    ratio = torch.exp(log_ratio)
+    further = ((ratio > 1) & (advantage > 0)) | ((ratio < 1) & (advantage < 0))
+    idle = (advantage if weights is None else advantage * weights) == 0
+    dropped = (diverged & further) | (idle & (ratio == torch.inf))
+    return (-advantage * torch.exp(log_ratio.masked_fill(dropped, 0.0))).masked_fill(dropped, 0.0)
 
 
 def _counted(values: Tensor, counts: Tensor) -> Tensor:

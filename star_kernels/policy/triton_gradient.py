@@ -23,6 +23,8 @@ from star_kernels.policy.triton_latents import (
     load_tile,
     load_transition,
     load_weights,
+    masked_surrogate,
+    signed_masked,
     signed_surrogates,
     store_tile,
     transition_mean,
@@ -31,6 +33,7 @@ from star_kernels.policy.triton_latents import (
 from star_kernels.policy.triton_ratios import (
     channel_sums,
     kernel_arguments,
+    kl_divergence,
     log_ratios,
     signed_advantages,
     single_phrase,
@@ -46,8 +49,8 @@ def policy_backward_kernel(
     stride_grad_b, stride_grad_c, stride_grad_p,
     batch, channels, positions, tiles, columns, phrases, rows_of_location, columns_of_location, patch_frames,
     patch_rows, patch_columns, grid_rows, grid_columns, weighted_kl, unreduced,
-    inverse_channels, clip_low, clip_high, advantage_clip, kl_share,
-    PER_LOCATION: tl.constexpr, PHRASES: tl.constexpr, DENSE: tl.constexpr,
+    inverse_channels, clip_low, clip_high, kl_mask_threshold, advantage_clip, kl_share,
+    PER_LOCATION: tl.constexpr, PHRASES: tl.constexpr, DENSE: tl.constexpr, KL_MASK: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNIT_P: tl.constexpr, UNIT_C: tl.constexpr,
 ):  # fmt: skip
     positions, channels = positions // UNIT_P * UNIT_P, channels // UNIT_C * UNIT_C
@@ -103,14 +106,22 @@ def policy_backward_kernel(
         )  # fmt: skip
         b_log_ratio = log_ratios(
             b_residuals, b_changes, p_old, p_old_log_prob, o_b, o_p, positions, mean_output, std, scale, offset,
-            inverse_channels, 0, True,
+            inverse_channels, 0, True, KL_MASK,
         )  # fmt: skip
+        if KL_MASK:
+            b_diverged = kl_divergence(b_changes, mean_output, std, inverse_channels) >= kl_mask_threshold
         if PHRASES or DENSE:
-            _, _, b_slope, _ = signed_surrogates(b_log_ratio, b_positive, b_negative, clip_low, clip_high)
+            if KL_MASK:
+                _, _, b_slope, _ = signed_masked(b_log_ratio, b_positive, b_negative, b_diverged)
+            else:
+                _, _, b_slope, _ = signed_surrogates(b_log_ratio, b_positive, b_negative, clip_low, clip_high)
             b_factor = b_slope * factor
         else:
             advantage = clamp_advantage(tl.load(p_advantages + o_b), advantage_clip)
-            _, _, b_slope, _ = clipped_surrogate(b_log_ratio, advantage, clip_low, clip_high)
+            if KL_MASK:
+                _, _, b_slope, _ = masked_surrogate(b_log_ratio, advantage, b_diverged)
+            else:
+                _, _, b_slope, _ = clipped_surrogate(b_log_ratio, advantage, clip_low, clip_high)
             b_factor = weighted(b_factor, b_slope)
     for c0 in range(0, channels, BLOCK_C):
         o_c = c0 + tl.arange(0, BLOCK_C)
@@ -118,7 +129,7 @@ def policy_backward_kernel(
         b_x = load_tile(p_x, stride_x_c, stride_x_p, o_p, o_c, m_tile)
         b_residual = load_tile(p_prev, stride_prev_c, stride_prev_p, o_p, o_c, m_tile)
         # GRPO-Guard: d/dv [scale b^2 (v - old)^2 - scale r^2] = 2 scale b r(old), the residual of the old output
-        if p_old is not None:
+        if p_old is not None and not KL_MASK:
             b_v = load_tile(p_old, stride_old_c, stride_old_p, o_p, o_c, m_tile)
         else:
             b_v = load_tile(p_v, stride_v_c, stride_v_p, o_p, o_c, m_tile)

@@ -139,6 +139,19 @@ def clipped_surrogate(log_ratio, advantage, clip_low, clip_high):
 
 
 @triton.jit
+def masked_surrogate(log_ratio, advantage, diverged):
+    """Flow-DPPO's: ratio, -A rho, its slope, and whether the policy has diverged.
+
+    Loss and slope are 0 where it has and the gradient leads further away. A NaN stays visible.
+    """
+    ratio = tl.exp(log_ratio)
+    idle = advantage * tl.where(ratio == float("inf"), 1.0, ratio) == 0.0
+    further = advantage * (ratio - 1.0) > 0.0
+    value = tl.where(idle | (diverged & further), 0.0, -advantage * ratio)
+    return ratio, value, value, diverged
+
+
+@triton.jit
 def weighted(b_weight, b_value):
     """weight * value; 0 for a weight of 0 and an infinite value. A NaN stays visible."""
     b_product = b_weight * b_value
@@ -155,6 +168,15 @@ def signed_surrogates(log_ratio, positive, negative, clip_low, clip_high):
     _, down, down_slope, _ = clipped_surrogate(log_ratio, -1.0, clip_low, clip_high)
     value = weighted(positive, up) + weighted(negative, down)
     return ratio, value, weighted(positive, up_slope) + weighted(negative, down_slope), outside
+
+
+@triton.jit
+def signed_masked(log_ratio, positive, negative, diverged):
+    """The same of :func:`masked_surrogate`."""
+    ratio, up, _, outside = masked_surrogate(log_ratio, 1.0, diverged)
+    _, down, _, _ = masked_surrogate(log_ratio, -1.0, diverged)
+    value = weighted(positive, up) + weighted(negative, down)
+    return ratio, value, value, outside
 
 
 @triton.jit

@@ -34,7 +34,9 @@ from star_kernels.policy.triton_latents import (
     load_sums,
     load_transition,
     load_weights,
+    masked_surrogate,
     reciprocal,
+    signed_masked,
     signed_surrogates,
     store_sum,
     weighted,
@@ -42,6 +44,7 @@ from star_kernels.policy.triton_latents import (
 from star_kernels.policy.triton_ratios import (
     channel_sums,
     kernel_arguments,
+    kl_divergence,
     log_ratios,
     signed_advantages,
     single_phrase,
@@ -49,22 +52,22 @@ from star_kernels.policy.triton_ratios import (
 
 # Rows of the partial sums. Ratios of samples: a weighted log-ratio, or one per phrase in the rows from LOG_RATIO on, or
 # with dense advantages one and the sums POSITIVE and NEGATIVE. Ratios of locations: the rows from LOSS on.
-COUNT, KL, LOG_RATIO, POSITIVE, NEGATIVE = (tl.constexpr(row) for row in range(5))
-LOSS, RATIO, RATIO_MAX, CLIPPED, SQUARED = (tl.constexpr(row) for row in range(2, 7))
-ROWS = 7
+COUNT, KL, DIVERGENCE, LOG_RATIO, POSITIVE, NEGATIVE = (tl.constexpr(row) for row in range(6))
+LOSS, RATIO, RATIO_MAX, CLIPPED, SQUARED = (tl.constexpr(row) for row in range(3, 8))
+ROWS = 8
 
 
 @triton.jit
 def _finish(
     p_partial, p_old_log_prob, p_advantages, p_table, p_mask, p_step_weights, p_old, p_ref, p_loss, p_metrics, p_saved,
     batch, channels, positions, tiles, columns, phrases, old_is_scalar, unreduced,
-    clip_low, clip_high, advantage_clip, kl_coef,
-    PER_LOCATION: tl.constexpr, PHRASES: tl.constexpr, DENSE: tl.constexpr,
+    clip_low, clip_high, kl_mask_threshold, advantage_clip, kl_coef,
+    PER_LOCATION: tl.constexpr, PHRASES: tl.constexpr, DENSE: tl.constexpr, KL_MASK: tl.constexpr,
 ):  # fmt: skip
     """Adds up all programs and writes the results, in float64 until the final rounding."""
-    b_ratio_mean = tl.zeros([BLOCK_B], dtype=tl.float64)  # this and the next five: sums over the samples so far
-    b_ratio_max, b_clip_fraction, b_approx_kl, b_policy_loss, b_kl_loss = (
-        b_ratio_mean, b_ratio_mean, b_ratio_mean, b_ratio_mean, b_ratio_mean,
+    b_ratio_mean = tl.zeros([BLOCK_B], dtype=tl.float64)  # this and the next six: sums over the samples so far
+    b_ratio_max, b_clip_fraction, b_approx_kl, b_policy_loss, b_kl_loss, b_divergence = (
+        b_ratio_mean, b_ratio_mean, b_ratio_mean, b_ratio_mean, b_ratio_mean, b_ratio_mean,
     )  # fmt: skip
     share = reciprocal(batch.to(tl.float64))
     share_of_phrase = reciprocal(phrases.to(tl.float64))
@@ -73,8 +76,8 @@ def _finish(
         o_b = b0 + tl.arange(0, BLOCK_B)
         m_b = o_b < batch
         b_count = tl.zeros([BLOCK_B, BLOCK_T], dtype=tl.float64)
-        b_kl, b_log_ratio, b_loss, b_ratio, b_max, b_clipped, b_squared, b_positive, b_negative = (
-            b_count, b_count, b_count, b_count, b_count, b_count, b_count, b_count, b_count,
+        b_kl, b_log_ratio, b_loss, b_ratio, b_max, b_clipped, b_squared, b_positive, b_negative, b_divergences = (
+            b_count, b_count, b_count, b_count, b_count, b_count, b_count, b_count, b_count, b_count,
         )  # fmt: skip
         for t0 in range(0, tiles, BLOCK_T):
             o_t = t0 + tl.arange(0, BLOCK_T)
@@ -92,10 +95,16 @@ def _finish(
                 b_squared += load_sums(p_tile, SQUARED, m_tile)
             elif not PHRASES:
                 b_log_ratio += load_sums(p_tile, LOG_RATIO, m_tile)
+            if KL_MASK:
+                b_divergences += load_sums(p_tile, DIVERGENCE, m_tile)
             if DENSE and not PER_LOCATION:
                 b_positive += load_sums(p_tile, POSITIVE, m_tile)
                 b_negative += load_sums(p_tile, NEGATIVE, m_tile)
         b_inverse = inverse_count(b_count, positions, m_b, p_mask)
+        if KL_MASK:
+            b_sample_divergence = tl.sum(b_divergences, axis=1) * b_inverse
+            b_diverged = b_sample_divergence >= kl_mask_threshold
+            b_divergence += b_sample_divergence
         m_some = b_inverse > 0.0  # a sample without a location contributes nothing
 
         _, mean_output, std, scale, _, kl_scale = load_transition(p_table, columns, o_b, m_b)
@@ -103,7 +112,7 @@ def _finish(
         if p_step_weights is not None:
             b_step = tl.load(p_step_weights + o_b, mask=m_b, other=1.0)
         b_guard = tl.full([BLOCK_B], 1.0, dtype=tl.float64)
-        if p_old is not None:
+        if p_old is not None and not KL_MASK:
             b_guard = reciprocal(2.0 * scale.to(tl.float64) * std)
         b_slope = b_guard * b_step
         b_share = tl.where(unreduced != 0, 1.0, share)
@@ -137,9 +146,15 @@ def _finish(
                     b_log_ratio += load_sums(p_tile, LOG_RATIO + g, m_b[:, None] & (o_t < tiles)[None, :])
                 b_mean = tl.sum(b_log_ratio, axis=1) * b_inverse * b_guard
                 b_advantage = tl.load(p_advantages + o_b * phrases + g, mask=m_b, other=0.0)
-                b_rho, b_surrogate, b_surrogate_slope, b_outside = clipped_surrogate(
-                    b_mean.to(tl.float32), clamp_advantage(b_advantage, advantage_clip), clip_low, clip_high
-                )
+                b_advantage = clamp_advantage(b_advantage, advantage_clip)
+                if KL_MASK:
+                    b_rho, b_surrogate, b_surrogate_slope, b_outside = masked_surrogate(
+                        b_mean.to(tl.float32), b_advantage, b_diverged
+                    )
+                else:
+                    b_rho, b_surrogate, b_surrogate_slope, b_outside = clipped_surrogate(
+                        b_mean.to(tl.float32), b_advantage, clip_low, clip_high
+                    )
                 b_phrase_ratio = tl.where(m_some, b_rho, 0.0)
                 b_sample_ratio += b_phrase_ratio * share_of_phrase
                 b_sample_max = tl.maximum(b_sample_max, tl.where(b_rho == b_rho, b_phrase_ratio, 0.0))
@@ -157,18 +172,30 @@ def _finish(
             if DENSE:
                 b_mean_positive = (tl.sum(b_positive, axis=1) * b_inverse).to(tl.float32)
                 b_mean_negative = (tl.sum(b_negative, axis=1) * b_inverse).to(tl.float32)
-                b_rho, b_surrogate, _, b_outside = signed_surrogates(
-                    b_log_rho, b_mean_positive, b_mean_negative, clip_low, clip_high
-                )
-                _, _, b_surrogate_slope, _ = clipped_surrogate(b_log_rho, 1.0, clip_low, clip_high)
-                _, _, b_negative_slope, _ = clipped_surrogate(b_log_rho, -1.0, clip_low, clip_high)
+                if KL_MASK:
+                    b_rho, b_surrogate, _, b_outside = signed_masked(
+                        b_log_rho, b_mean_positive, b_mean_negative, b_diverged
+                    )
+                    _, _, b_surrogate_slope, _ = masked_surrogate(b_log_rho, 1.0, b_diverged)
+                    _, _, b_negative_slope, _ = masked_surrogate(b_log_rho, -1.0, b_diverged)
+                else:
+                    b_rho, b_surrogate, _, b_outside = signed_surrogates(
+                        b_log_rho, b_mean_positive, b_mean_negative, clip_low, clip_high
+                    )
+                    _, _, b_surrogate_slope, _ = clipped_surrogate(b_log_rho, 1.0, clip_low, clip_high)
+                    _, _, b_negative_slope, _ = clipped_surrogate(b_log_rho, -1.0, clip_low, clip_high)
                 b_negative_slope = tl.where(m_some, b_slope * b_negative_slope, 0.0)
                 tl.store(p_slope + batch, b_negative_slope * b_share, mask=m_b)
             else:
                 b_advantage = clamp_advantage(tl.load(p_advantages + o_b, mask=m_b, other=0.0), advantage_clip)
-                b_rho, b_surrogate, b_surrogate_slope, b_outside = clipped_surrogate(
-                    b_log_rho, b_advantage, clip_low, clip_high
-                )
+                if KL_MASK:
+                    b_rho, b_surrogate, b_surrogate_slope, b_outside = masked_surrogate(
+                        b_log_rho, b_advantage, b_diverged
+                    )
+                else:
+                    b_rho, b_surrogate, b_surrogate_slope, b_outside = clipped_surrogate(
+                        b_log_rho, b_advantage, clip_low, clip_high
+                    )
             b_sample_ratio = tl.where(m_some, b_rho, 0.0)
             b_sample_max = tl.where(b_sample_ratio == b_sample_ratio, b_sample_ratio, 0.0)
             b_sample_clipped = tl.where(m_some & b_outside, 1.0, 0.0).to(tl.float64)
@@ -198,8 +225,9 @@ def _finish(
     tl.store(p_metrics + 1, tl.where(ratio_mean == ratio_mean, tl.max(b_ratio_max, axis=0), ratio_mean))
     tl.store(p_metrics + 2, tl.sum(b_clip_fraction, axis=0) * share)
     tl.store(p_metrics + 3, tl.sum(b_approx_kl, axis=0) * share)
-    tl.store(p_metrics + 4, policy_loss)
-    tl.store(p_metrics + 5, kl_loss)
+    tl.store(p_metrics + 4, tl.sum(b_divergence, axis=0) * share)
+    tl.store(p_metrics + 5, policy_loss)
+    tl.store(p_metrics + 6, kl_loss)
     tl.store(p_loss, policy_loss + kl_coef * kl_loss, mask=unreduced == 0)
 
 
@@ -211,9 +239,9 @@ def policy_forward_kernel(
     stride_prev_p, stride_old_b, stride_old_c, stride_old_p, stride_ref_b, stride_ref_c, stride_ref_p,
     batch, channels, positions, tiles, columns, phrases, rows_of_location, columns_of_location, patch_frames,
     patch_rows, patch_columns, grid_rows, grid_columns, old_is_scalar, weighted_kl, unreduced,
-    inverse_channels, clip_low, clip_high, advantage_clip, kl_coef,
-    PER_LOCATION: tl.constexpr, PHRASES: tl.constexpr, DENSE: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNIT_P: tl.constexpr, UNIT_C: tl.constexpr,
+    inverse_channels, clip_low, clip_high, kl_mask_threshold, advantage_clip, kl_coef,
+    PER_LOCATION: tl.constexpr, PHRASES: tl.constexpr, DENSE: tl.constexpr, KL_MASK: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNIT_P: tl.constexpr, UNIT_C: tl.constexpr,
 ):  # fmt: skip
     positions, channels = positions // UNIT_P * UNIT_P, channels // UNIT_C * UNIT_C
     cells = positions // (patch_frames * patch_rows * patch_columns)
@@ -229,8 +257,8 @@ def policy_forward_kernel(
     o_g = tl.arange(0, BLOCK_G)
     b_phrases = tl.zeros([BLOCK_G], dtype=tl.float64)
     b_count = tl.zeros([BLOCK_P], dtype=tl.float32)
-    b_first, b_ratio, b_max, b_clipped, b_squared, b_positives, b_negatives = (
-        b_count, b_count, b_count, b_count, b_count, b_count, b_count,
+    b_first, b_ratio, b_max, b_clipped, b_squared, b_positives, b_negatives, b_divergences = (
+        b_count, b_count, b_count, b_count, b_count, b_count, b_count, b_count,
     )  # fmt: skip
     b_kl = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
     for first in range(tl.program_id(0) % tiles * BLOCK_P, positions, tiles * BLOCK_P):
@@ -250,8 +278,12 @@ def policy_forward_kernel(
         )  # fmt: skip
         b_log_ratio = log_ratios(
             b_residuals, b_changes, p_old, p_old_log_prob, o_b, o_p, positions, mean_output, std, scale, offset,
-            inverse_channels, old_is_scalar, PER_LOCATION,
+            inverse_channels, old_is_scalar, PER_LOCATION, KL_MASK,
         )  # fmt: skip
+        if KL_MASK:
+            b_divergence = kl_divergence(b_changes, mean_output, std, inverse_channels)
+            b_diverged = b_divergence >= kl_mask_threshold
+            b_divergences += tl.where(m_p, b_divergence, 0.0)
         b_count += tl.where(m_p, 1.0, 0.0)
         if p_ref is not None:
             b_kl_weight = tl.where(weighted_kl != 0, b_weight, 1.0)
@@ -262,12 +294,18 @@ def policy_forward_kernel(
             )
         if PER_LOCATION:
             if PHRASES or DENSE:
-                b_rho, b_loss, _slope, b_outside = signed_surrogates(
-                    b_log_ratio, b_positive, b_negative, clip_low, clip_high
-                )
+                if KL_MASK:
+                    b_rho, b_loss, _slope, b_outside = signed_masked(b_log_ratio, b_positive, b_negative, b_diverged)
+                else:
+                    b_rho, b_loss, _slope, b_outside = signed_surrogates(
+                        b_log_ratio, b_positive, b_negative, clip_low, clip_high
+                    )
             else:
                 advantage = clamp_advantage(tl.load(p_advantages + o_b), advantage_clip)
-                b_rho, b_loss, _slope, b_outside = clipped_surrogate(b_log_ratio, advantage, clip_low, clip_high)
+                if KL_MASK:
+                    b_rho, b_loss, _slope, b_outside = masked_surrogate(b_log_ratio, advantage, b_diverged)
+                else:
+                    b_rho, b_loss, _slope, b_outside = clipped_surrogate(b_log_ratio, advantage, clip_low, clip_high)
                 b_loss = weighted(b_weight, b_loss)
             b_first += tl.where(m_p, b_loss, 0.0)
             b_ratio += tl.where(m_p, b_rho, 0.0)
@@ -288,6 +326,8 @@ def policy_forward_kernel(
         store_sum(p_partial, COUNT, b_count)
     if p_ref is not None:
         store_sum(p_partial, KL, b_kl)
+    if KL_MASK:
+        store_sum(p_partial, DIVERGENCE, b_divergences.to(tl.float64))
     if PER_LOCATION:
         store_sum(p_partial, LOSS, b_first.to(tl.float64))
         store_sum(p_partial, RATIO, b_ratio.to(tl.float64))
@@ -306,7 +346,7 @@ def policy_forward_kernel(
         _finish(
             p_partial, p_old_log_prob, p_advantages, p_table, p_mask, p_step_weights, p_old, p_ref, p_loss, p_metrics,
             p_saved, batch, channels, positions, tiles, columns, phrases, old_is_scalar, unreduced,
-            clip_low, clip_high, advantage_clip, kl_coef, PER_LOCATION, PHRASES, DENSE,
+            clip_low, clip_high, kl_mask_threshold, advantage_clip, kl_coef, PER_LOCATION, PHRASES, DENSE, KL_MASK,
         )  # fmt: skip
 
 

@@ -57,17 +57,24 @@ def channel_sums(
 @triton.jit
 def log_ratios(
     b_residuals, b_changes, p_old, p_old_log_prob, o_b, o_p, positions, mean_output, std, scale, offset,
-    inverse_channels, old_is_scalar, PER_LOCATION: tl.constexpr,
+    inverse_channels, old_is_scalar, PER_LOCATION: tl.constexpr, KL_MASK: tl.constexpr,
 ):  # fmt: skip
     """Log-ratios [BLOCK_P], with GRPO-Guard's shift and, if they are those of locations, its factor."""
     m_old = (o_p < positions) & (old_is_scalar == 0)
     b_old = tl.load(p_old_log_prob + o_b * positions + o_p, mask=m_old, other=0.0)
     b_log_ratio = log_density(b_residuals, scale, offset, inverse_channels) - b_old
-    if p_old is not None:
+    if p_old is not None and not KL_MASK:
         b_log_ratio += scale * mean_output * mean_output * (b_changes * inverse_channels)
         if PER_LOCATION:
             b_log_ratio *= 1.0 / (2.0 * scale * std)
     return b_log_ratio
+
+
+@triton.jit
+def kl_divergence(b_changes, mean_output, std, inverse_channels):
+    """The divergence from the old policy of each location [BLOCK_P], from the sum over channels of squared changes."""
+    change = mean_output / std
+    return 0.5 * change * change * (b_changes * inverse_channels)
 
 
 @triton.jit
@@ -133,9 +140,11 @@ def kernel_arguments(a: PolicyArguments, shape: Geometry) -> dict[str, Any]:
         "inverse_channels": 1.0 / shape.channels,
         "clip_low": float(a.clip_low),
         "clip_high": float(a.clip_high),
+        "kl_mask_threshold": float(a.kl_mask_threshold),
         "advantage_clip": float(a.advantage_clip),
         "PER_LOCATION": a.per_location,
         "PHRASES": a.has_phrases,
         "DENSE": a.dense,
+        "KL_MASK": a.kl_mask_threshold > 0,
         **shape.constants,
     }

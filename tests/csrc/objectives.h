@@ -8,6 +8,7 @@
 #include "cpu/kernels.h"
 #include "memory.h"
 #include "nft_sums.h"
+#include "policy_sums.h"
 
 namespace {
 
@@ -142,6 +143,8 @@ struct PolicyInputs : ObjectiveInputs {
     }
     arguments.old_log_prob = old_log_prob.data();
     arguments.clip_low = 0.9f, arguments.clip_high = 1.1f;
+    if (arguments.old_output.data && random.chance(50)) arguments.kl_mask_threshold = 1e-3f;
+    arguments.guarded = arguments.old_output.data && arguments.kl_mask_threshold == 0.0f;
   }
 };
 

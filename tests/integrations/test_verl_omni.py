@@ -19,12 +19,12 @@ from star_kernels import allocate
 from star_kernels.integrations.flow_grpo import dense_sde_step_with_logprob, policy_loss
 from star_kernels.integrations.layout import map_layout
 from star_kernels.integrations.verl_omni import feed_latents, register
-from tools.clients.verl_omni_interface import METRICS
+from tools.clients.verl_omni_interface import MASK_METRICS, METRICS
 
 __all__ = ["verl_omni"]  # the fixture
 
 CLIP = 0.05
-MODES = ("flow_grpo", "dance_grpo", "grpo_guard")
+MODES = ("flow_grpo", "dance_grpo", "grpo_guard", "flow_dppo")
 
 
 def run(
@@ -61,7 +61,7 @@ def test_without_weights_it_is_the_replaced_loss_bit_for_bit(verl_omni: World, m
         ours, our_gradient, our_metrics = run(verl_omni, problem, batch, mode)
         assert torch.equal(ours, loss)
         assert torch.equal(our_gradient, gradient)
-        assert set(METRICS) <= metrics.keys()
+        assert set(METRICS if mode != "flow_dppo" else MASK_METRICS) <= metrics.keys()
         assert metrics.items() <= our_metrics.items()
 
 
@@ -70,6 +70,7 @@ def test_without_weights_it_is_the_replaced_loss_bit_for_bit(verl_omni: World, m
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_of_one_are_the_replaced_loss(verl_omni: World, mode: str, layout: str, sde_type: str) -> None:
     problem = rollout(layout, sde_type, drift=0.1)  # steps that differ by sample
+    problem.advantages[3] = 1.3
     batch = micro_batch(problem)
     factor = {"rollout_is_weights": torch.tensor([[9.0, 1.0], [9.0, 0.0], [9.0, 0.5], [9.0, 2.0]])}
     batch |= factor
@@ -224,12 +225,12 @@ def test_agreement_with_rollout_and_old_model_is_measured(verl_omni: World) -> N
 
 def test_modes_without_support_refuse_weights(verl_omni: World) -> None:
     problem = rollout("sd3")
-    theirs = run(verl_omni, problem, micro_batch(problem), "flow_dppo")
+    theirs = run(verl_omni, problem, micro_batch(problem), "dpo")
     register()
-    assert torch.equal(run(verl_omni, problem, micro_batch(problem), "flow_dppo")[0], theirs[0])
+    assert torch.equal(run(verl_omni, problem, micro_batch(problem), "dpo")[0], theirs[0])
     batch = micro_batch(problem) | {"star_weights": weights_for(problem)}
-    with pytest.raises(NotImplementedError, match=r"loss_mode='flow_dppo' does not support weights: use flow_grpo"):
-        run(verl_omni, problem, batch, "flow_dppo")
+    with pytest.raises(NotImplementedError, match=r"loss_mode='dpo' does not support weights: use flow_grpo"):
+        run(verl_omni, problem, batch, "dpo")
     engine = verl_omni.engines.DPODiffusersFSDPEngine()
     assert engine.forward_step({}, lambda **_: 1, False, None)[0] == 1
     for weighted in ({"star_weights": torch.ones(1)}, {"star_maps": torch.ones(1)}):
@@ -245,7 +246,7 @@ def test_losses_that_are_added_to_another_ignore_its_weights(verl_omni: World) -
         "model_output": {"log_probs": new.log_prob_mean},
         "data": {"old_log_probs": problem.old.log_prob_mean, "advantages": problem.advantages, "star_weights": 1},
     }
-    added = verl_omni.registry["flow_dppo"](config=actor_config("flow_grpo"), **arguments)
+    added = verl_omni.registry["dpo"](config=actor_config("flow_grpo"), **arguments)
     assert bool(added.loss.isfinite())
 
 

@@ -102,7 +102,44 @@ class GRPOGuardLoss(DiffusionLossFn):
         )
 
 
-class FlowDPPOLoss(FlowGRPOLoss):
+class FlowDPPOLoss(DiffusionLossFn):
+    required_model_output_keys = KEYS["FlowDPPOLoss.required_model_output_keys"]
+    required_data_keys = KEYS["FlowDPPOLoss.required_data_keys"]
+
+    @classmethod
+    def compute_loss(
+        cls, *, old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, config: Any, old_prev_sample_mean: Tensor,
+        prev_sample_mean: Tensor, std_dev_t: Tensor, sqrt_dt: Tensor, rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict]:  # fmt: skip
+        settings, ratio = config.diffusion_loss, (log_prob - old_log_prob).exp()
+        kl = (prev_sample_mean - old_prev_sample_mean).square().flatten(1).mean(dim=1) / 2
+        if settings.add_kl_coefficient:
+            kl = kl / (std_dev_t.flatten() * sqrt_dt.flatten()) ** 2
+        high = kl >= settings.kl_mask_threshold
+        positive, negative = (high & (ratio > 1) & (advantages > 0)), (high & (ratio < 1) & (advantages < 0))
+        each = torch.where(positive | negative, 0.0, -advantages * ratio)
+        each = each if rollout_is_weights is None else each * rollout_is_weights
+        metrics = {
+            "ppo_kl": (old_log_prob - log_prob).mean(),
+            "approx_kl": 0.5 * (log_prob - old_log_prob).square().mean(),
+            "ratio_mean": ratio.mean(),
+            "ratio_std": ratio.std(unbiased=False),
+            "ratio_min": ratio.min(),
+            "ratio_max": ratio.max(),
+            "kl_new_old_mean": kl.mean(),
+            "kl_new_old_max": kl.max(),
+            "kl_mask_fraction": high.float().mean(),
+            "pos_rm_fraction": positive.float().mean(),
+            "neg_rm_fraction": negative.float().mean(),
+            "masked_fraction": (positive | negative).float().mean(),
+            "unmasked_fraction": 1 - (positive | negative).float().mean(),
+        }
+        return each.mean(), {f"actor/{name}": value.item() for name, value in metrics.items()}
+
+    __call__ = GRPOGuardLoss.__call__
+
+
+class DPOLoss(FlowGRPOLoss):
     """Stands for a loss that does not support weights."""
 
 
@@ -229,7 +266,7 @@ def verl_omni(monkeypatch: pytest.MonkeyPatch) -> World:
         return decorator
 
     losses = {"dance_grpo": FlowGRPOLoss, "grpo_guard": GRPOGuardLoss, "diffusion_nft": DiffusionNFTLoss}
-    for name, loss in {"flow_grpo": FlowGRPOLoss, "flow_dppo": FlowDPPOLoss, **losses}.items():
+    for name, loss in {"flow_grpo": FlowGRPOLoss, "flow_dppo": FlowDPPOLoss, "dpo": DPOLoss, **losses}.items():
         register_diffusion_loss(name)(loss)
     vars(algorithms).update(DIFFUSION_LOSS_REGISTRY=registry, register_diffusion_loss=register_diffusion_loss)
     vars(engines).update(make_engines())
@@ -243,6 +280,7 @@ def verl_omni(monkeypatch: pytest.MonkeyPatch) -> World:
 
 def actor_config(loss_mode: str, clip_ratio: float = 0.05) -> SimpleNamespace:
     settings = {"clip_ratio": clip_ratio, "adv_clip_max": 5.0, "mix_beta": 0.5, "ref_kl_coef": 0.1}
+    settings |= {"kl_mask_threshold": 1e-3, "add_kl_coefficient": True}
     return SimpleNamespace(diffusion_loss=SimpleNamespace(loss_mode=loss_mode, adaptive_weight_min=1e-5, **settings))
 
 

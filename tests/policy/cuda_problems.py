@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,10 +64,11 @@ class Problem:
     channel_dim: int
     guard: bool
     unreduced: bool
+    kl_mask: bool = False
 
     def policy(self, per_location: bool) -> PolicyArguments:
         has_phrases = self.weights is not None and self.weights.ndim == self.output.ndim
-        return PolicyArguments(
+        arguments = PolicyArguments(
             self.output,
             self.sample,
             self.prev,
@@ -87,6 +89,7 @@ class Problem:
             advantage_clip=5.0,
             kl_coef=0.04,
         )
+        return masked(arguments._replace(old_model_output=self.old)) if self.kl_mask else arguments
 
     def nft(self, adaptive: bool) -> NftArguments:
         return NftArguments(
@@ -138,6 +141,13 @@ def make(layout: str, dtypes: str = "float32", extras: bool = False) -> Problem:
         reference=(output.float() + 0.1 * normal()).to(dtype) if extras else None,
         channel_dim=channel_dim, guard=extras, unreduced=extras,
     )  # fmt: skip
+
+
+def masked(arguments: PolicyArguments) -> PolicyArguments:
+    """With a threshold that some divergences reach."""
+    arguments = arguments._replace(clip_low=0.0, clip_high=math.inf, kl_mask_threshold=1.0)
+    _, metrics = naive.weighted_policy_loss(arguments)
+    return arguments._replace(kl_mask_threshold=0.9 * float(metrics[naive.METRICS.index("kl_new_old_mean")]))
 
 
 def with_credit(problem: Problem, layout: str, credit: str) -> Problem:

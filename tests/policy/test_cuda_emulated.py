@@ -17,6 +17,7 @@ from cuda_problems import (
     make,
     misaligned,
     run,
+    run_fused,
     sampled,
     spoilt,
     strided,
@@ -114,6 +115,30 @@ def test_a_ratio_that_overflows_costs_only_advantages_that_it_does_not_clip(emul
             expected = naive.weighted_policy_loss(problem.policy(per_location))[0]
             torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0.0)
             assert not gradient.any()
+
+
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "every option"])
+@pytest.mark.parametrize("credit", ["plain", "1", "5", "dense"])
+@pytest.mark.parametrize(
+    ("layout", "dtypes"),
+    mostly_exhaustive(
+        [("tiles and a bit", "float32"), ("packed", "mixed"), ("runs across rows", "bfloat16"), ("odd", "float32")],
+        [("tiles and a bit", "float32"), ("packed", "mixed")],
+    ),
+)
+def test_a_mask_of_the_divergence_is_that_of_the_reference(
+    emulated: Any, layout: str, dtypes: str, credit: str, extras: bool
+) -> None:
+    problem = replace(make(layout, dtypes, extras), kl_mask=True)
+    problem = problem if credit == "plain" else with_credit(problem, layout, credit)
+    upstream = upstream_of(problem)
+    size = float(problem.advantages.abs().max()) * (int(credit) if credit.isdigit() else 1)
+    for per_location in (False, True):
+        arguments = problem.policy(per_location)
+        expected = exact(naive.weighted_policy_loss, arguments, upstream)
+        assert_exact(run(emulated, spoilt(problem).policy(per_location), upstream), expected, size)
+        fused = run_fused(emulated, arguments, "8x32", launches=2)
+        assert_exact(fused, exact(naive.weighted_policy_loss, arguments, torch.ones_like(upstream)), size)
 
 
 OPTIONS = ["weights", "mask", "step_weights", "reference", "guard", "unreduced"]

@@ -39,7 +39,7 @@ def operator_arguments(problem: Problem, output: Tensor, extras: bool, per_locat
     mask = torch.rand(shape, device=device) < 0.8
     mask.flatten(1)[:, 0] = True
     options = (weights, mask, torch.rand(BATCH, device=device), output + 0.01, output + 0.1) if extras else (None,) * 5
-    scalars = (problem.channel_dim % output.ndim, per_location, extras, unreduced, 0.5, 1.5, 5.0, 0.1 * extras)
+    scalars = (problem.channel_dim % output.ndim, per_location, extras, unreduced, 0.5, 1.5, 5.0, 0.1 * extras, 0.0)
     tensors = (problem.sample, problem.prev_sample, problem.old_log_prob, problem.advantages)
     return (output, *tensors, problem.transition.coefficients, *options, *scalars, "native")
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import test_nft_loss as nft
 import test_policy_dense as dense
+import test_policy_kl_mask as kl_mask
 import test_policy_loss as loss
 import test_policy_options as options
 import test_policy_phrases as phrases
@@ -75,6 +76,19 @@ CONTRACT: list[tuple[Callable[..., None], tuple]] = [
     (options.test_one_old_log_prob_a_sample_is_the_mean_over_the_mask, ()),
     (options.test_losses_of_samples_have_gradients_of_their_own, ("location",)),
     (options.test_weights_of_the_kl_act_on_the_kl_alone, ()),
+    *(
+        (kl_mask.test_loss_and_gradient_are_the_published_ones, (layout, credit, ratio, masking))
+        for layout, credit, ratio, masking in (
+            ("image_odd", "plain", "sample", False),
+            ("packed", "weights", "location", True),
+            ("packed", "dense", "sample", True),
+            ("image_odd", "dense", "location", False),
+            ("packed", "phrases", "sample", False),
+            ("image_odd", "phrases", "location", True),
+        )
+    ),
+    (kl_mask.test_a_ratio_that_overflows_has_no_gradient_where_it_is_masked, ("sample",)),
+    (kl_mask.test_a_ratio_that_overflows_has_no_gradient_where_it_is_masked, ("location",)),
     (phrases.test_the_loss_is_the_sum_over_phrases_with_one_penalty, ("packed", "location")),
     (phrases.test_one_phrase_is_the_loss_without_phrases_to_the_last_bit, ("sample",)),
     (phrases.test_one_phrase_is_the_loss_without_phrases_to_the_last_bit, ("location",)),
@@ -131,6 +145,7 @@ QUICK = {
     loss.test_metrics_are_what_they_say: (),
     options.test_loss_and_gradient_are_the_written_objective: ("channels_between", "all", "location"),
     options.test_whatever_lies_under_the_mask_reaches_nothing: ("packed", "sample"),
+    kl_mask.test_loss_and_gradient_are_the_published_ones: ("packed", "weights", "location", True),
     phrases.test_one_phrase_is_the_loss_without_phrases_to_the_last_bit: ("sample",),
     dense.test_loss_and_gradient_are_the_written_objective: ("packed", "location"),
     nft.test_loss_and_gradient_are_the_written_objective_under_every_option: ("channels_between", False),

@@ -129,7 +129,7 @@ def launch(
     else:
         arguments = SampleArguments(output, sample, empty(*shape), table, channel_dim)
     module, results = {
-        "policy_forward": (triton_loss, lambda: [Forward(empty(), empty(6), empty(arguments.saved_rows, batch))]),
+        "policy_forward": (triton_loss, lambda: [Forward(empty(), empty(7), empty(arguments.saved_rows, batch))]),
         "policy_backward": (triton_gradient, lambda: [Backward(empty(), empty(arguments.saved_rows, batch), output)]),
         "nft_forward": (triton_nft, lambda: [Forward(empty(), empty(5), empty(arguments.saved_rows, batch))]),
         "nft_backward": (triton_nft, lambda: [Backward(empty(), empty(arguments.saved_rows, batch), output)]),

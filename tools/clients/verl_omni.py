@@ -23,7 +23,7 @@ from star_kernels.integrations.verl_omni import ALGORITHMS, register
 from tools.clients import verl_omni_example, verl_omni_tests
 from tools.clients.interface import Finding, compare
 from tools.clients.loading import prepare
-from tools.clients.verl_omni_interface import INTERFACE, METRICS, NFT_METRICS
+from tools.clients.verl_omni_interface import INTERFACE, MASK_METRICS, METRICS, NFT_METRICS
 from tools.clients.verl_omni_world import (
     ADAPTERS,
     BATCH,
@@ -40,7 +40,7 @@ from tools.clients.verl_omni_world import (
 )
 
 UNIFORM = 5e-6  # relative error of loss and gradient with weights of one: float32 sums in another order
-MODES = ("flow_grpo", "dance_grpo", "grpo_guard")
+MODES = ("flow_grpo", "dance_grpo", "grpo_guard", "flow_dppo")
 
 
 def check(folder: Path) -> Iterator[Finding]:
@@ -50,7 +50,7 @@ def check(folder: Path) -> Iterator[Finding]:
     print(f"stubs: {', '.join(stubs) or 'none'}")
     importlib.import_module(ALGORITHMS)
     worlds = {(a.folder, sde_type): World(a, sde_type) for a in ADAPTERS for sde_type in SAMPLERS}
-    cases = [(key, mode) for key in worlds for mode in (*MODES, "flow_dppo")]
+    cases = [(key, mode) for key in worlds for mode in MODES]
     theirs = {(key, mode): worlds[key].update(mode) for key, mode in cases}
     nft = Nft()
     nft_theirs = nft.update()
@@ -69,11 +69,8 @@ def _case(name: str, world: World, mode: str, theirs: Outcome) -> Iterator[Findi
     varied = 2 * torch.rand(ones.shape, generator=torch.Generator().manual_seed(2))
     varied = varied / varied.flatten(2).mean(dim=2).view(BATCH, -1, *[1] * len(locations))
     register()
-    metrics = METRICS if mode in MODES else ()
+    metrics = METRICS if mode != "flow_dppo" else MASK_METRICS
     yield _same(f"{name}: without weights, bitwise", theirs, world.update(mode), metrics)
-    if mode == "flow_dppo":
-        yield _raises(f"{name}: weights are refused", "does not support weights", lambda: _weighted(world, mode, ones))
-        return
     yield _near(f"{name}: weights of one", theirs, _weighted(world, mode, ones))
     changed = _weighted(world, mode, varied)
     yield Finding(f"{name}: weights change the gradient", _error(changed.gradient, theirs.gradient) > 1e-2)

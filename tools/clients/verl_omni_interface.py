@@ -38,6 +38,7 @@ INTERFACE: Interface = {
         "FlowDPPOLoss.required_model_output_keys": _OF_MEANS,
         "FlowDPPOLoss.required_data_keys": _OLD_MEANS,
         "FlowDPPOLoss.compute_loss": [*_RATIO, *_MEANS, "rollout_is_weights="],
+        "FlowDPPOLoss.__call__": _CALL,
         "DiffusionNFTLoss.required_model_output_keys": _NFT,
         "DiffusionNFTLoss.required_data_keys": ("reward_prob",),
         "DiffusionNFTLoss.compute_loss": ["cls", "*", *_NFT, "reward_prob", "config"],
@@ -60,6 +61,8 @@ INTERFACE: Interface = {
     "verl_omni/workers/config/diffusion/actor.py": {
         "DiffusionLossConfig.loss_mode": "flow_grpo",
         "DiffusionLossConfig.adaptive_weight_min": 1e-5,
+        "DiffusionLossConfig.kl_mask_threshold": 1e-5,
+        "DiffusionLossConfig.add_kl_coefficient": True,
     },
 }
 
@@ -67,6 +70,15 @@ INTERFACE: Interface = {
 METRICS = tuple(
     f"actor/{name}"
     for name in ("ppo_kl", "pg_clipfrac", "pg_clipfrac_higher", "pg_clipfrac_lower", "ratio_mean", "ratio_std")
+)
+# Those of Flow-DPPO.
+MASK_METRICS = tuple(
+    f"actor/{name}"
+    for name in (
+        *("ppo_kl", "approx_kl", "ratio_mean", "ratio_std", "ratio_min", "ratio_max", "kl_new_old_mean"),
+        *("kl_new_old_max", "kl_mask_fraction", "pos_rm_fraction", "neg_rm_fraction", "masked_fraction"),
+        "unmasked_fraction",
+    )
 )
 NFT_METRICS = tuple(
     f"actor/{name}"

@@ -7,6 +7,7 @@ the log-probability of the adapter in every call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 from star_kernels.allocation import allocate
-from star_kernels.integrations.layout import channel_dim_of, map_layout, weights_like
+from star_kernels.integrations.layout import channel_dim_of, column, map_layout, weights_like
 from star_kernels.integrations.means import log_prob_of_means, mean_transition, policy_loss_of_means
 from star_kernels.integrations.sampler_check import SamplerCheck
-from star_kernels.policy import weighted_nft_loss
+from star_kernels.policy import Transition, weighted_nft_loss, weighted_policy_loss
 from star_kernels.policy.naive import LEAST_ERROR, location_mean, upsample
+from star_kernels.policy.transitions import ROWS
 
 # Keys that feed_latents adds to the data of a loss.
 WEIGHTS, MAPS, SDE_TYPE = "star_weights", "star_maps", "star_sde_type"
@@ -125,8 +127,8 @@ class StarLoss:
         self, settings: Any, model_output: Mapping[str, Any], data: Any, weights: Tensor | None
     ) -> Found:
         raise NotImplementedError(
-            f"loss_mode={self.name!r} does not support weights: use flow_grpo, dance_grpo, grpo_guard or "
-            "diffusion_nft, or remove select, star_weights and star_maps"
+            f"loss_mode={self.name!r} does not support weights: use flow_grpo, dance_grpo, grpo_guard, flow_dppo "
+            "or diffusion_nft, or remove select, star_weights and star_maps"
         )
 
 
@@ -205,6 +207,52 @@ class Clipped(_OfTransitions):
         )
         log_ratio = self.log_ratio(data[NEW_LOG_PROB] - data[OLD_LOG_PROB], full)
         return loss, ratio_metrics(log_ratio, log_ratio.exp(), settings.clip_ratio)
+
+
+class Masked(_OfTransitions):
+    """Flow-DPPO's loss with weights, computed by the fused kernels.
+
+    As in VeRL-Omni advantages are not clamped, and the standard deviation that the divergence is divided by is
+    ``std_dev_t sqrt_dt`` for every sampler, or 1 without ``add_kl_coefficient``.
+    """
+
+    def of_locations(
+        self,
+        settings: Any,
+        model_output: Mapping[str, Any],
+        data: Any,
+        sde_type: str,
+        weights: Tensor | None,
+        full: Tensor,
+        new: Tensor,
+    ) -> Found:
+        mean, old_mean, advantages = model_output["prev_sample_mean"], data[OLD_MEAN], data["advantages"]
+        std_dev_t, sqrt_dt, threshold = model_output["std_dev_t"], model_output["sqrt_dt"], settings.kl_mask_threshold
+        table = mean_transition(std_dev_t, sqrt_dt, sde_type=sde_type).coefficients
+        std = (std_dev_t.reshape(-1) * sqrt_dt.reshape(-1)).detach().float()
+        table[ROWS.index("std")] = std if settings.add_kl_coefficient else 1.0  # of the divergence alone
+        channel_dim, given = channel_dim_of(mean, None), data.get("rollout_is_weights", None)
+        loss, _ = weighted_policy_loss(
+            mean,
+            data[NEXT_LATENT],
+            data[NEXT_LATENT],
+            data[OLD_LOG_PROB].float(),
+            advantages.float(),
+            Transition(table),
+            weights=weights,
+            ratio=self.options.ratio,
+            advantage_clip=math.inf,
+            old_model_output=old_mean,
+            kl_mask_threshold=threshold,
+            step_weights=given,
+            channel_dim=channel_dim,
+        )
+        log_ratio = self.log_ratio(data[NEW_LOG_PROB] - data[OLD_LOG_PROB], full)
+        change = (mean.detach().float() - old_mean.float()).square().mean(dim=channel_dim)
+        divergence = change / (2 * column(table[ROWS.index("std")], change).square())
+        if self.options.ratio == "sample":
+            divergence = location_mean(divergence, None)
+        return loss, mask_metrics(log_ratio, divergence, advantages, threshold)
 
 
 class Guarded(_OfTransitions):
@@ -290,6 +338,31 @@ def ratio_metrics(log_ratio: Tensor, ratio: Tensor, clip: float) -> dict[str, Te
         "ratio_std": ratio.std(),
         "ratio_max": ratio.max(),
         "approx_kl": 0.5 * log_ratio.square().mean(),
+    }
+
+
+def mask_metrics(log_ratio: Tensor, divergence: Tensor, advantages: Tensor, threshold: float) -> dict[str, Tensor]:
+    """The metrics of VeRL-Omni's Flow-DPPO, without a host sync."""
+    ratio, high = log_ratio.exp(), divergence >= threshold
+    advantages = advantages.reshape(-1, *[1] * (ratio.ndim - 1))
+    positive, negative = high & (ratio > 1) & (advantages > 0), high & (ratio < 1) & (advantages < 0)
+    fractions = {
+        "kl_mask_fraction": high,
+        "pos_rm_fraction": positive,
+        "neg_rm_fraction": negative,
+        "masked_fraction": positive | negative,
+        "unmasked_fraction": ~(positive | negative),
+    }
+    return {
+        "ppo_kl": -log_ratio.mean(),
+        "approx_kl": 0.5 * log_ratio.square().mean(),
+        "ratio_mean": ratio.mean(),
+        "ratio_std": ratio.std(unbiased=False),
+        "ratio_min": ratio.min(),
+        "ratio_max": ratio.max(),
+        "kl_new_old_mean": divergence.mean(),
+        "kl_new_old_max": divergence.max(),
+        **{name: chosen.float().mean() for name, chosen in fractions.items()},
     }
 
 

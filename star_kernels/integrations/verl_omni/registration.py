@@ -9,7 +9,7 @@ from typing import Any
 
 from star_kernels.integrations.means import SAMPLERS
 from star_kernels.integrations.verl_omni.engine import Select, feed_latents
-from star_kernels.integrations.verl_omni.losses import Clipped, ForwardProcess, Guarded, Options, StarLoss
+from star_kernels.integrations.verl_omni.losses import Clipped, ForwardProcess, Guarded, Masked, Options, StarLoss
 
 ALGORITHMS = "verl_omni.trainer.diffusion.diffusion_algos"
 ENGINES = "verl_omni.workers.engine.fsdp.diffusers_impl"
@@ -19,6 +19,7 @@ LOSSES: dict[str, type[StarLoss]] = {
     "flow_grpo": Clipped,  # also of algorithm=mix_grpo
     "dance_grpo": Clipped,
     "grpo_guard": Guarded,
+    "flow_dppo": Masked,
     "diffusion_nft": ForwardProcess,
 }
 _FED = ("PPODiffusersFSDPEngine", "NFTDiffusersFSDPEngine")
