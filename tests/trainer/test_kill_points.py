@@ -14,7 +14,7 @@ import yaml
 
 from star_trainer.config import Config
 
-POINTS = 8
+POINTS = 5
 
 
 @pytest.mark.exhaustive

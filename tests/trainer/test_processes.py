@@ -46,7 +46,6 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     ("wrapper", "lora_rank", "kl_coef", "credit"),
     [
-        ("ddp", 0, 0.0, "image"),
         ("ddp", 4, 0.1, "image"),
         ("ddp", 0, 0.1, "phrase"),
         ("fsdp2", 0, 0.0, "image"),
