@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
+from star_kernels.integrations.deferred import DeferredChecks
 from star_kernels.integrations.means import SAMPLERS, mean_transition
 
 TOLERANCE = 1e-3  # relative; float32 sums in another order differ by about 1e-6
 
 
-class _Pending(NamedTuple):
-    numbers: Tensor  # [4, B] in host memory: log_prob, the mean square, std_dev_t, sqrt_dt
-    copied: Any  # the event after the copy; None if it is complete
-    sde_type: str
-    name: str
-
-
 class SamplerCheck:
     """Compares log-probabilities with those of a sampler, without a wait for the device.
 
-    Four numbers of each sample are copied to host memory asynchronously and compared at the next :meth:`settle`, which
-    leaves those that the device has not computed yet to the one after. Tensors on a CPU are compared at once.
+    Four numbers of each sample are compared at a later call, see :class:`DeferredChecks`.
     """
 
     def __init__(self) -> None:
-        self._pending: list[_Pending] = []
+        self._checks = DeferredChecks()
 
     def add(
         self,
@@ -55,14 +46,7 @@ class SamplerCheck:
             squares = (prev_sample.float() - prev_sample_mean.float()).square().flatten(1).mean(dim=1)
             rows = (log_prob, squares, std_dev_t, sqrt_dt)
             numbers = torch.stack([row.detach().float().reshape(-1).expand(len(squares)) for row in rows])
-        copied = None
-        if numbers.is_cuda:
-            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            numbers = host.copy_(numbers, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-        self._pending.append(_Pending(numbers, copied, sde_type, name))
-        self.settle()
+        self._checks.add(numbers, lambda arrived: _judged(arrived, sde_type, name))
 
     def settle(self) -> None:
         """Compares what has arrived.
@@ -70,12 +54,29 @@ class SamplerCheck:
         Raises:
             ValueError: the log-probabilities are not those of the sampler; the message names it.
         """
-        while self._pending and (self._pending[0].copied is None or self._pending[0].copied.query()):
-            pending = self._pending.pop(0)
-            deviation = _deviation(pending.numbers, pending.sde_type)
-            if deviation > TOLERANCE:
-                self._pending.clear()
-                raise ValueError(_explained(pending, deviation))
+        self._checks.settle()
+
+
+def _judged(numbers: Tensor, sde_type: str, name: str) -> str | None:
+    """The message about log-probabilities that are not the sampler's.
+
+    Args:
+        numbers: ``[4, B]``: log_prob, the mean square of the noise, std_dev_t, sqrt_dt.
+    """
+    deviation = _deviation(numbers, sde_type)
+    if deviation <= TOLERANCE:
+        return None
+    fitting = [each for each in SAMPLERS if _deviation(numbers, each) <= TOLERANCE]
+    known = ", ".join(SAMPLERS)
+    found = (
+        f"they are those of {fitting[0]!r}"
+        if fitting
+        else f"they are those of none of {known}, or were computed for another latent than prev_sample"
+    )
+    return (
+        f"sde_type must be the sampler of {name}, got {sde_type!r}, whose density of the means differs from {name} by "
+        f"up to {deviation:.1%}; {found}"
+    )
 
 
 def _deviation(numbers: Tensor, sde_type: str) -> float:
@@ -90,17 +91,3 @@ def _deviation(numbers: Tensor, sde_type: str) -> float:
     normalised = (log_prob + exponent - offset).abs() / (exponent + offset.abs())
     infinity = float("inf")
     return min(float(torch.nan_to_num(found, nan=0.0, posinf=infinity).amax()) for found in (plain, normalised))
-
-
-def _explained(pending: _Pending, deviation: float) -> str:
-    fitting = [name for name in SAMPLERS if _deviation(pending.numbers, name) <= TOLERANCE]
-    known = ", ".join(SAMPLERS)
-    found = (
-        f"they are those of {fitting[0]!r}"
-        if fitting
-        else f"they are those of none of {known}, or were computed for another latent than prev_sample"
-    )
-    return (
-        f"sde_type must be the sampler of {pending.name}, got {pending.sde_type!r}, whose density of the means differs "
-        f"from {pending.name} by up to {deviation:.1%}; {found}"
-    )

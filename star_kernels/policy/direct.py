@@ -11,6 +11,7 @@ gradient is not one, so that the gradient is rounded once, and in a second backw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -33,6 +34,7 @@ from star_kernels.torch_internals import WATCH, run_backward
 
 # What the library raises for arguments it cannot read, and PyTorch for tensors without a dimension.
 REJECTED = (TypeError, ValueError, RuntimeError, BufferError, IndexError)
+_LARGEST = torch.finfo(torch.float32).max
 FREED = (
     "Trying to backward through the graph a second time: PolicyLoss.backward has freed it. Compute the loss again, or "
     "call loss.backward(retain_graph=True) first."
@@ -105,7 +107,8 @@ class Pass:
         if isinstance(scale, Tensor):
             grad_loss = scale.to(self.saved.device, torch.float32).reshape(())
         elif scale != 1.0:
-            grad_loss = torch.full_like(_number(self.saved.device), scale)
+            rounded = math.copysign(math.inf, scale) if abs(scale) > _LARGEST else scale
+            grad_loss = torch.full_like(_number(self.saved.device), rounded)
         gradient = self.differentiate(inputs, grad_loss)
         self.error, self.inputs = FREED, None
         run_backward(inputs[0], gradient)

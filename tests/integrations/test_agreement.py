@@ -10,7 +10,7 @@ pytest.importorskip("diffusers")
 from flow_grpo_formulas import rollout
 
 from star_kernels.integrations.agreement import log_prob_agreement
-from star_kernels.integrations.sampler_check import SamplerCheck, _Pending
+from star_kernels.integrations.sampler_check import SamplerCheck
 
 
 def test_the_mean_and_the_largest_difference_by_step() -> None:
@@ -56,23 +56,3 @@ def test_a_sample_without_noise_hides_no_other() -> None:
     check.add(log_prob, mean, old.prev_sample, scale, old.sqrt_dt, sde_type="cps")
     with pytest.raises(ValueError, match="sde_type must be the sampler of log_probs, got 'sde'"):
         check.add(log_prob, mean, old.prev_sample, scale, old.sqrt_dt, sde_type="sde")
-
-
-def test_comparisons_wait_for_the_copy_not_for_the_device() -> None:
-    old = rollout("sd3").old
-    check = SamplerCheck()
-
-    class Event:
-        done = False
-
-        def query(self) -> bool:
-            return self.done
-
-    event = Event()
-    squares = (old.prev_sample - old.mean).square().flatten(1).mean(dim=1)
-    numbers = torch.stack([old.log_prob_mean, squares, old.std_dev_t.flatten(), old.sqrt_dt.flatten()])
-    check._pending.append(_Pending(numbers, event, "cps", "log_probs"))
-    check.settle()
-    event.done = True
-    with pytest.raises(ValueError, match="sde_type must be the sampler of log_probs, got 'cps'"):
-        check.settle()

@@ -239,6 +239,14 @@ def test_a_scale_may_have_a_gradient() -> None:
     assert torch.equal(scale.grad, compute("sample", output_of()).loss.detach())
 
 
+@pytest.mark.parametrize("scale", [-1e39, float("nan")])
+def test_a_scale_beyond_float32_is_that_of_the_scaled_loss(scale: float) -> None:
+    output, expected = output_of(), output_of()
+    compute("sample", output).backward(scale)
+    (compute("sample", expected).loss * scale).backward()
+    torch.testing.assert_close(output.grad, expected.grad, equal_nan=True)
+
+
 @pytest.mark.parametrize("read", [False, True], ids=["", "loss read"])
 @pytest.mark.parametrize(
     "scale", [torch.complex(torch.ones(()), torch.tensor(2.0)).conj().imag, torch._efficientzerotensor(())], ids=str
