@@ -29,6 +29,12 @@ inline void parallel_for(int64_t n, int threads, Body body) {
 
 }  // namespace
 
+// A mask by query, [B, H, Sq, Sk]; strides in elements, 0 where it is expanded.
+struct PairMask {
+  const uint8_t* data = nullptr;  // null: none
+  int64_t batch = 0, head = 0, row = 0, token = 0;
+};
+
 struct MapsArguments {
   int64_t batch, heads, n_rows, head_dim, slots, phrases, dense_length, gathered_length;
   View dense, gathered;  // [B, H, S, D], unit stride in D; rows are read from dense, tokens from gathered
@@ -40,6 +46,7 @@ struct MapsArguments {
   const int32_t* index;     // [B, T]
   const float* weight;      // [B, G, T]
   const uint8_t* key_mask;  // [B, Sk] or null
+  PairMask pairs;           // of a row and a token
   float* maps;              // [B, G, R] or [B, G, H, R]
   float* scratch;           // maps_scratch_floats(...) floats
   int threads;

@@ -12,6 +12,7 @@ from star_kernels.attention import direct, dispatch, naive, ops
 from star_kernels.attention.arguments import MapArguments
 from star_kernels.attention.checks import (
     autocasted,
+    check_attn_mask,
     check_key_mask,
     check_lse,
     check_qkv,
@@ -134,6 +135,7 @@ def attention_maps(
     direction: str = "image_to_text",
     rows: slice | tuple[int, int] | None = None,
     key_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     scale: float | None = None,
     layout: str = "bhsd",
     reduce_heads: bool = True,
@@ -169,6 +171,7 @@ def attention_maps(
     check_selection(selection, query, length=gathered.shape[2])
     check_lse(lse, query)
     check_key_mask(key_mask, query, key.shape[2])
+    check_attn_mask(attn_mask, query, key.shape[2])
     start, n_rows = resolve_rows(rows, dense.shape[2])
     scale = resolve_scale(scale, query.shape[3])
     check_flag("reduce_heads", reduce_heads)
@@ -176,8 +179,8 @@ def attention_maps(
         raise ValueError(f"backend must be auto or naive, got {backend!r}")
     flat = selection.index, constant(selection.weight), key_mask, start, n_rows, scale, reduce_heads, text_to_image
     if backend == "naive" or query.dtype == torch.float64:
-        return naive.attention_maps(query, key, lse, MapArguments(*flat))
-    maps: Tensor = ops.ATTENTION_MAPS(query, key, lse, *flat)
+        return naive.attention_maps(query, key, lse, MapArguments(*flat, attn_mask))
+    maps: Tensor = ops.ATTENTION_MAPS(query, key, lse, attn_mask, *flat)
     return maps
 
 

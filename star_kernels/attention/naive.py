@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from star_kernels.attention.arguments import MapArguments
+from star_kernels.attention.masks import selected_pairs
 from star_kernels.selection import EMPTY
 
 
@@ -42,7 +43,7 @@ def attention_maps(
     lse: Tensor,  # [B, H, Sq]
     arguments: MapArguments,
 ) -> Tensor:
-    """The maps from the log-sum-exp of an attention: P = exp(scale * q k - lse)."""
+    """The maps from the log-sum-exp of an attention: P = exp(scale * q k - lse), and 0 where lse is -inf."""
     start, n_rows, key_mask = arguments.start, arguments.n_rows, arguments.key_mask
     dense, gathered = (key, query) if arguments.text_to_image else (query, key)
     dense = _wide(dense[:, :, start : start + n_rows])  # [B, H, R, D]
@@ -54,7 +55,10 @@ def attention_maps(
     else:
         normaliser = lse[:, :, start : start + n_rows, None]  # [B, H, R, 1]
         attends = None if key_mask is None else key_mask.gather(1, _positions(arguments.index))[:, None, None]
-    exponent = scores - normaliser  # [B, H, R, T]
+    if arguments.attn_mask is not None:
+        pairs = selected_pairs(arguments.attn_mask, arguments)
+        attends = pairs if attends is None else attends & pairs
+    exponent = scores - normaliser.masked_fill(normaliser == float("-inf"), float("inf"))  # [B, H, R, T]
     if attends is not None:  # before the exponential: a masked score may exceed the log-sum-exp, and exp would overflow
         exponent = exponent.masked_fill(~attends, float("-inf"))
     return _aggregate(torch.exp(exponent), arguments)
