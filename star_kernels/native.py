@@ -26,6 +26,8 @@ FUNCTIONS = {
         "attention_kind",
         "attention_maps",
         "masked_attention_maps",
+        "attention_rows",
+        "attention_columns",
         "allocate",
         "transition",
         "isa",

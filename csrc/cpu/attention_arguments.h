@@ -84,5 +84,24 @@ MapsArguments maps_arguments(ffi::TensorView query, ffi::TensorView key, ffi::Te
   return a;
 }
 
+// Without outputs, scratch and threads. `mask` is expanded to [B, H, R, Sk].
+StatisticsArguments statistics_arguments(ffi::TensorView query, ffi::TensorView key,
+                                         ffi::Optional<ffi::TensorView> mask, double scale) {
+  check(query.ndim() == 4 && query.numel() > 0, "query", "have shape [B, H, R, D], none of them 0");
+  StatisticsArguments a{};
+  a.batch = query.size(0);
+  a.heads = query.size(1);
+  a.rows = query.size(2);
+  a.head_dim = query.size(3);
+  check(a.head_dim <= kMaxHeadDim, "query", "have at most 1024 elements a head");
+  a.query = heads_view("query", query, a.batch, a.heads, a.head_dim);
+  a.key = heads_view("key", key, a.batch, a.heads, a.head_dim);
+  a.keys = key.size(2);
+  check(a.keys > 0, "key", "have at least one position");
+  a.scale = static_cast<float>(scale);
+  if (mask.has_value()) a.pairs = pair_mask(mask.value(), query, key);
+  return a;
+}
+
 }  // namespace
 }  // namespace star

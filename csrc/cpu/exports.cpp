@@ -20,6 +20,9 @@ struct Kernels {
   const char* isa;
   int64_t (*maps_scratch_floats)(const MapsArguments&);
   void (*attention_maps)(const MapsArguments&);
+  int64_t (*statistics_scratch_floats)(const StatisticsArguments&);
+  void (*attention_rows)(const StatisticsArguments&);
+  void (*attention_columns)(const StatisticsArguments&);
   void (*allocate)(const AllocateArguments&);
   void (*policy_forward)(const PolicyArguments&);
   void (*policy_backward)(const PolicyArguments&);
@@ -28,10 +31,11 @@ struct Kernels {
   void (*sample_transition)(const SampleArguments&);
 };
 
-#define STAR_KERNELS_OF(isa)                                                                                       \
-  Kernels {                                                                                                        \
-    #isa, isa::maps_scratch_floats, isa::attention_maps, isa::allocate, isa::policy_forward, isa::policy_backward, \
-        isa::nft_forward, isa::nft_backward, isa::sample_transition                                                \
+#define STAR_KERNELS_OF(isa)                                                                                  \
+  Kernels {                                                                                                   \
+    #isa, isa::maps_scratch_floats, isa::attention_maps, isa::statistics_scratch_floats, isa::attention_rows, \
+        isa::attention_columns, isa::allocate, isa::policy_forward, isa::policy_backward, isa::nft_forward,   \
+        isa::nft_backward, isa::sample_transition                                                             \
   }
 
 // The compiled instruction sets that this processor can run, best first.
@@ -177,6 +181,31 @@ void masked_attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::Tens
            threads);
 }
 
+void run_statistics(StatisticsArguments a, void (*kernel)(const StatisticsArguments&), int64_t threads) {
+  a.threads = threads_for(a.batch * a.heads * a.rows * a.keys * a.head_dim, kMapsGrain, threads);
+  const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(kernels().statistics_scratch_floats(a))]);
+  a.scratch = scratch.get();
+  kernel(a);
+}
+
+// Log-sum-exp and entropy, [B, H, R], of the rows of query.
+void attention_rows(ffi::TensorView query, ffi::TensorView key, ffi::Optional<ffi::TensorView> mask, double scale,
+                    int64_t threads, ffi::TensorView lse, ffi::TensorView entropy) {
+  StatisticsArguments a = statistics_arguments(query, key, mask, scale);
+  a.lse = floats("lse", lse, a.batch * a.heads * a.rows);
+  a.entropy = floats("entropy", entropy, a.batch * a.heads * a.rows);
+  run_statistics(a, kernels().attention_rows, threads);
+}
+
+// Sums [B, H, Sk] of probabilities over the rows of query, whose log-sum-exp is given.
+void attention_columns(ffi::TensorView query, ffi::TensorView key, ffi::TensorView lse,
+                       ffi::Optional<ffi::TensorView> mask, double scale, int64_t threads, ffi::TensorView sums) {
+  StatisticsArguments a = statistics_arguments(query, key, mask, scale);
+  a.lse = floats("lse", lse, a.batch * a.heads * a.rows);
+  a.sums = floats("sums", sums, a.batch * a.heads * a.keys);
+  run_statistics(a, kernels().attention_columns, threads);
+}
+
 // The weights of contiguous maps, of the layout that `has_steps` and `has_phrases` describe.
 void allocate(ffi::TensorView maps, ffi::Optional<ffi::TensorView> signal, bool has_steps, bool has_phrases,
               bool over_trajectory, double strength, ffi::Optional<double> cap, int64_t threads,
@@ -315,6 +344,8 @@ STAR_EXPORT(sample_transition)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_kind, star::attention_kind);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_maps, star::attention_maps);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(masked_attention_maps, star::masked_attention_maps);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_rows, star::attention_rows);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_columns, star::attention_columns);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(allocate, star::allocate);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(transition, star::transition);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(isa, star::isa);

@@ -52,6 +52,19 @@ struct MapsArguments {
   int threads;
 };
 
+// Of all pairs of a row and a key.
+struct StatisticsArguments {
+  int64_t batch, heads, rows, keys, head_dim;
+  View query, key;  // [B, H, R, D] and [B, H, Sk, D], unit stride in D
+  PairMask pairs;
+  float scale;
+  float* lse;      // [B, H, R]; written by attention_rows, read by attention_columns
+  float* entropy;  // [B, H, R]; attention_rows
+  float* sums;     // [B, H, Sk]; attention_columns
+  float* scratch;  // statistics_scratch_floats(...) floats
+  int threads;
+};
+
 struct AllocateArguments {
   int64_t batch, steps, phrases,
       positions;        // weights have mean one over the steps and positions of a sample and phrase
@@ -68,16 +81,19 @@ constexpr int64_t kTileRows = 64;
 constexpr int64_t kMaxHeadDim = 1024;
 constexpr int64_t kTilePositions = 512;
 
-#define STAR_DECLARE_KERNELS(isa)                              \
-  namespace isa {                                              \
-  int64_t maps_scratch_floats(const MapsArguments& arguments); \
-  void attention_maps(const MapsArguments& arguments);         \
-  void allocate(const AllocateArguments& arguments);           \
-  void policy_forward(const PolicyArguments& arguments);       \
-  void policy_backward(const PolicyArguments& arguments);      \
-  void nft_forward(const NftArguments& arguments);             \
-  void nft_backward(const NftArguments& arguments);            \
-  void sample_transition(const SampleArguments& arguments);    \
+#define STAR_DECLARE_KERNELS(isa)                                          \
+  namespace isa {                                                          \
+  int64_t statistics_scratch_floats(const StatisticsArguments& arguments); \
+  void attention_rows(const StatisticsArguments& arguments);               \
+  void attention_columns(const StatisticsArguments& arguments);            \
+  int64_t maps_scratch_floats(const MapsArguments& arguments);             \
+  void attention_maps(const MapsArguments& arguments);                     \
+  void allocate(const AllocateArguments& arguments);                       \
+  void policy_forward(const PolicyArguments& arguments);                   \
+  void policy_backward(const PolicyArguments& arguments);                  \
+  void nft_forward(const NftArguments& arguments);                         \
+  void nft_backward(const NftArguments& arguments);                        \
+  void sample_transition(const SampleArguments& arguments);                \
   }
 
 STAR_DECLARE_KERNELS(baseline)

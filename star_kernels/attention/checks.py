@@ -125,6 +125,17 @@ def check_lse(lse: Tensor, query: Tensor) -> None:
         raise ValueError(f"lse must be on the device of query, {query.device}, got {lse.device}")
 
 
+def check_statistics(names: Sequence[str], known: Sequence[str], text_to_image: bool) -> None:
+    accepted = f"statistics must be a sequence of {', '.join(known)}"
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"{accepted}, got {names!r}")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{accepted}, got {name!r}")
+    if names and text_to_image:
+        raise ValueError(f"statistics require direction='image_to_text', got 'text_to_image' and {list(names)}")
+
+
 def resolve_rows(rows: slice | tuple[int, int] | None, length: int) -> tuple[int, int]:
     """The row range as (start, length), within a sequence of ``length``."""
     if rows is None:

@@ -64,6 +64,27 @@ def attention_maps(
     return _aggregate(torch.exp(exponent), arguments)
 
 
+def rows(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and entropy [B, H, R] of the rows of query: of a row without any key they are -inf and 0.
+
+    The mask is bool [B or 1, H or 1, R or 1, Sk], true for the pairs that take part.
+    """
+    scores = torch.matmul(_wide(query), _wide(key).transpose(-1, -2)) * scale  # [B, H, R, Sk]
+    lse = torch.logsumexp(scores if mask is None else scores.masked_fill(~mask, float("-inf")), dim=-1)
+    log = scores - lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]
+    if mask is None:
+        return lse, -(log.exp() * log).sum(dim=-1)
+    probability = log.masked_fill(~mask, float("-inf")).exp()
+    return lse, -(probability * log.masked_fill(~mask, 0.0)).sum(dim=-1)
+
+
+def columns(query: Tensor, key: Tensor, lse: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Sums [B, H, Sk] of the probabilities of each key over the rows of query, whose log-sum-exp is given."""
+    scores = torch.matmul(_wide(query), _wide(key).transpose(-1, -2)) * scale
+    log = scores - lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]
+    return (log if mask is None else log.masked_fill(~mask, float("-inf"))).exp().sum(dim=2)
+
+
 def _aggregate(selected: Tensor, arguments: MapArguments) -> Tensor:
     """sum_t weight[b, g, t] * selected[b, h, r, t], as [B, G, R] or [B, G, H, R]."""
     selected = selected.masked_fill((arguments.index == EMPTY)[:, None, None], 0.0)

@@ -172,7 +172,8 @@ def test_text_to_image_rows_of_a_query_sum_to_one(maps_backend: tuple[str, str])
     ("name", "dtype"),
     mostly_exhaustive(
         itertools.product(
-            ["plain", "tiny", "head_dim_128", "bshd_per_head", "rows_slice", "mask_all", "scale", "pairs_per_head"], DTYPES
+            ["plain", "tiny", "head_dim_128", "bshd_per_head", "rows_slice", "mask_all", "scale", "pairs_per_head"],
+            DTYPES,
         ),
         lambda name, dtype: (dtype == torch.float32 and name != "head_dim_128") or name == "plain",
     ),
@@ -261,7 +262,16 @@ def test_a_row_whose_log_sum_exp_is_minus_infinity_has_maps_of_zero(
 def test_operators_pass_opcheck(reduce_heads: bool, masked: str, direction: str) -> None:
     inputs = Inputs(((2, 2, 9, 11, 8), None, masked, "bhsd", reduce_heads, None), torch.float32, "cpu", direction)
     query, key, lse = (t.clone().requires_grad_() for t in inputs.tensors)
-    rest = (inputs.options["attn_mask"], inputs.selection.index, inputs.selection.weight, inputs.options["key_mask"], 1, 6, 0.3, reduce_heads)
+    rest = (
+        inputs.options["attn_mask"],
+        inputs.selection.index,
+        inputs.selection.weight,
+        inputs.options["key_mask"],
+        1,
+        6,
+        0.3,
+        reduce_heads,
+    )
     rest = (*rest, direction == "text_to_image")
     torch.library.opcheck(torch.ops.star_kernels.attention_maps.default, (query, key, lse, *rest))
     with torch.no_grad():
