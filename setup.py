@@ -39,7 +39,13 @@ INSTRUCTION_SETS = {  # name -> compiler flags, number of floats in a vector reg
     "avx512": (["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"], 16),
 }
 # file -> value of -ffp-contract, see csrc/flow_policy.h
-CPU_KERNELS = {"allocation": "off", "attention_maps": "fast", "flow_policy": "off", "nft": "fast"}
+CPU_KERNELS = {
+    "allocation": "off",
+    "attention_maps": "fast",
+    "attention_statistics": "fast",
+    "flow_policy": "off",
+    "nft": "fast",
+}
 CUDA_KERNELS = ("policy_forward", "policy_backward", "policy_fused", "nft", "sample_transition")
 CUDA_ARCHITECTURES = ("80", "90a", "100a")
 

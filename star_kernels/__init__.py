@@ -1,7 +1,7 @@
 """Fused attention maps and spatially weighted policy losses for RL post-training of text-to-image flow models."""
 
 from star_kernels.allocation import allocate, total_variation
-from star_kernels.attention import AttentionOutput, attention, attention_maps
+from star_kernels.attention import AttentionOutput, AttentionStatistics, attention, attention_maps
 from star_kernels.policy import (
     PolicyLoss,
     Transition,
@@ -17,6 +17,7 @@ from star_kernels.selection import TokenSelection
 
 __all__ = [
     "AttentionOutput",
+    "AttentionStatistics",
     "PolicyLoss",
     "TokenSelection",
     "Transition",

@@ -21,7 +21,18 @@ FOLDER = Path(os.environ.get("STAR_KERNELS_LIB") or Path(__file__).with_name("li
 CPU = "libstar_kernels_cpu.so"
 _POLICY = ("policy_forward", "policy_backward", "nft_forward", "nft_backward", "sample_transition")
 FUNCTIONS = {
-    CPU: (*_POLICY, "attention_kind", "attention_maps", "allocate", "transition", "isa", "runnable_isas"),
+    CPU: (
+        *_POLICY,
+        "attention_kind",
+        "attention_maps",
+        "masked_attention_maps",
+        "attention_rows",
+        "attention_columns",
+        "allocate",
+        "transition",
+        "isa",
+        "runnable_isas",
+    ),
     "libstar_kernels_cuda.so": (*_POLICY, "policy_workspace_bytes", "nft_workspace_bytes", "architectures"),
 }
 

@@ -35,7 +35,8 @@ def operator_arguments(name: str) -> dict[str, Any]:
         "advantages": t["advantages"], "sigma": t["sigma"], **options, "ref_model_output": None, "channel_dim": 1,
         "adaptive": True, **flags, "beta": 1.0, "advantage_clip": 5.0, "kl_coef": 0.0, "backend": "native",
     }  # fmt: skip
-    maps = {"query": t["query"], "key": t["key"], "lse": t["lse"], **chosen, **rows}
+    attn_mask = torch.ones(2, 1, *(t[n].shape[2] for n in ("query", "key")), dtype=torch.bool)
+    maps = {"query": t["query"], "key": t["key"], "lse": t["lse"], "attn_mask": attn_mask, **chosen, **rows}
     grad_maps = {"grad_maps": numbers(2, 2, 3)}
     return {
         "attention": {**qkv, **chosen, **rows, "backend": "vendor"},

@@ -58,6 +58,7 @@ EPILOGUES = tuple(
 POINTERS = {
     "p_index": "*i32",
     "p_mask": "*u8",
+    "p_pairs": "*u8",
     **dict.fromkeys(
         ("p_lse", "p_lse2", "p_delta", "p_grad_lse", "p_grads", "p_weight", "p_maps", "p_mean", "p_table"),
         "*fp32",
@@ -84,6 +85,7 @@ class Variant:
     grad_lse: bool = False
     text_to_image: bool = False
     one_chunk: bool = True
+    pairs: bool = False  # a mask by query
     tile: Tile | None = None
     epilogue: Epilogue | None = None
 
@@ -100,8 +102,8 @@ class Variant:
 
     @property
     def simple(self) -> bool:
-        """Whether there are one phrase, one chunk of tokens and no key mask."""
-        return self.groups == 1 and self.one_chunk and not self.masked
+        """Whether there are one phrase, one chunk of tokens and no mask."""
+        return self.groups == 1 and self.one_chunk and not self.masked and not self.pairs
 
     def shipped_epilogue(self, tile: Tile) -> Epilogue:
         overlap = self.architecture in ("sm_90", "sm_100")
@@ -148,6 +150,8 @@ def build(variant: Variant) -> Any:
         constants |= dict.fromkeys(rows)
     if not variant.masked:
         constants["p_mask"] = None
+    if not variant.pairs:
+        constants["p_pairs"] = None
     if not variant.grad_lse:
         constants["p_grad_lse"] = None
     signature, aligned = {}, {}

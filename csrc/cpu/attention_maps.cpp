@@ -6,53 +6,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/elements.h"
-#include "cpu/kernels.h"
+#include "cpu/vectors.h"
 
 namespace star {
 namespace STAR_ISA {
 namespace {
-
-constexpr int64_t kLanes = STAR_LANES;
-constexpr int kBlock = 8;  // rows that share one load of the packed tokens
-
-using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
-using IntVec = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
-
-inline __attribute__((always_inline)) Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline __attribute__((always_inline)) void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-
-// Cephes' exponential: n = round(x / ln 2), a degree-6 polynomial on the remainder, 2^n put in through the exponent.
-// Below -87.3 the result would be denormal and is 0; above 88.4, beyond any probability, it is inf; NaN stays NaN.
-inline __attribute__((always_inline)) Vec exponential(Vec x) {
-  const Vec low = Vec{} - 87.33f, high = Vec{} + 88.73f;  // at high, n is 128: the exponent of infinity
-  Vec y = x > high ? high : x;
-  y = y < low ? low : y;
-  const Vec magic = Vec{} + 12582912.0f;  // 1.5 * 2^23 rounds to an integer
-  const Vec shifted = y * 1.44269504088896341f + magic;
-  const Vec n = shifted - magic;
-  Vec r = y - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  Vec p = Vec{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  IntVec bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127) << 23;
-  Vec power;
-  std::memcpy(&power, &bits, sizeof power);
-  const Vec result = x < low ? Vec{} : p * power;
-  return x == x ? result : x;
-}
 
 int64_t chunks_of(const MapsArguments& a) { return (a.slots + kLanes - 1) / kLanes; }
 
@@ -105,7 +63,7 @@ void pack_tokens(const MapsArguments& a, const Scratch& scratch, int64_t b, int6
     for (int64_t d = 0; d < a.head_dim; ++d) lane[d * kLanes] = source[d] * a.scale;
     if (a.text_to_image) {
       const int64_t at = b * a.lse.batch + h * a.lse.channel + position * a.lse.position;
-      token_lse[t] = static_cast<const float*>(a.lse.data)[at];
+      token_lse[t] = without_keys(static_cast<const float*>(a.lse.data)[at]);
     }
   }
 }
@@ -131,7 +89,18 @@ void prefetch_row(const MapsArguments& a, int64_t offset) {
   for (int64_t i = 0; i < a.head_dim * size; i += 64) __builtin_prefetch(row + i);
 }
 
+// P of a row and a chunk of tokens, zero for the pairs that the mask by query excludes.
+Vec masked_pairs(const MapsArguments& a, int64_t b, int64_t h, int64_t position, int64_t chunk, Vec p) {
+  const uint8_t* row = a.pairs.data + b * a.pairs.batch + h * a.pairs.head + position * a.pairs.row;
+  for (int64_t lane = 0; lane < kLanes && chunk * kLanes + lane < a.slots; ++lane) {
+    const int64_t token = a.index[b * a.slots + chunk * kLanes + lane];
+    if (token >= 0 && !row[token * a.pairs.token]) p[lane] = 0.0f;
+  }
+  return p;
+}
+
 // Adds (or, for the first head, writes) P of one head to accumulator [chunks, kTileRows, lanes].
+template <bool kPairs>
 void one_head(const MapsArguments& a, const Scratch& scratch, const Tile& tile, int64_t h, bool add,
               float* accumulator) {
   const int64_t chunks = chunks_of(a);
@@ -149,7 +118,7 @@ void one_head(const MapsArguments& a, const Scratch& scratch, const Tile& tile, 
       const int64_t offset = tile.b * a.dense.batch + h * a.dense.channel + position * a.dense.position;
       if (h + 1 < a.heads) prefetch_row(a, offset + a.dense.channel);
       row[r] = load_run(a.dense, offset, 1, a.head_dim, buffer[r]);
-      row_lse[r] = a.text_to_image ? 0.0f : lse[position * a.lse.position];
+      row_lse[r] = a.text_to_image ? 0.0f : without_keys(lse[position * a.lse.position]);
       masked[r] = a.text_to_image && a.key_mask && !a.key_mask[tile.b * a.dense_length + position];
     }
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -161,7 +130,8 @@ void one_head(const MapsArguments& a, const Scratch& scratch, const Tile& tile, 
       }
       const Vec by_token = load(token_lse + chunk * kLanes);
       for (int r = 0; r < kBlock && block + r < tile.n_rows; ++r) {
-        const Vec p = masked[r] ? Vec{} : exponential(score[r] - (by_token + row_lse[r]));
+        Vec p = masked[r] ? Vec{} : exponential(score[r] - (by_token + row_lse[r]));
+        if (kPairs) p = masked_pairs(a, tile.b, h, a.start + tile.first + block + r, chunk, p);
         float* target = accumulator + (chunk * kTileRows + block + r) * kLanes;
         store(target, add ? load(target) + p : p);
       }
@@ -203,7 +173,10 @@ void attention_maps(const MapsArguments& a) {
     const Tile tile{i / tiles, first, first + kTileRows <= a.n_rows ? kTileRows : a.n_rows - first};
     const bool empty = !any_counts(a, tile.b);  // as in half of a batch that is doubled for guidance
     for (int64_t h = 0; h < a.heads; ++h) {
-      if (!empty) one_head(a, scratch, tile, h, a.reduce_heads && h > 0, accumulator);
+      if (!empty) {
+        const auto head = a.pairs.data ? one_head<true> : one_head<false>;
+        head(a, scratch, tile, h, a.reduce_heads && h > 0, accumulator);
+      }
       if (a.reduce_heads && h + 1 < a.heads) continue;
       const float factor = a.reduce_heads ? 1.0f / static_cast<float>(a.heads) : 1.0f;
       for (int64_t g = 0; g < a.phrases; ++g) {

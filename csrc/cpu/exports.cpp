@@ -9,10 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "cpu/transitions.h"
 #define STAR_DEVICE kDLCPU
-#include "binding.h"
+#include "cpu/attention_arguments.h"
+#include "cpu/transitions.h"
 
 namespace star {
 namespace {
@@ -21,6 +20,9 @@ struct Kernels {
   const char* isa;
   int64_t (*maps_scratch_floats)(const MapsArguments&);
   void (*attention_maps)(const MapsArguments&);
+  int64_t (*statistics_scratch_floats)(const StatisticsArguments&);
+  void (*attention_rows)(const StatisticsArguments&);
+  void (*attention_columns)(const StatisticsArguments&);
   void (*allocate)(const AllocateArguments&);
   void (*policy_forward)(const PolicyArguments&);
   void (*policy_backward)(const PolicyArguments&);
@@ -29,10 +31,11 @@ struct Kernels {
   void (*sample_transition)(const SampleArguments&);
 };
 
-#define STAR_KERNELS_OF(isa)                                                                                       \
-  Kernels {                                                                                                        \
-    #isa, isa::maps_scratch_floats, isa::attention_maps, isa::allocate, isa::policy_forward, isa::policy_backward, \
-        isa::nft_forward, isa::nft_backward, isa::sample_transition                                                \
+#define STAR_KERNELS_OF(isa)                                                                                  \
+  Kernels {                                                                                                   \
+    #isa, isa::maps_scratch_floats, isa::attention_maps, isa::statistics_scratch_floats, isa::attention_rows, \
+        isa::attention_columns, isa::allocate, isa::policy_forward, isa::policy_backward, isa::nft_forward,   \
+        isa::nft_backward, isa::sample_transition                                                             \
   }
 
 // The compiled instruction sets that this processor can run, best first.
@@ -79,15 +82,6 @@ int threads_for(int64_t work, int64_t grain, int64_t threads) {
 constexpr float kLargest = 3.402823466e38f;
 constexpr int64_t kMapsGrain = int64_t{1} << 19;    // multiply-adds, about 30 microseconds
 constexpr int64_t kLatentGrain = int64_t{1} << 15;  // elements, about 30 microseconds
-
-// [B, H, S, D] with unit stride in D.
-View heads_view(const char* name, ffi::TensorView t, int64_t batch, int64_t heads, int64_t head_dim) {
-  check_memory(name, t);
-  check(t.ndim() == 4 && t.size(0) == batch && t.size(1) == heads && t.size(3) == head_dim, name,
-        "have the shape [B, H, S, D] of the query");
-  check(head_dim == 1 || t.stride(3) == 1, name, "have unit stride in its last dimension");
-  return {t.data_ptr(), dtype_of(name, t), t.stride(0), t.stride(1), t.stride(2)};
-}
 
 // Whether no two elements share memory, as they do after expand or in overlapping windows.
 bool distinct(ffi::TensorView t) {
@@ -160,52 +154,7 @@ int64_t attention_kind(ffi::TensorView query, ffi::TensorView key, ffi::TensorVi
   return is(mask, kDLBool, 8, 2, device) && mask.size(0) == batch && mask.size(1) == keys ? found : 0;
 }
 
-void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView lse, ffi::TensorView index,
-                    ffi::TensorView weight, ffi::Optional<ffi::TensorView> key_mask, int64_t start, double scale,
-                    bool text_to_image, bool reduce_heads, int64_t threads, ffi::TensorView maps) {
-  check(query.ndim() == 4 && query.numel() > 0, "query", "have shape [B, H, S, D], none of them 0");
-  MapsArguments a{};
-  a.batch = query.size(0);
-  a.heads = query.size(1);
-  a.head_dim = query.size(3);
-  check(a.head_dim <= kMaxHeadDim, "query", "have at most 1024 elements a head");
-  check(index.ndim() == 2 && index.size(0) == a.batch && index.size(1) > 0, "index", "have shape [B, T], T above 0");
-  a.slots = index.size(1);
-  check(weight.ndim() == 3 && weight.size(0) == a.batch && weight.size(1) > 0 && weight.size(2) == a.slots, "weight",
-        "have shape [B, G, T], G above 0");
-  a.phrases = weight.size(1);
-  check(maps.ndim() == (reduce_heads ? 3 : 4), "maps", "have shape [B, G, R], or [B, G, H, R] of each head");
-  a.n_rows = maps.size(maps.ndim() - 1);
-  a.start = start;
-  a.scale = static_cast<float>(scale);
-  a.text_to_image = text_to_image;
-  a.reduce_heads = reduce_heads;
-  const View queries = heads_view("query", query, a.batch, a.heads, a.head_dim);
-  const View keys = heads_view("key", key, a.batch, a.heads, a.head_dim);
-  a.dense = text_to_image ? keys : queries;
-  a.gathered = text_to_image ? queries : keys;
-  a.dense_length = text_to_image ? key.size(2) : query.size(2);
-  a.gathered_length = text_to_image ? query.size(2) : key.size(2);
-  check(start >= 0 && a.n_rows > 0 && start <= a.dense_length - a.n_rows, "rows", "lie within the sequence");
-  check_memory("lse", lse);
-  check(lse.ndim() == 3 && lse.size(0) == a.batch && lse.size(1) == a.heads && lse.size(2) == query.size(2), "lse",
-        "have shape [B, H, Sq]");
-  check(dtype_of("lse", lse) == DType::kFloat32, "lse", "be float32");
-  a.lse = {lse.data_ptr(), DType::kFloat32, lse.stride(0), lse.stride(1), lse.stride(2)};
-  a.index = dense_data<int32_t>("index", index, kDLInt, 32, a.batch * a.slots);
-  a.weight = floats("weight", weight, a.batch * a.phrases * a.slots);
-  for (int64_t i = 0; i < a.batch * a.slots; ++i) {
-    if (a.index[i] >= a.gathered_length) {
-      TVM_FFI_THROW(ValueError) << "selection.index must be below the length of the sequence, " << a.gathered_length
-                                << ", got " << a.index[i];
-    }
-  }
-  if (key_mask.has_value()) {
-    const ffi::TensorView mask = key_mask.value();
-    check(mask.ndim() == 2 && mask.size(0) == a.batch && mask.size(1) == key.size(2), "key_mask", "have shape [B, Sk]");
-    a.key_mask = dense_data<uint8_t>("key_mask", mask, kDLBool, 8, mask.numel());
-  }
-  a.maps = floats("maps", maps, a.batch * a.phrases * (reduce_heads ? 1 : a.heads) * a.n_rows);
+void run_maps(MapsArguments a, int64_t threads) {
   a.threads = threads_for(a.batch * a.heads * a.n_rows * a.slots * a.head_dim, kMapsGrain, threads);
   float few[4096];  // enough for a small call
   std::unique_ptr<float[]> many;
@@ -213,6 +162,48 @@ void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView 
   if (floats > std::size(few)) many.reset(new float[floats]);
   a.scratch = many ? many.get() : few;
   kernels().attention_maps(a);
+}
+
+void attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView lse, ffi::TensorView index,
+                    ffi::TensorView weight, ffi::Optional<ffi::TensorView> key_mask, int64_t start, double scale,
+                    bool text_to_image, bool reduce_heads, int64_t threads, ffi::TensorView maps) {
+  run_maps(
+      maps_arguments(query, key, lse, {}, index, weight, key_mask, start, scale, text_to_image, reduce_heads, maps),
+      threads);
+}
+
+void masked_attention_maps(ffi::TensorView query, ffi::TensorView key, ffi::TensorView lse, ffi::TensorView attn_mask,
+                           ffi::TensorView index, ffi::TensorView weight, ffi::Optional<ffi::TensorView> key_mask,
+                           int64_t start, double scale, bool text_to_image, bool reduce_heads, int64_t threads,
+                           ffi::TensorView maps) {
+  run_maps(maps_arguments(query, key, lse, attn_mask, index, weight, key_mask, start, scale, text_to_image,
+                          reduce_heads, maps),
+           threads);
+}
+
+void run_statistics(StatisticsArguments a, void (*kernel)(const StatisticsArguments&), int64_t threads) {
+  a.threads = threads_for(a.batch * a.heads * a.rows * a.keys * a.head_dim, kMapsGrain, threads);
+  const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(kernels().statistics_scratch_floats(a))]);
+  a.scratch = scratch.get();
+  kernel(a);
+}
+
+// Log-sum-exp and entropy, [B, H, R], of the rows of query.
+void attention_rows(ffi::TensorView query, ffi::TensorView key, ffi::Optional<ffi::TensorView> mask, double scale,
+                    int64_t threads, ffi::TensorView lse, ffi::TensorView entropy) {
+  StatisticsArguments a = statistics_arguments(query, key, mask, scale);
+  a.lse = floats("lse", lse, a.batch * a.heads * a.rows);
+  a.entropy = floats("entropy", entropy, a.batch * a.heads * a.rows);
+  run_statistics(a, kernels().attention_rows, threads);
+}
+
+// Sums [B, H, Sk] of probabilities over the rows of query, whose log-sum-exp is given.
+void attention_columns(ffi::TensorView query, ffi::TensorView key, ffi::TensorView lse,
+                       ffi::Optional<ffi::TensorView> mask, double scale, int64_t threads, ffi::TensorView sums) {
+  StatisticsArguments a = statistics_arguments(query, key, mask, scale);
+  a.lse = floats("lse", lse, a.batch * a.heads * a.rows);
+  a.sums = floats("sums", sums, a.batch * a.heads * a.keys);
+  run_statistics(a, kernels().attention_columns, threads);
 }
 
 // The weights of contiguous maps, of the layout that `has_steps` and `has_phrases` describe.
@@ -352,6 +343,9 @@ STAR_EXPORT(nft_backward)
 STAR_EXPORT(sample_transition)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_kind, star::attention_kind);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_maps, star::attention_maps);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(masked_attention_maps, star::masked_attention_maps);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_rows, star::attention_rows);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_columns, star::attention_columns);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(allocate, star::allocate);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(transition, star::transition);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(isa, star::isa);

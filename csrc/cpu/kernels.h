@@ -29,6 +29,12 @@ inline void parallel_for(int64_t n, int threads, Body body) {
 
 }  // namespace
 
+// A mask by query, [B, H, Sq, Sk]; strides in elements, 0 where it is expanded.
+struct PairMask {
+  const uint8_t* data = nullptr;  // null: none
+  int64_t batch = 0, head = 0, row = 0, token = 0;
+};
+
 struct MapsArguments {
   int64_t batch, heads, n_rows, head_dim, slots, phrases, dense_length, gathered_length;
   View dense, gathered;  // [B, H, S, D], unit stride in D; rows are read from dense, tokens from gathered
@@ -40,8 +46,22 @@ struct MapsArguments {
   const int32_t* index;     // [B, T]
   const float* weight;      // [B, G, T]
   const uint8_t* key_mask;  // [B, Sk] or null
+  PairMask pairs;           // of a row and a token
   float* maps;              // [B, G, R] or [B, G, H, R]
   float* scratch;           // maps_scratch_floats(...) floats
+  int threads;
+};
+
+// Of all pairs of a row and a key.
+struct StatisticsArguments {
+  int64_t batch, heads, rows, keys, head_dim;
+  View query, key;  // [B, H, R, D] and [B, H, Sk, D], unit stride in D
+  PairMask pairs;
+  float scale;
+  float* lse;      // [B, H, R]; written by attention_rows, read by attention_columns
+  float* entropy;  // [B, H, R]; attention_rows
+  float* sums;     // [B, H, Sk]; attention_columns
+  float* scratch;  // statistics_scratch_floats(...) floats
   int threads;
 };
 
@@ -61,16 +81,19 @@ constexpr int64_t kTileRows = 64;
 constexpr int64_t kMaxHeadDim = 1024;
 constexpr int64_t kTilePositions = 512;
 
-#define STAR_DECLARE_KERNELS(isa)                              \
-  namespace isa {                                              \
-  int64_t maps_scratch_floats(const MapsArguments& arguments); \
-  void attention_maps(const MapsArguments& arguments);         \
-  void allocate(const AllocateArguments& arguments);           \
-  void policy_forward(const PolicyArguments& arguments);       \
-  void policy_backward(const PolicyArguments& arguments);      \
-  void nft_forward(const NftArguments& arguments);             \
-  void nft_backward(const NftArguments& arguments);            \
-  void sample_transition(const SampleArguments& arguments);    \
+#define STAR_DECLARE_KERNELS(isa)                                          \
+  namespace isa {                                                          \
+  int64_t statistics_scratch_floats(const StatisticsArguments& arguments); \
+  void attention_rows(const StatisticsArguments& arguments);               \
+  void attention_columns(const StatisticsArguments& arguments);            \
+  int64_t maps_scratch_floats(const MapsArguments& arguments);             \
+  void attention_maps(const MapsArguments& arguments);                     \
+  void allocate(const AllocateArguments& arguments);                       \
+  void policy_forward(const PolicyArguments& arguments);                   \
+  void policy_backward(const PolicyArguments& arguments);                  \
+  void nft_forward(const NftArguments& arguments);                         \
+  void nft_backward(const NftArguments& arguments);                        \
+  void sample_transition(const SampleArguments& arguments);                \
   }
 
 STAR_DECLARE_KERNELS(baseline)

@@ -94,6 +94,25 @@ def check_key_mask(key_mask: Tensor | None, query: Tensor, length: int) -> None:
         raise ValueError(f"key_mask must be on the device of query, {query.device}, got {key_mask.device}")
 
 
+def check_attn_mask(attn_mask: Tensor | None, query: Tensor, length: int) -> None:
+    if attn_mask is None:
+        return
+    if not isinstance(attn_mask, Tensor) or attn_mask.dtype != torch.bool:
+        got = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
+        raise TypeError(f"attn_mask must be a bool tensor, true for the pairs that take part, got {got}")
+    check_dense("attn_mask", attn_mask)
+    full = (*query.shape[:3], length)
+    if attn_mask.ndim != 4 or not all(
+        [n == m or (n == 1 and d < 3) for d, (n, m) in enumerate(zip(attn_mask.shape, full, strict=True))]
+    ):
+        raise ValueError(
+            f"attn_mask must have shape [B or 1, H or 1, Sq or 1, Sk], of [B, H, Sq, Sk] = {list(full)}, "
+            f"got {list(attn_mask.shape)}"
+        )
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask must be on the device of query, {query.device}, got {attn_mask.device}")
+
+
 def check_lse(lse: Tensor, query: Tensor) -> None:
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     if not isinstance(lse, Tensor) or lse.dtype != wide:
@@ -104,6 +123,17 @@ def check_lse(lse: Tensor, query: Tensor) -> None:
         raise ValueError(f"lse must have shape [B, H, Sq] = {list(query.shape[:3])}, got {list(lse.shape)}")
     if lse.device != query.device:
         raise ValueError(f"lse must be on the device of query, {query.device}, got {lse.device}")
+
+
+def check_statistics(names: Sequence[str], known: Sequence[str], text_to_image: bool) -> None:
+    accepted = f"statistics must be a sequence of {', '.join(known)}"
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"{accepted}, got {names!r}")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{accepted}, got {name!r}")
+    if names and text_to_image:
+        raise ValueError(f"statistics require direction='image_to_text', got 'text_to_image' and {list(names)}")
 
 
 def resolve_rows(rows: slice | tuple[int, int] | None, length: int) -> tuple[int, int]:
@@ -152,6 +182,7 @@ def check_operator(query: Tensor, key: Tensor, value: Tensor, arguments: MapArgu
             f"got {list(index.shape)} on {index.device}"
         )
     check_key_mask(arguments.key_mask, query, key.shape[2])
+    check_attn_mask(arguments.attn_mask, query, key.shape[2])
     resolve_rows((arguments.start, arguments.n_rows), (key if arguments.text_to_image else query).shape[2])
 
 

@@ -114,12 +114,12 @@ def _on_cuda(
     if backend == "naive":
         return None
     if not differentiated:
-        return ops.attention(query, key, value, *arguments[:-1], backend)
+        return ops.attention(query, key, value, *arguments.of_attention, backend)
     if detach_maps:
         plan = dispatch.plan_of_call(backend, query, key, arguments.key_mask)
         if plan.forward == plan.backward and plan.forward in vendor.KERNELS:
             out, lse = vendor.cuda_forward(plan.forward, query, key, value, arguments.scale)
             lse = lse.detach().contiguous()
             return out, ops.maps_of(query.detach(), key.detach(), lse, arguments), lse
-    out, maps, lse = ops.ATTENTION.differentiable(query, key, value, *arguments[:-1], backend)
+    out, maps, lse = ops.ATTENTION.differentiable(query, key, value, *arguments.of_attention, backend)
     return (out, maps.detach(), lse.detach()) if detach_maps else (out, maps, lse)

@@ -35,6 +35,7 @@ from star_kernels.torch_internals import constant_in_graph
 
 BACKENDS = ("auto", "naive", "triton", "vendor", *vendor.KERNELS)
 TRITON_HEAD_DIM = 128
+STATISTICS_HEAD_DIM = 256  # of the Triton kernels for statistics
 NATIVE_HEAD_DIM = 1024  # kMaxHeadDim of csrc/cpu/kernels.h
 TRITON = Plan("triton", "triton")
 EXPLICIT = {kernel: Plan(kernel, kernel) for kernel in vendor.KERNELS}
@@ -133,6 +134,12 @@ def maps_kernel(query: Tensor) -> str:
     if query.is_cpu and query.shape[3] <= NATIVE_HEAD_DIM and native.cpu() is not None:
         return "native"
     return "naive"
+
+
+def statistics_kernel(query: Tensor) -> str:
+    """The kernel for statistics of all pairs: "triton", "native", or "naive", the reference in ranges of rows."""
+    kernel = maps_kernel(query)
+    return "naive" if kernel == "triton" and query.shape[3] > STATISTICS_HEAD_DIM else kernel
 
 
 def plan_of_call(backend: str, query: Tensor, key: Tensor, key_mask: Tensor | None) -> Plan:

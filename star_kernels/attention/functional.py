@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from operator import index as index_of
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,13 +13,16 @@ from star_kernels.attention import direct, dispatch, naive, ops
 from star_kernels.attention.arguments import MapArguments
 from star_kernels.attention.checks import (
     autocasted,
+    check_attn_mask,
     check_key_mask,
     check_lse,
     check_qkv,
     check_selection,
+    check_statistics,
     resolve_rows,
     resolve_scale,
 )
+from star_kernels.attention.summaries import STATISTICS, AttentionStatistics, maps_and_statistics
 from star_kernels.checks import check_flag
 from star_kernels.operators import constant, constants
 from star_kernels.selection import TokenSelection
@@ -128,31 +132,44 @@ def attention(
 def attention_maps(
     query: Tensor,
     key: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     selection: TokenSelection,
     *,
     direction: str = "image_to_text",
     rows: slice | tuple[int, int] | None = None,
     key_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     scale: float | None = None,
     layout: str = "bhsd",
     reduce_heads: bool = True,
     backend: str = "auto",
-) -> Tensor:
+    statistics: Sequence[str] = (),
+) -> Tensor | AttentionStatistics:
     """The maps of :func:`attention`, computed from the log-sum-exp of any attention: P = exp(scale * q k - lse).
 
     Args:
         query, key, key_mask, scale, layout, reduce_heads: the arguments of the attention that returned ``lse``.
-        lse: natural log-sum-exp of the scaled scores over all keys, float32 ``[B, H, Sq]``.
+        lse: natural log-sum-exp of the scaled scores over all keys, float32 ``[B, H, Sq]``. For a row without any key it
+            is -inf, and the maps are 0. None: computed here, in a pass over all keys for the rows (with
+            "text_to_image", for the selected tokens). That takes about half the time of attention to these keys, and
+            its gradient computes matrix products over ranges of rows.
         direction: "image_to_text": selected tokens are keys and rows are queries, as in :func:`attention`;
             "text_to_image": selected tokens are queries and rows are keys, so a map shows which positions those tokens
             attend to.
+        attn_mask: bool ``[B, H, Sq, Sk]``, any of the first three 1, true for the pairs that take part, as for
+            ``F.scaled_dot_product_attention``; any strides. ``lse`` must be that of the masked scores. With ``key_mask``
+            too, a pair takes part if both are true.
         rows: the positions with a map (queries, or keys with "text_to_image"); all by default.
         backend: "auto" or "naive".
+        statistics: names of further results, with "image_to_text" only: "token_entropy" (the entropy of each row's
+            attention to the selected tokens, normalised over them), "token_sums" (the sums of the attention to each
+            selected token over the rows), "key_entropy" and "key_sums" (the same for all keys). The weights of the
+            selection do not matter to them, and a token that is selected twice counts twice. Those of tokens take as
+            long as maps; those of keys take a pass over all pairs of a row and a key.
 
     Returns:
         float32 ``[B, G, R]``, or ``[B, G, H, R]`` without ``reduce_heads``; differentiable with respect to query, key
-        and lse.
+        and lse. With ``statistics``, an :class:`AttentionStatistics`, differentiable too.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, dtype, device or range; the message names it.
@@ -167,17 +184,25 @@ def attention_maps(
     text_to_image = direction == "text_to_image"
     gathered, dense = (query, key) if text_to_image else (key, query)
     check_selection(selection, query, length=gathered.shape[2])
-    check_lse(lse, query)
+    if lse is not None:
+        check_lse(lse, query)
     check_key_mask(key_mask, query, key.shape[2])
+    check_attn_mask(attn_mask, query, key.shape[2])
     start, n_rows = resolve_rows(rows, dense.shape[2])
     scale = resolve_scale(scale, query.shape[3])
     check_flag("reduce_heads", reduce_heads)
     if backend not in ("auto", "naive"):
         raise ValueError(f"backend must be auto or naive, got {backend!r}")
     flat = selection.index, constant(selection.weight), key_mask, start, n_rows, scale, reduce_heads, text_to_image
-    if backend == "naive" or query.dtype == torch.float64:
-        return naive.attention_maps(query, key, lse, MapArguments(*flat))
-    maps: Tensor = ops.ATTENTION_MAPS(query, key, lse, *flat)
+    check_statistics(statistics, STATISTICS, text_to_image)
+    reference = backend == "naive" or query.dtype == torch.float64
+    if lse is None or statistics:
+        arguments = MapArguments(*flat, attn_mask)
+        found = maps_and_statistics(query, key, lse, arguments, statistics, reference)
+        return found if statistics else found.maps
+    if reference:
+        return naive.attention_maps(query, key, lse, MapArguments(*flat, attn_mask))
+    maps: Tensor = ops.ATTENTION_MAPS(query, key, lse, attn_mask, *flat)
     return maps
 
 

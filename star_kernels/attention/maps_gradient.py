@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from star_kernels.attention.arguments import MapArguments
+from star_kernels.attention.masks import selected_pairs
 from star_kernels.selection import EMPTY
 
 
@@ -52,11 +53,14 @@ def compute(
         normaliser = lse.gather(2, positions[..., 0])[:, :, None]  # [B, H, 1, T]
     else:
         normaliser = lse[:, :, start : start + n_rows, None]  # [B, H, R, 1]
+    normaliser = normaliser.masked_fill(normaliser == float("-inf"), float("inf"))  # no key: probabilities of 0
 
     ignored = (index == EMPTY)[:, None, None]  # [B, 1, 1, T]
     if key_mask is not None:
         by_row = key_mask[:, None, start : start + n_rows, None] if text_to_image else None
         ignored = ignored | ~(by_row if by_row is not None else key_mask.gather(1, of_tokens)[:, None, None])
+    if arguments.attn_mask is not None:
+        ignored = ignored | ~selected_pairs(arguments.attn_mask, arguments)
     exponent = torch.matmul(dense, scaled.mT).sub_(normaliser).masked_fill_(ignored, float("-inf"))  # [B, H, R, T]
     if arguments.reduce_heads:
         upstream = torch.matmul(grad_maps.mT, weight / heads)[:, None]  # [B, 1, R, T]

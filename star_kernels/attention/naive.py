@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from star_kernels.attention.arguments import MapArguments
+from star_kernels.attention.masks import selected_pairs
 from star_kernels.selection import EMPTY
 
 
@@ -42,7 +43,7 @@ def attention_maps(
     lse: Tensor,  # [B, H, Sq]
     arguments: MapArguments,
 ) -> Tensor:
-    """The maps from the log-sum-exp of an attention: P = exp(scale * q k - lse)."""
+    """The maps from the log-sum-exp of an attention: P = exp(scale * q k - lse), and 0 where lse is -inf."""
     start, n_rows, key_mask = arguments.start, arguments.n_rows, arguments.key_mask
     dense, gathered = (key, query) if arguments.text_to_image else (query, key)
     dense = _wide(dense[:, :, start : start + n_rows])  # [B, H, R, D]
@@ -54,10 +55,34 @@ def attention_maps(
     else:
         normaliser = lse[:, :, start : start + n_rows, None]  # [B, H, R, 1]
         attends = None if key_mask is None else key_mask.gather(1, _positions(arguments.index))[:, None, None]
-    exponent = scores - normaliser  # [B, H, R, T]
+    if arguments.attn_mask is not None:
+        pairs = selected_pairs(arguments.attn_mask, arguments)
+        attends = pairs if attends is None else attends & pairs
+    exponent = scores - normaliser.masked_fill(normaliser == float("-inf"), float("inf"))  # [B, H, R, T]
     if attends is not None:  # before the exponential: a masked score may exceed the log-sum-exp, and exp would overflow
         exponent = exponent.masked_fill(~attends, float("-inf"))
     return _aggregate(torch.exp(exponent), arguments)
+
+
+def rows(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and entropy [B, H, R] of the rows of query: of a row without any key they are -inf and 0.
+
+    The mask is bool [B or 1, H or 1, R or 1, Sk], true for the pairs that take part.
+    """
+    scores = torch.matmul(_wide(query), _wide(key).transpose(-1, -2)) * scale  # [B, H, R, Sk]
+    lse = torch.logsumexp(scores if mask is None else scores.masked_fill(~mask, float("-inf")), dim=-1)
+    log = scores - lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]
+    if mask is None:
+        return lse, -(log.exp() * log).sum(dim=-1)
+    probability = log.masked_fill(~mask, float("-inf")).exp()
+    return lse, -(probability * log.masked_fill(~mask, 0.0)).sum(dim=-1)
+
+
+def columns(query: Tensor, key: Tensor, lse: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Sums [B, H, Sk] of the probabilities of each key over the rows of query, whose log-sum-exp is given."""
+    scores = torch.matmul(_wide(query), _wide(key).transpose(-1, -2)) * scale
+    log = scores - lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]
+    return (log if mask is None else log.masked_fill(~mask, float("-inf"))).exp().sum(dim=2)
 
 
 def _aggregate(selected: Tensor, arguments: MapArguments) -> Tensor:

@@ -15,6 +15,7 @@ from star_kernels.attention import dispatch, maps_gradient, naive, vendor
 from star_kernels.attention.arguments import SCHEMA, MapArguments
 from star_kernels.attention.checks import check_like, check_lse, check_operator
 from star_kernels.attention.layouts import aligned, for_pytorch, gradient_like, laid_out, unit_strides
+from star_kernels.attention.masks import expanded
 from star_kernels.operators import Operator
 
 
@@ -102,19 +103,19 @@ def attention_backward_fake(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def attention_maps(query: Tensor, key: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+def attention_maps(query: Tensor, key: Tensor, lse: Tensor, attn_mask: Tensor | None, *rest: Any) -> Tensor:
     query, key = unit_strides(query, key)
-    return maps_of(query, key, lse, MapArguments(*rest))
+    return maps_of(query, key, lse, MapArguments(*rest, attn_mask))
 
 
-def attention_maps_fake(query: Tensor, key: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+def attention_maps_fake(query: Tensor, key: Tensor, lse: Tensor, attn_mask: Tensor | None, *rest: Any) -> Tensor:
     return _empty_maps(query, MapArguments(*rest))
 
 
 def attention_maps_backward(
-    grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, *rest: Any
+    grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, attn_mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sparse = maps_gradient.compute(grad_maps, query, key, lse, MapArguments(*rest))
+    sparse = maps_gradient.compute(grad_maps, query, key, lse, MapArguments(*rest, attn_mask))
     grad_query = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     grad_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
     sparse.add_to(grad_query, grad_key)
@@ -136,15 +137,17 @@ def maps_of(query: Tensor, key: Tensor, lse: Tensor, arguments: MapArguments) ->
         from star_kernels.attention import triton_maps
 
         return triton_maps.attention_maps(query, key, lse, arguments)
-    index, weight, key_mask, start, _, scale, reduce_heads, text_to_image = arguments
+    index, weight, key_mask, start, _, scale, reduce_heads, text_to_image, attn_mask = arguments
     maps = _empty_maps(query, arguments)
     if key_mask is not None:
         key_mask = key_mask.contiguous()
     index, weight = index.contiguous(), weight.contiguous()
     library: Any = native.cpu()
-    library.attention_maps(
-        query, key, lse, index, weight, key_mask, start, scale, text_to_image, reduce_heads, native.threads(), maps
-    )
+    given = (index, weight, key_mask, start, scale, text_to_image, reduce_heads, native.threads(), maps)
+    if attn_mask is None:
+        library.attention_maps(query, key, lse, *given)
+    else:
+        library.masked_attention_maps(query, key, lse, expanded(attn_mask, query, key.shape[2]), *given)
     return maps
 
 
@@ -168,13 +171,13 @@ def _differentiate_attention(
 
 
 def _save_maps(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, lse, index, weight, key_mask, *ctx.options = inputs
-    ctx.save_for_backward(query, key, lse, index, weight, key_mask)
+    query, key, lse, attn_mask, index, weight, key_mask, *ctx.options = inputs
+    ctx.save_for_backward(query, key, lse, attn_mask, index, weight, key_mask)
 
 
 def _differentiate_maps(ctx: Any, grad_maps: Tensor) -> tuple[Tensor | None, ...]:
     grads = ATTENTION_MAPS_BACKWARD(grad_maps, *ctx.saved_tensors, *ctx.options)
-    return (*grads, *(None,) * 8)
+    return (*grads, *(None,) * 9)
 
 
 def _check_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
@@ -201,13 +204,15 @@ def _check_attention_backward(
     check_like("grad_lse", grad_lse, lse.shape, torch.float32, query)
 
 
-def _check_maps(query: Tensor, key: Tensor, lse: Tensor, *rest: Any) -> None:
-    check_operator(query, key, key, MapArguments(*rest))
+def _check_maps(query: Tensor, key: Tensor, lse: Tensor, attn_mask: Tensor | None, *rest: Any) -> None:
+    check_operator(query, key, key, MapArguments(*rest, attn_mask))
     check_lse(lse, query)
 
 
-def _check_maps_backward(grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, *rest: Any) -> None:
-    _check_maps(query, key, lse, *rest)
+def _check_maps_backward(
+    grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, attn_mask: Tensor | None, *rest: Any
+) -> None:
+    _check_maps(query, key, lse, attn_mask, *rest)
     check_like("grad_maps", grad_maps, MapArguments(*rest).shape(query.shape[1]), torch.float32, query)
 
 
@@ -229,14 +234,14 @@ ATTENTION = Operator(
     backward=_differentiate_attention,
 )
 ATTENTION_MAPS_BACKWARD = Operator(
-    f"attention_maps_backward(Tensor grad_maps, Tensor query, Tensor key, Tensor lse, {SCHEMA}, bool text_to_image) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_lse)",
+    "attention_maps_backward(Tensor grad_maps, Tensor query, Tensor key, Tensor lse, Tensor? attn_mask, "
+    f"{SCHEMA}, bool text_to_image) -> (Tensor grad_query, Tensor grad_key, Tensor grad_lse)",
     attention_maps_backward,
     attention_maps_backward_fake,
     check=_check_maps_backward,
 )
 ATTENTION_MAPS = Operator(
-    f"attention_maps(Tensor query, Tensor key, Tensor lse, {SCHEMA}, bool text_to_image) -> Tensor",
+    f"attention_maps(Tensor query, Tensor key, Tensor lse, Tensor? attn_mask, {SCHEMA}, bool text_to_image) -> Tensor",
     attention_maps,
     attention_maps_fake,
     check=_check_maps,

@@ -342,7 +342,7 @@ def attention_backward(
     Returns:
         The gradients, in the layouts of query, key and value.
     """
-    index, weight, key_mask, start, n_rows, scale, reduce_heads, _ = arguments
+    index, weight, key_mask, start, n_rows, scale, reduce_heads = arguments.of_attention
     grad_query, grad_key, grad_value = result_like(query), result_like(key), result_like(value)
     query, key, value, out = dense_rows(query), dense_rows(key), dense_rows(value), dense_rows(out)
     grad_out = torch.zeros_like(out) if grad_out is None else dense_rows(grad_out)

@@ -173,7 +173,7 @@ def forward_kernel(
             o_r = o_m - row_start
             stride_g = tl.num_programs(1).to(tl.int64) * n_rows
             store_maps(
-                token_scores(b_q, b_gathered) if TOKENS == "keys" else b_s, m_t, b_w, b_q, b_lse[:, None], None,
+                token_scores(b_q, b_gathered) if TOKENS == "keys" else b_s, m_t, b_w, b_q, b_lse[:, None], None, None, None, 0,
                 p_k, stride_ks, None, p_index, p_weight, p_mask,
                 p_maps + (o_b * phrases * tl.num_programs(1) + o_h) * n_rows + o_r, (o_r >= 0) & (o_r < n_rows),
                 stride_g, slots, keys, phrases, scale_log2, HEAD_DIM, BLOCK_D, ONE_CHUNK, ONE_PHRASE,
@@ -207,7 +207,7 @@ def attention(
         The output in the layout of ``query``; maps, float32 ``[B, G, R]``, or ``[B, G, H, R]`` per head, or None; the
         natural log-sum-exp, float32 ``[B, H, Sq]``. For a row without any key they are 0, 0 and -inf.
     """
-    index, weight, key_mask, start, n_rows, scale, reduce_heads, _ = arguments
+    index, weight, key_mask, start, n_rows, scale, reduce_heads = arguments.of_attention
     if scale < 0:  # the kernel takes row maxima before scaling
         query, scale = -query, -scale
     scale = max(scale, 1e-30)  # 0 * -inf, of a masked score, would be NaN

@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from star_kernels.attention.arguments import MapArguments
 from star_kernels.attention.layouts import dense_rows
+from star_kernels.attention.masks import expanded
 from star_kernels.attention.triton_config import Tile, maps_config, overlaps_launches
 from star_kernels.attention.triton_tiles import (
     BLOCK_T,
@@ -34,6 +35,7 @@ from star_kernels.attention.triton_tiles import (
 
 UNROLL = tl.constexpr(8)  # heads whose maps mean_kernel loads at once
 MEAN_ROWS = 128  # rows of a program of mean_kernel
+PAIR_STRIDES = ["stride_pb", "stride_ph", "stride_pr", "stride_pt"]  # of the mask by query: [.., rows, tokens]
 MOST_TILES = 8  # of rows in a program of maps_kernel, so that the programs of a large call end at about the same time
 
 
@@ -73,6 +75,19 @@ def _store_phrase(b_p, b_w, m_keys, p_map, m_r, t0, ONE_CHUNK: tl.constexpr):
 
 
 @triton.jit
+def base_2(b_lse):
+    """The log-sum-exp in base 2. That of a row without any key is -inf, and becomes inf: its probabilities are 0."""
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+
+
+@triton.jit
+def _masked_pairs(b_p, p_pairs, stride_pairs, b_index, m_r):
+    """Probabilities of a chunk, zero for the pairs that the mask by query excludes."""
+    p_tile = p_pairs[:, None] + b_index[None, :] * stride_pairs
+    return tl.where(tl.load(p_tile, mask=m_r[:, None], other=0) != 0, b_p, 0.0)
+
+
+@triton.jit
 def store_maps(
     b_s,  # [BLOCK_M, BLOCK_T], this and the next two of the first chunk of tokens
     m_t,
@@ -80,6 +95,9 @@ def store_maps(
     b_dense,  # [BLOCK_M, BLOCK_D]
     b_lse,  # base 2, [BLOCK_M, 1], or [1, BLOCK_T] of the first chunk if the tokens are queries
     m_keys,  # [BLOCK_M], the key mask of the rows, if the tokens are queries
+    b_index,  # [BLOCK_T], positions of the first chunk, if there is a mask by query
+    p_pairs,  # [BLOCK_M], the mask by query of the rows and of token 0
+    stride_pairs,  # from one token to the next
     p_gathered,  # of this sample and head
     stride_gathered,
     p_token_lse,  # of this sample and head, if the tokens are queries
@@ -101,24 +119,29 @@ def store_maps(
     """Writes the maps of a tile of rows and one head."""
     if b_s is not None:
         b_p = token_probabilities(b_s, b_lse, m_t, scale_log2)
+        if p_pairs is not None:
+            b_p = _masked_pairs(b_p, p_pairs, stride_pairs, b_index, m_r)
         _store_chunk(b_p, b_w, m_keys, p_weight, p_map, m_r, stride_g, 0, slots, phrases, ONE_CHUNK, ONE_PHRASE)
     if b_s is None or not ONE_CHUNK:
         for t0 in tl.range(0 if b_s is None else BLOCK_T, slots, BLOCK_T, num_stages=1):
-            b_index, m_more, b_gathered = load_tokens(
+            b_more, m_more, b_gathered = load_tokens(
                 p_gathered, stride_gathered, p_index, p_mask, t0, slots, length, HEAD_DIM, BLOCK_D
             )  # fmt: skip
             if p_token_lse is not None:
-                b_lse = tl.load(p_token_lse + b_index, mask=m_more, other=0.0)[None, :] * LOG2E
+                b_lse = base_2(tl.load(p_token_lse + b_more, mask=m_more, other=0.0))[None, :]
             if not ONE_CHUNK:
                 tl.debug_barrier()  # other threads of the block may have stored what this one adds to
             b_p = token_probabilities(token_scores(b_dense, b_gathered), b_lse, m_more, scale_log2)
+            if p_pairs is not None:
+                b_p = _masked_pairs(b_p, p_pairs, stride_pairs, b_more, m_r)
             _store_chunk(b_p, None, m_keys, p_weight, p_map, m_r, stride_g, t0, slots, phrases, ONE_CHUNK, ONE_PHRASE)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "tiles"])
+@triton.jit(do_not_specialize=[*SIZES, "tiles", *PAIR_STRIDES])
 def maps_kernel(
-    p_dense, p_gathered, p_lse, p_index, p_weight, p_mask, p_maps,
+    p_dense, p_gathered, p_lse, p_index, p_weight, p_mask, p_pairs, p_maps,
     stride_db, stride_dh, stride_ds, stride_gb, stride_gh, stride_gs,
+    stride_pb, stride_ph, stride_pr, stride_pt,
     queries, keys, row_start, n_rows, slots, phrases, tiles, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TOKEN_LSE: tl.constexpr,
     ONE_CHUNK: tl.constexpr, ONE_PHRASE: tl.constexpr, OVERLAP: tl.constexpr, FOLLOWED: tl.constexpr,
@@ -139,6 +162,8 @@ def maps_kernel(
     length = queries if TOKEN_LSE else keys
     if p_mask is not None:
         p_mask += o_b * keys
+    if p_pairs is not None:
+        p_pairs += o_b * stride_pb + o_h * stride_ph
     p_token_lse = p_lse if TOKEN_LSE else None
     p_token_mask = None if TOKEN_LSE else p_mask
     b_index, m_t, b_gathered = load_tokens(
@@ -152,7 +177,7 @@ def maps_kernel(
     own_tiles = tl.minimum(tiles, tl.cdiv(n_rows, BLOCK_M) - first)
     o_m = first * BLOCK_M + tl.arange(0, BLOCK_M)
     if TOKEN_LSE:
-        b_lse = tl.load(p_lse + b_index, mask=m_t, other=0.0)[None, :] * LOG2E
+        b_lse = base_2(tl.load(p_lse + b_index, mask=m_t, other=0.0))[None, :]
     else:
         p_lse += row_start
         b_next = tl.load(p_lse + o_m, mask=o_m < n_rows, other=0.0)
@@ -166,10 +191,13 @@ def maps_kernel(
             if p_mask is not None:
                 m_keys = tl.load(p_mask + o_row, mask=m_m, other=0) != 0
         else:
-            b_lse_tile = b_next[:, None] * LOG2E
+            b_lse_tile = base_2(b_next)[:, None]
             b_next = tl.load(p_lse + o_m + BLOCK_M, mask=o_m + BLOCK_M < n_rows, other=0.0)
+        p_pairs_tile = None
+        if p_pairs is not None:
+            p_pairs_tile = p_pairs + o_row * stride_pr
         store_maps(
-            token_scores(b_dense, b_gathered), m_t, b_w, b_dense, b_lse_tile, m_keys,
+            token_scores(b_dense, b_gathered), m_t, b_w, b_dense, b_lse_tile, m_keys, b_index, p_pairs_tile, stride_pt,
             p_gathered, stride_gs, p_token_lse, p_index, p_weight, p_token_mask, p_maps + o_m, m_m, stride_g,
             slots, length, phrases, scale_log2, HEAD_DIM, BLOCK_D, ONE_CHUNK, ONE_PHRASE,
         )  # fmt: skip
@@ -214,13 +242,17 @@ def attention_maps(
     Returns:
         float32 ``[B, G, R]``, or ``[B, G, H, R]`` per head.
     """
-    index, weight, key_mask, start, n_rows, scale, reduce_heads, text_to_image = arguments
+    index, weight, key_mask, start, n_rows, scale, reduce_heads, text_to_image, attn_mask = arguments
     query, key = dense_rows(query), dense_rows(key)
     dense, gathered = (key, query) if text_to_image else (query, key)
     batch, heads, queries, head_dim = query.shape
     _, phrases, slots = weight.shape
     one_chunk, one_phrase = slots <= BLOCK_T.value, phrases == 1
-    config = config or maps_config(head_dim, query.dtype, one_chunk and one_phrase and key_mask is None)
+    config = config or maps_config(head_dim, query.dtype, one_chunk and one_phrase and key_mask is attn_mask is None)
+    pairs, strides = None, (0, 0, 0, 0)
+    if attn_mask is not None:
+        pairs = expanded(attn_mask, query, key.shape[2]).view(torch.uint8)
+        strides = (pairs.mT if text_to_image else pairs).stride()
     overlap = overlaps_launches(query.device) if overlap is None else overlap
     followed = overlap and reduce_heads and heads > 1
     tiles = triton.cdiv(n_rows, config.block_m)
@@ -228,8 +260,8 @@ def attention_maps(
     with torch.cuda.device_of(query):
         maps = empty_maps(query, arguments)
         maps_kernel[triton.cdiv(tiles, of_program), heads, batch](
-            dense, gathered, lse.contiguous(), index.contiguous(), weight.contiguous(), mask_bytes(key_mask), maps,
-            *dense.stride()[:3], *gathered.stride()[:3],
+            dense, gathered, lse.contiguous(), index.contiguous(), weight.contiguous(), mask_bytes(key_mask), pairs, maps,
+            *dense.stride()[:3], *gathered.stride()[:3], *strides,
             queries, key.shape[2], start, n_rows, slots, phrases, of_program, scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, TOKEN_LSE=text_to_image,
             ONE_CHUNK=one_chunk, ONE_PHRASE=one_phrase, OVERLAP=overlap, FOLLOWED=followed,

@@ -132,7 +132,7 @@ def test_the_reference_rejects_an_index_past_the_sequence_with_the_same_error(dt
 
 
 def test_an_operator_rejects_rows_outside_the_sequence() -> None:
-    arguments = (Q, K, LSE, SELECTION.index, SELECTION.weight, None)
+    arguments = (Q, K, LSE, None, SELECTION.index, SELECTION.weight, None)
     for start, n_rows in ((5, 3), (-1, 3)):
         with pytest.raises((ValueError, RuntimeError), match=r"rows|size|range"):
             torch.ops.star_kernels.attention_maps(*arguments, start, n_rows, 0.3, True, False)

@@ -31,6 +31,10 @@ CASES = {
     "rows_slice": ((2, 3, 63, 70, 16), slice(-31, None), "some", "bhsd", True, None),
     "mask": ((2, 3, 63, 70, 16), None, "some", "bhsd", True, None),
     "mask_all": ((2, 3, 63, 70, 16), None, "all", "bhsd", False, None),
+    "pairs": ((2, 3, 63, 70, 16), (7, 50), "pairs", "bhsd", True, None),
+    "pairs_per_head": ((2, 3, 45, 61, 16), slice(None, 33), "pairs heads", "bshd", False, None),
+    "pairs_of_queries": ((2, 3, 63, 70, 16), None, "pairs some", "bhsd", True, -0.2),
+    "pairs_of_keys": ((2, 3, 63, 70, 16), (3, 9), "pairs heads row", "bhsd", True, None),
     "scale": ((2, 3, 63, 70, 16), None, "", "bhsd", True, 0.7),
     "scale_negative": ((2, 3, 63, 70, 16), None, "some", "bhsd", True, -0.2),
 }
@@ -44,8 +48,14 @@ class Inputs:
         (batch, heads, queries, keys, width), rows, masked, layout, reduce_heads, scale = case
         generator = torch.Generator().manual_seed(0)
         query, key = (torch.randn(batch, heads, n, width, generator=generator).to(dtype) for n in (queries, keys))
-        mask = None
-        if masked:
+        mask = pairs = None
+        if "pairs" in masked:  # a row without any key, unless all rows have the same
+            size = (batch, heads if "heads" in masked else 1, 1 if "row" in masked else queries, keys)
+            pairs = torch.rand(size, generator=generator) < 0.6
+            pairs[:, :, 0, 0] = True
+            if "row" not in masked:
+                pairs[0, :, min(9, queries - 1)] = False
+        if masked.replace("pairs", "").replace("heads", "").replace("row", "").strip():
             mask = torch.rand(batch, keys, generator=generator) < 0.7
             mask[:, 0] = True
             if masked == "all":
@@ -55,6 +65,8 @@ class Inputs:
         )
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+        if pairs is not None:
+            scores = scores.masked_fill(~pairs, -torch.inf)
         self.lse = torch.logsumexp(scores, dim=-1)
         gathered = queries if direction == "text_to_image" else keys
         index = torch.randint(-1, gathered, (batch, slots), generator=generator, dtype=torch.int32)
@@ -72,6 +84,7 @@ class Inputs:
         self.options = {
             "rows": rows,
             "key_mask": None if mask is None else mask.to(device),
+            "attn_mask": None if pairs is None else pairs.to(device),
             "layout": layout,
             "reduce_heads": reduce_heads,
             "scale": scale,
@@ -90,6 +103,8 @@ class Inputs:
         exponent = torch.matmul(query, key.transpose(-1, -2)) * scale - lse[..., None].clamp(min=-1e4)
         if options["key_mask"] is not None:
             exponent = exponent.masked_fill(~options["key_mask"][:, None, None], -torch.inf)
+        if options["attn_mask"] is not None:
+            exponent = exponent.masked_fill(~options["attn_mask"], -torch.inf)
         probability = exponent.exp()
         if options["direction"] == "text_to_image":
             probability = probability.transpose(-1, -2)  # rows are keys, columns the selected queries
@@ -138,7 +153,7 @@ def test_any_number_of_tokens_and_phrases(
 def test_maps_from_the_lse_are_those_of_attention(wide: str, maps_backend: tuple[str, str]) -> None:
     backend, device = maps_backend
     inputs = Inputs(CASES["bshd" if wide == "bshd" else "mask"], torch.float32, device, "image_to_text")
-    options = {k: v for k, v in inputs.options.items() if k != "direction"}
+    options = {k: v for k, v in inputs.options.items() if k not in ("direction", "attn_mask")}
     query, key, _ = inputs.tensors
     result = attention(query, key, key, inputs.selection, return_lse=True, **options)
     again = attention_maps(query, key, result.lse, inputs.selection, backend=backend, **options)
@@ -157,7 +172,8 @@ def test_text_to_image_rows_of_a_query_sum_to_one(maps_backend: tuple[str, str])
     ("name", "dtype"),
     mostly_exhaustive(
         itertools.product(
-            ["plain", "tiny", "head_dim_128", "bshd_per_head", "rows_slice", "mask_all", "scale"], DTYPES
+            ["plain", "tiny", "head_dim_128", "bshd_per_head", "rows_slice", "mask_all", "scale", "pairs_per_head"],
+            DTYPES,
         ),
         lambda name, dtype: (dtype == torch.float32 and name != "head_dim_128") or name == "plain",
     ),
@@ -191,7 +207,7 @@ def test_gradients_are_as_exact_as_pytorch(
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("reduce_heads", [True, False])
-@pytest.mark.parametrize("masked", ["", "some", "all"])
+@pytest.mark.parametrize("masked", ["", "some", "all", "pairs"])
 def test_gradcheck_of_the_reference(masked: str, reduce_heads: bool, direction: str) -> None:
     inputs = Inputs(((2, 2, 4, 5, 3), slice(1, 4), masked, "bhsd", reduce_heads, None), torch.float64, "cpu", direction)
     query, key, _ = inputs.tensors
@@ -203,7 +219,7 @@ def test_gradcheck_of_the_reference(masked: str, reduce_heads: bool, direction: 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_strides_of_query_key_and_lse_do_not_matter(direction: str, maps_backend: tuple[str, str]) -> None:
     backend, device = maps_backend
-    inputs = Inputs(CASES["mask"], torch.float32, device, direction)
+    inputs = Inputs(CASES["pairs_of_queries"], torch.float32, device, direction)
     expected = inputs.run(backend)
     views = {
         "transposed": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
@@ -216,15 +232,46 @@ def test_strides_of_query_key_and_lse_do_not_matter(direction: str, maps_backend
     for name, view in views.items():
         maps = inputs.run(backend, tuple(view(t) for t in inputs.tensors))
         torch.testing.assert_close(maps, expected, rtol=1e-6, atol=1e-7, msg=name)
+    mask = inputs.options["attn_mask"]
+    for other in (mask.mT.contiguous().mT, mask.expand(-1, 3, -1, -1), torch.stack([mask, ~mask], -1)[..., 0]):
+        inputs.options["attn_mask"] = other
+        torch.testing.assert_close(inputs.run(backend), expected, rtol=1e-6, atol=1e-7, msg=str(other.stride()))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("masked", ["", "some"])
+def test_a_row_whose_log_sum_exp_is_minus_infinity_has_maps_of_zero(
+    direction: str, maps_backend: tuple[str, str], poisoned: None
+) -> None:
+    """Also without the mask, and with weights of zero: neither infinity nor NaN, forward or backward."""
+    backend, device = maps_backend
+    inputs = Inputs(CASES["plain"], torch.float32, device, direction)
+    query, key, lse = (t.clone().requires_grad_() for t in inputs.tensors)
+    with torch.no_grad():
+        lse[1] = -torch.inf
+    maps = inputs.run(backend, (query, key, lse))
+    assert not maps[1].any()
+    assert maps[0].any()
+    for gradient in torch.autograd.grad(maps.square().sum(), (query, key, lse)):
+        assert gradient.isfinite().all()
+        assert not gradient[1].any()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("masked", ["", "some", "pairs"])
 @pytest.mark.parametrize("reduce_heads", [True, False])
 def test_operators_pass_opcheck(reduce_heads: bool, masked: str, direction: str) -> None:
     inputs = Inputs(((2, 2, 9, 11, 8), None, masked, "bhsd", reduce_heads, None), torch.float32, "cpu", direction)
     query, key, lse = (t.clone().requires_grad_() for t in inputs.tensors)
-    rest = (inputs.selection.index, inputs.selection.weight, inputs.options["key_mask"], 1, 6, 0.3, reduce_heads)
+    rest = (
+        inputs.options["attn_mask"],
+        inputs.selection.index,
+        inputs.selection.weight,
+        inputs.options["key_mask"],
+        1,
+        6,
+        0.3,
+        reduce_heads,
+    )
     rest = (*rest, direction == "text_to_image")
     torch.library.opcheck(torch.ops.star_kernels.attention_maps.default, (query, key, lse, *rest))
     with torch.no_grad():
@@ -240,7 +287,7 @@ def test_operators_pass_opcheck(reduce_heads: bool, masked: str, direction: str)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_compiles_to_one_graph_forward_and_backward(direction: str, maps_backend: tuple[str, str]) -> None:
     backend, device = maps_backend
-    inputs = Inputs(CASES["mask"], torch.float32, device, direction)
+    inputs = Inputs(CASES["pairs_of_queries"], torch.float32, device, direction)
 
     def loss(*tensors: Tensor) -> Tensor:
         return inputs.run(backend, tensors).square().sum()
@@ -279,7 +326,7 @@ def test_without_the_compiled_library_results_agree_and_there_is_one_warning(
     inputs = Inputs(CASES["mask"], torch.float32, "cpu", "image_to_text")
     inputs.selection = TokenSelection.from_positions([[[1, 2], [60]], [[3], []]])
     query, key, _ = inputs.tensors
-    options = {k: v for k, v in inputs.options.items() if k != "direction"}
+    options = {k: v for k, v in inputs.options.items() if k not in ("direction", "attn_mask")}
 
     def results() -> list[Tensor]:
         leaves = [query.clone().requires_grad_(), key.clone().requires_grad_()]

@@ -136,6 +136,36 @@ def test_maps_from_a_log_sum_exp_match_the_reference(
     torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=1e-5)
 
 
+PAIRS = {  # shape of the mask by query
+    "plain": (1, 1, 63, 63),
+    "six_phrases_of_forty": (1, 2, 63, 63),
+    "rows": (2, 1, 1, 40),
+    "mask_all": (2, 2, 40, 64),
+}
+
+
+@inner
+@pytest.mark.parametrize("text_to_image", [False, True], ids=["image_to_text", "text_to_image"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_maps_with_a_mask_by_query_match_the_reference(name: str, text_to_image: bool, poisoned: None) -> None:
+    inputs = make(CASES[name], torch.float32)
+    query, key, _ = inputs.tensors
+    mask = torch.rand(PAIRS[name]) < 0.6
+    mask[0, :, 0] = False
+    if text_to_image:
+        query, key, mask = key, query, mask.expand(-1, -1, query.shape[2], -1).mT
+        inputs.key_mask = None
+    lse = exact_lse(replace(inputs, tensors=(query, key, key)), mask)
+    arguments = inputs.arguments._replace(text_to_image=text_to_image, attn_mask=mask)
+    expected = naive.attention_maps(query.double(), key.double(), lse, arguments)
+    got = triton_maps.attention_maps(query, key, lse.float(), arguments, config=TILE)
+    torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=1e-5)
+    lse[0, 0] = -torch.inf
+    got = triton_maps.attention_maps(query, key, lse.float(), arguments._replace(attn_mask=None), config=TILE)
+    expected = naive.attention_maps(query.double(), key.double(), lse, arguments._replace(attn_mask=None))
+    torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=1e-5)
+
+
 @inner
 @pytest.mark.parametrize("change", mostly_exhaustive([bshd, packed, strided, misaligned], [strided]))
 def test_any_strides_give_the_same_results(change: Callable, poisoned: None) -> None:

@@ -118,10 +118,12 @@ def autograd(
     return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True))
 
 
-def exact_lse(inputs: Inputs) -> Tensor:
+def exact_lse(inputs: Inputs, attn_mask: Tensor | None = None) -> Tensor:
     scores = torch.matmul(inputs.tensors[0].double(), inputs.tensors[1].double().transpose(-1, -2)) * inputs.case.scale
     if inputs.key_mask is not None:
         scores = scores.masked_fill(~inputs.key_mask[:, None, None], -torch.inf)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
     return torch.logsumexp(scores, dim=-1)
 
 
