@@ -54,9 +54,10 @@ def attach_maps(
 
     The attention of the chosen blocks is computed by :func:`star_kernels.attention`, whose outputs and gradients are
     those of exact attention, or by the attention backend that was chosen with diffusers' ``set_attention_backend``.
-    LoRA, quantised layers, ``fully_shard``, gradient checkpointing and ``torch.compile`` are supported. Compile the model or its blocks: in a larger compiled function the capture causes a graph break. If
-    blocks are checkpointed by other means than diffusers' gradient checkpointing, call backward before the capture is
-    removed or its selection changes. Under tensor parallelism the maps of a device are the mean over its own heads.
+    LoRA, quantised layers, ``fully_shard``, gradient checkpointing and ``torch.compile`` are supported. Compile the
+    model or its blocks: in a larger compiled function the capture causes a graph break. If blocks are checkpointed by
+    other means than diffusers' gradient checkpointing, call backward before the capture is removed or its selection
+    changes. Under tensor parallelism the maps of a device are the mean over its own heads.
 
     Args:
         transformer: a model of SD3, SD3.5, FLUX.1, FLUX.2, Qwen-Image or PixArt, a UNet of SD or SDXL, a class

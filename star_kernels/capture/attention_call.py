@@ -7,7 +7,6 @@ are computed beside it.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from star_kernels.capture.masked_maps import masked_maps
 from star_kernels.capture.passes import ForwardPass
 from star_kernels.capture.transforms import backend_for
 from star_kernels.checks import warn
+from star_kernels.torch_internals import constant_in_graph
 
 OUTPUTS = ("auto", "model", "ours")
 
@@ -206,7 +206,8 @@ def _laid_out(name: str, row: Backend, lse: Tensor, call: Call, key_mask: Tensor
     return lse
 
 
-_verified: set[str] = set()
+_verified: set[str] = set()  # backends whose log-sum-exp was compared
+_warned: set[str] = set()  # functions of which a second pass was announced
 
 
 @torch.no_grad()
@@ -234,8 +235,11 @@ def _verify(name: str, row: Backend, lse: Tensor, call: Call, key_mask: Tensor |
     _verified.add(row.name)
 
 
-@cache
+@constant_in_graph  # the warning is given while torch.compile traces
 def _warn_of_second_pass(what: str) -> None:
+    if what in _warned:
+        return
+    _warned.add(what)
     warn(
         f"{what} returns no log-sum-exp that maps can use, so each captured attention call is computed twice, the "
         "second time for its maps: output='ours' computes it once, by star_kernels.attention"

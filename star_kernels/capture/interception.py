@@ -78,7 +78,7 @@ class Interception:
     def check(self) -> None:
         """Raises if the processor made attention calls, but not the one to replace."""
         if self.seen and not self.done:
-            wanted = "" if self.call is None else f" number {self.call}, counted from zero,"
+            wanted = "" if self.call is None else f" number {self.call} (counted from zero)"
             wanted += "" if self.keys is None else f" with {self.keys} keys"
             raise ValueError(
                 f"{self.name} should make an attention call{wanted}, whose keys include the text, but it called "

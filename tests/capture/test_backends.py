@@ -71,7 +71,7 @@ class Model(nn.Module):
 def stand_ins(monkeypatch):
     kernel_stand_ins.install(monkeypatch)
     monkeypatch.setattr(attention_call, "_verified", set())
-    attention_call._warn_of_second_pass.cache_clear()
+    monkeypatch.setattr(attention_call, "_warned", set())
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_the_output_is_that_of_the_backend_and_the_maps_are_its_own(name, select
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in NAMES if BACKENDS[name].lse])
+@pytest.mark.parametrize("name", [name for name in NAMES if BACKENDS[name].lse and name != "flash_4_hub"])
 def test_a_log_sum_exp_is_used_where_there_is_one(name, selection):
     model = Model(name)
     with warnings.catch_warnings(action="error"), capture_maps(model, selection, cfg=None, **ROWS):
@@ -117,7 +117,7 @@ def test_a_log_sum_exp_is_used_where_there_is_one(name, selection):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in NAMES if not BACKENDS[name].lse])
+@pytest.mark.parametrize("name", [name for name in NAMES if not BACKENDS[name].lse or name == "flash_4_hub"])
 def test_a_second_pass_is_announced(name, selection):
     with (
         pytest.warns(UserWarning, match=rf"^{name} returns no log-sum-exp .*output='ours' computes it once"),
@@ -155,10 +155,11 @@ def test_our_attention_may_compute_the_output_of_any_backend(name, key_heads, se
 def test_the_native_backend_is_ours_unless_the_models_is_asked_for(name, selection):
     model = Model(name)
     expected = model()
-    with pytest.warns(UserWarning, match="F.scaled_dot_product_attention returns no log-sum-exp"):
-        maps = attach_maps(model, selection, cfg=None, output="model", **ROWS)
+    with (
+        pytest.warns(UserWarning, match="F.scaled_dot_product_attention returns no log-sum-exp"),
+        capture_maps(model, selection, cfg=None, output="model", **ROWS) as maps,
+    ):
         assert torch.equal(model(), expected)
-    maps.remove()
     torch.testing.assert_close(maps.value.flatten(2), map_of(model.call(), selection, ROWS["rows"]))
     with warnings.catch_warnings(action="error"):
         captured_again = captured(model, selection)
@@ -383,13 +384,12 @@ def test_the_registry_is_restored(selection):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("compiler", ["aot_eager"])
-@pytest.mark.parametrize("name", ["_native_math", "flash", "_flash_3", "sage", "flash_varlen_hub"])
-def test_a_compiled_model_has_the_same_maps(name, compiler, selection):
+@pytest.mark.parametrize("name", ["_native_math", "flash", "_flash_3"])
+def test_a_compiled_model_has_the_same_maps(name, selection):
     torch._dynamo.reset()
     model = Model(name)
     expected = model()
-    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(), expected)
     with quiet(), capture_maps(compiled, selection, cfg=None, **ROWS) as maps:
         torch.testing.assert_close(compiled(), expected)
@@ -398,14 +398,13 @@ def test_a_compiled_model_has_the_same_maps(name, compiler, selection):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["flux", "flux2", "qwen-image"])
-@pytest.mark.parametrize("name", ["_native_math", "flash", "flash_varlen_hub"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("flux", "flash"), ("flux", "_flash_3_hub"), ("flux2", "_native_math"), ("qwen-image", "flash_varlen_hub")],
+)
 def test_real_models(family, name):
     case = CASES[family]
     model, inputs = case.make()
-    if family == "qwen-image":
-        if name == "flash":
-            pytest.skip("flash has no mask")
     expected = expected_maps(model, inputs, case, case.selection)
     for module in model.modules():
         if hasattr(module, "processor"):
