@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from star_kernels.capture import cross_attention, flux, qwen_image, sd3
+from star_kernels.capture.attention_call import OUTPUTS
 from star_kernels.capture.family import (
     Family,
     Grid,
@@ -45,19 +46,23 @@ def attach_maps(
     rows: tuple[int, int] | None = None,
     grid: Grid | None = None,
     detach: bool = True,
+    output: str = "auto",
+    call: int | None = None,
+    keys: int | None = None,
 ) -> MapCapture:
     """Captures text-image attention maps of every forward pass of a diffusers model, until ``remove()``.
 
     The attention of the chosen blocks is computed by :func:`star_kernels.attention`, whose outputs and gradients are
-    those of exact attention. LoRA, quantised layers, ``fully_shard``, gradient checkpointing and ``torch.compile`` are
-    supported. Compile the model or its blocks: in a larger compiled function the capture causes a graph break. If
-    blocks are checkpointed by other means than diffusers' gradient checkpointing, call backward before the capture is
-    removed or its selection changes. Under tensor parallelism the maps of a device are the mean over its own heads.
+    those of exact attention, or by the attention backend that was chosen with diffusers' ``set_attention_backend``.
+    LoRA, quantised layers, ``fully_shard``, gradient checkpointing and ``torch.compile`` are supported. Compile the
+    model or its blocks: in a larger compiled function the capture causes a graph break. If blocks are checkpointed by
+    other means than diffusers' gradient checkpointing, call backward before the capture is removed or its selection
+    changes. Under tensor parallelism the maps of a device are the mean over its own heads.
 
     Args:
         transformer: a model of SD3, SD3.5, FLUX.1, FLUX.2, Qwen-Image or PixArt, a UNet of SD or SDXL, a class
             registered with :func:`register_family`, or, with ``rows`` and ``grid``, any model whose attention
-            processors call ``F.scaled_dot_product_attention``, directly or through diffusers' attention dispatcher.
+            processors call ``F.scaled_dot_product_attention`` or diffusers' attention dispatcher.
         selection: the tokens, on the model's device, as positions in the sequence of keys: [image, text] in SD3,
             [text, image] in FLUX and Qwen-Image, the text only in cross-attention. None captures nothing until
             :attr:`MapCapture.selection` is set.
@@ -77,6 +82,17 @@ def attach_maps(
             queries.
         detach: if False, the maps are differentiable, for losses on them. They then keep the graph of the forward pass
             alive until the next pass or ``take()``.
+        output: what computes the output of a captured attention call. "model": the function that the model calls, such
+            as the attention backend chosen with diffusers' ``set_attention_backend``, so the output is bit for bit
+            that without a capture; maps are computed from its log-sum-exp, or in a second pass of attention, with a
+            warning, if it returns none. "ours": :func:`star_kernels.attention`, for any backend. "auto": "ours" where
+            the model calls PyTorch's ``F.scaled_dot_product_attention`` (diffusers' backend "native") without a mask
+            that differs by query, otherwise "model".
+        call: which attention call of a processor has the text among its keys, counted from zero, overriding the value
+            of the model family.
+        keys: the number of keys of that call, overriding the value of the model family. If neither ``call`` nor
+            ``keys`` is known, several calls of a processor are an error, and so is a call with as many keys as image
+            queries, which are image positions in self-attention.
 
     Raises:
         TypeError, ValueError: unsupported model, block, selection or option; the message names it.
@@ -84,6 +100,9 @@ def attach_maps(
     if cfg not in CHOICES:
         raise ValueError(f"cfg must be 'auto', 'last', 'first' or None, got {cfg!r}")
     check_flag("detach", detach)
+    if output not in OUTPUTS:
+        raise ValueError(f"output must be 'auto', 'model' or 'ours', got {output!r}")
+    call, keys = _count("call", call, 0), _count("keys", keys, 1)
     rows, grid = _pair("rows", rows), _pair("grid", grid)
     if rows is not None and grid is not None and rows[1] != grid[0] * grid[1]:
         raise ValueError(f"grid must have the {rows[1]} positions of rows, got {grid[0]} x {grid[1]}")
@@ -96,7 +115,17 @@ def attach_maps(
     attentions = _named(model, [found[i] for i in chosen])
     for name, attention in attentions.items():
         _check_processor(family, name, attention.processor)
-    capture = MapCapture(model, family, attentions, blocks=chosen, rows=rows, grid=grid, cfg=cfg, detach=detach)
+    capture = MapCapture(
+        model,
+        family,
+        attentions,
+        blocks=chosen,
+        overrides={"rows": rows, "grid": grid, "keys": keys},
+        cfg=cfg,
+        detach=detach,
+        output=output,
+        call=call,
+    )
     try:
         capture.selection = selection
     except BaseException:
@@ -138,6 +167,13 @@ def _pair(name: str, pair: object) -> tuple[int, int] | None:
     if found is None or len(found) != 2 or min(found) < 0:
         raise ValueError(f"{name} must be a pair of integers of at least 0, got {pair!r}")
     return found[0], found[1]
+
+
+def _count(name: str, value: object, least: int) -> int | None:
+    found = None if value is None else integers([value])
+    if value is not None and (not found or found[0] < least):
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return found[0] if found else None
 
 
 def _choose(blocks: str | Sequence[int], count: int) -> list[int]:

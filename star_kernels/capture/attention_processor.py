@@ -1,8 +1,8 @@
-"""Attention processors that record maps: the model's own, with their first attention call intercepted.
+"""Attention processors that record maps: the model's own, with one attention call intercepted.
 
-A processor runs unchanged, in a subclass created at run time. Its first call of ``F.scaled_dot_product_attention`` is
-computed by :func:`star_kernels.attention`. Processors that use diffusers' attention dispatcher reach that function too,
-if the dispatcher's backend is "native".
+A processor runs unchanged, in a subclass created at run time. One of its calls of ``F.scaled_dot_product_attention``,
+or of another attention backend of diffusers' dispatcher, is computed together with its maps. The dispatcher's backend
+"native" calls that function.
 
 Replacing the function in ``torch.nn.functional`` is the cheap way to intercept it, and suffices for processors that
 call it by that name. The first call of a processor class shows whether it does; until then, and while torch.compile
@@ -19,15 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from star_kernels.capture.attention_call import attention_with_maps
-from star_kernels.capture.interception import FunctionMode, Interception
+from star_kernels.capture.interception import FunctionMode, Interception, traced
 from star_kernels.capture.passes import ForwardPass, Passes
 
 
 class CapturedAttention:
     """An attention module, its original processor, and its maps of the latest forward pass."""
 
-    def __init__(self, name: str, attention: Any, passes: Passes, detach: bool) -> None:
+    def __init__(
+        self, name: str, attention: Any, passes: Passes, detach: bool, output: str = "auto", call: int | None = None
+    ) -> None:
         self.name = name
+        self.output = output
+        self.call = call
         self.attention = attention
         self.processor = attention.processor
         self.recording_processor: Any = None
@@ -65,8 +69,13 @@ class CapturedAttention:
             self.attention.processor = self.processor
         self.recording_processor = None
 
-    def attend(self, forward_pass: ForwardPass, *args: Any, **kwargs: Any) -> Tensor:
-        """Replaces ``F.scaled_dot_product_attention`` in a forward pass, and records the maps if it is still open."""
+    def interception(self, forward_pass: ForwardPass) -> Interception:
+        return Interception(self.name, partial(self.attend, forward_pass), self.call, forward_pass.keys)
+
+    def attend(
+        self, forward_pass: ForwardPass, function: Any, backend: str | None, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """Replaces an attention call in a forward pass, and records the maps if it is still open."""
         if getattr(self.recording_processor, "_parallel_config", None) is not None:
             raise ValueError(
                 f"{self.name} uses context parallelism, which is not supported: each device computes a part of the maps"
@@ -78,7 +87,9 @@ class CapturedAttention:
                 "checkpointing: its maps would not be differentiable. Use checkpointing with use_reentrant=False, or "
                 "capture with detach=True"
             )
-        out, maps = attention_with_maps(self.name, forward_pass, self.detach, *args, **kwargs)
+        out, maps = attention_with_maps(
+            self.name, forward_pass, self.detach, self.output, function, backend, args, kwargs
+        )
         if recorded:
             self.maps = maps
         return out
@@ -108,8 +119,14 @@ def _recording_class(processor_class: Any) -> type[Any]:
             if forward_pass is None:
                 return original(self, *args, **kwargs)
             captured.ran = captured.compiled = True
-            with FunctionMode(Interception(partial(captured.attend, forward_pass))):
-                return original(self, *args, **kwargs)
+            interception = traced.interception = captured.interception(forward_pass)
+            try:
+                with FunctionMode(interception):
+                    result = original(self, *args, **kwargs)
+            finally:
+                traced.interception = None
+            interception.check()
+            return result
         passes = captured.passes
         forward_pass = passes.in_this_thread()
         is_replica = args and args[0] is not captured.attention and isinstance(args[0], nn.Module)
@@ -117,17 +134,19 @@ def _recording_class(processor_class: Any) -> type[Any]:
             return original(self, *args, **kwargs)
         if passes.is_open(forward_pass):
             captured.ran = True
-        interception = Interception(partial(captured.attend, forward_pass))
+        interception = captured.interception(forward_pass)
         if _calls_by_name.get(processor_class, False):
             with interception:
                 result = original(self, *args, **kwargs)
-            if not interception.done:  # from the next call on a mode is used for this class
+            if not interception.seen:  # from the next call on a mode is used for this class
                 _calls_by_name[processor_class] = False
+            interception.check()
             return result
         with interception, FunctionMode(interception):
             result = original(self, *args, **kwargs)
         if interception.by_name:
             _calls_by_name.setdefault(processor_class, True)
+        interception.check()
         return result
 
     def reduce(self: Any, protocol: Any) -> Any:  # pickle and deepcopy keep the original processor
@@ -137,4 +156,4 @@ def _recording_class(processor_class: Any) -> type[Any]:
     return type(processor_class.__name__, (processor_class,), members)
 
 
-_calls_by_name: dict[type[Any], bool] = {}  # whether a class calls the function as F.scaled_dot_product_attention
+_calls_by_name: dict[type[Any], bool] = {}  # whether a class calls F.scaled_dot_product_attention or the dispatcher

@@ -14,6 +14,7 @@ from typing import Any
 from star_kernels.capture.family import Family, Grid, ImageTokens
 
 _PROCESSORS = ("AttnProcessor2_0", "FusedAttnProcessor2_0")
+_PROMPTED = ("IPAdapterAttnProcessor2_0",)  # with image prompts: the first call is the one with the text
 
 
 def unet_attentions(model: Any) -> list[Any]:
@@ -24,7 +25,8 @@ def unet_attentions(model: Any) -> list[Any]:
 
 def unet_image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
     grid = partial(_at_resolution, tuple(arguments["sample"].shape[-2:]))
-    return ImageTokens(rows=None, grid=grid, text=_text(arguments))
+    text = _text(arguments)
+    return ImageTokens(rows=None, grid=grid, text=text, keys=text and text[1])
 
 
 def _at_resolution(latent: Grid, queries: int) -> Grid:
@@ -43,7 +45,8 @@ def pixart_attentions(model: Any) -> list[Any]:
 def pixart_image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
     rows, columns = arguments["hidden_states"].shape[-2:]
     grid = rows // model.config.patch_size, columns // model.config.patch_size
-    return ImageTokens(rows=None, grid=grid, text=_text(arguments))
+    text = _text(arguments)
+    return ImageTokens(rows=None, grid=grid, text=text, keys=text and text[1])
 
 
 def _text(arguments: dict[str, Any]) -> tuple[int, int] | None:
@@ -51,5 +54,5 @@ def _text(arguments: dict[str, Any]) -> tuple[int, int] | None:
     return None if text is None else (0, text.shape[1])
 
 
-UNET = Family(unet_attentions, unet_image, processors=_PROCESSORS, cfg="last")
+UNET = Family(unet_attentions, unet_image, processors=_PROCESSORS + _PROMPTED, cfg="last", call=0)
 PIXART = Family(pixart_attentions, pixart_image, processors=_PROCESSORS, cfg="last")

@@ -30,7 +30,7 @@ def attentions(model: Any) -> list[Any]:
 
 def image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
     text, tokens = arguments["encoder_hidden_states"].shape[1], arguments["hidden_states"].shape[1]
-    return ImageTokens(rows=(text, tokens), grid=_grid_of(arguments["img_ids"]), text=(0, text))
+    return ImageTokens((text, tokens), _grid_of(arguments["img_ids"]), text=(0, text), keys=text + tokens)
 
 
 class _IdsGrid:
@@ -66,7 +66,8 @@ def default_blocks(model: Any) -> str | Sequence[int]:
     return range(10, 19) if depth == (19, 38) else "all"
 
 
-_PROCESSORS = ("FluxAttnProcessor", "FusedFluxAttnProcessor2_0")
-FLUX = Family(attentions, image, processors=_PROCESSORS, default_blocks=default_blocks)
+# Of an image prompt adapter the first call is the one with the text.
+_PROCESSORS = ("FluxAttnProcessor", "FusedFluxAttnProcessor2_0", "FluxIPAdapterAttnProcessor")
+FLUX = Family(attentions, image, processors=_PROCESSORS, default_blocks=default_blocks, call=0)
 _PROCESSORS_2 = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
 FLUX2 = Family(attentions, image, processors=_PROCESSORS_2)

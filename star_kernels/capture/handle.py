@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_kernels.capture import guidance
+from star_kernels.capture import backends, guidance
 from star_kernels.capture.attention_processor import CapturedAttention
 from star_kernels.capture.averages import mean_maps
 from star_kernels.capture.checkpointing import Checkpointing
-from star_kernels.capture.family import Family, Grid, ImageTokens
+from star_kernels.capture.family import Family, ImageTokens
 from star_kernels.capture.hooks import Hook
 from star_kernels.capture.missing_maps import explain
 from star_kernels.capture.passes import ForwardPass, Passes
@@ -42,19 +42,25 @@ class MapCapture:
         attentions: dict[str, Any],
         *,
         blocks: Sequence[int],
-        rows: tuple[int, int] | None,
-        grid: Grid | None,
+        overrides: dict[str, Any],
         cfg: str | None,
         detach: bool,
+        output: str = "auto",
+        call: int | None = None,
     ) -> None:
         self.enabled, self.blocks = True, tuple(blocks)
         self._model, self._family = model, family
         self._guidance = guidance.Guidance(cfg, family.cfg)
-        self._overrides = {name: given for name, given in (("rows", rows), ("grid", grid)) if given is not None}
+        self._overrides = {name: given for name, given in overrides.items() if given is not None}
         self._passes = Passes()
         self._detach = detach
         self._lock = threading.RLock()
-        self._modules = [CapturedAttention(name, module, self._passes, detach) for name, module in attentions.items()]
+        self._modules = [
+            CapturedAttention(
+                name, module, self._passes, detach, output, family.call_of(module) if call is None else call
+            )
+            for name, module in attentions.items()
+        ]
         self._checkpointing = Checkpointing(model, self._passes, self._modules)
         self._forward: Any = None  # the model's forward method
         self._signature = inspect.Signature()  # of that method
@@ -64,6 +70,7 @@ class MapCapture:
         self.selection = None
         for captured in self._modules:
             captured.install()
+        backends.wrap()
         self._hooks = [
             model.register_forward_pre_hook(Hook(self, "_begin"), with_kwargs=True),
             # Prepended: captures end in the reverse order of their beginning.
@@ -118,6 +125,7 @@ class MapCapture:
             hook.remove()
         for captured in self._modules:
             captured.remove()
+        backends.unwrap()
         self._checkpointing.end()
         self._passes.current = None  # so that recording processors set again later record nothing
         self._hooks = []
@@ -152,7 +160,9 @@ class MapCapture:
                 _check_text(selection, *self._image.text)
             whole, self._conditional, expected = self._guidance.for_pass(selection, arguments)
             detached = len(self._modules) if self._detach else 0
-            self._passes.begin(ForwardPass(whole, expected, self._image.rows, torch.is_grad_enabled(), detached))
+            self._passes.begin(
+                ForwardPass(whole, expected, self._image.rows, torch.is_grad_enabled(), detached, self._image.keys)
+            )
             self._checkpointing.begin()
 
     def _end(self, model: Any, args: tuple[Any, ...], output: Any) -> None:

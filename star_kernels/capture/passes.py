@@ -25,6 +25,7 @@ class ForwardPass:
     rows: tuple[int, int] | None
     grad_enabled: bool  # when the pass began
     detached: int = 0  # the number of blocks whose maps are detached
+    keys: int | None = None  # of the attention call with the text
 
 
 class Passes:

@@ -23,7 +23,8 @@ def image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
     if frames != 1:
         raise ValueError(f"img_shapes must be shapes of images, with one frame each, got {frames} frames")
     text = arguments["encoder_hidden_states"].shape[1]
-    return ImageTokens(rows=(text, rows * columns), grid=(rows, columns), text=(0, text))
+    keys = text + arguments["hidden_states"].shape[1]
+    return ImageTokens(rows=(text, rows * columns), grid=(rows, columns), text=(0, text), keys=keys)
 
 
 FAMILY = Family(attentions, image, processors=("QwenDoubleStreamAttnProcessor2_0",))

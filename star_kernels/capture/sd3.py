@@ -25,12 +25,14 @@ def image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
     height, width = arguments["hidden_states"].shape[-2:]
     grid = height // model.config.patch_size, width // model.config.patch_size
     tokens = grid[0] * grid[1]
-    return ImageTokens(rows=(0, tokens), grid=grid, text=(tokens, arguments["encoder_hidden_states"].shape[1]))
+    text = arguments["encoder_hidden_states"].shape[1]
+    return ImageTokens(rows=(0, tokens), grid=grid, text=(tokens, text), keys=tokens + text)
 
 
 def default_blocks(model: Any) -> str | Sequence[int]:
     return (9,) if len(model.transformer_blocks) == 24 else "all"
 
 
-_PROCESSORS = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0")
-FAMILY = Family(attentions, image, processors=_PROCESSORS, default_blocks=default_blocks, cfg="last")
+# Of an image prompt adapter the first call is the one with the text.
+_PROCESSORS = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0", "SD3IPAdapterJointAttnProcessor2_0")
+FAMILY = Family(attentions, image, processors=_PROCESSORS, default_blocks=default_blocks, cfg="last", call=0)

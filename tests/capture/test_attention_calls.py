@@ -13,7 +13,7 @@ from star_kernels import TokenSelection
 from star_kernels.capture import capture_maps
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 4, 12, 8
-ROWS = {"rows": (4, 6), "grid": (2, 3)}
+ROWS = {"rows": (4, 6), "grid": (2, 3), "call": 0}
 INDUCTOR = pytest.param(
     "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 )

@@ -1,0 +1,415 @@
+"""Captures beside the attention backend that the user chose with diffusers' dispatcher."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("diffusers")
+
+import kernel_stand_ins
+from diffusers.models.attention_dispatch import (
+    _HUB_KERNELS_REGISTRY,
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    attention_backend,
+    dispatch_attention_fn,
+)
+from reference_maps import expected_maps, map_of
+from tiny_models import CASES
+
+from star_kernels import TokenSelection
+from star_kernels.capture import attach_maps, attention_call, capture_maps
+from star_kernels.capture.backends import BACKENDS
+
+BATCH, HEADS, LENGTH, WIDTH = 2, 4, 12, 8
+ROWS = {"rows": (4, 6), "grid": (2, 3)}
+HERE = ("_native_math", "_native_efficient", "_native_flash", "flex")  # run on a CPU
+ELSEWHERE = ("_native_npu", "_native_xla", "_native_cudnn")
+NAMES = [name for name in BACKENDS if name not in ELSEWHERE and name != "_native_efficient"]
+
+
+class Processor:
+    """Attends to given queries, keys and values through diffusers' dispatcher."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, backend=None):
+        self._attention_backend = backend
+
+    def __call__(self, module, options):
+        return dispatch_attention_fn(*module.qkv, backend=self._attention_backend, **options)
+
+
+class Attention(nn.Module):
+    def __init__(self, backend, key_heads):
+        super().__init__()
+        self.qkv = [torch.randn(BATCH, LENGTH, heads, WIDTH) for heads in (HEADS, key_heads, key_heads)]
+        self.processor = Processor(backend)
+
+    def forward(self, options):
+        return self.processor(self, options)
+
+
+class Model(nn.Module):
+    def __init__(self, backend=None, key_heads=HEADS):
+        super().__init__()
+        self.attention = Attention(backend, key_heads)
+
+    def forward(self, **options):
+        return self.attention(options)
+
+    def call(self, mask=None, scale=1.0):
+        """For map_of."""
+        query, key, _ = (t.transpose(1, 2) for t in self.attention.qkv)
+        return query * scale, key.repeat_interleave(HEADS // key.shape[1], dim=1), mask
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    kernel_stand_ins.install(monkeypatch)
+    monkeypatch.setattr(attention_call, "_verified", set())
+    monkeypatch.setattr(attention_call, "_warned", set())
+
+
+@pytest.fixture
+def selection():
+    return TokenSelection.from_positions([[0, 1], [2]])
+
+
+def padding():
+    return torch.arange(LENGTH) < torch.tensor([[LENGTH], [LENGTH - 3]])
+
+
+def quiet():
+    return warnings.catch_warnings(action="ignore")
+
+
+def captured(model, selection, **options):
+    """The output and the maps [B, G, R] of a captured call."""
+    with quiet(), capture_maps(model, selection, cfg=None, **ROWS) as maps:
+        out = model(**options)
+    return out, maps.value.flatten(2)
+
+
+def test_the_table_has_every_backend_of_diffusers():
+    assert {*BACKENDS, "native"} == {member.value for member in _AttentionBackendRegistry._backends}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_the_output_is_that_of_the_backend_and_the_maps_are_its_own(name, selection):
+    model = Model(name)
+    expected = model()
+    out, maps = captured(model, selection)
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(maps, map_of(model.call(), selection, ROWS["rows"]), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in NAMES if BACKENDS[name].lse and name != "flash_4_hub"])
+def test_a_log_sum_exp_is_used_where_there_is_one(name, selection):
+    model = Model(name)
+    with warnings.catch_warnings(action="error"), capture_maps(model, selection, cfg=None, **ROWS):
+        model()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in NAMES if not BACKENDS[name].lse or name == "flash_4_hub"])
+def test_a_second_pass_is_announced(name, selection):
+    with (
+        pytest.warns(UserWarning, match=rf"^{name} returns no log-sum-exp .*output='ours' computes it once"),
+        capture_maps(Model(name), selection, cfg=None, **ROWS) as maps,
+    ):
+        maps._model()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flash", "_flash_3", "_flash_3_hub", "flash_varlen_hub", "sage"])
+def test_grouped_heads_and_a_scale_are_followed(name, selection):
+    model = Model(name, key_heads=2)
+    options = {"scale": 0.7}
+    expected = model(**options)
+    out, maps = captured(model, selection, **options)
+    assert torch.equal(out, expected)
+    call = model.call(scale=0.7 * WIDTH**0.5)
+    torch.testing.assert_close(maps, map_of(call, selection, ROWS["rows"]), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flash", "_native_math"])
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+def test_our_attention_may_compute_the_output_of_any_backend(name, key_heads, selection, monkeypatch):
+    model = Model(name, key_heads)
+    expected = model(enable_gqa=True)
+    monkeypatch.setattr(kernel_stand_ins, "attend", None)
+    with capture_maps(model, selection, cfg=None, output="ours", **ROWS) as maps:
+        torch.testing.assert_close(model(enable_gqa=True), expected)
+    torch.testing.assert_close(maps.value.flatten(2), map_of(model.call(), selection, ROWS["rows"]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [None, "native"])
+def test_the_native_backend_is_ours_unless_the_models_is_asked_for(name, selection):
+    model = Model(name)
+    expected = model()
+    with (
+        pytest.warns(UserWarning, match="F.scaled_dot_product_attention returns no log-sum-exp"),
+        capture_maps(model, selection, cfg=None, output="model", **ROWS) as maps,
+    ):
+        assert torch.equal(model(), expected)
+    torch.testing.assert_close(maps.value.flatten(2), map_of(model.call(), selection, ROWS["rows"]))
+    with warnings.catch_warnings(action="error"):
+        captured_again = captured(model, selection)
+    torch.testing.assert_close(captured_again[1], maps.value.flatten(2), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_active_backend_counts_too(selection, monkeypatch):
+    model = Model()
+    with attention_backend("_native_math"):
+        expected = model()
+        with pytest.warns(UserWarning, match="_native_math"), capture_maps(model, selection, cfg=None, **ROWS):
+            assert torch.equal(model(), expected)
+
+
+def test_differentiable_maps_are_those_of_a_second_pass(selection):
+    """The packages compute no gradient of their log-sum-exp."""
+    model = Model("flash")
+    leaves = model.attention.qkv = [t.requires_grad_() for t in model.attention.qkv]
+    with (
+        pytest.warns(UserWarning, match="flash"),
+        capture_maps(model, selection, cfg=None, detach=False, **ROWS) as maps,
+    ):
+        model()
+    weights = torch.randn_like(maps.value)
+    found = torch.autograd.grad((maps.value * weights).sum(), leaves[:2])
+    expected = torch.autograd.grad(
+        (map_of(model.call(), selection, ROWS["rows"]) * weights.flatten(2)).sum(), leaves[:2]
+    )
+    torch.testing.assert_close(found, expected)
+    with capture_maps(model, selection, cfg=None, **ROWS) as maps:
+        model()
+    assert not maps.value.requires_grad
+
+
+# What each backend makes of a bool mask [B, Sk] of padded keys, in the form that it accepts.
+PADDED = {
+    "flash_varlen": lambda m: m,
+    "flash_varlen_hub": lambda m: m,
+    "_flash_varlen_3": lambda m: m[:, None],
+    "_flash_3_varlen_hub": lambda m: m[:, None, None],
+    "sage_varlen": lambda m: m,
+    "xformers": lambda m: m,
+    "flex": lambda m: m[:, None, None],
+    "_native_math": lambda m: m[:, None, None],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PADDED)
+def test_a_mask_of_keys_is_followed(name, selection):
+    model = Model(name)
+    mask = PADDED[name](padding())
+    expected = model(attn_mask=mask)
+    out, maps = captured(model, selection, attn_mask=mask)
+    assert torch.equal(out, expected)
+    call = model.call(padding()[:, None, None])
+    torch.testing.assert_close(maps, map_of(call, selection, ROWS["rows"]), rtol=0, atol=1e-6)
+
+
+def out_of(model, mask):
+    """Exact attention with a mask, to test what a backend computes."""
+    query, key, value = (t.transpose(1, 2) for t in model.attention.qkv)
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+
+
+def holes():
+    return torch.arange(LENGTH) % 3 != torch.tensor([[0], [1]])
+
+
+def by_query():
+    return (torch.ones(BATCH, 1, LENGTH, LENGTH).tril(2) > 0) & padding()[:, None, None]
+
+
+# Masks that backends read in a way of their own: the mask that is given, and the one that is applied.
+READINGS = {
+    "only the number of keys": ("flash_varlen", holes(), (torch.arange(LENGTH) < holes().sum(1, True))[:, None, None]),
+    "packed keys": ("flash_varlen_hub", holes(), holes()[:, None, None]),
+    "what any query attends to": ("_flash_3_varlen_hub", by_query(), by_query().any(dim=2, keepdim=True)),
+    "a mask of queries": ("flex", padding(), padding()[:, None, :, None].expand(-1, 1, -1, LENGTH)),
+    "each query, flex": ("flex", by_query(), by_query()),
+    "each query, PyTorch": ("_native_math", by_query(), by_query()),
+    "each query, without a batch": ("_native_math", by_query()[1, 0], by_query()[1:]),
+    "each query, xformers": ("xformers", torch.where(by_query(), 0.0, -torch.inf), by_query()),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "given", "applied"), READINGS.values(), ids=READINGS)
+def test_the_maps_follow_the_backends_reading_of_a_mask(name, given, applied, selection):
+    model = Model(name)
+    expected = model(attn_mask=given)
+    torch.testing.assert_close(expected, out_of(model, applied))
+    out, maps = captured(model, selection, attn_mask=given)
+    assert torch.equal(out, expected)
+    reference = map_of(model.call(applied), selection, ROWS["rows"]).nan_to_num()  # of rows without any key
+    torch.testing.assert_close(maps, reference, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_block_mask_is_followed(selection):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = create_block_mask(lambda b, h, q, k: k <= q + b, BATCH, None, LENGTH, LENGTH, "cpu")
+    model = Model("flex")
+    expected = model(attn_mask=mask)
+    out, maps = captured(model, selection, attn_mask=mask)
+    assert torch.equal(out, expected)
+    applied = torch.arange(LENGTH) <= torch.arange(LENGTH)[:, None] + torch.arange(BATCH)[:, None, None, None]
+    torch.testing.assert_close(maps, map_of(model.call(applied), selection, ROWS["rows"]), rtol=0, atol=1e-6)
+
+
+WRONG = {
+    "a bool mask of xformers": ("xformers", {"attn_mask": by_query()}, "adds to the scores as 0 and 1"),
+    "a bias": ("flex", {"attn_mask": torch.linspace(-2, 0, LENGTH).expand(BATCH, 1, 1, -1)}, "must be 0 or -inf"),
+    "an additive mask": ("flash_varlen", {"attn_mask": padding().float()}, "whose meaning .* flash_varlen is unknown"),
+    "a window": ("flash", {"attention_kwargs": {"window_size": (3, 3)}}, r"flash with window_size=\(3, 3\)"),
+    "a cap": ("_flash_3_hub", {"attention_kwargs": {"softcap": 5.0}}, "_flash_3_hub with softcap=5.0"),
+    "a result": ("flash", {"attention_kwargs": {"return_lse": True}}, "with return_lse=True"),
+    "context parallelism": ("flash", {"parallel_config": object()}, "with context parallelism"),
+    "causal": ("flash", {"is_causal": True}, "is_causal=True"),
+    "dropout": ("flash", {"dropout_p": 0.1}, "dropout_p=0.1"),
+    "a mask that the backend refuses": ("flash", {"attn_mask": padding()}, "not supported for flash-attn 2"),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "message"), WRONG.values(), ids=WRONG)
+def test_calls_that_maps_would_not_follow_are_errors(name, options, message, selection):
+    with pytest.raises(ValueError, match=message):
+        captured(Model(name), selection, **options)
+
+
+def test_a_backend_that_ignores_a_scale_has_maps_without_it(selection, monkeypatch):
+    """_native_xla has no such argument, and diffusers drops it."""
+
+    def xla(q, k, v, causal):
+        return kernel_stand_ins.attend(*(t.transpose(1, 2) for t in (q, k, v)), 1.0)[0].transpose(1, 2)
+
+    monkeypatch.setattr("diffusers.models.attention_dispatch.xla_flash_attention", xla)
+    model = Model("_native_xla")
+    expected = model(scale=0.7)
+    torch.testing.assert_close(expected, out_of(model, None))
+    out, maps = captured(model, selection, scale=0.7)
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(maps, map_of(model.call(), selection, ROWS["rows"]))
+
+
+# Conventions that a version of a package might have, or a mistake in the table.
+CONVENTIONS = {
+    "base 2": (lambda lse: lse / torch.log(torch.tensor(2.0)), "differs by up to"),
+    "heads last": (lambda lse: lse.transpose(1, 2), "of shape .*2, 12, 4"),
+    "heads reversed": (lambda lse: lse.flip(1), "differs by up to"),
+    "unscaled": (lambda lse: lse + 1.0, "differs by up to 1"),
+    "NaN": (lambda lse: lse * torch.nan, "differs by up to nan"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CONVENTIONS.values(), ids=CONVENTIONS)
+def test_another_convention_of_the_log_sum_exp_is_an_error(change, message, selection, monkeypatch):
+    def changed(*args, **kwargs):
+        found = kernel_stand_ins.flash_2(*args, **kwargs)
+        return (found[0], change(found[1]), None) if isinstance(found, tuple) else found
+
+    monkeypatch.setattr("diffusers.models.attention_dispatch.flash_attn_func", changed)
+    with pytest.raises(ValueError, match=f"{message}.*choose another attention backend"):
+        captured(Model("flash"), selection)
+
+
+@torch.no_grad()
+def test_a_padded_log_sum_exp_is_cut(selection, monkeypatch):
+    def padded(*args, **kwargs):
+        found = kernel_stand_ins.flash_2(*args, **kwargs)
+        pad = nn.functional.pad
+        return (found[0], pad(found[1], (0, 116)), None) if isinstance(found, tuple) else found
+
+    monkeypatch.setattr("diffusers.models.attention_dispatch.flash_attn_func", padded)
+    model = Model("flash")
+    torch.testing.assert_close(captured(model, selection)[1], map_of(model.call(), selection, ROWS["rows"]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["_flash_3_varlen_hub", "flash_4_hub"])
+def test_a_version_without_a_log_sum_exp_gets_a_second_pass(name, selection, monkeypatch):
+    function = {"_flash_3_varlen_hub": kernel_stand_ins.flash_3_varlen, "flash_4_hub": kernel_stand_ins.flash_4}[name]
+    monkeypatch.setattr(_HUB_KERNELS_REGISTRY[AttentionBackendName(name)], "kernel_fn", function)
+    model = Model(name)
+    with pytest.warns(UserWarning, match=name), capture_maps(model, selection, cfg=None, **ROWS) as maps:
+        model()
+    torch.testing.assert_close(maps.value.flatten(2), map_of(model.call(), selection, ROWS["rows"]))
+
+
+@torch.no_grad()
+def test_a_backend_that_the_table_does_not_have_gets_a_second_pass(selection, monkeypatch):
+    def own(query, key, value, attn_mask=None):
+        return kernel_stand_ins.attend(query, key, value, None)[0]
+
+    name = AttentionBackendName._NATIVE_XLA
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, name, own)
+    monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, name, {"query", "key", "value", "attn_mask"})
+    monkeypatch.delitem(BACKENDS, "_native_xla")
+    model = Model("_native_xla")
+    expected = model()
+    out, maps = captured(model, selection)
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(maps, map_of(model.call(), selection, ROWS["rows"]))
+    with pytest.raises(ValueError, match="whose meaning for the attention backend _native_xla is unknown"):
+        captured(model, selection, attn_mask=padding())
+
+
+def test_the_registry_is_restored(selection):
+    before = dict(_AttentionBackendRegistry._backends)
+    first, second = (attach_maps(Model(), selection, cfg=None, **ROWS) for _ in range(2))
+    assert _AttentionBackendRegistry._backends != before
+    first.remove()
+    first.remove()
+    assert _AttentionBackendRegistry._backends != before
+    second.remove()
+    assert _AttentionBackendRegistry._backends == before
+    with pytest.raises(TypeError):
+        attach_maps(Model(), "tokens", cfg=None, **ROWS)
+    assert _AttentionBackendRegistry._backends == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["_native_math", "flash", "_flash_3"])
+def test_a_compiled_model_has_the_same_maps(name, selection):
+    torch._dynamo.reset()
+    model = Model(name)
+    expected = model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(), expected)
+    with quiet(), capture_maps(compiled, selection, cfg=None, **ROWS) as maps:
+        torch.testing.assert_close(compiled(), expected)
+    torch.testing.assert_close(maps.value.flatten(2), map_of(model.call(), selection, ROWS["rows"]))
+    torch.testing.assert_close(compiled(), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("flux", "flash"), ("flux", "_flash_3_hub"), ("flux2", "_native_math"), ("qwen-image", "flash_varlen_hub")],
+)
+def test_real_models(family, name):
+    case = CASES[family]
+    model, inputs = case.make()
+    expected = expected_maps(model, inputs, case, case.selection)
+    for module in model.modules():
+        if hasattr(module, "processor"):
+            module.processor._attention_backend = name
+    out = model(**inputs).sample
+    with quiet(), capture_maps(model, case.selection, cfg=None) as maps:
+        assert torch.equal(model(**inputs).sample, out)
+    torch.testing.assert_close(maps.value, expected, rtol=0, atol=1e-6)
