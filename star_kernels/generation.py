@@ -79,3 +79,8 @@ def doubles(pipeline: Any, call: dict[str, Any]) -> bool:
     if not any("StableDiffusion" in cls.__name__ for cls in type(pipeline).__mro__):
         return False  # guidance is distilled into the model, or a separate forward pass
     return float(call.get("guidance_scale", 7.0)) > 1
+
+
+def arguments_of_call(**given: Any) -> dict[str, Any]:
+    """The arguments that are not None, for which the pipeline has its own defaults."""
+    return {name: value for name, value in given.items() if value is not None}

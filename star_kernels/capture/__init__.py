@@ -112,7 +112,17 @@ def attach_maps(
 
 
 @contextmanager
-def capture_maps(transformer: nn.Module, selection: TokenSelection, **options: Any) -> Iterator[MapCapture]:
+def capture_maps(
+    transformer: nn.Module,
+    selection: TokenSelection,
+    *,
+    blocks: str | Sequence[int] = "default",
+    cfg: str | None = "auto",
+    rows: tuple[int, int] | None = None,
+    grid: Grid | None = None,
+    text: Text | None = None,
+    detach: bool = True,
+) -> Iterator[MapCapture]:
     """Context manager form of :func:`attach_maps`, with the same options.
 
     Leaving the context, also by an exception, restores the model.
@@ -120,7 +130,9 @@ def capture_maps(transformer: nn.Module, selection: TokenSelection, **options: A
     Yields:
         A :class:`MapCapture`; its ``value`` is ``[B, G, h, w]`` after a forward pass.
     """
-    with attach_maps(transformer, selection, **options) as capture:
+    with attach_maps(
+        transformer, selection, blocks=blocks, cfg=cfg, rows=rows, grid=grid, text=text, detach=detach
+    ) as capture:
         yield capture
 
 
