@@ -41,9 +41,7 @@ def generate(
     core = prompts.core_content(prompt, phrases or "auto")
     regions = prompts.regions_of(pipeline, max_sequence_length=call.get("max_sequence_length"))
     model = denoiser(pipeline)
-    selection, names = prompts.select_tokens(
-        [core], regions, per_phrase=True, image_tokens=_image_tokens(pipeline, model, call)
-    )
+    selection, names = prompts.select_tokens([core], regions, per_phrase=True)
     selection = selection.to(next(model.parameters()).device)
     found: list[list[Tensor]] = []
     sigmas: list[float] = []
@@ -83,10 +81,6 @@ def doubles(pipeline: Any, call: dict[str, Any]) -> bool:
     return float(call.get("guidance_scale", 7.0)) > 1
 
 
-def _image_tokens(pipeline: Any, model: Any, call: dict[str, Any]) -> int:
-    """The number of image tokens: rows times columns of patches."""
-    scale = pipeline.vae_scale_factor
-    patch = getattr(model.config, "patch_size", 1) or 1
-    side = getattr(pipeline, "default_sample_size", None) or model.config.sample_size
-    height, width = (int(call.get(name) or side * scale) for name in ("height", "width"))
-    return (height // scale // patch) * (width // scale // patch)
+def arguments_of_call(**given: Any) -> dict[str, Any]:
+    """The arguments that are not None, for which the pipeline has its own defaults."""
+    return {name: value for name, value in given.items() if value is not None}

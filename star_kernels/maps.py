@@ -1,9 +1,9 @@
 """``python -m star_kernels.maps``: attention maps of the phrases of a prompt, from one image generation.
 
-Runs a diffusers text-to-image pipeline (a local folder or a Hugging Face Hub id), captures the attention maps of the
-phrases at every denoising step, and writes to a folder: ``image.png``, the image; ``strip.png``, the maps of each
-phrase at up to ten steps; ``phrases.png``, a panel for each phrase; ``maps.npy``, float32 [Steps, G, h, w]; and
-``maps.json``, the settings and the mean, maximum and perplexity of every map.
+Runs a diffusers text-to-image pipeline ("small", the included model, or a local folder or Hugging Face Hub id), captures
+the attention maps of the phrases at every denoising step, and writes to a folder: ``image.png``, the image;
+``strip.png``, the maps of each phrase at up to ten steps; ``phrases.png``, a panel for each phrase; ``maps.npy``,
+float32 [Steps, G, h, w]; and ``maps.json``, the settings and the mean, maximum and perplexity of every map.
 
 With ``--rank-blocks`` it ranks the attention blocks of the model instead (see :mod:`star_kernels.rank_blocks`), for one
 or several prompts, prints a table and the option ``blocks=[...]`` to copy, and writes ``blocks.json``.
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from star_kernels.generation import generate
+from star_kernels.generation import arguments_of_call, generate
 from star_kernels.pipelines import load_pipeline
 from star_kernels.rank_blocks import rank_blocks
 
@@ -45,6 +45,12 @@ def draw(
     *,
     phrases: list[str] | None = None,
     blocks: str | list[int] = "default",
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    max_sequence_length: int | None = None,
+    generator: torch.Generator | None = None,
     **call: Any,
 ) -> Drawing:
     """Generates an image for one prompt and captures the maps of every step.
@@ -54,12 +60,22 @@ def draw(
         prompt: the prompt.
         phrases: the phrases to map, each of which must occur in the prompt; the prompt's core content by default.
         blocks: see :func:`star_kernels.capture.attach_maps`.
-        call: further arguments of the pipeline call, such as ``height`` and ``num_inference_steps``.
+        height, width, num_inference_steps, guidance_scale, max_sequence_length, generator: arguments of the pipeline
+            call; the pipeline's defaults if None.
+        call: further arguments of the call that this pipeline accepts, such as ``negative_prompt``.
 
     Raises:
         TypeError, ValueError: unsupported pipeline, or a phrase that the prompt does not contain; the message names it.
     """
-    found = generate(pipeline, prompt, phrases, [blocks], call)
+    common = arguments_of_call(
+        height=height,
+        width=width,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        max_sequence_length=max_sequence_length,
+        generator=generator,
+    )
+    found = generate(pipeline, prompt, phrases, [blocks], {**common, **call})
     return Drawing(found.image, torch.stack([step[0] for step in found.maps]), found.names, found.sigmas)
 
 
@@ -127,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
         pipeline = load_pipeline(options.model, dtype)
     except (OSError, ValueError) as problem:
         print(
-            f"--model must be the folder or Hub id of a diffusers pipeline, got {options.model!r}: {problem}",
+            "--model must be 'small', or the folder or Hub id of a diffusers pipeline, got "
+            f"{options.model!r}: {problem}",
             file=sys.stderr,
         )
         return 2
@@ -168,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         required=True,
         type=os.path.expanduser,
-        help="local folder or Hugging Face Hub id of a diffusers pipeline",
+        help='"small", the model that is included, or a local folder or Hugging Face Hub id of a diffusers pipeline',
     )
     parser.add_argument(
         "--prompt",

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from star_kernels.generation import denoiser, generate
+from star_kernels.generation import arguments_of_call, denoiser, generate
 
 BEST = 5  # the number of blocks to average
 
@@ -62,14 +62,28 @@ class Ranking:
         return {"blocks": self.best, "scores": [asdict(score) for score in self.scores]}
 
 
-def rank_blocks(pipeline: Any, prompts: Sequence[str], *, phrases: list[str] | None = None, **call: Any) -> Ranking:
+def rank_blocks(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    phrases: list[str] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    max_sequence_length: int | None = None,
+    generator: torch.Generator | None = None,
+    **call: Any,
+) -> Ranking:
     """Generates an image for each prompt and ranks all blocks, see the module's documentation.
 
     Args:
         pipeline: a text-to-image pipeline that :func:`star_kernels.prompts.regions_of` supports.
         prompts: the prompts.
         phrases: the phrases to map, each of which must occur in every prompt; each prompt's core content by default.
-        call: further arguments of the pipeline call, such as ``height`` and ``num_inference_steps``.
+        height, width, num_inference_steps, guidance_scale, max_sequence_length, generator: arguments of the pipeline
+            calls; the pipeline's defaults if None.
+        call: further arguments of the calls that this pipeline accepts, such as ``negative_prompt``.
 
     Raises:
         TypeError, ValueError: unsupported pipeline, a model with fewer than two blocks, or a phrase that a prompt does
@@ -83,9 +97,17 @@ def rank_blocks(pipeline: Any, prompts: Sequence[str], *, phrases: list[str] | N
         blocks = everything.blocks
     if len(blocks) < 2:
         raise ValueError(f"the model must have at least two attention blocks to rank, got {len(blocks)}")
+    common = arguments_of_call(
+        height=height,
+        width=width,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        max_sequence_length=max_sequence_length,
+        generator=generator,
+    )
     maps = []
     for prompt in prompts:
-        found = generate(pipeline, prompt, phrases, [[block] for block in blocks], call).maps
+        found = generate(pipeline, prompt, phrases, [[block] for block in blocks], {**common, **call}).maps
         finest = max((part.shape[-2:] for part in found[0]), key=math.prod)
         maps.append(torch.stack([torch.stack([_on_grid(part, finest) for part in step]) for step in found]))
     return rank(maps)

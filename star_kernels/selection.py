@@ -20,12 +20,14 @@ class TokenSelection:
     """Selected tokens of a batch of sequences, padded to the same number of slots T.
 
     Args:
-        index: int32 ``[B, T]``, token positions in the joint sequence; -1 marks an empty slot.
+        index: int32 ``[B, T]``, token positions; -1 marks an empty slot. For :func:`star_kernels.attention` and
+            :func:`star_kernels.attention_maps` they are positions of keys. For captures of models they are positions of
+            the text, 0 is its first token: the capture adds where the text starts among the keys.
         weight: float32 ``[B, G, T]``, finite and non-negative: the weight of each token in each of G phrases. The map
             of a phrase is the sum over the slots of weight times attention probability.
-        text: the (start, length) of the text in the joint sequence for which the selection was made, with a length of
-            None if the positions do not depend on it. Set by :func:`star_kernels.prompts.select_tokens`; capturing a
-            forward pass whose text has another start or length is then an error. None disables this check.
+        text_length: the length of the text for which the selection was made, if its positions depend on that length
+            (text padded on the left). Set by :func:`star_kernels.prompts.select_tokens`; capturing a forward pass whose
+            text has another length is then an error. None disables this check.
 
     Construction checks the values, which waits for the device if the tensors are on a GPU; to avoid that, build the
     selection on the CPU and move it with :meth:`to`.
@@ -37,13 +39,13 @@ class TokenSelection:
 
     index: Tensor
     weight: Tensor
-    text: tuple[int, int | None] | None = None
+    text_length: int | None = None
     first: int = field(init=False, repr=False)  # smallest and largest selected position, or -1 if nothing is selected,
     last: int = field(init=False, repr=False)  # known without a host sync
 
     def __post_init__(self) -> None:
         check_selection_fields(self.index, self.weight)
-        _check_text(self.text)
+        _check_text_length(self.text_length)
         first = last = EMPTY
         if not torch.compiler.is_compiling():  # under tracing there are no values; the kernels check positions
             _check_values(self.index, self.weight)
@@ -139,16 +141,17 @@ class TokenSelection:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TokenSelection:
         """The same selection on another device."""
         index, weight = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.index, self.weight))
-        return _known_good(index, weight, self.text, self.first, self.last)
+        return _known_good(index, weight, self.text_length, self.first, self.last)
 
     def shift(self, offset: int) -> TokenSelection:
-        """Adds ``offset`` to all positions, for a text that starts at ``offset`` in the joint sequence."""
+        """Adds ``offset`` to all positions: from positions of a text to positions of keys, for
+        :func:`star_kernels.attention` over keys in which the text starts at ``offset``.
+        """
         if self.last != EMPTY and self.first + offset < 0:
             raise ValueError(f"offset must be at least {-self.first}, so that no position is negative, got {offset}")
-        text = None if self.text is None or self.text[0] + offset < 0 else (self.text[0] + offset, self.text[1])
         first, last = (EMPTY if position == EMPTY else position + offset for position in (self.first, self.last))
         index = torch.where(self.index == EMPTY, EMPTY, self.index + offset)
-        return _known_good(index, self.weight, text, first, last)
+        return _known_good(index, self.weight, None, first, last)
 
     def among_empty(self, before: int, after: int) -> TokenSelection:
         """The selection for a larger batch: ``before`` samples before and ``after`` samples after it select nothing."""
@@ -157,15 +160,13 @@ class TokenSelection:
             torch.cat([x.new_full((before, *x.shape[1:]), fill), x, x.new_full((after, *x.shape[1:]), fill)])
             for x, fill in sides
         )
-        return _known_good(index, weight, self.text, self.first, self.last)
+        return _known_good(index, weight, self.text_length, self.first, self.last)
 
 
-def _known_good(
-    index: Tensor, weight: Tensor, text: tuple[int, int | None] | None, first: int, last: int
-) -> TokenSelection:
+def _known_good(index: Tensor, weight: Tensor, text_length: int | None, first: int, last: int) -> TokenSelection:
     """A selection of values that were checked before; there are no checks and no host sync."""
     made = object.__new__(TokenSelection)
-    fields = {"index": index, "weight": weight, "text": text, "first": first, "last": last}
+    fields = {"index": index, "weight": weight, "text_length": text_length, "first": first, "last": last}
     for name, value in fields.items():
         object.__setattr__(made, name, value)
     return made
@@ -208,18 +209,9 @@ def check_selection_fields(index: Tensor, weight: Tensor) -> None:
         raise ValueError(f"weight must be on the device of index, {index.device}, got {weight.device}")
 
 
-def _check_text(text: object) -> None:
-    if text is None:
-        return
-    pair = text if isinstance(text, tuple) and len(text) == 2 else (None, None)
-    if (
-        not isinstance(pair[0], int)
-        or not isinstance(pair[1], int | None)
-        or any(n is not None and n < 0 for n in pair)
-    ):
-        raise TypeError(
-            f"text must be a tuple (start, length) of integers of at least 0, or (start, None), got {text!r}"
-        )
+def _check_text_length(length: object) -> None:
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+        raise ValueError(f"text_length must be an integer of at least 1, or None, got {length!r}")
 
 
 def _check_values(index: Tensor, weight: Tensor) -> None:

@@ -300,20 +300,18 @@ def _permuted(advantages: Tensor, size: int, generator: torch.Generator) -> Tens
 
 def _selection(policy: Policy, prompts: Sequence[Prompt]) -> TokenSelection:
     """A selection with each phrase of the prompts, and all text tokens as the last phrase."""
-    side = policy.model.config.sample_size // policy.model.config.patch_size
     regions = regions_of(policy.pipeline, max_sequence_length=policy.text_length)
     found, _ = select_tokens(
         [p.text for p in prompts],
         regions,
         metadata=[p.metadata for p in prompts],
         per_phrase=True,
-        image_tokens=side * side,
     )
-    keys = side * side + policy.encode([prompts[0].text]).tokens.shape[1]
-    mask = torch.zeros(found.batch, found.phrases + 1, keys)
+    length = policy.encode([prompts[0].text]).tokens.shape[1]
+    mask = torch.zeros(found.batch, found.phrases + 1, length)
     index = found.index.clamp(min=0).long()[:, None].expand(-1, found.phrases, -1)
     mask[:, :-1].scatter_add_(2, index, found.weight)
-    mask[:, -1, side * side :] = 1
+    mask[:, -1] = 1
     return TokenSelection.from_mask(mask)
 
 

@@ -141,12 +141,11 @@ def test_shift_moves_only_used_slots(positions: list[list[int]], offset: int) ->
 
 
 def test_to_and_shift_keep_the_other_fields() -> None:
-    selection = replace(TokenSelection.from_positions([[3, 5], [7]]), text=(2, 9))
+    selection = replace(TokenSelection.from_positions([[3, 5], [7]]), text_length=9)
     moved = selection.to("cpu")
-    assert (moved.first, moved.last, moved.text) == (3, 7, (2, 9))
-    assert moved.shift(4).text == (6, 9)
-    assert moved.shift(-3).text is None  # before the first position
-    assert moved.among_empty(1, 0).text == (2, 9)
+    assert (moved.first, moved.last, moved.text_length) == (3, 7, 9)
+    assert moved.shift(4).text_length is None  # positions of keys
+    assert moved.among_empty(1, 0).text_length == 9
     assert torch.equal(moved.index, selection.index)
     assert torch.equal(moved.weight, selection.weight)
     assert selection.to("meta").device.type == "meta"
@@ -244,11 +243,11 @@ def test_bad_masks_are_named(mask: Any, error: type, message: str) -> None:
         TokenSelection.from_mask(mask)
 
 
-@pytest.mark.parametrize("text", [3, [1, 2], (1,), (None, 2), (-1, 2), (1, 2.5)])
-def test_a_bad_text_field_is_named(text: Any) -> None:
+@pytest.mark.parametrize("length", [0, -1, 2.5, True, (0, 7)])
+def test_a_bad_text_length_is_named(length: Any) -> None:
     selection = TokenSelection.from_positions([[3]])
-    with pytest.raises(TypeError, match=r"text must be a tuple \(start, length\) of integers of at least 0"):
-        replace(selection, text=text)
+    with pytest.raises(ValueError, match="text_length must be an integer of at least 1, or None, got"):
+        replace(selection, text_length=length)
 
 
 def test_a_shift_below_zero_is_named() -> None:

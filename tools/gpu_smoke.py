@@ -236,11 +236,10 @@ def run_capture(device: str, dtype: torch.dtype) -> tuple[Results, Results]:
         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=128, pooled_projection_dim=16,
         pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
-    image, text = 64, 20
-    selection = TokenSelection.from_positions([[image + 1, image + 5], [image + 2]]).to(device)
+    selection = TokenSelection.from_positions([[1, 5], [2]]).to(device)
     inputs = {
         "hidden_states": normal(device, 2, 4, 16, 16, dtype=dtype),
-        "encoder_hidden_states": normal(device, 2, text, 32, dtype=dtype),
+        "encoder_hidden_states": normal(device, 2, 20, 32, dtype=dtype),
         "pooled_projections": normal(device, 2, 16, dtype=dtype),
         "timestep": torch.full((2,), 500.0, device=device),
     }

@@ -117,8 +117,7 @@ class Forward:
             "timestep": torch.full((batch,), 500.0, device=device),
         }
         chosen = torch.randperm(size.text, generator=generator)[:SELECTED].tolist()
-        positions = [[size.image + t for t in chosen] for _ in range(size.batch)]
-        self.selection = TokenSelection.from_positions(positions).to(device)
+        self.selection = TokenSelection.from_positions([chosen] * size.batch).to(device)
 
     def plain(self) -> Tensor:
         output: Tensor = self.transformer(**self.inputs, return_dict=False)[0]

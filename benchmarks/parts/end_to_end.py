@@ -70,7 +70,7 @@ class Trainer:
     ) -> None:
         self.size, self.dtype, self.device = size, dtype, device
         self.prompts, self.tokenizer = prompts, tokenizer
-        self.regions = [TextRegion("text", tokenizer, size.text, after_image=True)]
+        self.regions = [TextRegion("text", tokenizer, size.text)]
         self.transformer = build(size, dtype, device)
         self.trained = [p for p in self.transformer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
@@ -93,7 +93,7 @@ class Trainer:
         text = self._doubled(encode(self.tokenizer, prompts, self.size.text))
         selection = None
         if arm.star:
-            selection = select_tokens(prompts, self.regions, image_tokens=self.size.image).selection.to(self.device)
+            selection = select_tokens(prompts, self.regions).selection.to(self.device)
         trajectory = self.rollout(arm, text, selection, generator)
         rewards = torch.rand(self.size.groups, self.size.group, generator=generator)
         std = rewards.std(dim=1, keepdim=True) + 1e-4

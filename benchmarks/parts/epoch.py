@@ -109,8 +109,7 @@ def added(trainer: Trainer, clock: CpuClock, budget: Budget) -> dict[str, tuple[
     prompts = [prompt for prompt in chosen for _ in range(size)][: config.rollout.batch]
     count = len(prompts)
     batch = trainer.roll_out(prompts, range(count))
-    shape = policy.latent_shape(config.rollout.resolution)
-    selection = select(policy, prompts, config.allocation, shape)
+    selection = select(policy, prompts, config.allocation)
     schedule = schedule_of(policy.pipeline, config.rollout.steps)
     step, advantages = batch.steps[0], torch.linspace(-1, 1, count, device=policy.device)
     assert step.weights is not None
@@ -135,7 +134,7 @@ def added(trainer: Trainer, clock: CpuClock, budget: Budget) -> dict[str, tuple[
         variants = [
             Variant("forward", "forward pass", lambda: forward(handle, False)),
             Variant("maps", "forward pass with maps", lambda: forward(handle, True)),
-            Variant("selection", "token selection", lambda: select(policy, prompts, config.allocation, shape)),
+            Variant("selection", "token selection", lambda: select(policy, prompts, config.allocation)),
             Variant("weights", "weights from maps", lambda: weighted(batch.steps, maps, config.allocation)),
             Variant("plain loss", "loss", torch.enable_grad()(lambda: loss(None))),
             Variant("loss", "loss with weights", torch.enable_grad()(lambda: loss(step.weights))),

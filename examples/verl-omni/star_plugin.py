@@ -15,11 +15,9 @@ regions = sd3_regions(*(AutoTokenizer.from_pretrained(MODEL, subfolder=f"tokeniz
 
 
 def select(micro_batch):
-    """The tokens of the quoted text of each prompt. SD3's text follows the image, whose patches are 2 x 2 latents."""
-    latents = micro_batch["all_latents"]  # [B, Steps + 1, C, H, W]
-    image_tokens = latents.shape[-2] // 2 * (latents.shape[-1] // 2)
-    selection, _ = select_tokens(prompts_of(micro_batch), regions, source="quoted", image_tokens=image_tokens)
-    return selection.to(latents.device)
+    """The tokens of the quoted text of each prompt."""
+    selection, _ = select_tokens(prompts_of(micro_batch), regions, source="quoted")
+    return selection.to(micro_batch["all_latents"].device)
 
 
 # Replaces VeRL-Omni's losses by subclasses with weights, and captures maps of the selected tokens in each step.

@@ -33,23 +33,11 @@ from star_trainer.samples import Step
 EPSILON = 1e-4  # added to the standard deviation of rewards, as in Flow-GRPO
 
 
-def select(
-    policy: Policy, prompts: Sequence[Prompt], allocation: Allocation, shape: tuple[int, int, int]
-) -> TokenSelection:
-    """The tokens of each prompt's core content; with credit by phrase, one map for each phrase.
-
-    Args:
-        shape: of the latents, ``(C, h, w)``.
-    """
-    patch = policy.model.config.patch_size
+def select(policy: Policy, prompts: Sequence[Prompt], allocation: Allocation) -> TokenSelection:
+    """The tokens of each prompt's core content; with credit by phrase, one map for each phrase."""
     regions = regions_of(policy.pipeline, max_sequence_length=policy.text_length)
     cores = [prompt.core for prompt in prompts]
-    selection, names = select_tokens(
-        cores,
-        regions,
-        per_phrase=allocation.credit != "image",
-        image_tokens=(shape[1] // patch) * (shape[2] // patch),
-    )
+    selection, names = select_tokens(cores, regions, per_phrase=allocation.credit != "image")
     if allocation.credit != "image":
         # If truncation removes all phrases of a prompt, select_tokens selects all of its words: the map of no phrase.
         own = torch.tensor([found == core.names for found, core in zip(names, cores, strict=True)])
@@ -107,8 +95,7 @@ class RolloutMaps:
         self._handle: Any = None
         self._maps: dict[int, Tensor] = {}  # by step
         if allocation.method == "star":
-            shape = policy.latent_shape(config.rollout.resolution)
-            self._selection = select(policy, prompts, allocation, shape)
+            self._selection = select(policy, prompts, allocation)
             if allocation.credit != "image":
                 self.shares = phrase_shares(self._selection, allocation)
 

@@ -17,6 +17,7 @@ from star_kernels.capture.family import (
     Family,
     Grid,
     ImageTokens,
+    Text,
     find_or_explain,
     register_family,
     unwrapped,
@@ -45,6 +46,7 @@ def attach_maps(
     cfg: str | None = "auto",
     rows: tuple[int, int] | None = None,
     grid: Grid | None = None,
+    text: Text | None = None,
     detach: bool = True,
     output: str = "auto",
     call: int | None = None,
@@ -63,9 +65,8 @@ def attach_maps(
         transformer: a model of SD3, SD3.5, FLUX.1, FLUX.2, Qwen-Image or PixArt, a UNet of SD or SDXL, a class
             registered with :func:`register_family`, or, with ``rows`` and ``grid``, any model whose attention
             processors call ``F.scaled_dot_product_attention`` or diffusers' attention dispatcher.
-        selection: the tokens, on the model's device, as positions in the sequence of keys: [image, text] in SD3,
-            [text, image] in FLUX and Qwen-Image, the text only in cross-attention. None captures nothing until
-            :attr:`MapCapture.selection` is set.
+        selection: the tokens, on the model's device, as positions of the text: 0 is its first token, whether the image
+            comes before it in the model or after it. None captures nothing until :attr:`MapCapture.selection` is set.
         blocks: the attention modules to average over: "all", their indices, or "default", the blocks that are known
             to find the words, from published localisation: block 9 of the 24 of SD3-Medium and SD3.5-Medium (arXiv
             2509.18096) and the double-stream blocks 10 to 18 of FLUX.1 (arXiv 2502.04320), counted from zero, 18
@@ -80,6 +81,9 @@ def attach_maps(
         rows: range of the image queries as (start, length), overriding the value of the model family.
         grid: rows and columns of the image, overriding the value of the model family: the first rows * columns image
             queries.
+        text: where the text is among the keys, as (start, length), overriding the value of the model family; (start,
+            None) if its length differs between passes. Without it, positions of a selection are positions of keys in a
+            model that is captured by ``rows`` and ``grid`` alone.
         detach: if False, the maps are differentiable, for losses on them. They then keep the graph of the forward pass
             alive until the next pass or ``take()``.
         output: what computes the output of a captured attention call. "model": the function that the model calls, such
@@ -103,11 +107,11 @@ def attach_maps(
     if output not in OUTPUTS:
         raise ValueError(f"output must be 'auto', 'model' or 'ours', got {output!r}")
     call, keys = _count("call", call, 0), _count("keys", keys, 1)
-    rows, grid = _pair("rows", rows), _pair("grid", grid)
+    rows, grid, text = _pair("rows", rows), _pair("grid", grid), _check_text(text)
     if rows is not None and grid is not None and rows[1] != grid[0] * grid[1]:
         raise ValueError(f"grid must have the {rows[1]} positions of rows, got {grid[0]} x {grid[1]}")
     model = unwrapped(transformer)
-    given = None if rows is None or grid is None else ImageTokens(rows, grid)
+    given = None if rows is None or grid is None else ImageTokens(rows, grid, text)
     family = find_or_explain(model, given)
     found = family.attentions(model)
     default = isinstance(blocks, str) and blocks == "default"
@@ -120,7 +124,7 @@ def attach_maps(
         family,
         attentions,
         blocks=chosen,
-        overrides={"rows": rows, "grid": grid, "keys": keys},
+        overrides={"rows": rows, "grid": grid, "text": text, "keys": keys},
         cfg=cfg,
         detach=detach,
         output=output,
@@ -135,7 +139,20 @@ def attach_maps(
 
 
 @contextmanager
-def capture_maps(transformer: nn.Module, selection: TokenSelection, **options: Any) -> Iterator[MapCapture]:
+def capture_maps(
+    transformer: nn.Module,
+    selection: TokenSelection,
+    *,
+    blocks: str | Sequence[int] = "default",
+    cfg: str | None = "auto",
+    rows: tuple[int, int] | None = None,
+    grid: Grid | None = None,
+    text: Text | None = None,
+    detach: bool = True,
+    output: str = "auto",
+    call: int | None = None,
+    keys: int | None = None,
+) -> Iterator[MapCapture]:
     """Context manager form of :func:`attach_maps`, with the same options.
 
     Leaving the context, also by an exception, restores the model.
@@ -143,7 +160,19 @@ def capture_maps(transformer: nn.Module, selection: TokenSelection, **options: A
     Yields:
         A :class:`MapCapture`; its ``value`` is ``[B, G, h, w]`` after a forward pass.
     """
-    with attach_maps(transformer, selection, **options) as capture:
+    with attach_maps(
+        transformer,
+        selection,
+        blocks=blocks,
+        cfg=cfg,
+        rows=rows,
+        grid=grid,
+        text=text,
+        detach=detach,
+        output=output,
+        call=call,
+        keys=keys,
+    ) as capture:
         yield capture
 
 
@@ -174,6 +203,16 @@ def _count(name: str, value: object, least: int) -> int | None:
     if value is not None and (not found or found[0] < least):
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     return found[0] if found else None
+
+
+def _check_text(text: object) -> Text | None:
+    if text is None:
+        return None
+    start, length = text if isinstance(text, Sequence) and len(text) == 2 else (-1, None)
+    found = integers([start] if length is None else [start, length])
+    if found is None or min(found) < 0 or found[1:] == [0]:
+        raise ValueError(f"text must be the (start, length) of the text among the keys, or (start, None), got {text!r}")
+    return found[0], None if length is None else found[1]
 
 
 def _choose(blocks: str | Sequence[int], count: int) -> list[int]:

@@ -12,6 +12,7 @@ from torch import nn
 GUIDE = "docs/adding-a-model.md"
 
 Grid = tuple[int, int]  # rows and columns of image tokens
+Text = tuple[int, int | None]  # start and length of the text among the keys; None if the length is unknown
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class ImageTokens:
         rows: their range, as (start, length); None if all queries are image positions (cross-attention).
         grid: rows and columns of the image, or a function that returns them for a number of queries. The function is
             called when maps are read, so it may read values of tensors. Further queries (reference images) are dropped.
-        text: the keys that are text, as (start, length); selecting other keys is an error. If None, selections are not
-            checked.
+        text: the keys that are text, as (start, length), or (start, None) if the length is unknown. Positions of a
+            selection count from its start; a position that is not below its length is an error. If None, positions of a
+            selection are positions of keys.
         keys: the number of keys of the attention call whose maps are wanted. The maps are those of the processor's call
             with this number of keys, and a processor without such a call, or with two, is an error. If None,
             :attr:`Family.call` decides.
@@ -31,7 +33,7 @@ class ImageTokens:
 
     rows: tuple[int, int] | None
     grid: Grid | Callable[[int], Grid]
-    text: tuple[int, int] | None = None
+    text: Text | None = None
     keys: int | None = None
 
     def grid_of(self, queries: int) -> Grid:

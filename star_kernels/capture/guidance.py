@@ -1,4 +1,4 @@
-"""The part of a batch that a selection is for: all of it, or the conditional half of a batch doubled for guidance."""
+"""The selection of a forward pass: where its text starts in the keys, and which part of its batch is conditional."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHOICES = ("auto", "last", "first", None)
 
 
 class Guidance:
-    """A selection, and the same selection for batches doubled for classifier-free guidance.
+    """A selection of text, as positions of keys for batches that are doubled for classifier-free guidance or are not.
 
     Args:
         cfg: the user's choice, see :func:`star_kernels.capture.attach_maps`.
@@ -23,7 +23,7 @@ class Guidance:
     def __init__(self, cfg: str | None, family: str | None) -> None:
         self._cfg, self._family = cfg, family
         self._selection: TokenSelection | None = None
-        self._doubled: dict[str, TokenSelection] = {}
+        self._made: dict[tuple[str | None, int], TokenSelection] = {}  # by the conditional half and the start
         self._compared = False  # whether the halves of a batch with this selection were compared
 
     @property
@@ -32,15 +32,18 @@ class Guidance:
 
     @selection.setter
     def selection(self, selection: TokenSelection | None) -> None:
-        self._selection, self._doubled, self._compared = selection, {}, False
+        self._selection, self._made, self._compared = selection, {}, False
 
-    def for_pass(self, selection: TokenSelection, arguments: dict[str, Any]) -> tuple[TokenSelection, slice, str]:
+    def for_pass(
+        self, selection: TokenSelection, arguments: dict[str, Any], start: int
+    ) -> tuple[TokenSelection, slice, str]:
         """The selection for the whole batch of a pass, the part of the batch that the user's selection is for, and
         words for an error message about the batch size.
 
         Args:
             selection: the user's.
             arguments: of the model's forward pass by name, the latent first, as in diffusers.
+            start: the key at which the text starts.
 
         Raises:
             ValueError: cfg is "auto", and the batch has twice the size of the selection's but is not doubled for
@@ -48,13 +51,13 @@ class Guidance:
         """
         batch = selection.batch
         cfg = self._half(selection, arguments) if self._cfg == "auto" else self._cfg
+        whole = self._made.get((cfg, start))
+        if whole is None:
+            whole = self._made[cfg, start] = _for_batch(selection, cfg, start)
         if cfg is None:
-            return selection, slice(None), self._expected()
-        if cfg not in self._doubled:
-            before, after = (batch, 0) if cfg == "last" else (0, batch)
-            self._doubled[cfg] = selection.among_empty(before, after)
+            return whole, slice(None), self._expected()
         part = slice(batch, None) if cfg == "last" else slice(batch)
-        return self._doubled[cfg], part, f" (twice the selection's {batch}, for cfg={self._cfg!r})"
+        return whole, part, f" (twice the selection's {batch}, for cfg={self._cfg!r})"
 
     def _expected(self) -> str:
         if self._cfg is None:
@@ -81,3 +84,13 @@ class Guidance:
             raise ValueError(message)
         self._compared = True
         return self._family
+
+
+@torch.inference_mode(False)  # autograd saves it in later passes
+def _for_batch(selection: TokenSelection, cfg: str | None, start: int) -> TokenSelection:
+    if start:
+        selection = selection.shift(start)
+    if cfg is None:
+        return selection
+    before, after = (selection.batch, 0) if cfg == "last" else (0, selection.batch)
+    return selection.among_empty(before, after)

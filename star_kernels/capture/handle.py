@@ -19,7 +19,7 @@ from star_kernels.capture.family import Family, ImageTokens
 from star_kernels.capture.hooks import Hook
 from star_kernels.capture.missing_maps import explain
 from star_kernels.capture.passes import ForwardPass, Passes
-from star_kernels.selection import EMPTY, TokenSelection
+from star_kernels.selection import TokenSelection
 
 
 class MapCapture:
@@ -156,9 +156,10 @@ class MapCapture:
             except KeyError as missing:
                 raise ValueError(f"transformer must be called with {missing} while maps are captured") from None
             self._image = replace(image, **self._overrides) if self._overrides else image
-            if self._image.text is not None:
-                _check_text(selection, *self._image.text)
-            whole, self._conditional, expected = self._guidance.for_pass(selection, arguments)
+            start, length = self._image.text or (0, None)
+            if length is not None:
+                _check_text(selection, length)
+            whole, self._conditional, expected = self._guidance.for_pass(selection, arguments, start)
             detached = len(self._modules) if self._detach else 0
             self._passes.begin(
                 ForwardPass(whole, expected, self._image.rows, torch.is_grad_enabled(), detached, self._image.keys)
@@ -206,18 +207,15 @@ class MapCapture:
         return mean_maps([maps[self._conditional] for maps in found], self._image.grid_of)
 
 
-def _check_text(selection: TokenSelection, start: int, length: int) -> None:
+def _check_text(selection: TokenSelection, length: int) -> None:
     """Raises unless all selected positions are text in this pass. Reads only numbers that are known to the host."""
-    made = selection.text
-    if made is not None and (made[0] != start or made[1] not in (None, length)):
-        whose = f"{made[1]} tokens of text" if made[0] == start else f"text that starts at position {made[0]}"
+    if selection.text_length not in (None, length):
         raise ValueError(
-            f"selection was made for {whose} of the joint sequence, but in this pass {length} tokens of text start at "
-            f"position {start}: call select_tokens with the image_tokens of this resolution, and regions_of with the "
-            "max_sequence_length of this pass"
+            f"selection was made for text padded on the left to {selection.text_length} tokens, but this pass has "
+            f"{length} tokens of text: call regions_of with the max_sequence_length of this pass"
         )
-    if selection.last != EMPTY and (selection.first < start or selection.last >= start + length):
+    if selection.last >= length:
         raise ValueError(
-            f"selection.index must be positions of text, {start} to {start + length - 1} in this pass, got "
-            f"{selection.first} to {selection.last}: a selection is made for one image size and text length"
+            f"selection.index must be positions of the text, 0 to {length - 1} in this pass, got {selection.first} to "
+            f"{selection.last}: 0 is the first token of the text, wherever the text is among the keys"
         )

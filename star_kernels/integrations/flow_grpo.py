@@ -51,7 +51,20 @@ def step_loss(
     *,
     info: MutableMapping[str, list[Tensor]] | None = None,
     gradient_accumulation_steps: int = 1,
-    **options: Any,
+    noise_level: float | None = None,
+    sde_type: str | None = None,
+    clip_range: float | tuple[float, float] | None = None,
+    adv_clip_max: float | None = None,
+    beta: float | None = None,
+    weights: Tensor | None = None,
+    old_model_output: Tensor | None = None,
+    old_prev_sample_mean: Tensor | None = None,
+    ratio: str | None = None,
+    weighted_kl: bool | None = None,
+    step_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    channel_dim: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The loss of step ``j`` from the variables of Flow-GRPO's training scripts.
 
@@ -75,7 +88,9 @@ def step_loss(
             trained model and the rollout, ``log_prob_diff/step_{j}/mean`` and ``log_prob_diff/step_{j}/max``.
         gradient_accumulation_steps: divides the loss and the metrics ``policy_loss``, ``kl_loss`` and ``loss``, as the
             scripts for Qwen-Image do.
-        options: of :func:`policy_loss`; they take precedence over ``config``.
+        noise_level, sde_type, clip_range, adv_clip_max, beta, weights: in place of those of ``config`` and ``sample``.
+        old_model_output, old_prev_sample_mean, ratio, weighted_kl, step_weights, mask, channel_dim, backend: see
+            :func:`policy_loss`, whose defaults apply if they are None.
 
     Raises:
         KeyError: ``sample`` lacks a tensor.
@@ -96,6 +111,23 @@ def step_loss(
     }
     if guard:
         given["old_prev_sample_mean"] = sample["prev_sample_mean"][:, j]
+    options: dict[str, Any] = {
+        "noise_level": noise_level,
+        "sde_type": sde_type,
+        "clip_range": clip_range,
+        "adv_clip_max": adv_clip_max,
+        "beta": beta,
+        "weights": weights,
+        "old_model_output": old_model_output,
+        "old_prev_sample_mean": old_prev_sample_mean,
+        "ratio": ratio,
+        "weighted_kl": weighted_kl,
+        "step_weights": step_weights,
+        "mask": mask,
+        "channel_dim": channel_dim,
+        "backend": backend,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
     given |= options
     timestep, latent, next_latent, old_log_prob, advantages = (
         sample[name][:, j] for name in ("timesteps", "latents", "next_latents", "log_probs", "advantages")

@@ -104,15 +104,19 @@ def policy_loss(
     old_model_output: Tensor | None = None,
     old_prev_sample_mean: Tensor | None = None,
     weights: Tensor | None = None,
+    ratio: str = "sample",
+    weighted_kl: bool = False,
+    step_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
     channel_dim: int | None = None,
-    **options: Any,
+    backend: str = "auto",
 ) -> PolicyLoss:
     """Flow-GRPO's clipped loss with its KL penalty, computed from the velocity in one fused kernel per direction.
 
     Without weights this is the loss of Flow-GRPO's scripts, with weights that of
-    :func:`star_kernels.weighted_policy_loss`, whose ``options`` (ratio, weighted_kl, step_weights, mask, reduction,
-    backend) are accepted. With ``old_model_output`` or ``old_prev_sample_mean`` it is the loss of GRPO-Guard (arXiv
-    2510.22319): the ratio is normalised, and the loss of each sample is divided by -dt.
+    :func:`star_kernels.weighted_policy_loss`. With ``old_model_output`` or ``old_prev_sample_mean`` it is the loss of
+    GRPO-Guard (arXiv 2510.22319): the ratio is normalised, and the loss of each sample is divided by -dt.
 
     Args:
         scheduler, timestep, noise_level, sde_type: see :func:`sde_step_with_logprob`.
@@ -128,6 +132,8 @@ def policy_loss(
             most one of them.
         weights: ``[B, *locations]`` with mean one, or a grid ``[B, h, w]`` of patches or of the positions of a packed
             latent.
+        ratio, weighted_kl, step_weights, mask, reduction, backend: see :func:`star_kernels.weighted_policy_loss`.
+        channel_dim: the channel dimension, if it differs from that of the layouts.
 
     Returns:
         ``(loss, metrics)``: the float32 loss, and detached 0-dimensional tensors named as in the scripts:
@@ -150,8 +156,7 @@ def policy_loss(
         old_model_output = (old_prev_sample_mean.float() - mean_sample * sample.float()) / mean_output
     if old_model_output is not None:
         balance = step.sqrt_dt.square().reciprocal().expand(len(sample))
-        given = options.get("step_weights")
-        options = {**options, "step_weights": balance if given is None else balance * given}
+        step_weights = balance if step_weights is None else balance * step_weights
     loss, found = weighted_policy_loss(
         model_output,
         sample,
@@ -165,8 +170,13 @@ def policy_loss(
         ref_model_output=ref_model_output if beta else None,
         kl_coef=beta,
         old_model_output=old_model_output,
+        ratio=ratio,
+        weighted_kl=weighted_kl,
+        step_weights=step_weights,
+        mask=mask,
+        reduction=reduction,
         channel_dim=channel_dim,
-        **options,
+        backend=backend,
     )
     metrics = {name: found[name] for name in ("policy_loss", "approx_kl", "ratio_mean", "ratio_max")}
     metrics |= {"clipfrac": found["clip_fraction"], "loss": loss.detach()}

@@ -7,7 +7,6 @@ In a transition with a = 0 and b = 1 the model output is the mean, so the kernel
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +15,6 @@ from star_kernels.integrations.layout import channel_dim_of, check_shape, column
 from star_kernels.policy import PolicyLoss, Transition, weighted_policy_loss
 
 SAMPLERS = ("sde", "cps", "dance_sde")
-
-_LOSS_ONLY = {
-    *("advantages", "clip_range", "kl_mask_threshold", "advantage_clip", "adv_clip_max", "step_weights", "reduction"),
-    *("beta", "kl_coef", "ref_prev_sample_mean", "ref_model_output", "weighted_kl"),
-}
 
 
 def mean_transition(std_dev_t: Tensor, sqrt_dt: Tensor, *, sde_type: str = "sde") -> Transition:
@@ -81,8 +75,12 @@ def policy_loss_of_means(
     beta: float = 0.0,
     ref_prev_sample_mean: Tensor | None = None,
     step_weights: Tensor | None = None,
+    ratio: str = "sample",
+    weighted_kl: bool = False,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
     channel_dim: int | None = None,
-    **options: Any,
+    backend: str = "auto",
 ) -> PolicyLoss:
     """Flow-GRPO's clipped loss from the mean of the transition, with weights for the latent positions.
 
@@ -105,7 +103,8 @@ def policy_loss_of_means(
             ``clip_range``; see :func:`star_kernels.weighted_policy_loss`.
         beta, ref_prev_sample_mean: coefficient of the KL penalty, and the mean under the reference model.
         step_weights: ``[B]``, a factor for the policy loss of each sample.
-        clip_range, options: see :func:`star_kernels.weighted_policy_loss`.
+        clip_range, ratio, weighted_kl, mask, reduction, backend: see :func:`star_kernels.weighted_policy_loss`.
+        channel_dim: the channel dimension, if it differs from that of the layouts.
 
     Raises:
         TypeError, ValueError: wrong type, shape, dtype or range; the message names the argument.
@@ -145,25 +144,54 @@ def policy_loss_of_means(
         old_model_output=old_prev_sample_mean if guard or masks else None,
         kl_mask_threshold=kl_mask_threshold,
         step_weights=step_weights,
+        ratio=ratio,
+        weighted_kl=weighted_kl,
+        mask=mask,
+        reduction=reduction,
         channel_dim=channel_dim,
-        **options,
+        backend=backend,
     )
 
 
 def ratio_of_means(
-    prev_sample_mean: Tensor, prev_sample: Tensor, std_dev_t: Tensor, sqrt_dt: Tensor, **options: Any
+    prev_sample_mean: Tensor,
+    prev_sample: Tensor,
+    std_dev_t: Tensor,
+    sqrt_dt: Tensor,
+    *,
+    old_log_prob: Tensor | None = None,
+    old_prev_sample_mean: Tensor | None = None,
+    weights: Tensor | None = None,
+    guard: bool = False,
+    sde_type: str = "sde",
+    ratio: str = "sample",
+    mask: Tensor | None = None,
+    channel_dim: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """The differentiable ratio of each sample, ``[B]``, for trainers that clip it themselves.
 
     With weights it is ``exp(mean_p W_p d_p)``, where d is the channel-mean log-ratio at a position. It is computed as
-    the unclipped loss with advantages of -1. Arguments are those of :func:`policy_loss_of_means`, except the ones that
-    affect only the loss (advantages, clip ranges, KL penalty, step_weights). With ``guard`` it is the normalised ratio,
-    not divided by -dt.
+    the unclipped loss with advantages of -1. Arguments are those of :func:`policy_loss_of_means`. With ``guard`` it is
+    the normalised ratio, not divided by -dt.
     """
-    if refused := _LOSS_ONLY & options.keys():
-        raise TypeError(f"{', '.join(sorted(refused))} must not be given: the ratio does not depend on them")
-    if options.get("guard"):  # cancels the division by -dt
-        options["step_weights"] = sqrt_dt.detach().float().reshape(-1).square().expand(len(prev_sample))
-    advantages = -torch.ones(len(prev_sample), device=prev_sample.device)
-    options |= {"clip_range": (1.0, math.inf), "reduction": "none"}
-    return policy_loss_of_means(prev_sample_mean, prev_sample, std_dev_t, sqrt_dt, advantages, **options).loss
+    undo = sqrt_dt.detach().float().reshape(-1).square().expand(len(prev_sample)) if guard else None
+    return policy_loss_of_means(
+        prev_sample_mean,
+        prev_sample,
+        std_dev_t,
+        sqrt_dt,
+        -torch.ones(len(prev_sample), device=prev_sample.device),
+        old_log_prob=old_log_prob,
+        old_prev_sample_mean=old_prev_sample_mean,
+        weights=weights,
+        guard=guard,
+        sde_type=sde_type,
+        clip_range=(1.0, math.inf),
+        step_weights=undo,  # cancels guard's division by -dt
+        ratio=ratio,
+        mask=mask,
+        reduction="none",
+        channel_dim=channel_dim,
+        backend=backend,
+    ).loss

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from star_kernels.allocation import allocate
 from star_kernels.capture import MapCapture, capture_maps
-from star_kernels.capture.family import unwrapped
+from star_kernels.capture.family import Grid, Text, unwrapped
 from star_kernels.capture.hooks import Hook
 from star_kernels.selection import TokenSelection
 
@@ -54,7 +53,16 @@ class RecordedMaps:
 
 @contextmanager
 def record_maps(
-    transformer: nn.Module, selection: TokenSelection, *, passes: int | None = None, **options: Any
+    transformer: nn.Module,
+    selection: TokenSelection,
+    *,
+    passes: int | None = None,
+    blocks: str | Sequence[int] = "default",
+    cfg: str | None = "auto",
+    rows: tuple[int, int] | None = None,
+    grid: Grid | None = None,
+    text: Text | None = None,
+    detach: bool = True,
 ) -> Iterator[RecordedMaps]:
     """Context manager that records the attention maps of every forward pass of a diffusers transformer.
 
@@ -64,15 +72,16 @@ def record_maps(
         transformer: the model that the pipeline of the rollout runs, with or without wrappers.
         selection: the selected tokens of each sample's prompt, on the model's device.
         passes: number of forward passes to record; later ones run as without a capture. All if None.
-        options: of :func:`star_kernels.capture.capture_maps`, such as ``blocks=...``, or ``cfg="first"`` if the first
-            half of a batch doubled for guidance is conditional.
+        blocks, cfg, rows, grid, text, detach: see :func:`star_kernels.capture.attach_maps`.
 
     Example:
         >>> with record_maps(pipeline.transformer, selection) as recorded:
         ...     images, latents, log_probs = pipeline_with_logprob(pipeline, ...)
         >>> weights = recorded.weights()  # [B, Steps, h, w]
     """
-    with capture_maps(transformer, selection, **options) as capture:
+    with capture_maps(
+        transformer, selection, blocks=blocks, cfg=cfg, rows=rows, grid=grid, text=text, detach=detach
+    ) as capture:
         recorded = RecordedMaps(capture, passes)
         hook = unwrapped(transformer).register_forward_hook(Hook(recorded, "_take"))  # after the capture's hook
         try:

@@ -2,7 +2,7 @@
 
 ``select_tokens`` does everything in one call: it returns a TokenSelection for a batch of prompts. Its parts are the
 sources, functions that return the :class:`Core` of a prompt as character spans (``core_content`` chooses among them);
-:class:`TextRegion`, which describes the positions of an encoder's tokens in the joint sequence (``regions_of`` reads
+:class:`TextRegion`, which describes the positions of an encoder's tokens in the text of a model (``regions_of`` reads
 them from a diffusers pipeline); and ``token_positions``, which maps character spans to token positions.
 """
 

@@ -1,4 +1,4 @@
-"""The positions of the text encoders' tokens in the joint sequence of a diffusers pipeline.
+"""The positions of the text encoders' tokens in the text of a diffusers pipeline.
 
 According to diffusers 0.42, which is not imported. Text positions count from the first text token:
 
@@ -28,11 +28,9 @@ def sd3_regions(
 ) -> list[TextRegion]:
     """Stable Diffusion 3 and 3.5: "clip_l" and "clip_g" at the same positions, then "t5"; None omits an encoder."""
     regions = [
-        TextRegion("clip_l", tokenizer, clip_length, after_image=True) if tokenizer is not None else None,
-        TextRegion("clip_g", tokenizer_2, clip_length, after_image=True) if tokenizer_2 is not None else None,
-        TextRegion("t5", tokenizer_3, t5_length, start=clip_length, after_image=True)
-        if tokenizer_3 is not None
-        else None,
+        TextRegion("clip_l", tokenizer, clip_length) if tokenizer is not None else None,
+        TextRegion("clip_g", tokenizer_2, clip_length) if tokenizer_2 is not None else None,
+        TextRegion("t5", tokenizer_3, t5_length, start=clip_length) if tokenizer_3 is not None else None,
     ]
     return [region for region in regions if region]
 

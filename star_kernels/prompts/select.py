@@ -27,7 +27,7 @@ class PromptSelection(NamedTuple):
 
 @dataclass(frozen=True)
 class _Located:
-    """The phrases of a prompt with their token positions in the joint sequence."""
+    """The phrases of a prompt with their token positions."""
 
     names: tuple[str, ...]
     positions: tuple[frozenset[int], ...]
@@ -43,9 +43,8 @@ def select_tokens(
     metadata: Sequence[Mapping[str, Any] | None] | None = None,
     per_phrase: bool = False,
     weight: str = "token",
-    image_tokens: int | None = None,
 ) -> PromptSelection:
-    """Selects the tokens of the core content of a batch of prompts, in the joint sequence of image and text.
+    """Selects the tokens of the core content of a batch of prompts, as positions of the text.
 
     Args:
         prompts: a prompt, or a :class:`Core` to choose its core content yourself, for each sample of the batch.
@@ -57,24 +56,21 @@ def select_tokens(
             the end.
         weight: "token": each token has weight one, so that a map is the attention mass on its tokens. "phrase": the
             tokens of a phrase share a weight of one, so that long and short phrases count alike.
-        image_tokens: the number of image tokens, (height / 16) * (width / 16) in pixels for SD3. Required if the image
-            precedes the text in the joint sequence, ignored otherwise.
 
     Returns:
         The selection, on the CPU, and for each prompt the names of its phrases (of its one map if not ``per_phrase``).
-        The field ``text`` of the selection makes it an error to capture an image of another size, or text that is
-        padded to another length, if its positions would be wrong there.
+        Position 0 is the first token of the text; captures add where the text starts among the keys of their model. If
+        text is padded on the left, capturing a pass whose text has another length is an error.
 
     Warns:
         Once for words that are truncated in every region. Once for prompts without core content, or whose core content
         is truncated entirely: all their tokens are selected, except special and padding tokens.
 
     Example:
-        >>> selection, names = select_tokens(prompts, regions_of(pipeline), image_tokens=1024)
+        >>> selection, names = select_tokens(prompts, regions_of(pipeline))
         >>> with capture_maps(pipeline.transformer, selection.to(device)) as maps: ...
     """
     _check(prompts, regions, metadata, per_phrase, weight)
-    offsets = _offsets(regions, image_tokens)
     lines = metadata or [None] * len(prompts)
     # The samples of a GRPO group share their prompt and metadata, which are processed once.
     keys = [(prompt, id(line)) for prompt, line in zip(prompts, lines, strict=True)]
@@ -82,23 +78,23 @@ def select_tokens(
         key: key[0] if isinstance(key[0], Core) else core_content(key[0], source, metadata=line)
         for key, line in dict(zip(keys, lines, strict=True)).items()
     }
-    located = {core: _locate(core, regions, offsets) for core in dict.fromkeys(cores.values())}
+    located = {core: _locate(core, regions) for core in dict.fromkeys(cores.values())}
     samples = [located[cores[key]] for key in keys]
     _warn(samples, regions)
     built = _build(list(located.values()), per_phrase, weight == "phrase")
     number = {core: i for i, core in enumerate(located)}
     of_sample = torch.tensor([number[cores[key]] for key in keys], device="cpu")
     names = [sample.names if per_phrase else (", ".join(sample.names),) for sample in samples]
-    text = _text(regions, image_tokens)
-    return PromptSelection(TokenSelection(built.index[of_sample], built.weight[of_sample], text), names)
+    selection = TokenSelection(built.index[of_sample], built.weight[of_sample], _text_length(regions))
+    return PromptSelection(selection, names)
 
 
-def _locate(core: Core, regions: Sequence[TextRegion], offsets: Sequence[int]) -> _Located:
+def _locate(core: Core, regions: Sequence[TextRegion]) -> _Located:
     characters = [region.characters(core.prompt) for region in regions]
     positions_of = {
         span: frozenset(
-            offset + position
-            for offset, spans in zip(offsets, characters, strict=True)
+            region.start + position
+            for region, spans in zip(regions, characters, strict=True)
             for position in matching(core.prompt, spans, span)
         )
         for span in core.spans
@@ -108,8 +104,8 @@ def _locate(core: Core, regions: Sequence[TextRegion], offsets: Sequence[int]) -
         positions = tuple(frozenset().union(*(positions_of[span] for span in phrase.spans)) for phrase in core.phrases)
         return _Located(core.names, positions, truncated, empty=False)
     everything = frozenset(
-        offset + position
-        for offset, spans in zip(offsets, characters, strict=True)
+        region.start + position
+        for region, spans in zip(regions, characters, strict=True)
         for position, span in enumerate(spans)
         if span != NOTHING
     )
@@ -136,22 +132,9 @@ def _build(located: Sequence[_Located], per_phrase: bool, shared: bool) -> Token
     return TokenSelection(index, weight)
 
 
-def _offsets(regions: Sequence[TextRegion], image_tokens: int | None) -> list[int]:
-    """The first position of each region in the joint sequence."""
-    after_image = [region.name for region in regions if region.after_image]
-    good = image_tokens is None if not after_image else False
-    good = good or (isinstance(image_tokens, int) and not isinstance(image_tokens, bool) and image_tokens >= 1)
-    if not good:
-        why = f" because the text of {', '.join(after_image)} follows the image" if after_image else " or None"
-        raise ValueError(f"image_tokens must be an integer of at least 1{why}, got {image_tokens!r}")
-    return [region.start + (image_tokens or 0 if region.after_image else 0) for region in regions]
-
-
-def _text(regions: Sequence[TextRegion], image_tokens: int | None) -> tuple[int, int | None] | None:
-    """The start of the text in the joint sequence, and its length if positions depend on it."""
-    starts = {image_tokens or 0 if region.after_image else 0 for region in regions}
-    lengths = [region.start + region.length for region in regions if region.padded_left]
-    return (starts.pop(), max(lengths, default=None)) if len(starts) == 1 else None
+def _text_length(regions: Sequence[TextRegion]) -> int | None:
+    """The length of the text, if positions depend on it."""
+    return max((region.start + region.length for region in regions if region.padded_left), default=None)
 
 
 def _warn(located: Sequence[_Located], regions: Sequence[TextRegion]) -> None:

@@ -14,7 +14,7 @@ NOTHING: Span = (0, 0)  # the span of a special, padding or template token
 
 @dataclass(frozen=True, eq=False)
 class TextRegion:
-    """The tokens of one text encoder in the joint sequence of image and text.
+    """The tokens of one text encoder, by their positions in the text of the model.
 
     The encoder's input is ``prefix + prompt + suffix``, truncated to ``dropped + length`` tokens. The pipeline drops
     the first ``dropped`` tokens of its output.
@@ -25,7 +25,6 @@ class TextRegion:
         length: maximum number of positions, including special and padding tokens.
         start: first position, counted from the first position of the text. Regions may overlap: the two CLIP encoders
             of SD3 share their positions.
-        after_image: whether the text follows the image in the joint sequence.
         prefix, suffix: template around the prompt.
         strips: whether the template strips whitespace around the prompt.
         dropped: number of tokens that the pipeline drops at the start of the encoder's output.
@@ -42,7 +41,6 @@ class TextRegion:
     tokenizer: Any
     length: int
     start: int = 0
-    after_image: bool = False
     prefix: str = ""
     suffix: str = ""
     strips: bool = False

@@ -50,7 +50,8 @@ def map_of(call: Call, selection: TokenSelection, rows: tuple[int, int] | None =
 def expected_maps(
     model: Any, inputs: dict[str, Any], case: Case, selection: TokenSelection, blocks: Sequence[int] | None = None
 ) -> Tensor:
-    """``[B, G, h, w]``: the mean over the blocks, on the finest grid."""
+    """``[B, G, h, w]``: the mean over the blocks, on the finest grid. The selection has positions of the text."""
+    selection = selection.shift(case.text)
     calls = [call for call in attention_calls(model, inputs) if call[1].shape[2] == case.keys]
     parts = []
     for block in range(len(calls)) if blocks is None else blocks:

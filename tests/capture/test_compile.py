@@ -49,7 +49,7 @@ def eager_maps(model, inputs, selection, **options):
 @torch.no_grad()
 def test_no_new_graph_for_a_new_selection_or_a_new_context():
     case, model, inputs = make("sd3.5")
-    other = TokenSelection.from_positions([[[1], [0, 2]], [[4], [5]]]).shift(case.text)
+    other = TokenSelection.from_positions([[[1], [0, 2]], [[4], [5]]])
     selections = [case.selection, other]
     expected = [eager_maps(model, inputs, selection) for selection in selections]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from reference_maps import expected_maps
-from tiny_models import IMAGE, Case, hunyuan_image, hunyuan_image_inputs
+from tiny_models import IMAGE, TEXT, Case, hunyuan_image, hunyuan_image_inputs
 
 from star_kernels.capture import capture_maps, family
 
@@ -33,7 +33,7 @@ def test_the_adapter_of_the_guide_gives_the_maps_of_the_reference(monkeypatch):
 def test_a_module_without_the_given_rows_is_named():
     case = Case(hunyuan_image, hunyuan_image_inputs, (0, IMAGE), IMAGE)
     model, inputs = case.make()
-    options = {"rows": (0, IMAGE), "grid": (6, 10), "cfg": None}
+    options = {"rows": (0, IMAGE), "grid": (6, 10), "text": (IMAGE, TEXT), "cfg": None}
     with (
         pytest.raises(
             ValueError, match=r"context_embedder\.\S+attn has .* choose other rows, or leave the module out of blocks"

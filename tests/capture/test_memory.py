@@ -35,7 +35,7 @@ def test_capture_adds_less_than_one_percent_of_the_attention_of_a_block(peak_mem
         "pooled_projections": torch.randn(1, 64),
         "timestep": torch.full((1,), 500.0),
     }
-    selection = TokenSelection.from_positions([list(range(8))]).shift(GRID * GRID)
+    selection = TokenSelection.from_positions([list(range(8))])
     with attach_maps(model, selection, cfg=None) as maps:
 
         def run():

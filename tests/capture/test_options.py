@@ -22,7 +22,7 @@ def model_and_inputs():
 
 
 def other_selection():
-    return TokenSelection.from_positions([[5, 6], [0]]).shift(IMAGE)
+    return TokenSelection.from_positions([[5, 6], [0]])
 
 
 def doubled(inputs):

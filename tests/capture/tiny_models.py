@@ -40,7 +40,7 @@ class Case:
 
     @property
     def selection(self) -> TokenSelection:
-        return TokenSelection.from_positions([[[0], [1, 2]], [[3], []]]).shift(self.text)
+        return TokenSelection.from_positions([[[0], [1, 2]], [[3], []]])
 
 
 def _tokens(count: int, width: int) -> Tensor:
@@ -271,6 +271,6 @@ CASES = {
         (REGISTERS + TEXT, IMAGE),
         REGISTERS,
         keys=REGISTERS + JOINT,
-        options={"rows": (REGISTERS + TEXT, IMAGE), "grid": (ROWS, COLUMNS)},
+        options={"rows": (REGISTERS + TEXT, IMAGE), "grid": (ROWS, COLUMNS), "text": (REGISTERS, TEXT)},
     ),
 }

@@ -37,7 +37,7 @@ def sd3() -> tuple[nn.Module, Any, TokenSelection]:
             "timestep": torch.full((2 * BATCH,), 500.0),
         }
 
-    return model.eval(), inputs, SELECTION.shift(ROWS * COLUMNS)
+    return model.eval(), inputs, SELECTION
 
 
 @torch.no_grad()

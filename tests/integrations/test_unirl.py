@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 
 import unirl_contract as contract
 from flow_grpo_formulas import close
-from small_pipelines import PROMPTS, SIZE, sd3_pipeline
+from small_pipelines import PROMPTS, sd3_pipeline
 from unirl_contract import FlowGRPO, Part, Stage, rollout, unirl
 
 from star_kernels import allocate
@@ -33,7 +33,7 @@ PIPELINE = sd3_pipeline()
 
 
 def select(part: Any) -> Any:
-    return select_tokens(ours.prompts_of(part), regions_of(PIPELINE), image_tokens=SIZE * SIZE // 4)[0]
+    return select_tokens(ours.prompts_of(part), regions_of(PIPELINE))[0]
 
 
 def trained(part: Part, algorithm: Any) -> tuple[list[Tensor], list[dict[str, Any]]]:
@@ -198,5 +198,5 @@ def test_the_guide_selects_the_prompts_of_a_part(monkeypatch: pytest.MonkeyPatch
     exec(example, names)
     part = SimpleNamespace(metadata=[{"prompt": prompt} for prompt in PROMPTS], batch_size=len(PROMPTS))
     found = names["select"](part)
-    expected = select_tokens(PROMPTS, regions_of(PIPELINE, max_sequence_length=256), image_tokens=1024)[0]
+    expected = select_tokens(PROMPTS, regions_of(PIPELINE, max_sequence_length=256))[0]
     assert torch.equal(found.index, expected.index)

@@ -66,16 +66,15 @@ def tokenizers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("source", ["guide", "example"])
-def test_select_finds_the_quoted_text_after_the_image(verl_omni: World, tokenizers: list[Any], source: str) -> None:
+def test_select_finds_the_quoted_text(verl_omni: World, tokenizers: list[Any], source: str) -> None:
     code = SELECT if source == "guide" else (EXAMPLE / "star_plugin.py").read_text()
     select = run(code, model="a model")["select"]
     prompt = 'a neon sign that reads "Fresh Broth Daily"'
     chat = [{"role": "user", "content": prompt}]
     batch = {"all_latents": torch.zeros(2, 3, 4, 16, 12), "raw_prompt": [chat, chat]}
-    expected, _ = select_tokens([prompt] * 2, tokenizers, image_tokens=8 * 6)
+    expected, _ = select_tokens([prompt] * 2, tokenizers)
     found = select(batch)
     assert torch.equal(found.index, expected.index)
-    assert int(found.index[found.index >= 0].min()) >= 48
     assert verl_omni.engine.star_feed.select is select
 
 

@@ -106,7 +106,7 @@ def test_the_maps_are_those_of_the_conditional_pass(pipeline: Any) -> None:
     call = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, "guidance_scale": 5.0}
     drawing = maps.draw(pipeline, PROMPT, phrases=["red bench"], generator=torch.Generator().manual_seed(3), **call)
     embeddings = pipeline.encode_prompt(PROMPT, None, None, do_classifier_free_guidance=False)
-    selection = select_tokens([PROMPT], regions_of(pipeline), source=["red bench"], image_tokens=256).selection
+    selection = select_tokens([PROMPT], regions_of(pipeline), source=["red bench"]).selection
     latents = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(3))
     with capture_maps(pipeline.transformer, selection, cfg=None) as captured, torch.no_grad():
         pipeline.transformer(

@@ -120,11 +120,10 @@ def test_the_embeddings_at_the_selected_positions_are_those_of_the_words(family:
     embeddings = encode(pipeline, PROMPTS)  # [B, L, channels] of token ids
     regions = regions_of(pipeline)
     for region in regions:
-        selection, _ = select_tokens(PROMPTS, [region], source=WORDS, image_tokens=IMAGE)
+        selection, _ = select_tokens(PROMPTS, [region], source=WORDS)
         channel = 1 if region.name == "clip_g" else 0
-        first_text = IMAGE if region.after_image else 0
         for b, prompt in enumerate(PROMPTS):
-            positions = [int(p) - first_text for p in selection.index[b] if p >= 0]
+            positions = [int(p) for p in selection.index[b] if p >= 0]
             text = region.tokenizer.decode([int(embeddings[b, p, channel]) for p in positions])
             core = phrases(prompt, WORDS)
             assert text.lower().split() == " ".join(core.words).lower().split()
@@ -134,11 +133,7 @@ def test_sd3_has_77_clip_positions_shared_by_two_encoders_then_256_of_t5() -> No
     pipeline, encode = sd3()
     regions = {region.name: region for region in regions_of(pipeline)}
     assert list(regions) == ["clip_l", "clip_g", "t5"]
-    assert [(r.start, r.length, r.after_image) for r in regions.values()] == [
-        (0, 77, True),
-        (0, 77, True),
-        (77, 256, True),
-    ]
+    assert [(r.start, r.length) for r in regions.values()] == [(0, 77), (0, 77), (77, 256)]
     assert encode(pipeline, PROMPTS).shape[1] == 333
     assert regions_of(pipeline, max_sequence_length=128)[2].length == 128
 
@@ -163,7 +158,7 @@ def test_default_lengths_are_those_of_the_pipelines() -> None:
     for family in ("flux", "flux2", "flux2 klein", "qwen-image"):
         pipeline, encode = FAMILIES[family]()
         (region,) = regions_of(pipeline)
-        assert (region.start, region.length, region.after_image) == (0, 512, False)
+        assert (region.start, region.length) == (0, 512)
         if region.padded:
             assert encode(pipeline, PROMPTS).shape[1] == 512
         assert regions_of(pipeline, max_sequence_length=64)[0].length == 64

@@ -13,8 +13,6 @@ from local_tokenizers import clip_tokenizer, t5_tokenizer
 from star_kernels.prompts import Core, Phrase, TextRegion, phrases, select_tokens
 from star_kernels.prompts.regions import flux_regions, sd3_regions
 
-IMAGE = 1024
-
 
 def sd3() -> list[TextRegion]:
     return sd3_regions(clip_tokenizer(), clip_tokenizer(), t5_tokenizer())
@@ -25,19 +23,18 @@ def positions(selection: Any, b: int, g: int = 0) -> list[int]:
 
 
 def words_at(positions: list[int], prompt: str) -> list[str]:
-    """The text that SD3's encoders have at positions of the joint sequence."""
+    """The text that SD3's encoders have at positions of the text."""
     clip = clip_tokenizer()(prompt, padding="max_length", max_length=77)["input_ids"]
     t5 = t5_tokenizer()(prompt, padding="max_length", max_length=256)["input_ids"]
-    text = [p - IMAGE for p in positions]
     return [
-        clip_tokenizer().decode([clip[p] for p in text if p < 77]),
-        t5_tokenizer().decode([t5[p - 77] for p in text if p >= 77]),
+        clip_tokenizer().decode([clip[p] for p in positions if p < 77]),
+        t5_tokenizer().decode([t5[p - 77] for p in positions if p >= 77]),
     ]
 
 
-def test_clip_and_t5_positions_of_each_word_are_selected_after_the_image() -> None:
+def test_clip_and_t5_positions_of_each_word_are_selected() -> None:
     prompts = ["a red bench", 'a sign that reads "bright evening" above the red bench']
-    selection, names = select_tokens(prompts, sd3(), image_tokens=IMAGE)
+    selection, names = select_tokens(prompts, sd3())
     assert words_at(positions(selection, 0), prompts[0]) == ["red bench"] * 2
     assert words_at(positions(selection, 1), prompts[1]) == ["bright evening"] * 2
     assert names == [("red bench",), ("bright evening",)]
@@ -46,8 +43,8 @@ def test_clip_and_t5_positions_of_each_word_are_selected_after_the_image() -> No
 
 
 def test_a_position_shared_by_two_encoders_is_selected_once() -> None:
-    alone, _ = select_tokens(["a red bench"], sd3()[:1], image_tokens=IMAGE)
-    both, _ = select_tokens(["a red bench"], sd3()[:2], image_tokens=IMAGE)
+    alone, _ = select_tokens(["a red bench"], sd3()[:1])
+    both, _ = select_tokens(["a red bench"], sd3()[:2])
     assert torch.equal(alone.index, both.index)
     assert torch.equal(alone.weight, both.weight)
 
@@ -61,7 +58,7 @@ def test_positions_shared_by_different_tokenizers_are_the_union_of_both() -> Non
 
 def test_every_occurrence_of_a_word_is_selected() -> None:
     prompt = "a red bench by a bench with a Bench"
-    selection, _ = select_tokens([prompt], sd3(), source=["bench"], image_tokens=IMAGE)
+    selection, _ = select_tokens([prompt], sd3(), source=["bench"])
     clip, t5 = words_at(positions(selection, 0), prompt)
     assert clip == "bench bench bench"
     assert t5.lower().replace(" ", "") == "benchbenchbench"
@@ -103,7 +100,7 @@ def test_an_empty_core_selects_all_tokens_of_the_prompt_with_one_warning() -> No
     with pytest.warns(
         UserWarning, match="no core content, .* all tokens of the prompt are selected: 'of the and', 'by the'$"
     ) as w:
-        selection, names = select_tokens(prompts, sd3(), source="words", image_tokens=IMAGE)
+        selection, names = select_tokens(prompts, sd3(), source="words")
     assert len(w) == 1
     assert names == [("of the and",), ("red bench",), ("by the",)]
     clip, t5 = words_at(positions(selection, 0), prompts[0])
@@ -112,7 +109,7 @@ def test_an_empty_core_selects_all_tokens_of_the_prompt_with_one_warning() -> No
 
 def test_an_empty_prompt_selects_nothing() -> None:
     with pytest.warns(UserWarning, match="no core content"):
-        selection, names = select_tokens([""], sd3(), image_tokens=IMAGE)
+        selection, names = select_tokens([""], sd3())
     assert positions(selection, 0) == []
     assert names == [("",)]
 
@@ -121,16 +118,14 @@ def test_a_word_truncated_by_clip_is_selected_in_t5_without_a_warning() -> None:
     prompt = "the " * 90 + "bench"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        selection, _ = select_tokens([prompt], sd3(), source=["bench"], image_tokens=IMAGE)
-    assert min(positions(selection, 0)) >= IMAGE + 77
+        selection, _ = select_tokens([prompt], sd3(), source=["bench"])
+    assert min(positions(selection, 0)) >= 77
 
 
 def test_a_word_truncated_in_every_region_is_omitted_with_one_warning() -> None:
     prompt = "red " + "owl " * 400 + "bench"
     with pytest.warns(UserWarning, match="not selected") as caught:
-        selection, names = select_tokens(
-            [prompt] * 2, sd3(), source=["red", "bench"], per_phrase=True, image_tokens=IMAGE
-        )
+        selection, names = select_tokens([prompt] * 2, sd3(), source=["red", "bench"], per_phrase=True)
     assert [str(w.message) for w in caught] == [
         "'bench': truncated in every region (77 tokens of clip_l, 77 tokens of clip_g, 256 tokens of t5), "
         "so not selected"
@@ -145,7 +140,7 @@ def test_a_core_that_is_truncated_entirely_counts_as_empty() -> None:
     prompt = "owl " * 400 + "bench"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        selection, _ = select_tokens([prompt], sd3(), source=["bench"], image_tokens=IMAGE)
+        selection, _ = select_tokens([prompt], sd3(), source=["bench"])
     assert [str(w.message).partition(":")[0] for w in caught] == [
         "'bench'",
         "no core content, so all tokens of the prompt are selected",
@@ -156,18 +151,18 @@ def test_a_core_that_is_truncated_entirely_counts_as_empty() -> None:
 def test_each_prompt_may_have_its_own_metadata_or_core() -> None:
     lines = [line for line in prompt_data.OBJECTS if line["tag"] == "position"][:2]
     prompts = [prompt_data.compose(line)[0] for line in lines]
-    _, names = select_tokens(prompts, sd3(), metadata=lines, per_phrase=True, image_tokens=IMAGE)
+    _, names = select_tokens(prompts, sd3(), metadata=lines, per_phrase=True)
     assert names == [("igloo", "lantern", "left of"), ("fly", "butter fly", "below")]
-    _, names = select_tokens([phrases("a red owl", ["owl"]), "a red owl"], sd3(), image_tokens=IMAGE)
+    _, names = select_tokens([phrases("a red owl", ["owl"]), "a red owl"], sd3())
     assert names == [("owl",), ("red owl",)]
 
 
 def test_samples_of_one_prompt_have_equal_selections() -> None:
-    selection, _ = select_tokens(["a red bench"] * 2, sd3(), image_tokens=IMAGE)
+    selection, _ = select_tokens(["a red bench"] * 2, sd3())
     assert selection.batch == 2
     assert selection.index.dtype == torch.int32
     assert torch.equal(selection.index[0], selection.index[1])
-    assert selection.last < IMAGE + 333
+    assert selection.last < 333
 
 
 @pytest.mark.parametrize(
@@ -186,35 +181,22 @@ def test_samples_of_one_prompt_have_equal_selections() -> None:
         ({"per_phrase": "word"}, TypeError, "per_phrase must be True or False, got 'word'"),
         ({"weight": 1.0}, ValueError, "weight must be 'token' or 'phrase', got 1.0"),
         ({"source": "nouns"}, ValueError, "source must be one of"),
-        (
-            {"image_tokens": None},
-            ValueError,
-            "image_tokens must be .* because the text of clip_l, clip_g, t5 follows the image, got None",
-        ),
-        ({"image_tokens": 0}, ValueError, "image_tokens must be an integer of at least 1"),
-        ({"image_tokens": 1.5}, ValueError, "image_tokens must be"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments: dict[str, Any] = {"prompts": ["a red owl"], "regions": sd3(), "image_tokens": IMAGE} | change
+    arguments: dict[str, Any] = {"prompts": ["a red owl"], "regions": sd3()} | change
     with pytest.raises(error, match=message):
         select_tokens(arguments.pop("prompts"), arguments.pop("regions"), **arguments)
 
 
 def test_the_default_dtype_and_device_do_not_matter() -> None:
-    expected, _ = select_tokens(["a red owl", "a cat"], sd3(), image_tokens=IMAGE, weight="phrase")
+    expected, _ = select_tokens(["a red owl", "a cat"], sd3(), weight="phrase")
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            selection, _ = select_tokens(["a red owl", "a cat"], sd3(), image_tokens=IMAGE, weight="phrase")
+            selection, _ = select_tokens(["a red owl", "a cat"], sd3(), weight="phrase")
     finally:
         torch.set_default_dtype(before)
     assert torch.equal(selection.index, expected.index)
     assert torch.equal(selection.weight, expected.weight)
-
-
-def test_image_tokens_do_not_matter_if_the_text_comes_first() -> None:
-    first, _ = select_tokens(["a red owl"], flux_regions(t5_tokenizer()))
-    again, _ = select_tokens(["a red owl"], flux_regions(t5_tokenizer()), image_tokens=4096)
-    assert torch.equal(first.index, again.index)

@@ -264,9 +264,8 @@ def test_a_prompt_whose_phrases_are_all_truncated_has_no_share(
     config = by_phrase()
     trainer = trainer_of(config)
     long = Prompt("and " * 100 + PAIR.text, PAIR.metadata)
-    shape = trainer.policy.latent_shape(None)
     with pytest.warns(UserWarning, match="truncated in every region"):
-        selection = select(trainer.policy, [long, PAIR], Allocation(credit="phrase"), shape)
+        selection = select(trainer.policy, [long, PAIR], Allocation(credit="phrase"))
     shares = phrase_shares(selection, config.allocation)
     assert shares[0].tolist() == [0.0] * 3
     torch.testing.assert_close(shares[1], torch.full((3,), 1 / 3))
@@ -278,13 +277,12 @@ def test_phrases_of_the_reward_and_of_the_selection_have_the_same_order(
     """The tokens of each phrase, selected alone, equal those at the phrase's index."""
     config = by_phrase()
     trainer = trainer_of(config)
-    shape = trainer.policy.latent_shape(None)
-    both = select(trainer.policy, [PAIR], config.allocation, shape)
+    both = select(trainer.policy, [PAIR], config.allocation)
     names = core_content(PAIR.text, metadata=PAIR.metadata).names
     assert names == ("blue square", "red circle", "left of")
     assert check(torch.zeros(1, 3, 32, 32), [PAIR.metadata]).phrases.shape == (1, both.phrases)
     for place, name in enumerate(names):
         only = Prompt(PAIR.text, {"include": [{"class": name}]})
-        alone = select(trainer.policy, [only], config.allocation, shape)
+        alone = select(trainer.policy, [only], config.allocation)
         chosen = both.index[0][both.weight[0, place] > 0]
         assert sorted(chosen.tolist()) == sorted(alone.index[0][alone.weight[0, 0] > 0].tolist())

@@ -145,29 +145,29 @@ def _nft(nft: Nft, theirs: Outcome) -> Iterator[Finding]:
     yield Finding("diffusion_nft: positions of weight 0 have no gradient of the policy loss", passed)
 
 
-def _small_models() -> Iterator[tuple[Adapter, Any, int]]:
-    """Adapters with a model of diffusers, and the position of a text token in its joint sequence."""
+def _small_models() -> Iterator[tuple[Adapter, Any]]:
+    """Adapters with a model of diffusers."""
     torch.manual_seed(0)
     sd3 = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8, out_channels=16,
         pos_embed_max_size=8,
     )  # fmt: skip
-    yield ADAPTERS[0], sd3, 16 + 2  # after the image
+    yield ADAPTERS[0], sd3
     qwen = QwenImageTransformer2DModel(
         in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=8, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
-    yield ADAPTERS[1], qwen, 2
+    yield ADAPTERS[1], qwen
 
 
 def _maps() -> Iterator[Finding]:
     """Maps of diffusers' models in VeRL-Omni's engine, with gradient checkpointing and guidance."""
-    for adapter, model, position in _small_models():
+    for adapter, model in _small_models():
         world = World(adapter, "cps")
         model.enable_gradient_checkpointing()
         world.engine.module = model
-        selection = TokenSelection.from_positions([[position]] * BATCH)
+        selection = TokenSelection.from_positions([[2]] * BATCH)
         register(select=partial(_constant, selection))
         world.batch = world.rollout()
         step = partial(world.engine.forward_step, world.batch, loss_function("flow_grpo"), False, 1)

@@ -72,7 +72,7 @@ def localisation(pipeline: Any, *, count: int, steps: int, guidance: float, seed
     prompts, metadata = [s.prompt for s in asked], [s.metadata for s in asked]
     grid = pipeline.transformer.config.sample_size // pipeline.transformer.config.patch_size
     regions = regions_of(pipeline, max_sequence_length=1)
-    selection, _ = select_tokens(prompts, regions, metadata=metadata, per_phrase=True, image_tokens=grid * grid)
+    selection, _ = select_tokens(prompts, regions, metadata=metadata, per_phrase=True)
     maps: list[list[Tensor]] = []
     blocks = range(len(pipeline.transformer.transformer_blocks))
     handles = [attach_maps(pipeline.transformer, selection.to(pipeline.device), blocks=[b]) for b in blocks]
