@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fuzzing.memory import guarded_library
 from tiers import mostly_exhaustive
 from torch import Tensor
 
@@ -238,6 +239,15 @@ def test_bits_do_not_depend_on_the_number_of_threads(threads: Callable) -> None:
         threads(count)
         results.append(inputs.run("auto"))
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@pytest.mark.native
+def test_the_kernels_write_their_outputs_only() -> None:
+    for case in ("odd", "long", "tiny"):
+        inputs = Inputs(CASES[case], torch.float32)
+        with guarded_library():
+            found = inputs.run("auto")
+        assert not any(t.isnan().any() for t in found)
 
 
 @pytest.mark.native
