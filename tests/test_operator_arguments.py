@@ -37,6 +37,8 @@ def operator_arguments(name: str) -> dict[str, Any]:
     }  # fmt: skip
     attn_mask = torch.ones(2, 1, *(t[n].shape[2] for n in ("query", "key")), dtype=torch.bool)
     maps = {"query": t["query"], "key": t["key"], "lse": t["lse"], "attn_mask": attn_mask, **chosen, **rows}
+    pairs = {"attn_mask": attn_mask, "scale": 0.3}
+    qk = {n: t[n] for n in ("query", "key")}
     grad_maps = {"grad_maps": numbers(2, 2, 3)}
     return {
         "attention": {**qkv, **chosen, **rows, "backend": "vendor"},
@@ -47,6 +49,12 @@ def operator_arguments(name: str) -> dict[str, Any]:
         "attention_maps_backward": {
             **grad_maps, **maps, "text_to_image": False
         },
+        "attention_rows": {**qk, **pairs},
+        "attention_rows_backward": {
+            "grad_lse": t["lse"], "grad_entropy": None, **qk, "lse": t["lse"], "entropy": t["lse"], **pairs
+        },
+        "attention_columns": {**qk, "lse": t["lse"], **pairs},
+        "attention_columns_backward": {"grad_sums": numbers(2, 2, 5), **qk, "lse": t["lse"], **pairs},
         "weighted_policy_loss": policy,
         "weighted_policy_loss_backward": {"grad_loss": torch.ones(()), "saved": torch.ones(2, 2), **policy},
         "weighted_nft_loss": nft,
@@ -60,6 +68,7 @@ def operator_arguments(name: str) -> dict[str, Any]:
 
 OPERATORS = [
     *("attention", "attention_backward", "attention_maps", "attention_maps_backward", "sample_transition"),
+    *(f"attention_{kind}{end}" for kind in ("rows", "columns") for end in ("", "_backward")),
     *(f"weighted_{kind}_loss{end}" for kind in ("policy", "nft") for end in ("", "_backward")),
 ]
 

@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from star_kernels.attention import triton_backward, triton_forward, triton_maps, triton_tiles
+from star_kernels.attention import triton_backward, triton_forward, triton_maps, triton_statistics, triton_tiles
 from star_kernels.attention.triton_config import (
     Epilogue,
     Tile,
@@ -38,6 +38,7 @@ from star_kernels.attention.triton_config import (
     epilogue_config,
     forward_config,
     maps_config,
+    statistics_config,
 )
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -60,7 +61,19 @@ POINTERS = {
     "p_mask": "*u8",
     "p_pairs": "*u8",
     **dict.fromkeys(
-        ("p_lse", "p_lse2", "p_delta", "p_grad_lse", "p_grads", "p_weight", "p_maps", "p_mean", "p_table"),
+        (
+            "p_lse",
+            "p_lse2",
+            "p_delta",
+            "p_grad_lse",
+            "p_grads",
+            "p_weight",
+            "p_maps",
+            "p_mean",
+            "p_table",
+            "p_entropy",
+            "p_sums",
+        ),
         "*fp32",
     ),
 }
@@ -73,7 +86,7 @@ SCALARS = {"scale": "fp32", "scale_log2": "fp32", "share": "fp32"}
 class Variant:
     """A specialisation of a kernel, as its launcher compiles it. ``tile`` None selects the tile in the package."""
 
-    kernel: str  # one of KERNELS, "maps" or "mean"
+    kernel: str  # one of KERNELS, "maps", "mean", "rows" or "columns"
     architecture: str
     width: int  # head dim
     dtype: str = "bf16"
@@ -92,6 +105,8 @@ class Variant:
     def shipped_tile(self) -> Tile:
         if self.kernel in ("maps", "mean"):
             return maps_config(self.width, DTYPES[self.dtype], self.simple)
+        if self.kernel in ("rows", "columns"):
+            return statistics_config(self.width, DTYPES[self.dtype])
         arguments = self.architecture, self.width, DTYPES[self.dtype], self.masked
         tile: Tile = (
             forward_config(*arguments)
@@ -124,6 +139,7 @@ def build(variant: Variant) -> Any:
     """Compiles the kernel with the arguments of its launcher."""
     tile = variant.tile or variant.shipped_tile()
     modules = {"forward": triton_forward, "maps": triton_maps, "mean": triton_maps}
+    modules |= dict.fromkeys(("rows", "columns"), triton_statistics)
     module = modules.get(variant.kernel, triton_backward)
     function = getattr(module, f"{variant.kernel}_kernel")
     epilogue = variant.shipped_epilogue(tile)

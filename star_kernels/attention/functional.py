@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from operator import index as index_of
 from collections.abc import Sequence
+from operator import index as index_of
 from typing import NamedTuple
 
 import torch
@@ -149,16 +149,16 @@ def attention_maps(
 
     Args:
         query, key, key_mask, scale, layout, reduce_heads: the arguments of the attention that returned ``lse``.
-        lse: natural log-sum-exp of the scaled scores over all keys, float32 ``[B, H, Sq]``. For a row without any key it
-            is -inf, and the maps are 0. None: computed here, in a pass over all keys for the rows (with
-            "text_to_image", for the selected tokens). That takes about half the time of attention to these keys, and
-            its gradient computes matrix products over ranges of rows.
+        lse: natural log-sum-exp of the scaled scores over all keys, float32 ``[B, H, Sq]``. Where it is -inf, as for a
+            row without any key, the maps are 0. If None, it is computed for the rows (with "text_to_image", for the
+            selected tokens) by a pass over all keys, about half of the arithmetic of attention; its gradient is
+            computed by matrix products over ranges of rows.
         direction: "image_to_text": selected tokens are keys and rows are queries, as in :func:`attention`;
             "text_to_image": selected tokens are queries and rows are keys, so a map shows which positions those tokens
             attend to.
         attn_mask: bool ``[B, H, Sq, Sk]``, any of the first three 1, true for the pairs that take part, as for
-            ``F.scaled_dot_product_attention``; any strides. ``lse`` must be that of the masked scores. With ``key_mask``
-            too, a pair takes part if both are true.
+            ``F.scaled_dot_product_attention``; any strides. ``lse`` must be that of the masked scores. If there is a
+            ``key_mask`` too, a pair takes part if both are true.
         rows: the positions with a map (queries, or keys with "text_to_image"); all by default.
         backend: "auto" or "naive".
         statistics: names of further results, with "image_to_text" only: "token_entropy" (the entropy of each row's

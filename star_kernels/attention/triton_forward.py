@@ -173,8 +173,8 @@ def forward_kernel(
             o_r = o_m - row_start
             stride_g = tl.num_programs(1).to(tl.int64) * n_rows
             store_maps(
-                token_scores(b_q, b_gathered) if TOKENS == "keys" else b_s, m_t, b_w, b_q, b_lse[:, None], None, None, None, 0,
-                p_k, stride_ks, None, p_index, p_weight, p_mask,
+                token_scores(b_q, b_gathered) if TOKENS == "keys" else b_s, m_t, b_w, b_q, b_lse[:, None],
+                None, None, None, 0, p_k, stride_ks, None, p_index, p_weight, p_mask,
                 p_maps + (o_b * phrases * tl.num_programs(1) + o_h) * n_rows + o_r, (o_r >= 0) & (o_r < n_rows),
                 stride_g, slots, keys, phrases, scale_log2, HEAD_DIM, BLOCK_D, ONE_CHUNK, ONE_PHRASE,
             )  # fmt: skip

@@ -260,8 +260,8 @@ def attention_maps(
     with torch.cuda.device_of(query):
         maps = empty_maps(query, arguments)
         maps_kernel[triton.cdiv(tiles, of_program), heads, batch](
-            dense, gathered, lse.contiguous(), index.contiguous(), weight.contiguous(), mask_bytes(key_mask), pairs, maps,
-            *dense.stride()[:3], *gathered.stride()[:3], *strides,
+            dense, gathered, lse.contiguous(), index.contiguous(), weight.contiguous(), mask_bytes(key_mask), pairs,
+            maps, *dense.stride()[:3], *gathered.stride()[:3], *strides,
             queries, key.shape[2], start, n_rows, slots, phrases, of_program, scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, TOKEN_LSE=text_to_image,
             ONE_CHUNK=one_chunk, ONE_PHRASE=one_phrase, OVERLAP=overlap, FOLLOWED=followed,

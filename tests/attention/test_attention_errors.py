@@ -13,6 +13,7 @@ Q, K = torch.zeros(2, 3, 7, 8), torch.zeros(2, 3, 9, 8)
 SELECTION = TokenSelection.from_positions([[1, 6], [0]])
 LSE = torch.zeros(2, 3, 7)
 MASK = torch.ones(2, 9, dtype=torch.bool)
+PAIRS = torch.ones(2, 1, 7, 9, dtype=torch.bool)
 
 SHARED = [
     ({"query": None}, TypeError, "query must be a tensor, got NoneType"),
@@ -77,7 +78,19 @@ MAPS = [
     ({"lse": LSE[:, :2]}, ValueError, r"lse must have shape \[B, H, Sq\] = \[2, 3, 7\], got \[2, 2, 7\]"),
     ({"lse": torch.zeros(2, 3, 9)}, ValueError, r"lse must have shape \[B, H, Sq\] = \[2, 3, 7\], got \[2, 3, 9\]"),
     ({"lse": LSE.half()}, TypeError, "lse must be a float32 tensor, got torch.float16"),
-    ({"lse": None}, TypeError, "lse must be a float32 tensor, got NoneType"),
+    ({"lse": "none"}, TypeError, "lse must be a float32 tensor, got str"),
+    ({"attn_mask": PAIRS.float()}, TypeError, "attn_mask must be a bool tensor, .*, got torch.float32"),
+    ({"attn_mask": "causal"}, TypeError, "attn_mask must be a bool tensor, .*, got str"),
+    (
+        {"attn_mask": PAIRS[:, :, :, :1]},
+        ValueError,
+        r"attn_mask must have shape \[B or 1, H or 1, Sq or 1, Sk\], of \[B, H, Sq, Sk\] = \[2, 3, 7, 9\], "
+        r"got \[2, 1, 7, 1\]",
+    ),
+    ({"attn_mask": PAIRS[:, 0]}, ValueError, r"attn_mask must have shape .*, got \[2, 7, 9\]"),
+    ({"attn_mask": PAIRS.expand(2, 2, 7, 9)}, ValueError, r"attn_mask must have shape .*, got \[2, 2, 7, 9\]"),
+    ({"attn_mask": PAIRS.mT}, ValueError, r"attn_mask must have shape .*, got \[2, 1, 9, 7\]"),
+    ({"attn_mask": PAIRS.to("meta")}, ValueError, "attn_mask must be on the device of query, cpu, got meta"),
     ({"lse": LSE.to("meta")}, ValueError, "lse must be on the device of query, cpu, got meta"),
     ({"direction": "both"}, ValueError, "direction must be one of image_to_text, text_to_image, got 'both'"),
     (

@@ -68,6 +68,10 @@ def maps_arguments(draw: Draw) -> dict[str, Any]:
     scores = torch.matmul(query.double(), key.double().transpose(-1, -2)) * scale
     if "key_mask" in arguments:
         scores = scores.masked_fill(~arguments["key_mask"][:, None, None], -torch.inf)
+    if draw.chance(0.3):
+        size = [n if d == 3 or draw.chance(0.6) else 1 for d, n in enumerate(scores.shape)]
+        arguments["attn_mask"] = draw.place("attn_mask", draw.uniform_tensor(*size) < 0.6)
+        scores = scores.masked_fill(~arguments["attn_mask"], -torch.inf)
     lse = draw.place("lse", torch.logsumexp(scores, dim=-1).float(), expands=False)
     return {**arguments, "lse": lse, "direction": direction}
 

@@ -23,6 +23,9 @@ OUTPUTS = {  # number of outputs, the last arguments but for None and flags, of 
     "nft_backward": 2,
     "sample_transition": 2,
     "attention_maps": 1,
+    "masked_attention_maps": 1,
+    "attention_rows": 2,
+    "attention_columns": 1,
 }
 
 
