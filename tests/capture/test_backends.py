@@ -1,6 +1,7 @@
 """Captures beside the attention backend that the user chose with diffusers' dispatcher."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,33 @@ def selection():
 
 def test_the_table_has_every_backend_of_diffusers():
     assert {member.value for member in _AttentionBackendRegistry._backends} <= {*BACKENDS, "native"}
+
+
+MASKS = {
+    "none": "none",
+    "sdpa": "as PyTorch",
+    "keys": "of keys; masks of queries and heads are reduced to what any of them attends to",
+    "count": "the number of keys; the first ones take part",
+    "flex": "as PyTorch, `BlockMask`; `[B, S]` is of queries",
+    "xformers": "`[B, Sk]`, or additive",
+    "unknown": "an error",
+}
+
+
+def documented(row):
+    layouts = {"bhs": "`[B, H, Sq]`", "bsh": "`[B, Sq, H]`", "packed": "`[H, B * Sq]`"}
+    lse = f"`{row.lse}=True`" if row.lse else "none: a second pass"
+    layout = layouts[row.layout] if row.lse else ""
+    exact = ("" if not row.lse else "exact" if row.exact else "of 8-bit queries and keys") + (
+        "" if row.compiled else "; a second pass if compiled"
+    )
+    return f"| `{row.name}` | {lse} | {layout} | {exact} | {MASKS[row.mask]} |"
+
+
+def test_the_table_of_the_docs_is_that_of_the_code():
+    text = (Path(__file__).parents[2] / "docs" / "maps.md").read_text(encoding="utf-8")
+    table = text.partition("| backend | asked")[2].partition("\n\n")[0].splitlines()[2:]
+    assert table == [documented(row) for row in BACKENDS.values()]
 
 
 @torch.no_grad()
