@@ -96,6 +96,13 @@ def entries() -> list[Entry]:
             summary=fused_times,
             warm_up=(("{python}", "-m", "tools.fused_loss", "--out", "{folder}", "--seconds", "1", "--batch", "2"),),
         ),
+        Entry(
+            "backends",
+            ("{python}", "-m", "tools.check_backends"),
+            60.0,
+            "Whether captures keep the output of every attention backend that is installed, and have its maps.",
+            timed=False,
+        ),
         benchmark("host", 45.0, "Whether a call costs the host as little as planned.", "host"),
         benchmark(
             "policy",

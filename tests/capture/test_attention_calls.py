@@ -86,8 +86,9 @@ def causal():
 
 
 WRONG = {
-    "of each query": ({"attn_mask": causal().expand(BATCH, 1, -1, -1)}, r"mask of shape \[2, 1, 12, 12\]"),
-    "without a batch": ({"attn_mask": causal()}, r"mask of shape \[12, 12\].* \[B, Sk\] with B = 2, Sk = 12"),
+    "of other keys": ({"attn_mask": causal()[:, 1:]}, r"mask of shape \[12, 11\].* = \[2, 4, 12, 12\]"),
+    "of a batch": ({"attn_mask": padding()}, r"mask of shape \[2, 12\], which cannot be expanded"),
+    "a bias of each query": ({"attn_mask": torch.linspace(-2, 0, LENGTH).expand(12, -1).clone()}, "must be 0 or -inf"),
     "a bias": ({"attn_mask": torch.linspace(-2, 0, LENGTH).expand(BATCH, 1, 1, -1)}, "must be 0 or -inf"),
     "of all keys": ({"attn_mask": torch.full((BATCH, 1, 1, LENGTH), -1e4)}, "with at least one 0"),
     "of each head": (
@@ -106,8 +107,90 @@ def test_an_unsupported_attention_call_is_an_error_that_names_the_module(options
         model(**options)
 
 
+def per_head():
+    return torch.rand(BATCH, HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
+
+
+BY_QUERY = {
+    "[B, 1, Sq, Sk]": lambda: causal() & padding()[:, None, None],
+    "[1, 1, Sq, Sk]": lambda: causal()[None, None],
+    "[B, H, Sq, Sk], rows without a key": per_head,
+    "[H, Sq, Sk]": lambda: per_head()[0],
+    "[Sq, Sk]": causal,
+    "additive": lambda: additive(causal() & padding()[:, None, None]),
+    "of keys in effect": lambda: padding()[:, None, None].expand(-1, 1, LENGTH, -1),
+    "transposed strides": lambda: per_head().mT.contiguous().mT,
+}
+
+
+@pytest.mark.parametrize("chunk", [64 << 20, 1])
+@pytest.mark.parametrize("mask", BY_QUERY.values(), ids=BY_QUERY)
+def test_a_mask_of_each_query_leaves_the_output_to_the_model(mask, chunk, selection, monkeypatch):
+    monkeypatch.setattr("star_kernels.capture.masked_maps.CHUNK_BYTES", chunk)
+    model, mask = Model(), mask()
+    leaves = model.attention.qkv = [t.requires_grad_() for t in model.attention.qkv]
+    expected = model(attn_mask=mask)
+    with capture_maps(model, selection, cfg=None, detach=False, **ROWS) as maps:
+        out = model(attn_mask=mask)
+    if mask.stride(-2):
+        assert torch.equal(out, expected)
+    query, key, _ = leaves
+    scores = query @ key.mT * WIDTH**-0.5
+    kept = mask if mask.dtype == torch.bool else mask == 0
+    # A row without any key has maps and gradients of 0.
+    attention = scores.masked_fill(~kept, -torch.inf).softmax(dim=-1).masked_fill(~kept, 0.0).mean(dim=1)
+    reference = torch.stack([attention[0, :, 0] + attention[0, :, 1], attention[1, :, 2]])[:, 4:10].reshape(
+        BATCH, 1, 2, 3
+    )
+    torch.testing.assert_close(maps.value, reference, rtol=0, atol=1e-6)
+    weights = torch.randn_like(reference)
+    found = torch.autograd.grad((maps.value * weights).sum(), leaves[:2])
+    torch.testing.assert_close(found, torch.autograd.grad((reference * weights).sum(), leaves[:2]))
+
+
+def test_masks_of_each_query_are_not_for_our_attention(selection):
+    options = {"cfg": None, "output": "ours", **ROWS}
+    with (
+        pytest.raises(ValueError, match=r"differs by query, .*capture with output='auto' or 'model'"),
+        capture_maps(model := Model(), selection, **options),
+    ):
+        model(attn_mask=causal())
+
+
+def test_maps_with_a_mask_of_each_query_are_constants_by_default(selection):
+    model = Model()
+    model.attention.qkv = [t.requires_grad_() for t in model.attention.qkv]
+    with capture_maps(model, selection, cfg=None, **ROWS) as maps:
+        assert model(attn_mask=causal()).requires_grad
+    assert not maps.value.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_maps_with_a_mask_of_each_query_in_other_dtypes(dtype, selection):
+    model = Model()
+    model.attention.qkv = [t.to(dtype) for t in model.attention.qkv]
+    with capture_maps(model, selection, cfg=None, **ROWS) as maps:
+        model(attn_mask=causal())
+    wide = [t.double() for t in model.attention.qkv[:2]]
+    tolerance = 1e-6 if dtype == torch.bfloat16 else 1e-12
+    expected = map_of((*wide, causal()[None, None]), selection, ROWS["rows"])
+    torch.testing.assert_close(maps.value.flatten(2).double(), expected, rtol=0, atol=tolerance)
+
+
+def test_a_compiled_graph_keeps_a_mask_of_each_query(selection):
+    torch._dynamo.reset()
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = model(attn_mask=causal())
+    with capture_maps(compiled, selection, cfg=None, **ROWS) as maps:
+        torch.testing.assert_close(compiled(attn_mask=causal()), expected)
+    query, key, _ = model.attention.qkv
+    expected_map = map_of((query, key, causal()[None, None]), selection, ROWS["rows"])
+    torch.testing.assert_close(maps.value.flatten(2), expected_map, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", INDUCTOR])
-def test_a_compiled_graph_keeps_a_mask_and_checks_it_too(compiler, selection):
+def test_a_compiled_graph_keeps_a_mask_and_and_checks_it_too(compiler, selection):
     torch._dynamo.reset()
     model, mask = Model(), additive(padding())[:, None, None]
     compiled = torch.compile(model, fullgraph=True, backend=compiler)

@@ -1,6 +1,7 @@
 """Captures beside the attention backend that the user chose with diffusers' dispatcher."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,64 +15,23 @@ from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
     attention_backend,
-    dispatch_attention_fn,
 )
+from dispatched import BATCH, HEADS, LENGTH, ROWS, WIDTH, Model, captured, padding, stand_ins
 from reference_maps import expected_maps, map_of
 from tiny_models import CASES
 
 from star_kernels import TokenSelection
-from star_kernels.capture import attach_maps, attention_call, capture_maps
+from star_kernels.capture import attach_maps, capture_maps
 from star_kernels.capture.backends import BACKENDS
 
-BATCH, HEADS, LENGTH, WIDTH = 2, 4, 12, 8
-ROWS = {"rows": (4, 6), "grid": (2, 3)}
-HERE = ("_native_math", "_native_efficient", "_native_flash", "flex")  # run on a CPU
-ELSEWHERE = ("_native_npu", "_native_xla", "_native_cudnn")
-NAMES = [name for name in BACKENDS if name not in ELSEWHERE and name != "_native_efficient"]
-
-
-class Processor:
-    """Attends to given queries, keys and values through diffusers' dispatcher."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, backend=None):
-        self._attention_backend = backend
-
-    def __call__(self, module, options):
-        return dispatch_attention_fn(*module.qkv, backend=self._attention_backend, **options)
-
-
-class Attention(nn.Module):
-    def __init__(self, backend, key_heads):
-        super().__init__()
-        self.qkv = [torch.randn(BATCH, LENGTH, heads, WIDTH) for heads in (HEADS, key_heads, key_heads)]
-        self.processor = Processor(backend)
-
-    def forward(self, options):
-        return self.processor(self, options)
-
-
-class Model(nn.Module):
-    def __init__(self, backend=None, key_heads=HEADS):
-        super().__init__()
-        self.attention = Attention(backend, key_heads)
-
-    def forward(self, **options):
-        return self.attention(options)
-
-    def call(self, mask=None, scale=1.0):
-        """For map_of."""
-        query, key, _ = (t.transpose(1, 2) for t in self.attention.qkv)
-        return query * scale, key.repeat_interleave(HEADS // key.shape[1], dim=1), mask
+ELSEWHERE = ("_native_npu", "_native_xla", "_native_cudnn", "_native_efficient")  # not on a CPU
+NAMES = [name for name in BACKENDS if name not in ELSEWHERE]
 
 
 @pytest.fixture(autouse=True)
-def stand_ins(monkeypatch):
-    kernel_stand_ins.install(monkeypatch)
-    monkeypatch.setattr(attention_call, "_verified", set())
-    monkeypatch.setattr(attention_call, "_warned", set())
+def packages():
+    with stand_ins():
+        yield
 
 
 @pytest.fixture
@@ -79,23 +39,35 @@ def selection():
     return TokenSelection.from_positions([[0, 1], [2]])
 
 
-def padding():
-    return torch.arange(LENGTH) < torch.tensor([[LENGTH], [LENGTH - 3]])
-
-
-def quiet():
-    return warnings.catch_warnings(action="ignore")
-
-
-def captured(model, selection, **options):
-    """The output and the maps [B, G, R] of a captured call."""
-    with quiet(), capture_maps(model, selection, cfg=None, **ROWS) as maps:
-        out = model(**options)
-    return out, maps.value.flatten(2)
-
-
 def test_the_table_has_every_backend_of_diffusers():
-    assert {*BACKENDS, "native"} == {member.value for member in _AttentionBackendRegistry._backends}
+    assert {member.value for member in _AttentionBackendRegistry._backends} <= {*BACKENDS, "native"}
+
+
+MASKS = {
+    "none": "none",
+    "sdpa": "as PyTorch",
+    "keys": "of keys; masks of queries and heads are reduced to what any of them attends to",
+    "count": "the number of keys; the first ones take part",
+    "flex": "as PyTorch, `BlockMask`; `[B, S]` is of queries",
+    "xformers": "`[B, Sk]`, or additive",
+    "unknown": "an error",
+}
+
+
+def documented(row):
+    layouts = {"bhs": "`[B, H, Sq]`", "bsh": "`[B, Sq, H]`", "packed": "`[H, B * Sq]`"}
+    lse = f"`{row.lse}=True`" if row.lse else "none: a second pass"
+    layout = layouts[row.layout] if row.lse else ""
+    exact = ("" if not row.lse else "exact" if row.exact else "of 8-bit queries and keys") + (
+        "" if row.compiled else "; a second pass if compiled"
+    )
+    return f"| `{row.name}` | {lse} | {layout} | {exact} | {MASKS[row.mask]} |"
+
+
+def test_the_table_of_the_docs_is_that_of_the_code():
+    text = (Path(__file__).parents[2] / "docs" / "maps.md").read_text(encoding="utf-8")
+    table = text.partition("| backend | asked")[2].partition("\n\n")[0].splitlines()[2:]
+    assert table == [documented(row) for row in BACKENDS.values()]
 
 
 @torch.no_grad()
@@ -195,85 +167,12 @@ def test_differentiable_maps_are_those_of_a_second_pass(selection):
     assert not maps.value.requires_grad
 
 
-# What each backend makes of a bool mask [B, Sk] of padded keys, in the form that it accepts.
-PADDED = {
-    "flash_varlen": lambda m: m,
-    "flash_varlen_hub": lambda m: m,
-    "_flash_varlen_3": lambda m: m[:, None],
-    "_flash_3_varlen_hub": lambda m: m[:, None, None],
-    "sage_varlen": lambda m: m,
-    "xformers": lambda m: m,
-    "flex": lambda m: m[:, None, None],
-    "_native_math": lambda m: m[:, None, None],
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", PADDED)
-def test_a_mask_of_keys_is_followed(name, selection):
-    model = Model(name)
-    mask = PADDED[name](padding())
-    expected = model(attn_mask=mask)
-    out, maps = captured(model, selection, attn_mask=mask)
-    assert torch.equal(out, expected)
-    call = model.call(padding()[:, None, None])
-    torch.testing.assert_close(maps, map_of(call, selection, ROWS["rows"]), rtol=0, atol=1e-6)
-
-
-def out_of(model, mask):
-    """Exact attention with a mask, to test what a backend computes."""
-    query, key, value = (t.transpose(1, 2) for t in model.attention.qkv)
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
-
-
-def holes():
-    return torch.arange(LENGTH) % 3 != torch.tensor([[0], [1]])
-
-
-def by_query():
-    return (torch.ones(BATCH, 1, LENGTH, LENGTH).tril(2) > 0) & padding()[:, None, None]
-
-
-# Masks that backends read in a way of their own: the mask that is given, and the one that is applied.
-READINGS = {
-    "only the number of keys": ("flash_varlen", holes(), (torch.arange(LENGTH) < holes().sum(1, True))[:, None, None]),
-    "packed keys": ("flash_varlen_hub", holes(), holes()[:, None, None]),
-    "what any query attends to": ("_flash_3_varlen_hub", by_query(), by_query().any(dim=2, keepdim=True)),
-    "a mask of queries": ("flex", padding(), padding()[:, None, :, None].expand(-1, 1, -1, LENGTH)),
-    "each query, flex": ("flex", by_query(), by_query()),
-    "each query, PyTorch": ("_native_math", by_query(), by_query()),
-    "each query, without a batch": ("_native_math", by_query()[1, 0], by_query()[1:]),
-    "each query, xformers": ("xformers", torch.where(by_query(), 0.0, -torch.inf), by_query()),
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("name", "given", "applied"), READINGS.values(), ids=READINGS)
-def test_the_maps_follow_the_backends_reading_of_a_mask(name, given, applied, selection):
-    model = Model(name)
-    expected = model(attn_mask=given)
-    torch.testing.assert_close(expected, out_of(model, applied))
-    out, maps = captured(model, selection, attn_mask=given)
-    assert torch.equal(out, expected)
-    reference = map_of(model.call(applied), selection, ROWS["rows"]).nan_to_num()  # of rows without any key
-    torch.testing.assert_close(maps, reference, rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
-def test_a_block_mask_is_followed(selection):
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    mask = create_block_mask(lambda b, h, q, k: k <= q + b, BATCH, None, LENGTH, LENGTH, "cpu")
-    model = Model("flex")
-    expected = model(attn_mask=mask)
-    out, maps = captured(model, selection, attn_mask=mask)
-    assert torch.equal(out, expected)
-    applied = torch.arange(LENGTH) <= torch.arange(LENGTH)[:, None] + torch.arange(BATCH)[:, None, None, None]
-    torch.testing.assert_close(maps, map_of(model.call(applied), selection, ROWS["rows"]), rtol=0, atol=1e-6)
-
-
 WRONG = {
-    "a bool mask of xformers": ("xformers", {"attn_mask": by_query()}, "adds to the scores as 0 and 1"),
+    "a bool mask of xformers": (
+        "xformers",
+        {"attn_mask": torch.ones(BATCH, 1, LENGTH, LENGTH) > 0},
+        "adds to the scores as 0 and 1",
+    ),
     "a bias": ("flex", {"attn_mask": torch.linspace(-2, 0, LENGTH).expand(BATCH, 1, 1, -1)}, "must be 0 or -inf"),
     "an additive mask": ("flash_varlen", {"attn_mask": padding().float()}, "whose meaning .* flash_varlen is unknown"),
     "a window": ("flash", {"attention_kwargs": {"window_size": (3, 3)}}, r"flash with window_size=\(3, 3\)"),
@@ -301,7 +200,7 @@ def test_a_backend_that_ignores_a_scale_has_maps_without_it(selection, monkeypat
     monkeypatch.setattr("diffusers.models.attention_dispatch.xla_flash_attention", xla)
     model = Model("_native_xla")
     expected = model(scale=0.7)
-    torch.testing.assert_close(expected, out_of(model, None))
+    torch.testing.assert_close(expected, model.exact())
     out, maps = captured(model, selection, scale=0.7)
     assert torch.equal(out, expected)
     torch.testing.assert_close(maps, map_of(model.call(), selection, ROWS["rows"]))
@@ -391,7 +290,7 @@ def test_a_compiled_model_has_the_same_maps(name, selection):
     expected = model()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(), expected)
-    with quiet(), capture_maps(compiled, selection, cfg=None, **ROWS) as maps:
+    with warnings.catch_warnings(action="ignore"), capture_maps(compiled, selection, cfg=None, **ROWS) as maps:
         torch.testing.assert_close(compiled(), expected)
     torch.testing.assert_close(maps.value.flatten(2), map_of(model.call(), selection, ROWS["rows"]))
     torch.testing.assert_close(compiled(), expected)
@@ -410,6 +309,6 @@ def test_real_models(family, name):
         if hasattr(module, "processor"):
             module.processor._attention_backend = name
     out = model(**inputs).sample
-    with quiet(), capture_maps(model, case.selection, cfg=None) as maps:
+    with warnings.catch_warnings(action="ignore"), capture_maps(model, case.selection, cfg=None) as maps:
         assert torch.equal(model(**inputs).sample, out)
     torch.testing.assert_close(maps.value, expected, rtol=0, atol=1e-6)

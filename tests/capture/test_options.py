@@ -1,5 +1,7 @@
 """Options of a capture, handles without a context, and error messages."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -119,12 +121,9 @@ def test_a_backend_set_during_the_capture_is_kept():
     active = registry.get_active_backend()[0]
     try:
         with capture_maps(model, case.selection, cfg=None):
-            model.set_attention_backend("_native_math")  # computed by PyTorch: captured
-            model(**inputs)
-            model.set_attention_backend("flex")
-            with pytest.raises(RuntimeError, match=r"no maps from transformer_blocks\.0\.attn, .*backend: flex"):
-                model(**inputs)
             model.set_attention_backend("_native_math")
+            with warnings.catch_warnings(action="ignore"):  # of a second pass
+                model(**inputs)
         assert {block.attn.processor._attention_backend for block in model.transformer_blocks} == {"_native_math"}
     finally:
         registry.set_active_backend(active)
