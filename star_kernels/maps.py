@@ -1,7 +1,7 @@
 """``python -m star_kernels.maps``: attention maps of the phrases of a prompt, from one image generation.
 
-Runs a diffusers text-to-image pipeline ("small", the included model, or a local folder or Hugging Face Hub id), captures
-the attention maps of the phrases at every denoising step, and writes to a folder: ``image.png``, the image;
+Runs a diffusers text-to-image pipeline ("small", the included model, or a local folder or Hugging Face Hub id),
+captures the attention maps of the phrases at every denoising step, and writes to a folder: ``image.png``, the image;
 ``strip.png``, the maps of each phrase at up to ten steps; ``phrases.png``, a panel for each phrase; ``maps.npy``,
 float32 [Steps, G, h, w]; and ``maps.json``, the settings and the mean, maximum and perplexity of every map.
 

@@ -114,14 +114,14 @@ class Trainer:
                 velocity = self.velocity(latents, i, text)
                 noise = torch.randn(shape, generator=generator).to(self.device)
                 if arm.eager:
-                    drawn, log_prob = flow_grpo_step(velocity, latents, *self.schedule[i], noise=noise)
+                    prev_sample, log_prob = flow_grpo_step(velocity, latents, *self.schedule[i], noise=noise)
                 else:
-                    drawn, log_prob = sample_transition(velocity, latents, transition, noise=noise)
+                    prev_sample, log_prob = sample_transition(velocity, latents, transition, noise=noise)
                 weights = None
                 if maps is not None:
                     weights = allocate(maps.value[:, 0], layout="bhw", strength=arm.strength)
-                trajectory.append(Transition(i, latents, drawn, log_prob, weights))
-                latents = drawn
+                trajectory.append(Transition(i, latents, prev_sample, log_prob, weights))
+                latents = prev_sample
         return trajectory
 
     def update(

@@ -43,7 +43,7 @@ def roll_out(
                 latents = schedule.ode_step(step, latents, velocity)
                 continue
             transition = schedule.transition(step, config, len(numbers), policy.device)
-            drawn, log_prob = sample_transition(
+            prev_sample, log_prob = sample_transition(
                 velocity,
                 latents,
                 transition,
@@ -51,8 +51,8 @@ def roll_out(
             )
             if step in trained:
                 kept = velocity if config.train.ratio_norm else None
-                steps.append(Step(step, latents, drawn, log_prob, kept, None))
-            latents = drawn
+                steps.append(Step(step, latents, prev_sample, log_prob, kept, None))
+            latents = prev_sample
     return Batch(list(numbers), list(prompts), text, maps.weigh(steps), policy.decode(latents), maps.shares)
 
 

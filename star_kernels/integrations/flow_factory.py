@@ -102,13 +102,13 @@ class _Star:
             dynamics = adapter.scheduler_group[name].dynamics_type
             if dynamics not in SAMPLERS:
                 raise ValueError(f"dynamics_type of {name} must be {', '.join(SAMPLERS)} for weights, got {dynamics!r}")
-            mean, drawn, old = (
+            mean, prev_sample, old = (
                 state.components[name] for state in (output.next_state_mean, replay.next_state, old_means)
             )
             scale = output.std_dev_t[name].reshape(-1).float(), torch.sqrt(-output.dt[name].reshape(-1).float())
             options: dict[str, Any] = {"sde_type": SAMPLERS[dynamics], "guard": guard, "old_prev_sample_mean": old}
             self._check.add(
-                output.component_log_probs[name], mean, drawn, *scale, sde_type=SAMPLERS[dynamics],
+                output.component_log_probs[name], mean, prev_sample, *scale, sde_type=SAMPLERS[dynamics],
                 name=f"component_log_probs[{name!r}] ({dynamics})",
             )  # fmt: skip
             if name == names[0]:
@@ -118,11 +118,13 @@ class _Star:
                 options["weights"] = allocate(maps, layout=map_layout(maps), strength=strength, cap=cap)
                 transition = mean_transition(*scale, sde_type=SAMPLERS[dynamics])
                 with torch.no_grad():
-                    new_log_prob, old_log_prob = (log_prob_of_means(m, drawn, transition) for m in (mean, old))
+                    new_log_prob, old_log_prob = (log_prob_of_means(m, prev_sample, transition) for m in (mean, old))
                 self._compare(new_log_prob, old_log_prob, step_index)
             else:
-                mean, drawn, options["old_prev_sample_mean"] = (t.flatten(1)[:, None] for t in (mean, drawn, old))
-            terms[name] = ratio_of_means(mean, drawn, *scale, **options).clamp(min=_SMALLEST).log()
+                mean, prev_sample, options["old_prev_sample_mean"] = (
+                    t.flatten(1)[:, None] for t in (mean, prev_sample, old)
+                )
+            terms[name] = ratio_of_means(mean, prev_sample, *scale, **options).clamp(min=_SMALLEST).log()
         if len(names) == 1:
             return terms[names[0]]
         return adapter.reduce_latent_values(

@@ -129,13 +129,13 @@ def step_loss(
     }
     options = {name: value for name, value in options.items() if value is not None}
     given |= options
-    timestep, latent, next_latent, old_log_prob, advantages = (
+    timestep, latent, prev_sample, old_log_prob, advantages = (
         sample[name][:, j] for name in ("timesteps", "latents", "next_latents", "log_probs", "advantages")
     )
     sampler = {name: given[name] for name in ("noise_level", "sde_type")}
     step = step_at(scheduler, timestep, latent, **sampler)
     _check_noise(step, old_log_prob, latent, f"step {j}", **sampler)
-    arguments = (model_output, latent, next_latent, old_log_prob, advantages)
+    arguments = (model_output, latent, prev_sample, old_log_prob, advantages)
     if guard and given["weights"] is None and options.keys() <= _SCRIPT_OPTIONS:
         loss, metrics = _guard_of_the_script(step, *arguments, **{k: given[k] for k in given.keys() - sampler.keys()})
     else:
@@ -225,14 +225,14 @@ def _agreement(
     step: Step,
     model_output: Tensor,
     latent: Tensor,
-    next_latent: Tensor,
+    prev_sample: Tensor,
     old_log_prob: Tensor,
     channel_dim: int | None,
 ) -> Any:
     """How far the log-probabilities of the trained model are from those of the rollout."""
     with torch.no_grad():
         mean = mean_of(model_output.float(), latent.float(), step.transition)
-        log_prob = log_prob_of(mean, next_latent.float(), step.transition, channel_dim_of(mean, channel_dim))
+        log_prob = log_prob_of(mean, prev_sample.float(), step.transition, channel_dim_of(mean, channel_dim))
         if old_log_prob.ndim == 1:
             log_prob = log_prob.flatten(1).mean(dim=1)
         return log_prob_agreement(log_prob, old_log_prob)
@@ -242,7 +242,7 @@ def _guard_of_the_script(
     step: Step,
     model_output: Tensor,
     latent: Tensor,
-    next_latent: Tensor,
+    prev_sample: Tensor,
     old_log_prob: Tensor,
     advantages: Tensor,
     *,
@@ -263,14 +263,14 @@ def _guard_of_the_script(
         raise ValueError(f"ref_model_output must be given if beta is not 0, got None with beta={beta}")
     for name, tensor in (
         ("latents", latent),
-        ("next_latents", next_latent),
+        ("next_latents", prev_sample),
         ("prev_sample_mean", old_prev_sample_mean),
     ):
         check_shape(name, tensor, "model_output", model_output)
     low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
     latent = latent.float()
     mean = mean_of(model_output.float(), latent, step.transition)
-    log_prob = log_prob_of(mean, next_latent.float(), step.transition, channel_dim_of(mean, channel_dim))
+    log_prob = log_prob_of(mean, prev_sample.float(), step.transition, channel_dim_of(mean, channel_dim))
     change = log_prob.flatten(1).mean(dim=1) - (
         old_log_prob.float().flatten(1).mean(dim=1) if old_log_prob.ndim > 1 else old_log_prob.float()
     )

@@ -164,7 +164,6 @@ def ratio_of_means(
     weights: Tensor | None = None,
     guard: bool = False,
     sde_type: str = "sde",
-    ratio: str = "sample",
     mask: Tensor | None = None,
     channel_dim: int | None = None,
     backend: str = "auto",
@@ -189,7 +188,6 @@ def ratio_of_means(
         sde_type=sde_type,
         clip_range=(1.0, math.inf),
         step_weights=undo,  # cancels guard's division by -dt
-        ratio=ratio,
         mask=mask,
         reduction="none",
         channel_dim=channel_dim,

@@ -91,8 +91,8 @@ class _Replay:
             self._stage, segment=segment, target_steps=steps, eta=float(params.eta), device=means.device
         )
         scale = std.reshape(-1).repeat(count), torch.ones_like(std).repeat(count)  # std_dev_t, sqrt_dt of each row
-        drawn = torch.stack([segment.latents_at(i + 1) for i in steps], dim=1).to(means)
-        rows = [t.flatten(0, 1) for t in (means, drawn, _of_steps(segment, "sde_means", steps).to(means))]
+        latents = torch.stack([segment.latents_at(i + 1) for i in steps], dim=1).to(means)
+        rows = [t.flatten(0, 1) for t in (means, latents, _of_steps(segment, "sde_means", steps).to(means))]
         mean, prev_sample, old_mean = rows
         self._check.add(
             result.log_probs.reshape(-1), mean, prev_sample, *scale, sde_type=sampler, name=f"stage.replay ({strategy})"

@@ -175,7 +175,8 @@ def weighted_policy_loss(
         model_output: velocity of the model in training, ``[B, C, H, W]``, ``[B, C, F, H, W]`` or packed ``[B, S, C]``
             with ``channel_dim=-1``; float32, float16 or bfloat16. Arithmetic is float32; float64 runs the reference
             implementation.
-        sample, prev_sample: the latents before and after the step, of that shape.
+        sample, prev_sample: the latents before and after the step, of that shape. If they are swapped, ``ratio_mean``
+            of the first update is far from one.
         old_log_prob: float32 ``[B, *locations]`` from :func:`sample_transition`; without weights and with
             ``ratio="sample"`` also ``[B]``, its mean over locations.
         advantages: float32 ``[B]``; dense ``[B, *locations]``; or ``[B, G]`` with the weights of G phrases (divide them

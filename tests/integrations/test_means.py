@@ -88,7 +88,7 @@ def test_the_ratio_of_means_of_an_unchanged_model_is_one_with_guard_too() -> Non
 def test_the_ratio_of_means_rejects_options_of_the_loss() -> None:
     old = rollout("flux").old
     arguments = (old.mean, old.prev_sample, old.std_dev_t, old.sqrt_dt)
-    for name in ("adv_clip_max", "step_weights", "beta", "clip_range"):
+    for name in ("adv_clip_max", "step_weights", "beta", "clip_range", "ratio"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
             ratio_of_means(*arguments, old_prev_sample_mean=old.mean, **{name: 0.5})
 

@@ -101,6 +101,12 @@ def test_the_core_content_is_mapped_by_default(folder: Path, tmp_path: Path) -> 
     ]  # fmt: skip
 
 
+def test_the_included_model_is_called_small(tmp_path: Path) -> None:
+    prompt = ["--prompt", "a red circle left of a blue square", "--phrase", "red circle"]
+    assert maps.main(["--model", "small", *prompt, "--steps", "2", "--out", str(tmp_path)]) == 0
+    assert np.load(tmp_path / "maps.npy").shape == (2, 1, 8, 8)
+
+
 def test_the_maps_are_those_of_the_conditional_pass(pipeline: Any) -> None:
     """Compared at the first step with a call of the transformer as the pipeline makes it."""
     call = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, "guidance_scale": 5.0}

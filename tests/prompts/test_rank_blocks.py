@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,8 +92,7 @@ def test_the_blocks_of_the_small_model_that_find_words_are_found() -> None:
     from star_kernels.pipelines import load_pipeline
     from star_kernels.rank_blocks import rank_blocks
 
-    folder = Path(__file__).resolve().parents[2] / "python" / "star_trainer" / "assets" / "small-sd3"
-    pipeline: Any = load_pipeline(str(folder), torch.float32)
+    pipeline: Any = load_pipeline("small")
     pipeline.set_progress_bar_config(disable=True)
     prompts = ["a red circle left of a blue square", "two green triangles and a yellow circle"]
     generator = torch.Generator().manual_seed(0)
