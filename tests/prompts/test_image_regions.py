@@ -5,7 +5,9 @@ The encoders of these pipelines return token ids, so the tokens at the selected 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +21,7 @@ from star_kernels.prompts.pipelines import sana_region
 
 diffusers = pytest.importorskip("diffusers")
 from PIL import Image  # noqa: E402  (diffusers requires it)
-from transformers import ByT5Tokenizer, Qwen2_5_VLProcessor, Qwen2VLImageProcessor  # noqa: E402
+from transformers import ByT5Tokenizer  # noqa: E402
 
 PROMPTS = ["a RED bench by a lamp", 'two benches, one a red bench, a lamp and a sign that reads "Go" and "Broth"']
 WORDS = ["red", "lamp"]
@@ -85,7 +87,6 @@ def hunyuan_image(glyphs: bool) -> tuple[Any, Encode]:
     before = pipeline.prompt_template_encode.partition("{}")[0]
     pipeline.prompt_template_encode_start_idx = len(pipeline.tokenizer(before)["input_ids"])
     config = SimpleNamespace(text_embed_2_dim=1 if glyphs else None)
-    pipeline.register_to_config()
     pipeline.transformer = SimpleNamespace(config=config)
 
     def encode(prompts: list[str]) -> list[Tensor]:
@@ -129,14 +130,14 @@ def sana(kind: str) -> tuple[Any, Encode]:
 
 
 def regions_default(pipeline: Any) -> list[str]:
-    import inspect
-
     return inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
 
 
 def t5_only(name: str, **parts: Any) -> tuple[Any, Encode]:
     pipeline = without_parts(name, text_encoder=Encoder(), tokenizer=t5_tokenizer(), **parts)
-    return pipeline, lambda prompts: ids(pipeline.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)[0])
+    return pipeline, lambda prompts: ids(
+        pipeline.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)[0]
+    )
 
 
 def hidream() -> tuple[Any, Encode]:
@@ -207,13 +208,132 @@ def test_a_long_prompt_is_truncated_as_in_the_pipeline(family: str) -> None:
             assert owls == inside
 
 
-def edit(name: str) -> Any:
-    tokenizer = qwen_tokenizer.__wrapped__()
+class ImageProcessor:
+    """The patches of an image as Qwen2VLImageProcessor counts them: 14 pixels square, an even number a side."""
+
+    merge_size = 2
+
+    def __call__(self, images: list[Any], return_tensors: str) -> dict[str, Tensor]:
+        grids = [(1, 2 * round(image.height / 28), 2 * round(image.width / 28)) for image in images]
+        return {"image_grid_thw": torch.tensor(grids)}
+
+
+class Processor:
+    """As Qwen2_5_VLProcessor: the placeholder of an image is repeated for each of its tokens."""
+
+    image_token = "<|image_pad|>"
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.image_processor = tokenizer, ImageProcessor()
+
+    def __call__(self, text: list[str], images: Any, padding: bool, return_tensors: str) -> Any:
+        images = images if isinstance(images, list) else [] if images is None else [images]
+        counts = [0]
+        if images:
+            counts += (self.image_processor(images, "pt")["image_grid_thw"].prod(dim=-1) // 4).tolist()
+        pieces = [one.split(self.image_token) for one in text]
+        assert all(len(one) == len(counts) for one in pieces)
+        whole = ["".join(self.image_token * n + piece for n, piece in zip(counts, one, strict=True)) for one in pieces]
+        return self.tokenizer(whole, padding=padding, return_tensors=return_tensors)
+
+
+def edit(name: str, side: str = "right") -> Any:
+    tokenizer = qwen_tokenizer.__wrapped__(side)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]})
-    images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=112 * 112)
-    processor = Qwen2_5_VLProcessor(image_processor=images, tokenizer=tokenizer, video_processor=None)
-    pipeline = getattr(diffusers, name).__new__(getattr(diffusers, name))
-    return pipeline, processor
+    pipeline = without_parts(name, text_encoder=Encoder(), tokenizer=tokenizer, processor=Processor(tokenizer))
+    before = pipeline.prompt_template_encode.partition("<|vision_start|>")[0].partition("{}")[0]
+    # 64 with the vocabulary of Qwen; the local tokenizer splits the template differently.
+    pipeline.prompt_template_encode_start_idx = len(tokenizer(before)["input_ids"])
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "area"),
+    [
+        ("QwenImageEditPipeline", [(300, 200)], 1024 * 1024),
+        ("QwenImageEditInpaintPipeline", [(90, 250)], 1024 * 1024),
+        ("QwenImageEditPlusPipeline", [(300, 200)], 384 * 384),
+        ("QwenImageEditPlusPipeline", [(300, 200), (64, 256)], 384 * 384),
+        ("QwenImageEditPlusPipeline", [], 384 * 384),
+    ],
+)
+def test_the_tokens_of_reference_images_move_the_prompt(name: str, sizes: list[tuple[int, int]], area: int) -> None:
+    pipeline = edit(name, side="left" if len(sizes) > 1 else "right")
+    module = sys.modules[type(pipeline).__module__]
+    scaled = [module.calculate_dimensions(area, width / height)[:2] for width, height in sizes]
+    images: Any = [Image.new("RGB", size) for size in scaled] or None
+    if name != "QwenImageEditPlusPipeline":
+        images = images[0]
+    (region,) = regions_of(pipeline, images=sizes or None)
+    for prompt in PROMPTS:
+        embeddings, _ = pipeline.encode_prompt([prompt], images, "cpu")
+        selection, _ = select_tokens([prompt], [region], source=WORDS)
+        text = region.tokenizer.decode([int(embeddings[0, p, 0]) for p in selection.index[0] if p >= 0])
+        assert text.lower().split() == " ".join(phrases(prompt, WORDS).words).lower().split()
+    assert len(region.prefix.split("<|image_pad|>")) - 1 >= len(sizes)
+    given = [Image.new("RGB", size) for size in sizes] or None
+    assert regions_of(pipeline, images=given)[0].prefix == region.prefix
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "message"),
+    [
+        ("QwenImageEditPipeline", None, "images must be a list of one reference image"),
+        ("QwenImageEditPipeline", [(8, 8), (8, 8)], "images must be a list of one reference image"),
+        ("QwenImageEditPlusPipeline", [(8, 0)], r"images must be a list of PIL images or of pairs \(width, height\)"),
+        ("QwenImageEditPlusPipeline", ["a.png"], r"images must be a list of PIL images or of pairs \(width, height\)"),
+    ],
+)
+def test_wrong_reference_images_are_an_error(name: str, images: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        regions_of(edit(name), images=images)
+
+
+def test_other_pipelines_take_no_reference_images() -> None:
+    pipeline, _ = FAMILIES["AuraFlow"]()
+    with pytest.raises(ValueError, match="images must be None for AuraFlowPipeline, whose text has no reference"):
+        regions_of(pipeline, images=[(8, 8)])
+
+
+def test_a_prompt_with_the_placeholder_of_an_image_is_an_error() -> None:
+    with pytest.raises(ValueError, match="prompt must not contain"):
+        select_tokens(["a <|image_pad|>"], regions_of(edit("QwenImageEditPipeline"), images=[(8, 8)]), source=["a"])
+
+
+@pytest.mark.parametrize("family", ["Lumina 2", "HunyuanImage"])
+def test_padding_on_the_left_is_an_error_where_the_pipeline_needs_the_right(family: str) -> None:
+    pipeline, _ = FAMILIES[family]()
+    pipeline.tokenizer = qwen_tokenizer.__wrapped__("left")
+    with pytest.raises(ValueError, match="tokenizer must pad on the right, got padding_side='left'"):
+        regions_of(pipeline)
+
+
+def test_sana_without_an_instruction_keeps_its_first_token() -> None:
+    pipeline, _ = FAMILIES["Sana, no special tokens"]()
+    for instruction in (None, [], ["Describe it:", "Prompt: "]):
+        region = sana_region(pipeline.tokenizer, instruction=instruction)
+        (embeddings,) = ids(
+            pipeline.encode_prompt(["Red bench"], False, device="cpu", complex_human_instruction=instruction)[0]
+        )
+        selection, _ = select_tokens(["Red bench"], [region], source=["Red"])
+        assert region.tokenizer.decode([int(embeddings[p]) for p in selection.index[0]]).strip() == "red"
+
+
+def test_a_prompt_that_is_longer_in_lower_case_is_an_error() -> None:
+    pipeline, _ = FAMILIES["Sana, no special tokens"]()
+    with pytest.raises(ValueError, match="prompt must not change its length in lower case"):
+        select_tokens(["\u0130stanbul"], regions_of(pipeline), source=["\u0130stanbul"])
+
+
+def test_pipelines_whose_positions_are_unknown_say_why() -> None:
+    for name, why in (
+        ("ZImageOmniPipeline", "its text is in several parts"),
+        ("QwenImageLayeredPipeline", "its images have several layers"),
+        ("HunyuanImageRefinerPipeline", "its latents have frames"),
+        ("GlmImagePipeline", "its text encoder reads only the quoted text"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} is not supported: {why}"):
+            regions_of(type(name, (), {})())
 
 
 @pytest.mark.parametrize("family", ["AuraFlow", "Krea 2", "Z-Image", "Lumina 2", "HiDream-I1"])
