@@ -11,7 +11,18 @@ from typing import Any
 
 from torch import nn
 
-from star_kernels.capture import cross_attention, flux, qwen_image, sd3
+from star_kernels.capture import (
+    aura_flow,
+    cross_attention,
+    flux,
+    hidream,
+    hunyuan_image,
+    krea2,
+    lumina2,
+    qwen_image,
+    sd3,
+    z_image,
+)
 from star_kernels.capture.attention_call import OUTPUTS
 from star_kernels.capture.family import (
     Family,
@@ -36,6 +47,15 @@ register_family("Flux2Transformer2DModel", flux.FLUX2)
 register_family("QwenImageTransformer2DModel", qwen_image.FAMILY)
 register_family("UNet2DConditionModel", cross_attention.UNET)
 register_family("PixArtTransformer2DModel", cross_attention.PIXART)
+register_family("SanaTransformer2DModel", cross_attention.SANA)
+register_family("Flux3Transformer2DModel", flux.FLUX3)
+register_family("ChromaTransformer2DModel", flux.CHROMA)
+register_family("Krea2Transformer2DModel", krea2.FAMILY)
+register_family("ZImageTransformer2DModel", z_image.FAMILY)
+register_family("HunyuanImageTransformer2DModel", hunyuan_image.FAMILY)
+register_family("AuraFlowTransformer2DModel", aura_flow.FAMILY)
+register_family("HiDreamImageTransformer2DModel", hidream.FAMILY)
+register_family("Lumina2Transformer2DModel", lumina2.FAMILY)
 
 
 def attach_maps(
@@ -62,9 +82,9 @@ def attach_maps(
     changes. Under tensor parallelism the maps of a device are the mean over its own heads.
 
     Args:
-        transformer: a model of SD3, SD3.5, FLUX.1, FLUX.2, Qwen-Image or PixArt, a UNet of SD or SDXL, a class
-            registered with :func:`register_family`, or, with ``rows`` and ``grid``, any model whose attention
-            processors call ``F.scaled_dot_product_attention`` or diffusers' attention dispatcher.
+        transformer: a model of a family that docs/models.md lists, such as SD3, FLUX or Qwen-Image, a class registered
+            with :func:`register_family`, or, with ``rows`` and ``grid``, any model whose attention processors call
+            ``F.scaled_dot_product_attention`` or diffusers' attention dispatcher.
         selection: the tokens, on the model's device, as positions of the text: 0 is its first token, whether the image
             comes before it in the model or after it. None captures nothing until :attr:`MapCapture.selection` is set.
         blocks: the attention modules to average over: "all", their indices, or "default", the blocks that are known

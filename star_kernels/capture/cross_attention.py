@@ -1,9 +1,9 @@
-"""Cross-attention: the UNets of SD 1, SD 2 and SDXL, and PixArt. Keys are the text tokens, queries the image.
+"""Cross-attention: the UNets of SD 1, SD 2 and SDXL, PixArt and Sana. Keys are the text tokens, queries the image.
 
 A UNet attends at several resolutions, each half of the one before, rounded up.
 
 ``blocks="default"`` is all blocks: DAAM (arXiv 2210.04885) averages the maps of all blocks of a UNet. No publication
-names the blocks of PixArt that find the words best.
+names the blocks of PixArt and Sana that find the words best.
 """
 
 from __future__ import annotations
@@ -56,3 +56,4 @@ def _text(arguments: dict[str, Any]) -> tuple[int, int] | None:
 
 UNET = Family(unet_attentions, unet_image, processors=_PROCESSORS + _PROMPTED, cfg="last", call=0)
 PIXART = Family(pixart_attentions, pixart_image, processors=_PROCESSORS, cfg="last")
+SANA = Family(pixart_attentions, pixart_image, processors=("SanaAttnProcessor2_0",), cfg="last")

@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from star_kernels.selection import TokenSelection
 
 GUIDE = "docs/adding-a-model.md"
 
@@ -29,15 +32,38 @@ class ImageTokens:
         keys: the number of keys of the attention call whose maps are wanted. The maps are those of the processor's call
             with this number of keys, and a processor without such a call, or with two, is an error. If None,
             :attr:`Family.call` decides.
+        lengths: of the text of each sample, if they differ and the image of a sample follows its own text: ``rows`` are
+            those of all images, and the maps of a sample begin at the length of its text. None if all samples have the
+            same rows. Requires a grid that is not a function.
     """
 
     rows: tuple[int, int] | None
     grid: Grid | Callable[[int], Grid]
     text: Text | None = None
     keys: int | None = None
+    lengths: tuple[int, ...] | None = None
 
     def grid_of(self, queries: int) -> Grid:
         return self.grid(queries) if callable(self.grid) else self.grid
+
+    def of_samples(self, maps: Tensor) -> Tensor:
+        """Of maps ``[B, ..., R]`` of all rows, those of each sample's own image."""
+        if self.lengths is None or self.rows is None or callable(self.grid):
+            return maps
+        starts = torch.tensor(self.lengths, device=maps.device) - self.rows[0]
+        own = starts[:, None] + torch.arange(self.grid[0] * self.grid[1], device=maps.device)
+        own = own.view(len(own), *(1,) * (maps.ndim - 2), -1)
+        return maps.gather(-1, own.expand(*maps.shape[:-1], -1))
+
+    def check_samples(self, selection: TokenSelection) -> None:
+        """Raises unless the selected positions of each sample are its own text. Waits for the device."""
+        if self.lengths is None or len(self.lengths) != selection.batch:  # the attention call checks the batch size
+            return
+        for b, (last, length) in enumerate(zip(selection.index.amax(dim=1).tolist(), self.lengths, strict=True)):
+            if last >= length:
+                raise ValueError(
+                    f"selection.index must be positions of text, below {length} for sample {b} in this pass, got {last}"
+                )
 
 
 @dataclass(frozen=True)

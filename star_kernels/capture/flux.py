@@ -1,4 +1,8 @@
-"""FLUX.1 and FLUX.2: joint attention over [text, image], in double- and in single-stream blocks.
+"""FLUX.1, FLUX.2, FLUX.3 and Chroma: joint attention over [text, image], in double- and in single-stream blocks.
+
+In FLUX.3 only the single-stream blocks are joint and captured, and reference images are an argument of their own. In
+FLUX.3 and Chroma guidance runs separate forward passes: set ``enabled = False`` on the capture for the unconditional
+one. The mask of Chroma's pipelines differs by query, which is an error.
 
 Block indices count double-stream blocks first, then single-stream blocks. The rotary embedding is applied to queries
 and keys before the attention call. The latent is a sequence, so its grid is derived from the values of ``img_ids`` when
@@ -9,13 +13,13 @@ its version counter), and in every pass under ``torch.inference_mode``, where te
 ``blocks="default"`` is, for FLUX.1 (19 double- and 38 single-stream blocks), the double-stream blocks 10 to 18, counted
 from zero, both included: those over which ConceptAttention (arXiv 2502.04320) averages the cross-attention maps that it
 compares itself with (``range(10, 19)`` in its code). They include blocks 12 and 17, which Seg4Diff (arXiv 2509.18096,
-appendix C) finds to be the best of FLUX.1-dev. No blocks are published for models of other depths and for FLUX.2: their
-default is all blocks.
+appendix C) finds to be the best of FLUX.1-dev. No blocks are published for models of other depths and for the other
+models: their default is all blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -30,15 +34,21 @@ def attentions(model: Any) -> list[Any]:
 
 def image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
     text, tokens = arguments["encoder_hidden_states"].shape[1], arguments["hidden_states"].shape[1]
-    return ImageTokens((text, tokens), _grid_of(arguments["img_ids"]), text=(0, text), keys=text + tokens)
+    grid = grid_of_ids(arguments["img_ids"])
+    return ImageTokens((text, tokens), grid, text=(0, text), keys=text + tokens)
+
+
+def joint_attentions(model: Any) -> list[Any]:
+    """Those of FLUX.3: in its other blocks text and image attend to themselves only."""
+    return [block.attn for block in model.single_transformer_blocks]
 
 
 class _IdsGrid:
     """The grid of ``img_ids`` [queries, (image, row, column, ...)], in row-major order, computed when first needed."""
 
-    def __init__(self, ids: Tensor, version: int | None) -> None:
-        self.ids = ids.detach().clone()  # they may be modified before maps are read
-        self.version = version
+    def __init__(self, ids: Tensor, version: int | None, start: int) -> None:
+        self.ids = ids.detach()[..., start:, :].clone()  # they may be modified before maps are read
+        self.version, self.start = version, start
         self.grid: Grid | None = None
 
     def __call__(self, queries: int) -> Grid:
@@ -53,11 +63,12 @@ class _IdsGrid:
 _cache = WeakIdKeyDictionary()  # img_ids tensor -> its latest _IdsGrid
 
 
-def _grid_of(ids: Tensor) -> _IdsGrid:
+def grid_of_ids(ids: Tensor, start: int = 0) -> Callable[[int], Grid]:
+    """The grid of the image whose ids begin at ``start``, as a function of the number of queries."""
     version = None if ids.is_inference() else ids._version
     cached: _IdsGrid | None = _cache.get(ids)
-    if cached is None or version is None or cached.version != version:
-        cached = _cache[ids] = _IdsGrid(ids, version)
+    if cached is None or version is None or (cached.version, cached.start) != (version, start):
+        cached = _cache[ids] = _IdsGrid(ids, version, start)
     return cached
 
 
@@ -71,3 +82,5 @@ _PROCESSORS = ("FluxAttnProcessor", "FusedFluxAttnProcessor2_0", "FluxIPAdapterA
 FLUX = Family(attentions, image, processors=_PROCESSORS, default_blocks=default_blocks, call=0)
 _PROCESSORS_2 = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
 FLUX2 = Family(attentions, image, processors=_PROCESSORS_2)
+FLUX3 = Family(joint_attentions, image, processors=("Flux3AttnProcessor",))
+CHROMA = Family(attentions, image, processors=("FluxAttnProcessor",))

@@ -69,8 +69,10 @@ class Guidance:
     def _half(self, selection: TokenSelection, arguments: dict[str, Any]) -> str | None:
         latent = next(iter(arguments.values()), None)
         batch = selection.batch
-        if self._family is None or not isinstance(latent, Tensor) or len(latent) != 2 * batch:
+        if self._family is None or not isinstance(latent, (Tensor, list, tuple)) or len(latent) != 2 * batch:
             return None
+        if not isinstance(latent, Tensor):  # Z-Image: a list of latents of one size
+            latent = torch.stack(tuple(latent))
         first, last = latent.chunk(2)
         same = ((first == last) | first.isnan()).all()  # NaN of a diverged run is not this error
         message = (

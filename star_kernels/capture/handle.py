@@ -155,11 +155,14 @@ class MapCapture:
                 image = self._family.image(model, arguments)
             except KeyError as missing:
                 raise ValueError(f"transformer must be called with {missing} while maps are captured") from None
+            if image.lengths is not None and "rows" in self._overrides:
+                raise ValueError("rows must be None: in this pass the image rows differ between samples")
             self._image = replace(image, **self._overrides) if self._overrides else image
             start, length = self._image.text or (0, None)
             if length is not None:
                 _check_text(selection, length)
             whole, self._conditional, expected = self._guidance.for_pass(selection, arguments, start)
+            self._image.check_samples(whole)
             detached = len(self._modules) if self._detach else 0
             self._passes.begin(
                 ForwardPass(whole, expected, self._image.rows, torch.is_grad_enabled(), detached, self._image.keys)
@@ -204,7 +207,8 @@ class MapCapture:
                 f"no maps yet: {len(found)} of {len(self._modules)} chosen blocks have run; set a selection and call "
                 "the transformer before reading maps"
             )
-        return mean_maps([maps[self._conditional] for maps in found], self._image.grid_of)
+        own = [self._image.of_samples(maps)[self._conditional] for maps in found]
+        return mean_maps(own, self._image.grid_of)
 
 
 def _check_text(selection: TokenSelection, length: int) -> None:

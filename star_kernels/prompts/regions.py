@@ -2,14 +2,24 @@
 
 According to diffusers 0.42, which is not imported. Text positions count from the first text token:
 
-==========  ==============  ==========================================================================================
-family      joint sequence  text
-==========  ==============  ==========================================================================================
-SD3, SD3.5  image, text     CLIP-L and CLIP-G (77), concatenated along channels; then T5 (256), zeros if absent
-FLUX.1      text, image     T5 (512); CLIP is used for the pooled embedding only
-FLUX.2      text, image     chat of a system message and the prompt, padded to 512; padding is not masked
-Qwen-Image  text, image     chat without its first 34 tokens, padded to the longest prompt, at most 512
-==========  ==============  ==========================================================================================
+===============  ==============  =====================================================================================
+family           joint sequence  text
+===============  ==============  =====================================================================================
+SD3, SD3.5       image, text     CLIP-L and CLIP-G (77), concatenated along channels; then T5 (256), zeros if absent
+FLUX.1           text, image     T5 (512); CLIP is used for the pooled embedding only
+FLUX.2           text, image     chat of a system message and the prompt, padded to 512; padding is not masked
+FLUX.3           text, image     chat, padded to a multiple of 80; padding is not masked
+Chroma           text, image     T5 (512)
+Qwen-Image       text, image     chat without its first 34 tokens, padded to the longest prompt, at most 512
+Qwen-Image-Edit  text, image     chat with the tokens of the reference images, without its first 64 tokens
+Krea 2           text, image     chat without its first 34 tokens (507), padding, the end of the chat (5)
+Z-Image          image, text     chat without padding (at most 512)
+HunyuanImage     image, text     quoted text, of ByT5; chat without its first 34 tokens; padding (1000 + 128 in all)
+HiDream-I1       image, text     T5 (128), the last layer of Llama (128), the layer of Llama of the block (128)
+AuraFlow         text, image     T5 (256), after the model's 8 registers
+Lumina 2         text, image     system prompt and prompt, without padding (at most 256)
+Sana             text            first token and last 299 of an instruction and the prompt in lower case (300 in all)
+===============  ==============  =====================================================================================
 """
 
 from __future__ import annotations
@@ -17,10 +27,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from star_kernels.prompts import pipelines
+from star_kernels.prompts.pipelines import template as _template
 from star_kernels.prompts.tokens import TextRegion
 
 CLIP_LENGTH = 77
-_MARK = "\ue000"  # a private-use character that occurs in no template
 
 
 def sd3_regions(
@@ -77,28 +88,45 @@ def qwen_image_regions(tokenizer: Any, *, template: str, dropped: int, length: i
 
 
 def regions_of(
-    pipeline: Any, *, max_sequence_length: int | None = None, encoders: Sequence[str] | None = None
+    pipeline: Any,
+    *,
+    max_sequence_length: int | None = None,
+    encoders: Sequence[str] | None = None,
+    images: Sequence[Any] | None = None,
 ) -> list[TextRegion]:
     """The text regions of a diffusers pipeline.
 
     Args:
-        pipeline: a text-to-image pipeline of SD3, FLUX.1, FLUX.2 or Qwen-Image, or one of their variants that encode
-            the prompt in the same way. Its tokenizers and templates are read; no model runs.
+        pipeline: a pipeline of a family in the table above, or one of their variants that encode the prompt in the same
+            way. Its tokenizers and templates are read; no model runs. Templates and instructions are the pipeline's
+            own and its defaults: a ``system_prompt`` of Lumina 2 or a ``complex_human_instruction`` of Sana in the call
+            moves the prompt.
         max_sequence_length: the ``max_sequence_length`` that the pipeline is called with; its default if None.
         encoders: names of the regions to return, such as ["t5"]; all if None.
+        images: the reference images that Qwen-Image-Edit or -Plus is called with, or (width, height) of each: their
+            tokens precede the prompt in the text. None for other pipelines.
 
     Raises:
         TypeError: unsupported pipeline, or a tokenizer that is not a fast tokenizer.
-        ValueError: a length below 1, or an encoder that the pipeline does not have.
+        ValueError: a length below 1, an encoder that the pipeline does not have, or the wrong number of images.
     """
     names = [cls.__name__ for cls in type(pipeline).__mro__]
+    refused = next((f"{name} is not supported: {_REFUSED[name]}" for name in names if name in _REFUSED), None)
+    if refused is not None:
+        raise TypeError(refused)
+    edit = next((reader for name in names for family, reader in _EDITS if name in family), None)
     read = next((reader for name in names for family, reader in _FAMILIES if name in family), None)
-    if read is None:
-        known = "StableDiffusion3Pipeline, FluxPipeline, Flux2Pipeline, Flux2KleinPipeline, QwenImagePipeline"
+    if edit is not None:
+        regions = edit(pipeline, images)
+    elif images is not None:
+        raise ValueError(f"images must be None for {names[0]}, whose text has no reference images, got {images!r}")
+    elif read is not None:
+        regions = read(pipeline, max_sequence_length)
+    else:
         raise TypeError(
-            f"pipeline must be one of {known} or their variants, got {names[0]}; describe others by TextRegions"
+            f"pipeline must be one of {', '.join(_KNOWN)} or their variants, got {names[0]}; describe others by "
+            "TextRegions"
         )
-    regions = read(pipeline, max_sequence_length)
     if encoders is None:
         return regions
     present = [region.name for region in regions]
@@ -137,16 +165,10 @@ def _read_qwen_image(pipeline: Any, length: int | None) -> list[TextRegion]:
     )
 
 
-def _template(render: Callable[[str], str]) -> dict[str, Any]:
-    """The text of a template before and after the prompt, and whether it strips the prompt."""
-    before, mark, after = render(_MARK).partition(_MARK)
-    if not mark:
-        raise ValueError("the chat template must contain the prompt unchanged, got one that changes or omits it")
-    return {"prefix": before, "suffix": after, "strips": f" {_MARK} " not in render(f" {_MARK} ")}
-
-
 _Reader = Callable[[Any, int | None], list[TextRegion]]
+_EditReader = Callable[[Any, Sequence[Any] | None], list[TextRegion]]
 _SD3 = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpainting", "PAG", "PAGImg2Img")
+_Z_IMAGE = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint")
 _FLUX = (
     *("", "Img2Img", "Inpaint", "Fill", "Kontext", "KontextInpaint"),
     *("Control", "ControlImg2Img", "ControlInpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint"),
@@ -160,4 +182,29 @@ _FAMILIES: list[tuple[set[str], _Reader]] = [
         {f"QwenImage{variant}Pipeline" for variant in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint")},
         _read_qwen_image,
     ),
+    ({f"ZImage{variant}Pipeline" for variant in _Z_IMAGE}, pipelines.read_z_image),
+    ({"Flux3ModularPipeline", "Flux3DistilledModularPipeline"}, pipelines.read_flux3),
+    ({"Krea2Pipeline"}, pipelines.read_krea2),
+    ({"HunyuanImagePipeline"}, pipelines.read_hunyuan_image),
+    ({"Lumina2Pipeline"}, pipelines.read_lumina2),
+    ({f"Sana{variant}Pipeline" for variant in ("", "ControlNet", "Sprint", "SprintImg2Img")}, pipelines.read_sana),
+    ({"AuraFlowPipeline"}, pipelines.read_aura_flow),
+    ({f"Chroma{variant}Pipeline" for variant in ("", "Img2Img", "Inpaint")}, pipelines.read_chroma),
+    ({"HiDreamImagePipeline"}, pipelines.read_hidream),
 ]
+_KNOWN = (
+    *("StableDiffusion3Pipeline", "FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "Flux3ModularPipeline"),
+    *("ChromaPipeline", "QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "Krea2Pipeline"),
+    *("ZImagePipeline", "HunyuanImagePipeline", "HiDreamImagePipeline", "AuraFlowPipeline", "Lumina2Pipeline"),
+    "SanaPipeline",
+)
+_EDITS: list[tuple[set[str], _EditReader]] = [
+    ({"QwenImageEditPipeline", "QwenImageEditInpaintPipeline"}, pipelines.read_qwen_image_edit),
+    ({"QwenImageEditPlusPipeline"}, pipelines.read_qwen_image_edit_plus),
+]
+_REFUSED = {
+    "ZImageOmniPipeline": "its text is in several parts, between the tokens of reference images",
+    "QwenImageLayeredPipeline": "its images have several layers, and maps one grid",
+    "HunyuanImageRefinerPipeline": "its latents have frames, and maps one grid",
+    "GlmImagePipeline": "its text encoder reads only the quoted text; the prompt is read by a model of image tokens",
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,12 @@ class TextRegion:
             of SD3 share their positions.
         prefix, suffix: template around the prompt.
         strips: whether the template strips whitespace around the prompt.
+        lowers: whether the pipeline converts the prompt to lower case.
         dropped: number of tokens that the pipeline drops at the start of the encoder's output.
+        keeps_first: whether the first token, of the template, takes the place of the first one that is not dropped.
+        leading: the number of tokens that the model puts before the region, for a prompt; None if there are none.
         padded: whether the text is padded to ``length``; with a tokenizer that pads on the left this moves the text.
+        right: whether the pipeline pads on the right whatever the tokenizer's side is.
         special_tokens: whether the tokenizer adds its special tokens; templates often contain their own.
         reserved: strings that the pipeline removes from prompts; a prompt that contains one is an error.
 
@@ -48,6 +52,10 @@ class TextRegion:
     padded: bool = True
     special_tokens: bool = True
     reserved: tuple[str, ...] = ()
+    lowers: bool = False
+    keeps_first: bool = False
+    leading: Callable[[str], int] | None = None
+    right: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.tokenizer) or not getattr(self.tokenizer, "is_fast", False):
@@ -64,7 +72,7 @@ class TextRegion:
     @property
     def padded_left(self) -> bool:
         """Whether padding precedes the text, so that positions depend on ``length``."""
-        return self.padded and getattr(self.tokenizer, "padding_side", "right") == "left"
+        return self.padded and not self.right and getattr(self.tokenizer, "padding_side", "right") == "left"
 
     def characters(self, prompt: str) -> list[Span]:
         """The span of the prompt that each token covers, by position in the region; (0, 0) for tokens outside it."""
@@ -73,9 +81,13 @@ class TextRegion:
             if text in prompt:
                 raise ValueError(f"prompt must not contain {text!r}, which the pipeline removes, got {prompt!r}")
         stripped = prompt.strip() if self.strips else prompt
+        if self.lowers and len(stripped.lower()) != len(stripped):
+            raise ValueError(
+                f"prompt must not change its length in lower case, which the pipeline uses, got {prompt!r}"
+            )
         offset = len(prompt) - len(prompt.lstrip()) if self.strips else 0
         encoded = self.tokenizer(
-            self.prefix + stripped + self.suffix,
+            self.prefix + (stripped.lower() if self.lowers else stripped) + self.suffix,
             add_special_tokens=self.special_tokens,
             truncation=True,
             max_length=self.dropped + self.length,
@@ -90,9 +102,12 @@ class TextRegion:
             for start, stop in encoded["offset_mapping"]
         ]
         spans = spans[self.dropped :]
+        if self.keeps_first:
+            spans[:1] = [NOTHING]
         if self.padded_left:
             spans = [NOTHING] * (self.length - len(spans)) + spans
-        return spans
+        leading = self.leading(prompt) if self.leading is not None else 0
+        return [NOTHING] * leading + spans
 
 
 def token_positions(

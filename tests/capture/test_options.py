@@ -10,7 +10,7 @@ from torch import nn
 pytest.importorskip("diffusers")
 
 from reference_maps import expected_maps
-from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, aura_flow, hunyuan_image
+from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, cogview4
 
 from star_kernels import TokenSelection
 from star_kernels.capture import attach_maps, capture_maps, detach_maps
@@ -250,14 +250,14 @@ def test_recording_processors_set_again_after_the_capture_record_nothing(model_a
 def test_an_unknown_model_is_named_with_its_attention_processors():
     with pytest.raises(
         TypeError,
-        match=r"transformer must be one of SD3Transformer2DModel, .*, got HunyuanImageTransformer2DModel\..*"
-        r"AttnProcessor2_0 \(1\), HunyuanImageAttnProcessor \(2\)\. Pass rows=.* and grid=.*docs/adding-a-model.md",
+        match=r"transformer must be one of SD3Transformer2DModel, .*, got CogView4Transformer2DModel\..*"
+        r"CogView4AttnProcessor \(2\)\. Pass rows=.* and grid=.*docs/adding-a-model.md",
     ):
-        attach_maps(hunyuan_image())
+        attach_maps(cogview4())
     with pytest.raises(TypeError, match=r"got Linear\. It has no attention processors.*docs/adding-a-model.md"):
         attach_maps(nn.Linear(1, 1), rows=(0, 1), grid=(1, 1))
-    with pytest.raises(TypeError, match="AuraFlowAttnProcessor2_0"):
-        attach_maps(aura_flow(), rows=(0, 1))
+    with pytest.raises(TypeError, match="CogView4AttnProcessor"):
+        attach_maps(cogview4(), rows=(0, 1))
 
 
 def test_a_processor_with_another_order_of_tokens_is_an_error(model_and_inputs):

@@ -217,21 +217,28 @@ def sdxl_inputs() -> dict[str, Any]:
     return {**unet_inputs(), "added_cond_kwargs": added}
 
 
-def aura_flow() -> nn.Module:
-    return diffusers.AuraFlowTransformer2DModel(
-        sample_size=32,
+def cogview4() -> nn.Module:
+    return diffusers.CogView4Transformer2DModel(
         in_channels=4,
-        num_mmdit_layers=1,
-        num_single_dit_layers=1,
+        out_channels=4,
+        num_layers=2,
         attention_head_dim=16,
         num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pos_embed_max_size=256,
+        text_embed_dim=32,
+        time_embed_dim=16,
+        condition_dim=8,
+        pos_embed_max_size=32,
+        sample_size=32,
+        rope_axes_dim=(32, 32),
     )
 
 
-def aura_flow_inputs() -> dict[str, Any]:
+def cogview4_inputs() -> dict[str, Any]:
+    sizes = {name: torch.zeros(BATCH, 2) for name in ("original_size", "target_size", "crop_coords")}
+    return {**text_and_latent(), **sizes}
+
+
+def text_and_latent() -> dict[str, Any]:
     return {name: value for name, value in sd3_inputs().items() if name != "pooled_projections"}
 
 
@@ -252,10 +259,9 @@ def hunyuan_image() -> nn.Module:
 
 def hunyuan_image_inputs() -> dict[str, Any]:
     mask = qwen_image_inputs()["encoder_hidden_states_mask"]
-    return {**aura_flow_inputs(), "encoder_attention_mask": mask}
+    return {**text_and_latent(), "encoder_attention_mask": mask}
 
 
-REGISTERS = 8  # learned tokens before AuraFlow's text
 CASES = {
     "sd3": Case(sd3, sd3_inputs, (0, IMAGE), IMAGE),
     "sd3.5": Case(lambda: sd3(dual_attention_layers=(0, 1), qk_norm="rms_norm"), sd3_inputs, (0, IMAGE), IMAGE),
@@ -266,11 +272,10 @@ CASES = {
     "sd": Case(unet, unet_inputs, (0, IMAGE), 0, keys=TEXT),
     "sdxl": Case(sdxl, sdxl_inputs, (0, IMAGE), 0, keys=TEXT),
     "any-joint": Case(
-        aura_flow,
-        aura_flow_inputs,
-        (REGISTERS + TEXT, IMAGE),
-        REGISTERS,
-        keys=REGISTERS + JOINT,
-        options={"rows": (REGISTERS + TEXT, IMAGE), "grid": (ROWS, COLUMNS), "text": (REGISTERS, TEXT)},
+        cogview4,
+        cogview4_inputs,
+        (TEXT, IMAGE),
+        0,
+        options={"rows": (TEXT, IMAGE), "grid": (ROWS, COLUMNS), "text": (0, TEXT)},
     ),
 }

@@ -240,15 +240,17 @@ def test_subclasses_and_variants_are_supported_and_other_pipelines_are_not() -> 
     assert regions_of(pipeline)[0].name == "t5"
     kontext = type("FluxKontextPipeline", (), {"tokenizer_2": t5_tokenizer()})()
     assert regions_of(kontext)[0].length == 512
-    for name in ("QwenImageEditPipeline", "FluxPriorReduxPipeline", "object"):
+    for name in ("FluxPriorReduxPipeline", "object"):
         with pytest.raises(TypeError, match=f"pipeline must be one of StableDiffusion3Pipeline.* got {name}"):
             regions_of(type(name, (), {})())
 
 
 def test_every_listed_variant_exists_in_diffusers() -> None:
-    from star_kernels.prompts.regions import _FAMILIES
+    from star_kernels.prompts.regions import _EDITS, _FAMILIES, _KNOWN, _REFUSED
 
-    assert [name for names, _ in _FAMILIES for name in names if not hasattr(diffusers, name)] == []
+    listed = [name for names, _ in (*_FAMILIES, *_EDITS) for name in names]
+    assert [name for name in (*listed, *_REFUSED) if not hasattr(diffusers, name)] == []
+    assert set(_KNOWN) <= set(listed)
 
 
 def test_a_custom_region_describes_another_model() -> None:
