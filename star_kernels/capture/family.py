@@ -24,11 +24,15 @@ class ImageTokens:
             called when maps are read, so it may read values of tensors. Further queries (reference images) are dropped.
         text: the keys that are text, as (start, length); selecting other keys is an error. If None, selections are not
             checked.
+        keys: the number of keys of the attention call whose maps are wanted. The maps are those of the processor's call
+            with this number of keys, and a processor without such a call, or with two, is an error. If None,
+            :attr:`Family.call` decides.
     """
 
     rows: tuple[int, int] | None
     grid: Grid | Callable[[int], Grid]
     text: tuple[int, int] | None = None
+    keys: int | None = None
 
     def grid_of(self, queries: int) -> Grid:
         return self.grid(queries) if callable(self.grid) else self.grid
@@ -48,6 +52,10 @@ class Family:
             either. It should name blocks only for the models for which a publication did.
         cfg: which half of a batch is conditional, "last" or "first", if the family's pipelines double the batch for
             classifier-free guidance; None if they do not.
+        call: which attention call of a processor has the text among its keys, counted from zero, or a function of the
+            attention module that returns it. Needed only for processors that make several calls, if
+            :attr:`ImageTokens.keys` does not tell them apart. If neither is given, several calls are an error. If both
+            are given, both have to hold.
     """
 
     attentions: Callable[[Any], list[Any]]
@@ -55,6 +63,11 @@ class Family:
     processors: tuple[str, ...] = ()
     default_blocks: str | Sequence[int] | Callable[[Any], str | Sequence[int]] = "all"
     cfg: str | None = None
+    call: int | Callable[[Any], int] | None = None
+
+    def call_of(self, attention: Any) -> int | None:
+        """The index of the captured attention call of this module's processor."""
+        return self.call(attention) if callable(self.call) else self.call
 
     def default_of(self, model: Any) -> str | Sequence[int]:
         """The blocks of ``blocks="default"`` for this model."""
