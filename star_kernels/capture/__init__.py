@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 from torch import nn
 
-from star_kernels.capture import cross_attention, flux, qwen_image, sd3
+from star_kernels.capture import cross_attention, flux, hunyuan_video, ltx, qwen_image, sd3, wan
 from star_kernels.capture.family import (
     Family,
     Grid,
@@ -34,6 +35,11 @@ register_family("Flux2Transformer2DModel", flux.FLUX2)
 register_family("QwenImageTransformer2DModel", qwen_image.FAMILY)
 register_family("UNet2DConditionModel", cross_attention.UNET)
 register_family("PixArtTransformer2DModel", cross_attention.PIXART)
+register_family("WanTransformer3DModel", wan.FAMILY)
+register_family("LTXVideoTransformer3DModel", ltx.LTX)
+register_family("LTX2VideoTransformer3DModel", ltx.LTX2)
+register_family("HunyuanVideoTransformer3DModel", hunyuan_video.FAMILY)
+register_family("HunyuanVideo15Transformer3DModel", hunyuan_video.FAMILY_15)
 
 
 def attach_maps(
@@ -55,9 +61,10 @@ def attach_maps(
     removed or its selection changes. Under tensor parallelism the maps of a device are the mean over its own heads.
 
     Args:
-        transformer: a model of SD3, SD3.5, FLUX.1, FLUX.2, Qwen-Image or PixArt, a UNet of SD or SDXL, a class
-            registered with :func:`register_family`, or, with ``rows`` and ``grid``, any model whose attention
-            processors call ``F.scaled_dot_product_attention``, directly or through diffusers' attention dispatcher.
+        transformer: a model of SD3, SD3.5, FLUX.1, FLUX.2, Qwen-Image or PixArt, a UNet of SD or SDXL, a video model of
+            Wan, LTX-Video, LTX-2, HunyuanVideo or HunyuanVideo-1.5, a class registered with :func:`register_family`,
+            or, with ``rows`` and ``grid``, any model whose attention processors call
+            ``F.scaled_dot_product_attention``, directly or through diffusers' attention dispatcher.
         selection: the tokens, on the model's device, as positions in the sequence of keys: [image, text] in SD3,
             [text, image] in FLUX and Qwen-Image, the text only in cross-attention. None captures nothing until
             :attr:`MapCapture.selection` is set.
@@ -73,8 +80,8 @@ def attach_maps(
             batch is an error, for example one with several images of each prompt. The first comparison of latents for a
             selection waits for the GPU; in later passes the GPU asserts that they are equal.
         rows: range of the image queries as (start, length), overriding the value of the model family.
-        grid: rows and columns of the image, overriding the value of the model family: the first rows * columns image
-            queries.
+        grid: rows and columns of the image, or frames, rows and columns of the video, overriding the value of the model
+            family: the first rows * columns, or frames * rows * columns, image queries.
         detach: if False, the maps are differentiable, for losses on them. They then keep the graph of the forward pass
             alive until the next pass or ``take()``.
 
@@ -84,11 +91,12 @@ def attach_maps(
     if cfg not in CHOICES:
         raise ValueError(f"cfg must be 'auto', 'last', 'first' or None, got {cfg!r}")
     check_flag("detach", detach)
-    rows, grid = _pair("rows", rows), _pair("grid", grid)
-    if rows is not None and grid is not None and rows[1] != grid[0] * grid[1]:
-        raise ValueError(f"grid must have the {rows[1]} positions of rows, got {grid[0]} x {grid[1]}")
+    chosen_rows, grid = _range(rows), _grid(grid)
+    if chosen_rows is not None and grid is not None and chosen_rows[1] != prod(grid):
+        sizes = " x ".join(map(str, grid))
+        raise ValueError(f"grid must have the {chosen_rows[1]} positions of rows, got {sizes}")
     model = unwrapped(transformer)
-    given = None if rows is None or grid is None else ImageTokens(rows, grid)
+    given = None if chosen_rows is None or grid is None else ImageTokens(chosen_rows, grid)
     family = find_or_explain(model, given)
     found = family.attentions(model)
     default = isinstance(blocks, str) and blocks == "default"
@@ -96,7 +104,7 @@ def attach_maps(
     attentions = _named(model, [found[i] for i in chosen])
     for name, attention in attentions.items():
         _check_processor(family, name, attention.processor)
-    capture = MapCapture(model, family, attentions, blocks=chosen, rows=rows, grid=grid, cfg=cfg, detach=detach)
+    capture = MapCapture(model, family, attentions, blocks=chosen, rows=chosen_rows, grid=grid, cfg=cfg, detach=detach)
     try:
         capture.selection = selection
     except BaseException:
@@ -112,7 +120,7 @@ def capture_maps(transformer: nn.Module, selection: TokenSelection, **options: A
     Leaving the context, also by an exception, restores the model.
 
     Yields:
-        A :class:`MapCapture`; its ``value`` is ``[B, G, h, w]`` after a forward pass.
+        A :class:`MapCapture`; its ``value`` is ``[B, G, h, w]``, of a video ``[B, G, f, h, w]``, after a forward pass.
     """
     with attach_maps(transformer, selection, **options) as capture:
         yield capture
@@ -131,13 +139,25 @@ def detach_maps(transformer: nn.Module) -> int:
     return len(captures)
 
 
-def _pair(name: str, pair: object) -> tuple[int, int] | None:
-    if pair is None:
+def _range(rows: object) -> tuple[int, int] | None:
+    if rows is None:
         return None
-    found = integers(pair)
+    found = integers(rows)
     if found is None or len(found) != 2 or min(found) < 0:
-        raise ValueError(f"{name} must be a pair of integers of at least 0, got {pair!r}")
+        raise ValueError(f"rows must be a pair of integers of at least 0, got {rows!r}")
     return found[0], found[1]
+
+
+def _grid(grid: object) -> Grid | None:
+    if grid is None:
+        return None
+    found = integers(grid)
+    if found is None or len(found) not in (2, 3) or min(found) < 0:
+        raise ValueError(
+            f"grid must be a pair of integers of at least 0, (rows, columns), or three, (frames, rows, columns), got "
+            f"{grid!r}"
+        )
+    return tuple(found)
 
 
 def _choose(blocks: str | Sequence[int], count: int) -> list[int]:

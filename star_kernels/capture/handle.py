@@ -50,7 +50,8 @@ class MapCapture:
         self.enabled, self.blocks = True, tuple(blocks)
         self._model, self._family = model, family
         self._guidance = guidance.Guidance(cfg, family.cfg)
-        self._overrides = {name: given for name, given in (("rows", rows), ("grid", grid)) if given is not None}
+        given: dict[str, Any] = {"rows": rows, "grid": grid}
+        self._overrides = {name: value for name, value in given.items() if value is not None}
         self._passes = Passes()
         self._detach = detach
         self._lock = threading.RLock()
@@ -89,7 +90,9 @@ class MapCapture:
 
     @property
     def value(self) -> Tensor:
-        """float32 ``[B, G, h, w]`` of the latest captured pass; B is the batch size of the selection.
+        """float32 ``[B, G, h, w]``, of a video ``[B, G, f, h, w]``, of the latest captured pass.
+
+        B is the batch size of the selection.
 
         Maps of different resolution (UNets) are interpolated bilinearly to the finest of them.
 
@@ -142,11 +145,16 @@ class MapCapture:
             arguments = {**bound, **kwargs}  # also those that the signature has as **kwargs
             if arguments.get("skip_layers"):  # skip-layer guidance: a pass without some of the blocks
                 return
-            self._clear()
             try:
                 image = self._family.image(model, arguments)
-            except KeyError as missing:
-                raise ValueError(f"transformer must be called with {missing} while maps are captured") from None
+            except BaseException as error:
+                self._clear()
+                if isinstance(error, KeyError):
+                    raise ValueError(f"transformer must be called with {error} while maps are captured") from None
+                raise
+            if image is None:  # a pass that the family leaves out
+                return
+            self._clear()
             self._image = replace(image, **self._overrides) if self._overrides else image
             if self._image.text is not None:
                 _check_text(selection, *self._image.text)
