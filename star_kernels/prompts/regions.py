@@ -10,6 +10,8 @@ FLUX.1      text, image     T5 (512); CLIP is used for the pooled embedding only
 FLUX.2      text, image     chat of a system message and the prompt, padded to 512; padding is not masked
 Qwen-Image  text, image     chat without its first 34 tokens, padded to the longest prompt, at most 512
 ==========  ==============  ==========================================================================================
+
+Video pipelines are described in :mod:`star_kernels.prompts.video_regions`.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from star_kernels.prompts.templates import template_parts as _template
 from star_kernels.prompts.tokens import TextRegion
+from star_kernels.prompts.video_regions import VIDEO_PIPELINES
 
 CLIP_LENGTH = 77
-_MARK = "\ue000"  # a private-use character that occurs in no template
 
 
 def sd3_regions(
@@ -84,8 +87,9 @@ def regions_of(
     """The text regions of a diffusers pipeline.
 
     Args:
-        pipeline: a text-to-image pipeline of SD3, FLUX.1, FLUX.2 or Qwen-Image, or one of their variants that encode
-            the prompt in the same way. Its tokenizers and templates are read; no model runs.
+        pipeline: a text-to-image pipeline of SD3, FLUX.1, FLUX.2 or Qwen-Image, a text-to-video pipeline of Wan, LTX,
+            LTX-2 or HunyuanVideo, or one of their variants that encode the prompt in the same way. Its tokenizers and
+            templates are read; no model runs.
         max_sequence_length: the ``max_sequence_length`` that the pipeline is called with; its default if None.
         encoders: names of the regions to return, such as ["t5"]; all if None.
 
@@ -96,7 +100,8 @@ def regions_of(
     names = [cls.__name__ for cls in type(pipeline).__mro__]
     read = next((reader for name in names for family, reader in _FAMILIES if name in family), None)
     if read is None:
-        known = "StableDiffusion3Pipeline, FluxPipeline, Flux2Pipeline, Flux2KleinPipeline, QwenImagePipeline"
+        known = "StableDiffusion3Pipeline, FluxPipeline, Flux2Pipeline, Flux2KleinPipeline, QwenImagePipeline, "
+        known += "WanPipeline, LTXPipeline, LTX2Pipeline, HunyuanVideoPipeline, HunyuanVideo15Pipeline"
         raise TypeError(
             f"pipeline must be one of {known} or their variants, got {names[0]}; describe others by TextRegions"
         )
@@ -139,14 +144,6 @@ def _read_qwen_image(pipeline: Any, length: int | None) -> list[TextRegion]:
     )
 
 
-def _template(render: Callable[[str], str]) -> dict[str, Any]:
-    """The text of a template before and after the prompt, and whether it strips the prompt."""
-    before, mark, after = render(_MARK).partition(_MARK)
-    if not mark:
-        raise ValueError("the chat template must contain the prompt unchanged, got one that changes or omits it")
-    return {"prefix": before, "suffix": after, "strips": f" {_MARK} " not in render(f" {_MARK} ")}
-
-
 _Reader = Callable[[Any, int | None], list[TextRegion]]
 _SD3 = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpainting", "PAG", "PAGImg2Img")
 _FLUX = (
@@ -162,4 +159,5 @@ _FAMILIES: list[tuple[set[str], _Reader]] = [
         {f"QwenImage{variant}Pipeline" for variant in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint")},
         _read_qwen_image,
     ),
+    *VIDEO_PIPELINES,
 ]

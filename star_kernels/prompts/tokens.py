@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ class TextRegion:
         padded: whether the text is padded to ``length``; with a tokenizer that pads on the left this moves the text.
         special_tokens: whether the tokenizer adds its special tokens; templates often contain their own.
         reserved: strings that the pipeline removes from prompts; a prompt that contains one is an error.
+        cleans: how the pipeline rewrites a prompt. It may change whitespace, and replace single characters; a prompt
+            that it changes otherwise is an error, because the positions of its characters are then unknown.
 
     Raises:
         TypeError: the tokenizer is not a fast tokenizer.
@@ -50,6 +52,7 @@ class TextRegion:
     padded: bool = True
     special_tokens: bool = True
     reserved: tuple[str, ...] = ()
+    cleans: Callable[[str], str] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.tokenizer) or not getattr(self.tokenizer, "is_fast", False):
@@ -68,33 +71,58 @@ class TextRegion:
         """Whether padding precedes the text, so that positions depend on ``length``."""
         return self.padded and getattr(self.tokenizer, "padding_side", "right") == "left"
 
+    def _rewritten(self, prompt: str) -> tuple[str, Sequence[int]]:
+        """The prompt as it is tokenized, and the index in the prompt of each of its characters."""
+        if self.cleans is not None:
+            text = self.cleans(prompt)
+            return text, _places(prompt, text)
+        if self.strips:
+            start = len(prompt) - len(prompt.lstrip())
+            text = prompt.strip()
+            return text, range(start, start + len(text))
+        return prompt, range(len(prompt))
+
     def characters(self, prompt: str) -> list[Span]:
         """The span of the prompt that each token covers, by position in the region; (0, 0) for tokens outside it."""
         check_prompt(prompt)
         for text in self.reserved:
             if text in prompt:
                 raise ValueError(f"prompt must not contain {text!r}, which the pipeline removes, got {prompt!r}")
-        stripped = prompt.strip() if self.strips else prompt
-        offset = len(prompt) - len(prompt.lstrip()) if self.strips else 0
+        text, places = self._rewritten(prompt)
         encoded = self.tokenizer(
-            self.prefix + stripped + self.suffix,
+            self.prefix + text + self.suffix,
             add_special_tokens=self.special_tokens,
             truncation=True,
             max_length=self.dropped + self.length,
             return_offsets_mapping=True,
         )
-        shift = offset - len(self.prefix)  # from offsets in the encoder's input to offsets in the prompt
-        begin, end = offset, offset + len(stripped)
-        spans = [
-            (max(start + shift, begin), min(stop + shift, end))
-            if start < stop and start + shift < end and begin < stop + shift
-            else NOTHING
-            for start, stop in encoded["offset_mapping"]
-        ]
+        before = len(self.prefix)
+        inside = [(max(start - before, 0), min(stop - before, len(text))) for start, stop in encoded["offset_mapping"]]
+        spans = [(places[start], places[stop - 1] + 1) if start < stop else NOTHING for start, stop in inside]
         spans = spans[self.dropped :]
         if self.padded_left:
             spans = [NOTHING] * (self.length - len(spans)) + spans
         return spans
+
+
+def _places(prompt: str, text: str) -> list[int]:
+    """The index in the prompt of each character of the prompt as the pipeline rewrites it."""
+    kept = [i for i, character in enumerate(prompt) if not character.isspace()]
+    written = [character for character in text if not character.isspace()]
+    alike = len(kept) == len(written) and all(
+        prompt[i] == character or not (prompt[i].isalnum() or character.isalnum())
+        for i, character in zip(kept, written, strict=True)
+    )
+    if not alike:
+        raise ValueError(
+            f"prompt must not contain text that the pipeline rewrites, such as HTML entities, got {prompt!r}, which "
+            f"becomes {text!r}: pass the rewritten prompt"
+        )
+    places: list[int] = []
+    left = iter(kept)
+    for character in text:  # whitespace follows the character before it
+        places.append((places[-1] + 1 if places else 0) if character.isspace() else next(left))
+    return places
 
 
 def token_positions(
