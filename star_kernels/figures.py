@@ -136,7 +136,10 @@ def frames(
     labels = [f"frame {i}" for i in chosen]
     rows = [""] * len(grids) if names is None else names
     by_frame = grids[:, chosen].swapaxes(0, 1)  # [frames, N, h, w]
-    return strip(by_frame, images=shown, labels=labels, names=rows, title=title, columns=columns)
+    figure = strip(by_frame, images=shown, labels=labels, names=rows, title=title, columns=columns)
+    height, width = (to_rgb(shown[0]) if shown else by_frame[0, 0]).shape[:2]
+    figure.set_figheight((PANEL * min(1.0, height / width) + 0.35) * len(grids) + 0.6)  # videos are wide
+    return figure
 
 
 def phrases(image: Any, maps: Tensor | ArrayLike, names: Sequence[str], *, title: str = "", columns: int = 5) -> Figure:

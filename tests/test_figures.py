@@ -260,11 +260,12 @@ def test_frames_of_a_video_are_drawn_over_the_last_pixel_frame_that_they_cover()
     maps[0, 2] = maps[1, 0] = SPOT
     video = [np.full((64, 96, 3), (200, 20, i), dtype=np.uint8) for i in range(9)]
     figure = figures.frames(maps, images=video, names=["red bench", "green dog"])
-    assert [bool(opaque(drawn(figure, i)).sum() > 20) for i in range(6)] == [False, False, True, True, False, False]
+    assert [bool(opaque(drawn(figure, i)).sum() > 20) for i in (1, 2, 3)] == [False, True, True]
     assert [axis.get_title() for axis in figure.axes[:3]] == ["frame 0", "frame 1", "frame 2"]
     assert [figure.axes[i].get_ylabel() for i in (0, 3)] == ["red bench", "green dog"]
-    blues = [drawn(figures.frames(torch.ones(3, 2, 2), images=video), i)[..., 2].mean() for i in range(3)]
-    assert blues == pytest.approx([0, 4, 8], abs=1)
+    over = figures.frames(torch.ones(3, 2, 2), images=video)
+    blues = [np.asarray(axis.images[0].get_array())[..., 2].mean() * 255 for axis in over.axes[:3]]
+    assert blues == pytest.approx([0, 4, 8], abs=0.01)
     few = figures.frames(torch.zeros(9, 2, 2), columns=3)
     assert [axis.get_title() for axis in few.axes[:3]] == ["frame 0", "frame 4", "frame 8"]
 

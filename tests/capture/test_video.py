@@ -26,6 +26,7 @@ from tiny_video_models import (
     wan_inputs,
 )
 
+from star_kernels import allocate, flow_sde, sample_transition, total_variation, weighted_policy_loss
 from star_kernels.capture import capture_maps, hunyuan_video, wan
 from star_kernels.capture.averages import mean_maps
 
@@ -127,6 +128,27 @@ def test_any_model_takes_a_grid_of_frames_rows_and_columns() -> None:
     assert torch.equal(maps.value, image.reshape(BATCH, 2, 2, 3, IMAGE // 6))
     with pytest.raises(ValueError, match="grid must have the 60 positions of rows, got 2 x 3 x 5"):
         capture_maps(model, case.selection, rows=case.rows, grid=(2, 3, 5)).__enter__()
+
+
+@torch.no_grad()
+def test_maps_of_a_video_become_weights_of_its_latents() -> None:
+    """One weight for each patch of two by two latent positions."""
+    case = VIDEO_CASES["wan"]
+    model, inputs = case.make()
+    with capture_maps(model, case.selection) as maps:
+        velocity = model(**inputs).sample
+    weights = allocate(maps.value[:, 0], layout="bfhw")
+    assert weights.shape == (BATCH, *GRID)
+    steps = maps.value[:, :1].expand(-1, 2, -1, -1, -1)
+    torch.testing.assert_close(total_variation(steps, 2 * steps, layout="bsfhw"), torch.zeros(BATCH, 2))
+    transition = flow_sde(torch.tensor(0.8), torch.tensor(0.7), sigma_max=0.98)
+    sample = inputs["hidden_states"]
+    prev_sample, log_prob = sample_transition(velocity, sample, transition)
+    assert log_prob.shape == (BATCH, FRAMES, 2 * GRID[1], 2 * GRID[2])
+    fine = weights.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    arguments = velocity + 0.01 * sample, sample, prev_sample, log_prob, torch.tensor([1.0, -0.5]), transition
+    losses = [weighted_policy_loss(*arguments, weights=given, ratio="location").loss for given in (weights, fine)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-7)
 
 
 def test_blocks_of_several_resolutions_are_interpolated_in_all_three_dimensions() -> None:
