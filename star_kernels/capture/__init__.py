@@ -91,12 +91,11 @@ def attach_maps(
     if cfg not in CHOICES:
         raise ValueError(f"cfg must be 'auto', 'last', 'first' or None, got {cfg!r}")
     check_flag("detach", detach)
-    chosen_rows, grid = _range(rows), _grid(grid)
-    if chosen_rows is not None and grid is not None and chosen_rows[1] != prod(grid):
-        sizes = " x ".join(map(str, grid))
-        raise ValueError(f"grid must have the {chosen_rows[1]} positions of rows, got {sizes}")
+    rows, grid = _pair("rows", rows), _grid(grid)
+    if rows is not None and grid is not None and rows[1] != prod(grid):
+        raise ValueError(f"grid must have the {rows[1]} positions of rows, got {' x '.join(map(str, grid))}")
     model = unwrapped(transformer)
-    given = None if chosen_rows is None or grid is None else ImageTokens(chosen_rows, grid)
+    given = None if rows is None or grid is None else ImageTokens(rows, grid)
     family = find_or_explain(model, given)
     found = family.attentions(model)
     default = isinstance(blocks, str) and blocks == "default"
@@ -104,7 +103,7 @@ def attach_maps(
     attentions = _named(model, [found[i] for i in chosen])
     for name, attention in attentions.items():
         _check_processor(family, name, attention.processor)
-    capture = MapCapture(model, family, attentions, blocks=chosen, rows=chosen_rows, grid=grid, cfg=cfg, detach=detach)
+    capture = MapCapture(model, family, attentions, blocks=chosen, rows=rows, grid=grid, cfg=cfg, detach=detach)
     try:
         capture.selection = selection
     except BaseException:
@@ -139,12 +138,12 @@ def detach_maps(transformer: nn.Module) -> int:
     return len(captures)
 
 
-def _range(rows: object) -> tuple[int, int] | None:
-    if rows is None:
+def _pair(name: str, pair: object) -> tuple[int, int] | None:
+    if pair is None:
         return None
-    found = integers(rows)
+    found = integers(pair)
     if found is None or len(found) != 2 or min(found) < 0:
-        raise ValueError(f"rows must be a pair of integers of at least 0, got {rows!r}")
+        raise ValueError(f"{name} must be a pair of integers of at least 0, got {pair!r}")
     return found[0], found[1]
 
 
