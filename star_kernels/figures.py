@@ -24,7 +24,7 @@ from torch import Tensor
 
 from star_kernels.captions import LITERAL, caption
 
-__all__ = ["difference", "overlay", "phrases", "strip", "weights"]
+__all__ = ["difference", "frames", "overlay", "phrases", "strip", "weights"]
 
 AMOUNT, CHANGE = "cividis", "PuOr"
 PANEL = 2.2  # side of a panel in inches
@@ -87,7 +87,7 @@ def strip(
     else:
         rows = _labels("names", names, grids.shape[1], "phrase")
         figure, axes, bar = _panels(len(rows) * min(columns, len(grids)), min(columns, len(grids)))
-        chosen = [round(i * (len(grids) - 1) / max(1, axes.shape[1] - 1)) for i in range(axes.shape[1])]
+        chosen = _spread(len(grids), axes.shape[1])
         panels = axes
     by_row = grids[:, None] if grids.ndim == 3 else grids
     norm = Normalize(0.0, _top(grids, None))
@@ -99,6 +99,46 @@ def strip(
         panels[row, 0].set_ylabel(caption(name, 20), fontsize=9, **LITERAL)
     _head(figure, title)
     _amount_bar(figure, bar, norm, backgrounds[0])
+    return figure
+
+
+def frames(
+    maps: Tensor | ArrayLike,
+    *,
+    images: Sequence[Any] | None = None,
+    names: Sequence[str] | None = None,
+    title: str = "",
+    columns: int = 10,
+) -> Figure:
+    """The maps of a video's frames side by side, with a common scale; several phrases, or steps, in a row each.
+
+    Args:
+        maps: ``[f, h, w]`` of a phrase at a step, or ``[N, f, h, w]`` of N phrases or steps, non-negative.
+        images: the frames of the video, as many as it has: a map of a causal video model covers several of them, and
+            is drawn over the last.
+        names: the N phrases or steps.
+        title: title of the figure.
+        columns: largest number of frames, evenly spaced from the first to the last.
+    """
+    grids = _map("maps", maps, 4 if np.ndim(maps) == 4 else 3)
+    if grids.ndim == 3 and names is not None:
+        raise ValueError(f"names requires maps [N, f, h, w], got maps {list(grids.shape)}")
+    grids = grids if grids.ndim == 4 else grids[None]
+    count = grids.shape[1]
+    chosen = _spread(count, min(columns, count))
+    shown = None
+    if images is not None:
+        if not isinstance(images, (list, tuple)) or len(images) < count:
+            got = len(images) if isinstance(images, (list, tuple)) else type(images).__name__
+            raise ValueError(f"images must be a list of at least the {count} frames of maps, got {got}")
+        over = _spread(len(images), count)
+        shown = [images[over[i]] for i in chosen]
+    labels = [f"frame {i}" for i in chosen]
+    rows = [""] * len(grids) if names is None else names
+    by_frame = grids[:, chosen].swapaxes(0, 1)  # [frames, N, h, w]
+    figure = strip(by_frame, images=shown, labels=labels, names=rows, title=title, columns=columns)
+    height, width = (to_rgb(shown[0]) if shown else by_frame[0, 0]).shape[:2]
+    figure.set_figheight((PANEL * min(1.0, height / width) + 0.35) * len(grids) + 0.6)  # videos are wide
     return figure
 
 
@@ -323,6 +363,11 @@ def _labels(name: str, labels: Sequence[str] | None, count: int, word: str) -> l
     if isinstance(labels, str) or len(labels) != count or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{name} must be {count} strings, one for each map, got {labels!r}")
     return list(labels)
+
+
+def _spread(count: int, shown: int) -> list[int]:
+    """Indices below ``count``, evenly spaced from the first to the last."""
+    return [round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)]
 
 
 def _backgrounds(images: Sequence[Any] | None, count: int) -> list[NDArray[np.uint8] | None]:

@@ -1,7 +1,8 @@
-"""Runs a text-to-image pipeline of diffusers for one prompt, with the attention maps of every denoising step."""
+"""Runs a text-to-image or text-to-video pipeline of diffusers for one prompt, with the maps of every denoising step."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,10 +12,10 @@ from torch import Tensor
 
 
 class Generated(NamedTuple):
-    """An image and the maps of its generation."""
+    """An image or a video and the maps of its generation."""
 
-    image: Any  # PIL
-    maps: list[list[Tensor]]  # for each step and each choice of blocks, float32 [G, h, w] on the CPU
+    image: Any  # PIL, or a list of the frames of a video
+    maps: list[list[Tensor]]  # for each step and each choice of blocks, float32 [G, h, w] or [G, f, h, w] on the CPU
     names: tuple[str, ...]  # the G phrases
     sigmas: list[float]  # sigma of each step, NaN if the scheduler has none
 
@@ -29,7 +30,7 @@ def generate(
     """Generates an image and captures its maps for several choices of blocks, none of which share a block.
 
     Args:
-        pipeline: a text-to-image pipeline that :func:`star_kernels.prompts.regions_of` supports.
+        pipeline: a text-to-image or text-to-video pipeline that :func:`star_kernels.prompts.regions_of` supports.
         prompt: the prompt.
         phrases: the phrases to map, each of which must occur in the prompt; the prompt's core content if None.
         choices: values of ``blocks``, see :func:`star_kernels.capture.attach_maps`.
@@ -40,38 +41,52 @@ def generate(
 
     core = prompts.core_content(prompt, phrases or "auto")
     regions = prompts.regions_of(pipeline, max_sequence_length=call.get("max_sequence_length"))
-    model = denoiser(pipeline)
+    models = denoisers(pipeline)
+    video = makes_video(pipeline)
     selection, names = prompts.select_tokens([core], regions, per_phrase=True)
-    selection = selection.to(next(model.parameters()).device)
+    selection = selection.to(next(models[0].parameters()).device)
     found: list[list[Tensor]] = []
     sigmas: list[float] = []
-    halves = "last" if doubles(pipeline, call) else None
+    halves = "auto" if video else "last" if doubles(pipeline, call) else None
+    if video:
+        call = {"output_type": "pil", **call}
 
     def enable(enabled: bool) -> None:
-        for capture in captures:
+        for capture in (capture for of_model in captures for capture in of_model):
             capture.enabled = enabled
 
     def after_step(pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
-        found.append([capture.take()[0].cpu() for capture in captures])
+        ran = next((of_model for of_model in captures if of_model[0].ready), captures[0])  # one model runs in each step
+        found.append([capture.take()[0].cpu() for capture in ran])
         schedule = getattr(pipe.scheduler, "sigmas", None)
         sigmas.append(float(schedule[step]) if schedule is not None else math.nan)
         enable(True)
         return state
 
     with ExitStack() as stack:
-        captures = [stack.enter_context(attach_maps(model, selection, blocks=blocks, cfg=halves)) for blocks in choices]
-        # A second pass in the same step is unconditional. Registered last, it runs after the captures have ended.
-        hook = model.register_forward_hook(lambda *arguments: enable(False))
-        stack.callback(hook.remove)
+        captures = [
+            [stack.enter_context(attach_maps(model, selection, blocks=blocks, cfg=halves)) for blocks in choices]
+            for model in models
+        ]
+        # Later passes in the same step are unconditional or perturbed. Registered last, the hook runs after the
+        # captures have ended.
+        for model in models:
+            hook = model.register_forward_hook(lambda *arguments: enable(False))
+            stack.callback(hook.remove)
         result = pipeline(prompt=prompt, callback_on_step_end=after_step, **call)
     if not found:
         raise ValueError(f"num_inference_steps must be at least 1, got {call.get('num_inference_steps')}")
-    return Generated(result.images[0], found, names[0], sigmas)
+    return Generated(result.frames[0] if video else result.images[0], found, names[0], sigmas)
 
 
-def denoiser(pipeline: Any) -> Any:
-    """The transformer or UNet of a pipeline."""
-    return getattr(pipeline, "transformer", None) or pipeline.unet
+def denoisers(pipeline: Any) -> list[Any]:
+    """The transformer or UNet of a pipeline; in Wan 2.2 there may be two, for high and low noise."""
+    found = [getattr(pipeline, name, None) for name in ("transformer", "transformer_2")]
+    return [model for model in found if model is not None] or [pipeline.unet]
+
+
+def makes_video(pipeline: Any) -> bool:
+    return "num_frames" in inspect.signature(type(pipeline).__call__).parameters
 
 
 def doubles(pipeline: Any, call: dict[str, Any]) -> bool:

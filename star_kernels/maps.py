@@ -1,9 +1,13 @@
-"""``python -m star_kernels.maps``: attention maps of the phrases of a prompt, from one image generation.
+"""``python -m star_kernels.maps``: attention maps of the phrases of a prompt, from one generation.
 
 Runs a diffusers text-to-image pipeline ("small", the included model, or a local folder or Hugging Face Hub id),
 captures the attention maps of the phrases at every denoising step, and writes to a folder: ``image.png``, the image;
 ``strip.png``, the maps of each phrase at up to ten steps; ``phrases.png``, a panel for each phrase; ``maps.npy``,
 float32 [Steps, G, h, w]; and ``maps.json``, the settings and the mean, maximum and perplexity of every map.
+
+Of a text-to-video pipeline it writes ``video.gif``, the video; ``frames.png``, the mean maps of each phrase in up to
+ten frames; ``phrase-1.png`` and so on, the maps of a phrase in those frames at up to ten steps; ``maps.npy``, float32
+[Steps, G, f, h, w]; and ``maps.json``.
 
 With ``--rank-blocks`` it ranks the attention blocks of the model instead (see :mod:`star_kernels.rank_blocks`), for one
 or several prompts, prints a table and the option ``blocks=[...]`` to copy, and writes ``blocks.json``.
@@ -31,10 +35,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Drawing(NamedTuple):
-    """An image and the attention maps of its generation."""
+    """An image or a video and the attention maps of its generation."""
 
-    image: Any  # PIL
-    maps: Tensor  # float32 [Steps, G, h, w]
+    image: Any  # PIL, or a list of the frames of a video
+    maps: Tensor  # float32 [Steps, G, h, w], of a video [Steps, G, f, h, w]
     names: tuple[str, ...]  # the G phrases
     sigmas: list[float]  # sigma of each step, NaN if the scheduler has none
 
@@ -53,10 +57,10 @@ def draw(
     generator: torch.Generator | None = None,
     **call: Any,
 ) -> Drawing:
-    """Generates an image for one prompt and captures the maps of every step.
+    """Generates an image or a video for one prompt and captures the maps of every step.
 
     Args:
-        pipeline: a text-to-image pipeline that :func:`star_kernels.prompts.regions_of` supports.
+        pipeline: a text-to-image or text-to-video pipeline that :func:`star_kernels.prompts.regions_of` supports.
         prompt: the prompt.
         phrases: the phrases to map, each of which must occur in the prompt; the prompt's core content by default.
         blocks: see :func:`star_kernels.capture.attach_maps`.
@@ -87,19 +91,37 @@ def write(drawing: Drawing, prompt: str, folder: Path, settings: dict[str, Any])
 
     folder.mkdir(parents=True, exist_ok=True)
     labels = [f"step {i}" if math.isnan(s) else f"sigma {s:.2f}" for i, s in enumerate(drawing.sigmas)]
-    strip = figures.strip(drawing.maps, images=drawing.image, labels=labels, names=drawing.names, title=prompt)
-    panels = figures.phrases(drawing.image, drawing.maps.mean(dim=0), drawing.names, title=prompt)
-    paths = [folder / name for name in ("image.png", "strip.png", "phrases.png", "maps.npy", "maps.json")]
-    drawing.image.save(paths[0])
-    strip.savefig(paths[1], dpi=120)
-    panels.savefig(paths[2], dpi=120)
-    np.save(paths[3], drawing.maps.numpy())
+    drawn: dict[str, Any] = {}
+    if drawing.maps.ndim == 5:
+        paths = [folder / "video.gif"]
+        first, *others = drawing.image
+        first.save(paths[0], save_all=True, append_images=others, duration=80, loop=0)
+        options = {"images": drawing.image, "title": prompt}
+        drawn["frames.png"] = figures.frames(drawing.maps.mean(dim=0), names=drawing.names, **options)
+        steps_shown = sorted({round(i * (len(labels) - 1) / 9) for i in range(10)})
+        shown = [labels[i] for i in steps_shown]
+        for number, name in enumerate(drawing.names, start=1):
+            options["title"] = f"{name}: {prompt}"
+            maps = drawing.maps[steps_shown, number - 1]
+            drawn[f"phrase-{number}.png"] = figures.frames(maps, names=shown, **options)
+    else:
+        paths = [folder / "image.png"]
+        drawing.image.save(paths[0])
+        drawn["strip.png"] = figures.strip(
+            drawing.maps, images=drawing.image, labels=labels, names=drawing.names, title=prompt
+        )
+        drawn["phrases.png"] = figures.phrases(drawing.image, drawing.maps.mean(dim=0), drawing.names, title=prompt)
+    for file, figure in drawn.items():
+        paths.append(folder / file)
+        figure.savefig(paths[-1], dpi=120)
+    paths += [folder / "maps.npy", folder / "maps.json"]
+    np.save(paths[-2], drawing.maps.numpy())
     steps = [
         {"step": i, "sigma": None if math.isnan(s) else round(s, 6), "phrases": [_summary(m) for m in maps]}
         for i, (s, maps) in enumerate(zip(drawing.sigmas, drawing.maps, strict=True))
     ]
     record = {**settings, "prompt": prompt, "phrases": list(drawing.names), "shape": list(drawing.maps.shape)}
-    _write_json(paths[4], {**record, "steps": steps})
+    _write_json(paths[-1], {**record, "steps": steps})
     return paths
 
 
@@ -155,6 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         "guidance_scale": options.guidance,
         "height": options.height,
         "width": options.width,
+        "num_frames": options.frames,
     }
     call = {name: value for name, value in call.items() if value is not None}
     generator = torch.Generator("cpu").manual_seed(options.seed)
@@ -213,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     count = _number(int, 1)
     parser.add_argument("--steps", type=count, help="number of denoising steps (default: that of the pipeline)")
     parser.add_argument("--guidance", type=_number(float, 0), help="guidance scale (default: that of the pipeline)")
+    parser.add_argument("--frames", type=count, help="number of frames of a video (default: that of the pipeline)")
     parser.add_argument("--height", type=count, help="image height in pixels (default: that of the pipeline)")
     parser.add_argument("--width", type=count, help="image width in pixels (default: that of the pipeline)")
     parser.add_argument(

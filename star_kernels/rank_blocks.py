@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from star_kernels.generation import arguments_of_call, denoiser, generate
+from star_kernels.generation import arguments_of_call, denoisers, generate
 
 BEST = 5  # the number of blocks to average
 
@@ -93,7 +93,13 @@ def rank_blocks(
 
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be a list of at least one prompt, got {prompts!r}")
-    with attach_maps(denoiser(pipeline), blocks="all") as everything:
+    models = denoisers(pipeline)
+    if len(models) > 1:
+        raise ValueError(
+            f"the blocks of one model can be ranked, got a pipeline of {len(models)}: set its transformer_2 and its "
+            "boundary_ratio to None to rank those of transformer"
+        )
+    with attach_maps(models[0], blocks="all") as everything:
         blocks = everything.blocks
     if len(blocks) < 2:
         raise ValueError(f"the model must have at least two attention blocks to rank, got {len(blocks)}")
@@ -108,13 +114,13 @@ def rank_blocks(
     maps = []
     for prompt in prompts:
         found = generate(pipeline, prompt, phrases, [[block] for block in blocks], {**common, **call}).maps
-        finest = max((part.shape[-2:] for part in found[0]), key=math.prod)
+        finest = max((part.shape[1:] for part in found[0]), key=math.prod)
         maps.append(torch.stack([torch.stack([_on_grid(part, finest) for part in step]) for step in found]))
     return rank(maps)
 
 
 def rank(maps: Sequence[Tensor]) -> Ranking:
-    """Ranks blocks by their maps, for each image ``[Steps, blocks, G, h, w]``."""
+    """Ranks blocks by their maps, for each image ``[Steps, blocks, G, h, w]``, or video ``[.., G, f, h, w]``."""
     concentrations = torch.cat([concentration(image) for image in maps], dim=1).mean(dim=1)
     agreements = torch.cat([agreement(image) for image in maps], dim=1).mean(dim=1)
     places = _places(concentrations) + _places(agreements)
@@ -127,7 +133,7 @@ def rank(maps: Sequence[Tensor]) -> Ranking:
 
 def concentration(maps: Tensor) -> Tensor:
     """1 - perplexity / P of maps ``[Steps, blocks, G, h, w]``: mean over steps, ``[blocks, G]``."""
-    share = maps.double().flatten(-2)
+    share = maps.double().flatten(3)
     share = share / share.sum(dim=-1, keepdim=True).clamp(min=1e-30)
     perplexity = torch.exp(-torch.special.xlogy(share, share).sum(dim=-1))
     return (1 - perplexity / share.shape[-1]).mean(dim=0)
@@ -135,7 +141,7 @@ def concentration(maps: Tensor) -> Tensor:
 
 def agreement(maps: Tensor) -> Tensor:
     """Correlation of maps ``[Steps, blocks, G, h, w]`` with the other blocks' last maps, ``[blocks, G]``."""
-    standard = _standardised(maps.double().flatten(-2))  # [Steps, blocks, G, P]
+    standard = _standardised(maps.double().flatten(3))  # [Steps, blocks, G, P]
     last = standard[-math.ceil(len(standard) / 4) :].mean(dim=0)
     others = _standardised(last.sum(dim=0) - last)
     return (standard * others).mean(dim=-1).mean(dim=0)
@@ -156,7 +162,7 @@ def _places(scores: Tensor) -> Tensor:
 
 
 def _on_grid(maps: Tensor, grid: Sequence[int]) -> Tensor:
-    """``[G, h, w]``, interpolated to the grid."""
-    if maps.shape[-2:] == tuple(grid):
+    """``[G, h, w]`` or ``[G, f, h, w]``, interpolated to the grid."""
+    if maps.shape[1:] == tuple(grid):
         return maps
-    return F.interpolate(maps[None], tuple(grid), mode="bilinear")[0]
+    return F.interpolate(maps[None], tuple(grid), mode="trilinear" if len(grid) == 3 else "bilinear")[0]

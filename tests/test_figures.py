@@ -253,3 +253,35 @@ def test_long_titles_are_shortened_and_leave_room_for_the_panels() -> None:
 def test_labels_that_are_not_strings_are_named() -> None:
     with pytest.raises(ValueError, match=r"labels must be 2 strings.*got \[1, 2\]"):
         figures.strip(torch.zeros(2, 3, 4), labels=[1, 2])
+
+
+def test_frames_of_a_video_are_drawn_over_the_last_pixel_frame_that_they_cover() -> None:
+    maps = torch.zeros(2, 3, 8, 12)
+    maps[0, 2] = maps[1, 0] = SPOT
+    video = [np.full((64, 96, 3), (200, 20, i), dtype=np.uint8) for i in range(9)]
+    figure = figures.frames(maps, images=video, names=["red bench", "green dog"])
+    assert [bool(opaque(drawn(figure, i)).sum() > 20) for i in (1, 2, 3)] == [False, True, True]
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["frame 0", "frame 1", "frame 2"]
+    assert [figure.axes[i].get_ylabel() for i in (0, 3)] == ["red bench", "green dog"]
+    over = figures.frames(torch.ones(3, 2, 2), images=video)
+    blues = [np.asarray(axis.images[0].get_array())[..., 2].mean() * 255 for axis in over.axes[:3]]
+    assert blues == pytest.approx([0, 4, 8], abs=0.01)
+    few = figures.frames(torch.zeros(9, 2, 2), columns=3)
+    assert [axis.get_title() for axis in few.axes[:3]] == ["frame 0", "frame 4", "frame 8"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"maps": torch.zeros(2, 2)}, r"maps must have shape \[N, h, w\]"),
+        ({"maps": torch.zeros(3, 2, 2), "names": ["a"]}, r"names requires maps \[N, f, h, w\]"),
+        (
+            {"maps": torch.zeros(3, 2, 2), "images": [IMAGE] * 2},
+            "images must be a list of at least the 3 .*got 2",
+        ),
+        ({"maps": torch.zeros(3, 2, 2), "images": IMAGE}, "images must be a list of at least the 3 frames.*ndarray"),
+    ],
+)
+def test_bad_frames_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        figures.frames(**options)

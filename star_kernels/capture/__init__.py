@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -17,10 +18,13 @@ from star_kernels.capture import (
     flux,
     hidream,
     hunyuan_image,
+    hunyuan_video,
     krea2,
+    ltx,
     lumina2,
     qwen_image,
     sd3,
+    wan,
     z_image,
 )
 from star_kernels.capture.attention_call import OUTPUTS
@@ -56,6 +60,11 @@ register_family("HunyuanImageTransformer2DModel", hunyuan_image.FAMILY)
 register_family("AuraFlowTransformer2DModel", aura_flow.FAMILY)
 register_family("HiDreamImageTransformer2DModel", hidream.FAMILY)
 register_family("Lumina2Transformer2DModel", lumina2.FAMILY)
+register_family("WanTransformer3DModel", wan.FAMILY)
+register_family("LTXVideoTransformer3DModel", ltx.LTX)
+register_family("LTX2VideoTransformer3DModel", ltx.LTX2)
+register_family("HunyuanVideoTransformer3DModel", hunyuan_video.FAMILY)
+register_family("HunyuanVideo15Transformer3DModel", hunyuan_video.FAMILY_15)
 
 
 def attach_maps(
@@ -99,8 +108,8 @@ def attach_maps(
             batch is an error, for example one with several images of each prompt. The first comparison of latents for a
             selection waits for the GPU; in later passes the GPU asserts that they are equal.
         rows: range of the image queries as (start, length), overriding the value of the model family.
-        grid: rows and columns of the image, overriding the value of the model family: the first rows * columns image
-            queries.
+        grid: rows and columns of the image, or frames, rows and columns of the video, overriding the value of the model
+            family: the first rows * columns, or frames * rows * columns, image queries.
         text: where the text is among the keys, as (start, length), overriding the value of the model family; (start,
             None) if its length differs between passes. Without it, positions of a selection are positions of keys in a
             model that is captured by ``rows`` and ``grid`` alone.
@@ -127,9 +136,9 @@ def attach_maps(
     if output not in OUTPUTS:
         raise ValueError(f"output must be 'auto', 'model' or 'ours', got {output!r}")
     call, keys = _count("call", call, 0), _count("keys", keys, 1)
-    rows, grid, text = _pair("rows", rows), _pair("grid", grid), _check_text(text)
-    if rows is not None and grid is not None and rows[1] != grid[0] * grid[1]:
-        raise ValueError(f"grid must have the {rows[1]} positions of rows, got {grid[0]} x {grid[1]}")
+    rows, grid, text = _pair("rows", rows), _grid(grid), _check_text(text)
+    if rows is not None and grid is not None and rows[1] != prod(grid):
+        raise ValueError(f"grid must have the {rows[1]} positions of rows, got {' x '.join(map(str, grid))}")
     model = unwrapped(transformer)
     given = None if rows is None or grid is None else ImageTokens(rows, grid, text)
     family = find_or_explain(model, given)
@@ -178,7 +187,7 @@ def capture_maps(
     Leaving the context, also by an exception, restores the model.
 
     Yields:
-        A :class:`MapCapture`; its ``value`` is ``[B, G, h, w]`` after a forward pass.
+        A :class:`MapCapture`; its ``value`` is ``[B, G, h, w]``, of a video ``[B, G, f, h, w]``, after a forward pass.
     """
     with attach_maps(
         transformer,
@@ -216,6 +225,18 @@ def _pair(name: str, pair: object) -> tuple[int, int] | None:
     if found is None or len(found) != 2 or min(found) < 0:
         raise ValueError(f"{name} must be a pair of integers of at least 0, got {pair!r}")
     return found[0], found[1]
+
+
+def _grid(grid: object) -> Grid | None:
+    if grid is None:
+        return None
+    found = integers(grid)
+    if found is None or len(found) not in (2, 3) or min(found) < 0:
+        raise ValueError(
+            f"grid must be a pair of integers of at least 0, (rows, columns), or three, (frames, rows, columns), got "
+            f"{grid!r}"
+        )
+    return tuple(found)
 
 
 def _count(name: str, value: object, least: int) -> int | None:

@@ -8,6 +8,7 @@ does not count. On a CPU the kernel adds up the heads at no cost.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +30,11 @@ def keeps_heads(forward_pass: ForwardPass, query: Tensor) -> bool:
 
 
 def mean_maps(found: Sequence[Tensor], grid_of: Callable[[int], Grid]) -> Tensor:
-    """``[B, G, h, w]``: the mean of the maps of all blocks and their heads, on the finest of their grids.
+    """``[B, G, h, w]``, of a video ``[B, G, f, h, w]``: the mean over blocks and heads, on the finest of their grids.
 
     Args:
         found: of each block, ``[B, G, R]`` or per head ``[B, G, H, R]``.
-        grid_of: rows and columns of the image in maps of R positions.
+        grid_of: rows and columns, or frames, rows and columns, in maps of R positions.
     """
     finest = max(grid_of(maps.shape[-1]) for maps in found)
     alike: dict[torch.Size, list[Tensor]] = {}
@@ -48,9 +49,9 @@ def mean_maps(found: Sequence[Tensor], grid_of: Callable[[int], Grid]) -> Tensor
 
 
 def _on_grid(maps: Tensor, grid: Grid, finest: Grid) -> Tensor:
-    """``[B, G, R]`` to ``[B, G, h, w]``, interpolated to the finest grid."""
-    rows, columns = grid
-    if rows * columns > maps.shape[-1]:
-        raise ValueError(f"grid must have at most {maps.shape[-1]} positions, the image rows, got {rows} x {columns}")
-    maps = maps[..., : rows * columns].unflatten(-1, grid)
-    return maps if grid == finest else F.interpolate(maps, finest, mode="bilinear")
+    """``[B, G, R]`` to ``[B, G, *grid]``, interpolated to the finest grid."""
+    if prod(grid) > maps.shape[-1]:
+        sizes = " x ".join(map(str, grid))
+        raise ValueError(f"grid must have at most {maps.shape[-1]} positions, the image rows, got {sizes}")
+    maps = maps[..., : prod(grid)].unflatten(-1, grid)
+    return maps if grid == finest else F.interpolate(maps, finest, mode="trilinear" if len(grid) == 3 else "bilinear")

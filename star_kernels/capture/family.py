@@ -14,18 +14,19 @@ from star_kernels.selection import TokenSelection
 
 GUIDE = "docs/adding-a-model.md"
 
-Grid = tuple[int, int]  # rows and columns of image tokens
+Grid = tuple[int, ...]  # rows and columns of image tokens, or frames, rows and columns of a video
 Text = tuple[int, int | None]  # start and length of the text among the keys; None if the length is unknown
 
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The queries of an attention call that are image positions, in row-major order.
+    """The queries of an attention call that are image positions, or video positions, in row-major order.
 
     Args:
         rows: their range, as (start, length); None if all queries are image positions (cross-attention).
-        grid: rows and columns of the image, or a function that returns them for a number of queries. The function is
-            called when maps are read, so it may read values of tensors. Further queries (reference images) are dropped.
+        grid: rows and columns of the image, or frames, rows and columns of the video, or a function that returns them
+            for a number of queries. The function is called when maps are read, so it may read values of tensors.
+            Further queries (reference images) are dropped.
         text: the keys that are text, as (start, length), or (start, None) if the length is unknown. Positions of a
             selection count from its start; a position that is not below its length is an error. If None, positions of a
             selection are positions of keys.
@@ -73,7 +74,8 @@ class Family:
     Args:
         attentions: returns the attention modules of a model whose keys include the text, in the order in which they
             run.
-        image: returns the image tokens, given the model and the arguments of its forward pass by name.
+        image: returns the image tokens, given the model and the arguments of its forward pass by name; None for a pass
+            that is not to be captured, such as one with perturbed attention.
         processors: names of the supported processor classes: those whose first attention call has this order of
             tokens. Any class if empty.
         default_blocks: the meaning of ``blocks="default"``: "all", indices, or a function of the model that returns
@@ -87,7 +89,7 @@ class Family:
     """
 
     attentions: Callable[[Any], list[Any]]
-    image: Callable[[Any, dict[str, Any]], ImageTokens]
+    image: Callable[[Any, dict[str, Any]], ImageTokens | None]
     processors: tuple[str, ...] = ()
     default_blocks: str | Sequence[int] | Callable[[Any], str | Sequence[int]] = "all"
     cfg: str | None = None
@@ -148,7 +150,7 @@ def find_or_explain(model: Any, image: ImageTokens | None) -> Family:
         f"transformer must be one of {', '.join(FAMILIES)}, got {type(model).__name__}. "
         + (
             f"Its attention processors: {listed}. Pass rows=(start, length) and grid=(rows, columns) of its image "
-            f"tokens, or register an adapter: {GUIDE}"
+            f"tokens, grid=(frames, rows, columns) of its video tokens, or register an adapter: {GUIDE}"
             if found
             else f"It has no attention processors; {GUIDE} explains how to add a model"
         )

@@ -96,7 +96,9 @@ class MapCapture:
 
     @property
     def value(self) -> Tensor:
-        """float32 ``[B, G, h, w]`` of the latest captured pass; B is the batch size of the selection.
+        """float32 ``[B, G, h, w]``, of a video ``[B, G, f, h, w]``, of the latest captured pass.
+
+        B is the batch size of the selection.
 
         Maps of different resolution (UNets) are interpolated bilinearly to the finest of them.
 
@@ -150,11 +152,16 @@ class MapCapture:
             arguments = {**bound, **kwargs}  # also those that the signature has as **kwargs
             if arguments.get("skip_layers"):  # skip-layer guidance: a pass without some of the blocks
                 return
-            self._clear()
             try:
                 image = self._family.image(model, arguments)
-            except KeyError as missing:
-                raise ValueError(f"transformer must be called with {missing} while maps are captured") from None
+            except BaseException as error:
+                self._clear()
+                if isinstance(error, KeyError):
+                    raise ValueError(f"transformer must be called with {error} while maps are captured") from None
+                raise
+            if image is None:  # a pass that the family leaves out
+                return
+            self._clear()
             if image.lengths is not None and "rows" in self._overrides:
                 raise ValueError("rows must be None: in this pass the image rows differ between samples")
             self._image = replace(image, **self._overrides) if self._overrides else image

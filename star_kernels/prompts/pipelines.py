@@ -8,18 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from star_kernels.prompts.templates import template_parts
 from star_kernels.prompts.tokens import TextRegion
 
 UNTRUNCATED = 1 << 20  # tokens: more than any prompt has
-_MARK = "\ue000"  # a private-use character that occurs in no template
-
-
-def template(render: Callable[[str], str]) -> dict[str, Any]:
-    """The text of a template before and after the prompt, and whether it strips the prompt."""
-    before, mark, after = render(_MARK).partition(_MARK)
-    if not mark:
-        raise ValueError("the chat template must contain the prompt unchanged, got one that changes or omits it")
-    return {"prefix": before, "suffix": after, "strips": f" {_MARK} " not in render(f" {_MARK} ")}
 
 
 def _chat(tokenizer: Any, **options: Any) -> dict[str, Any]:
@@ -29,7 +21,7 @@ def _chat(tokenizer: Any, **options: Any) -> dict[str, Any]:
         chat = [{"role": "user", "content": prompt}]
         return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options))
 
-    return template(render)
+    return template_parts(render)
 
 
 def _right(region: TextRegion, why: str) -> TextRegion:
@@ -72,7 +64,7 @@ def read_hunyuan_image(pipeline: Any, length: int | None) -> list[TextRegion]:
         "qwen2",
         pipeline.tokenizer,
         pipeline.tokenizer_max_length if length is None else length,
-        **template(pipeline.prompt_template_encode.format),
+        **template_parts(pipeline.prompt_template_encode.format),
         dropped=pipeline.prompt_template_encode_start_idx,
         after_image=True,
         leading=_glyph_tokens(pipeline),
@@ -120,8 +112,7 @@ def sana_region(tokenizer: Any, *, instruction: Sequence[str] | None, length: in
         length,
         prefix=prefix,
         dropped=dropped,
-        strips=True,
-        lowers=True,
+        cleans=lambda prompt: prompt.lower().strip(),
         keeps_first=dropped > 0,
         right=True,  # the pipeline sets the tokenizer's padding side in each call
     )
@@ -168,7 +159,7 @@ def _edit_region(pipeline: Any, text: str, sizes: list[tuple[int, int]], *, area
 
     processor = pipeline.processor
     placeholder = getattr(processor, "image_token", "<|image_pad|>")
-    parts = template(text.format)
+    parts = template_parts(text.format)
     pieces = parts["prefix"].split(placeholder)
     counts = []
     if sizes:

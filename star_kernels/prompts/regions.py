@@ -2,24 +2,8 @@
 
 According to diffusers 0.42, which is not imported. Text positions count from the first text token:
 
-===============  ==============  =====================================================================================
-family           joint sequence  text
-===============  ==============  =====================================================================================
-SD3, SD3.5       image, text     CLIP-L and CLIP-G (77), concatenated along channels; then T5 (256), zeros if absent
-FLUX.1           text, image     T5 (512); CLIP is used for the pooled embedding only
-FLUX.2           text, image     chat of a system message and the prompt, padded to 512; padding is not masked
-FLUX.3           text, image     chat, padded to a multiple of 80; padding is not masked
-Chroma           text, image     T5 (512)
-Qwen-Image       text, image     chat without its first 34 tokens, padded to the longest prompt, at most 512
-Qwen-Image-Edit  text, image     chat with the tokens of the reference images, without its first 64 tokens
-Krea 2           text, image     chat without its first 34 tokens (507), padding, the end of the chat (5)
-Z-Image          image, text     chat without padding (at most 512)
-HunyuanImage     image, text     quoted text, of ByT5; chat without its first 34 tokens; padding (1000 + 128 in all)
-HiDream-I1       image, text     T5 (128), the last layer of Llama (128), the layer of Llama of the block (128)
-AuraFlow         text, image     T5 (256), after the model's 8 registers
-Lumina 2         text, image     system prompt and prompt, without padding (at most 256)
-Sana             text            first token and last 299 of an instruction and the prompt in lower case (300 in all)
-===============  ==============  =====================================================================================
+===============  ==============  ==============================================================================
+Video pipelines are described in :mod:`star_kernels.prompts.video_regions`.
 """
 
 from __future__ import annotations
@@ -28,8 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from star_kernels.prompts import pipelines
-from star_kernels.prompts.pipelines import template as _template
+from star_kernels.prompts.templates import template_parts
 from star_kernels.prompts.tokens import TextRegion
+from star_kernels.prompts.video_regions import VIDEO_PIPELINES
 
 CLIP_LENGTH = 77
 
@@ -62,7 +47,7 @@ def flux2_regions(processor: Any, *, system_message: str, length: int = 512) -> 
 
     is_processor = getattr(processor, "tokenizer", None) is not None
     tokenizer = processor.tokenizer if is_processor else processor
-    template = _template(render)
+    template = template_parts(render)
     bos = getattr(tokenizer, "bos_token", None)
     has_bos = bos is not None and template["prefix"].startswith(bos)
     # A processor adds special tokens unless the chat begins with them; a tokenizer does not.
@@ -78,12 +63,12 @@ def flux2_klein_regions(tokenizer: Any, *, length: int = 512) -> list[TextRegion
         options = {"add_generation_prompt": True, "enable_thinking": False}
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
 
-    return [TextRegion("qwen3", tokenizer, length, **_template(render))]
+    return [TextRegion("qwen3", tokenizer, length, **template_parts(render))]
 
 
 def qwen_image_regions(tokenizer: Any, *, template: str, dropped: int, length: int = 512) -> list[TextRegion]:
     """Qwen-Image: the region "qwen2", from the pipeline's prompt template and its number of dropped tokens."""
-    parts = _template(template.format)
+    parts = template_parts(template.format)
     return [TextRegion("qwen2", tokenizer, length, **parts, dropped=dropped, padded=False)]
 
 
@@ -97,10 +82,10 @@ def regions_of(
     """The text regions of a diffusers pipeline.
 
     Args:
-        pipeline: a pipeline of a family in the table above, or one of their variants that encode the prompt in the same
-            way. Its tokenizers and templates are read; no model runs. Templates and instructions are the pipeline's
-            own and its defaults: a ``system_prompt`` of Lumina 2 or a ``complex_human_instruction`` of Sana in the call
-            moves the prompt.
+        pipeline: a pipeline of a family in the table above or a text-to-video pipeline of Wan, LTX, LTX-2 or
+            HunyuanVideo, or one of their variants that encode the prompt in the same way. Its tokenizers and templates
+            are read; no model runs. Templates and instructions are the pipeline's own and its defaults: a
+            ``system_prompt`` of Lumina 2 or a ``complex_human_instruction`` of Sana in the call moves the prompt.
         max_sequence_length: the ``max_sequence_length`` that the pipeline is called with; its default if None.
         encoders: names of the regions to return, such as ["t5"]; all if None.
         images: the reference images that Qwen-Image-Edit or -Plus is called with, or (width, height) of each: their
@@ -191,12 +176,13 @@ _FAMILIES: list[tuple[set[str], _Reader]] = [
     ({"AuraFlowPipeline"}, pipelines.read_aura_flow),
     ({f"Chroma{variant}Pipeline" for variant in ("", "Img2Img", "Inpaint")}, pipelines.read_chroma),
     ({"HiDreamImagePipeline"}, pipelines.read_hidream),
+    *VIDEO_PIPELINES,
 ]
 _KNOWN = (
     *("StableDiffusion3Pipeline", "FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "Flux3ModularPipeline"),
     *("ChromaPipeline", "QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "Krea2Pipeline"),
     *("ZImagePipeline", "HunyuanImagePipeline", "HiDreamImagePipeline", "AuraFlowPipeline", "Lumina2Pipeline"),
-    "SanaPipeline",
+    *("SanaPipeline", "WanPipeline", "LTXPipeline", "LTX2Pipeline", "HunyuanVideoPipeline", "HunyuanVideo15Pipeline"),
 )
 _EDITS: list[tuple[set[str], _EditReader]] = [
     ({"QwenImageEditPipeline", "QwenImageEditInpaintPipeline"}, pipelines.read_qwen_image_edit),

@@ -27,7 +27,6 @@ class TextRegion:
             of SD3 share their positions.
         prefix, suffix: template around the prompt.
         strips: whether the template strips whitespace around the prompt.
-        lowers: whether the pipeline converts the prompt to lower case.
         dropped: number of tokens that the pipeline drops at the start of the encoder's output.
         keeps_first: whether the first token, of the template, takes the place of the first one that is not dropped.
         leading: the number of tokens that the model puts before the region, for a prompt; None if there are none.
@@ -35,6 +34,8 @@ class TextRegion:
         right: whether the pipeline pads on the right whatever the tokenizer's side is.
         special_tokens: whether the tokenizer adds its special tokens; templates often contain their own.
         reserved: strings that the pipeline removes from prompts; a prompt that contains one is an error.
+        cleans: how the pipeline rewrites a prompt. It may change whitespace and case, and replace single characters; a
+            prompt that it changes otherwise is an error, because the positions of its characters are then unknown.
 
     Raises:
         TypeError: the tokenizer is not a fast tokenizer.
@@ -52,10 +53,10 @@ class TextRegion:
     padded: bool = True
     special_tokens: bool = True
     reserved: tuple[str, ...] = ()
-    lowers: bool = False
     keeps_first: bool = False
     leading: Callable[[str], int] | None = None
     right: bool = False
+    cleans: Callable[[str], str] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.tokenizer) or not getattr(self.tokenizer, "is_fast", False):
@@ -74,33 +75,34 @@ class TextRegion:
         """Whether padding precedes the text, so that positions depend on ``length``."""
         return self.padded and not self.right and getattr(self.tokenizer, "padding_side", "right") == "left"
 
+    def _rewritten(self, prompt: str) -> tuple[str, Sequence[int]]:
+        """The prompt as it is tokenized, and the index in the prompt of each of its characters."""
+        if self.cleans is not None:
+            text = self.cleans(prompt)
+            return text, _places(prompt, text)
+        if self.strips:
+            start = len(prompt) - len(prompt.lstrip())
+            text = prompt.strip()
+            return text, range(start, start + len(text))
+        return prompt, range(len(prompt))
+
     def characters(self, prompt: str) -> list[Span]:
         """The span of the prompt that each token covers, by position in the region; (0, 0) for tokens outside it."""
         check_prompt(prompt)
         for text in self.reserved:
             if text in prompt:
                 raise ValueError(f"prompt must not contain {text!r}, which the pipeline removes, got {prompt!r}")
-        stripped = prompt.strip() if self.strips else prompt
-        if self.lowers and len(stripped.lower()) != len(stripped):
-            raise ValueError(
-                f"prompt must not change its length in lower case, which the pipeline uses, got {prompt!r}"
-            )
-        offset = len(prompt) - len(prompt.lstrip()) if self.strips else 0
+        text, places = self._rewritten(prompt)
         encoded = self.tokenizer(
-            self.prefix + (stripped.lower() if self.lowers else stripped) + self.suffix,
+            self.prefix + text + self.suffix,
             add_special_tokens=self.special_tokens,
             truncation=True,
             max_length=self.dropped + self.length,
             return_offsets_mapping=True,
         )
-        shift = offset - len(self.prefix)  # from offsets in the encoder's input to offsets in the prompt
-        begin, end = offset, offset + len(stripped)
-        spans = [
-            (max(start + shift, begin), min(stop + shift, end))
-            if start < stop and start + shift < end and begin < stop + shift
-            else NOTHING
-            for start, stop in encoded["offset_mapping"]
-        ]
+        before = len(self.prefix)
+        inside = [(max(start - before, 0), min(stop - before, len(text))) for start, stop in encoded["offset_mapping"]]
+        spans = [(places[start], places[stop - 1] + 1) if start < stop else NOTHING for start, stop in inside]
         spans = spans[self.dropped :]
         if self.keeps_first:
             spans[:1] = [NOTHING]
@@ -108,6 +110,26 @@ class TextRegion:
             spans = [NOTHING] * (self.length - len(spans)) + spans
         leading = self.leading(prompt) if self.leading is not None else 0
         return [NOTHING] * leading + spans
+
+
+def _places(prompt: str, text: str) -> list[int]:
+    """The index in the prompt of each character of the prompt as the pipeline rewrites it."""
+    kept = [i for i, character in enumerate(prompt) if not character.isspace()]
+    written = [character for character in text if not character.isspace()]
+    alike = len(kept) == len(written) and all(
+        prompt[i].lower() == character or not (prompt[i].isalnum() or character.isalnum())
+        for i, character in zip(kept, written, strict=True)
+    )
+    if not alike:
+        raise ValueError(
+            f"prompt must not contain text that the pipeline rewrites, such as HTML entities, got {prompt!r}, which "
+            f"becomes {text!r}: pass the rewritten prompt"
+        )
+    places: list[int] = []
+    left = iter(kept)
+    for character in text:  # whitespace follows the character before it
+        places.append((places[-1] + 1 if places else 0) if character.isspace() else next(left))
+    return places
 
 
 def token_positions(

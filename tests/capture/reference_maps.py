@@ -50,14 +50,17 @@ def map_of(call: Call, selection: TokenSelection, rows: tuple[int, int] | None =
 def expected_maps(
     model: Any, inputs: dict[str, Any], case: Case, selection: TokenSelection, blocks: Sequence[int] | None = None
 ) -> Tensor:
-    """``[B, G, h, w]``: the mean over the blocks, on the finest grid. The selection has positions of the text."""
+    """``[B, G, h, w]``, of a video ``[B, G, f, h, w]``: the mean over the blocks, on the finest grid.
+
+    The selection has positions of the text.
+    """
     selection = selection.shift(case.text)
     calls = [call for call in attention_calls(model, inputs) if call[1].shape[2] == case.keys]
     parts = []
     for block in range(len(calls)) if blocks is None else blocks:
         query = calls[block][0]
         if case.rows[1] <= query.shape[2]:
-            part = map_of(calls[block], selection, case.rows).unflatten(-1, (ROWS, COLUMNS))
+            part = map_of(calls[block], selection, case.rows).unflatten(-1, case.grid)
         else:  # a coarser level of a UNet
             coarse = map_of(calls[block], selection).unflatten(-1, (ROWS // 2, COLUMNS // 2))
             part = F.interpolate(coarse, (ROWS, COLUMNS), mode="bilinear")

@@ -9,15 +9,18 @@ pytest.importorskip("diffusers")
 
 from reference_maps import expected_maps
 from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, TEXT, flux_inputs
+from tiny_video_models import VIDEO_CASES
 
 from star_kernels.capture import capture_maps
 from star_kernels.capture.cross_attention import _at_resolution
 from star_kernels.capture.flux import image as _image
 
+FAMILIES = {**CASES, **VIDEO_CASES}
 
-@pytest.fixture(params=CASES)
+
+@pytest.fixture(params=FAMILIES)
 def case(request):
-    return CASES[request.param]
+    return FAMILIES[request.param]
 
 
 def processors(model):
@@ -34,7 +37,7 @@ def test_maps_are_those_of_the_materialised_softmax(case):
     with capture_maps(model, case.selection, cfg=None, **case.options) as maps:
         model(**inputs)
     expected = expected_maps(model, inputs, case, case.selection)
-    assert maps.value.shape == (BATCH, 2, ROWS, COLUMNS)
+    assert maps.value.shape == (BATCH, 2, *case.grid)
     assert maps.value.dtype == torch.float32
     torch.testing.assert_close(maps.value, expected, rtol=0, atol=1e-5)
     assert expected[:, 0].flatten(1).std(dim=1).min() > 1e-3  # the maps are not flat

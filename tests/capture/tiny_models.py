@@ -27,6 +27,7 @@ class Case:
     text: int  # where the text starts in the keys
     keys: int = JOINT
     options: dict[str, Any] = field(default_factory=dict)  # of capture_maps
+    grid: tuple[int, ...] = (ROWS, COLUMNS)
 
     def make(self) -> tuple[Any, dict[str, Any]]:
         torch.manual_seed(0)

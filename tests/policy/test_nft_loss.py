@@ -150,10 +150,13 @@ def test_uniform_weights_equal_no_weights_bit_by_bit(layout: str, policy_backend
     assert torch.equal(gradient, same_gradient)
 
 
-def test_weights_on_a_patch_grid_equal_the_upsampled_ones(policy_backend: tuple[str, str]) -> None:
-    batch = Batch(policy_backend)
-    coarse = patch_weights(make(policy_backend), [12, 10])
-    found = [batch.run(weights=w) for w in (coarse, upsampled(coarse, locations(*LAYOUTS["image"])))]
+@pytest.mark.parametrize(("layout", "grid"), [("image", [12, 10]), ("video", [3, 6, 7])])
+def test_weights_on_a_patch_grid_equal_the_upsampled_ones(
+    policy_backend: tuple[str, str], layout: str, grid: list[int]
+) -> None:
+    batch = Batch(policy_backend, layout)
+    coarse = patch_weights(make(policy_backend, layout), grid)
+    found = [batch.run(weights=w) for w in (coarse, upsampled(coarse, locations(*LAYOUTS[layout])))]
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
 
