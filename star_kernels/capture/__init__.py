@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from star_kernels.capture import cross_attention, flux, qwen_image, sd3
+from star_kernels.capture import cross_attention, flux, qwen_image, registry, sd3
 from star_kernels.capture.family import (
     Family,
     Grid,
@@ -26,7 +26,16 @@ from star_kernels.capture.hooks import Hook
 from star_kernels.checks import check_flag
 from star_kernels.selection import TokenSelection, integers
 
-__all__ = ["Family", "ImageTokens", "MapCapture", "attach_maps", "capture_maps", "detach_maps", "register_family"]
+__all__ = [
+    "Family",
+    "ImageTokens",
+    "MapCapture",
+    "attach_maps",
+    "capture_maps",
+    "detach_maps",
+    "live_captures",
+    "register_family",
+]
 
 register_family("SD3Transformer2DModel", sd3.FAMILY)
 register_family("FluxTransformer2DModel", flux.FLUX)
@@ -129,6 +138,19 @@ def detach_maps(transformer: nn.Module) -> int:
     for capture in captures:
         capture.remove()
     return len(captures)
+
+
+def live_captures() -> list[MapCapture]:
+    """All captures of this process that are attached to a model, including those whose handle is lost.
+
+    The list of captures keeps neither them nor their models alive.
+
+    Example:
+        >>> for capture in live_captures():
+        ...     print(capture)  # the class of its model, its blocks, and whether it is enabled
+        ...     capture.remove()
+    """
+    return registry.captures()
 
 
 def _pair(name: str, pair: object) -> tuple[int, int] | None:

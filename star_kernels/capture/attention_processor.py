@@ -117,6 +117,8 @@ def _recording_class(processor_class: Any) -> type[Any]:
             return original(self, *args, **kwargs)
         if passes.is_open(forward_pass):
             captured.ran = True
+        else:
+            passes.ran_outside(captured.name)
         interception = Interception(partial(captured.attend, forward_pass))
         if _calls_by_name.get(processor_class, False):
             with interception:

@@ -34,19 +34,24 @@ class Guidance:
     def selection(self, selection: TokenSelection | None) -> None:
         self._selection, self._doubled, self._compared = selection, {}, False
 
-    def for_pass(self, selection: TokenSelection, arguments: dict[str, Any]) -> tuple[TokenSelection, slice, str]:
+    def for_pass(
+        self, selection: TokenSelection, arguments: dict[str, Any], pag: str | None = None
+    ) -> tuple[TokenSelection, slice, str]:
         """The selection for the whole batch of a pass, the part of the batch that the user's selection is for, and
         words for an error message about the batch size.
 
         Args:
             selection: the user's.
             arguments: of the model's forward pass by name, the latent first, as in diffusers.
+            pag: the class of the model's attention processors for perturbed-attention guidance, if it has any.
 
         Raises:
             ValueError: cfg is "auto", and the batch has twice the size of the selection's but is not doubled for
-                guidance.
+                guidance; or cfg is a part of the batch whose attention is perturbed.
         """
         batch = selection.batch
+        if pag is not None and self._cfg in ("auto", "last"):
+            return self._beside_perturbed(selection, pag)
         cfg = self._half(selection, arguments) if self._cfg == "auto" else self._cfg
         if cfg is None:
             return selection, slice(None), self._expected()
@@ -55,6 +60,19 @@ class Guidance:
             self._doubled[cfg] = selection.among_empty(before, after)
         part = slice(batch, None) if cfg == "last" else slice(batch)
         return self._doubled[cfg], part, f" (twice the selection's {batch}, for cfg={self._cfg!r})"
+
+    def _beside_perturbed(self, selection: TokenSelection, pag: str) -> tuple[TokenSelection, slice, str]:
+        """As :meth:`for_pass`, for a batch of [unconditional, conditional, perturbed] or [conditional, perturbed]."""
+        if self._cfg == "last":
+            raise ValueError(
+                f"cfg='last' is the part of the batch whose attention is perturbed ({pag}): pass cfg='auto'"
+            )
+        batch, guided = selection.batch, pag.startswith("PAGCFG")
+        before = batch if guided else 0
+        if pag not in self._doubled:
+            self._doubled[pag] = selection.among_empty(before, batch)
+        words = f" ({3 if guided else 2} times the selection's, for perturbed-attention guidance by {pag})"
+        return self._doubled[pag], slice(before, before + batch), words
 
     def _expected(self) -> str:
         if self._cfg is None:
