@@ -135,7 +135,12 @@ def _recording_class(processor_class: Any) -> type[Any]:
     def reduce(self: Any, protocol: Any) -> Any:  # pickle and deepcopy keep the original processor
         return operator.getitem, ((self._star_attention.original_processor(),), 0)
 
-    members = {"__call__": call, "__reduce_ex__": reduce, "__module__": __name__}
+    members = {
+        "__call__": call,
+        "__class__": property(lambda self: processor_class),  # diffusers looks processors up by their class
+        "__reduce_ex__": reduce,
+        "__module__": __name__,
+    }
     return type(processor_class.__name__, (processor_class,), members)
 
 

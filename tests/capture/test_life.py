@@ -4,6 +4,7 @@ import asyncio
 import copy
 import gc
 import io
+import itertools
 import weakref
 
 import pytest
@@ -31,7 +32,9 @@ def model_and_inputs():
 
 
 def same_maps(maps, model, inputs, case=CASE):
-    torch.testing.assert_close(maps.value, expected_maps(model, inputs, case, case.selection), rtol=0, atol=1e-5)
+    value, maps.enabled = maps.value, False
+    torch.testing.assert_close(value, expected_maps(model, inputs, case, case.selection), rtol=0, atol=1e-5)
+    maps.enabled = True
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux", "sd"])
@@ -48,15 +51,19 @@ def test_projections_fused_before_or_unfused_after_a_capture(family):
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux", "sd"])
-def test_projections_fused_during_a_capture_are_an_error_until_they_are_unfused(family):
+def test_projections_fused_during_a_capture_work_or_are_an_error_until_they_are_unfused(family):
     case = CASES[family]
     model, inputs = case.make()
     output = model(**inputs).sample
     with capture_maps(model, case.selection) as maps:
         model.fuse_qkv_projections()
-        with pytest.raises(RuntimeError, match="processor was replaced during the capture by a Fused"):
+        if family == "flux":  # its processor computes fused projections too
             model(**inputs)
-        assert not maps.ready
+            same_maps(maps, model, inputs, case)
+        else:
+            with pytest.raises(RuntimeError, match="processor was replaced during the capture by a Fused"):
+                model(**inputs)
+            assert not maps.ready
         model.unfuse_qkv_projections()
         model(**inputs)
         same_maps(maps, model, inputs, case)
@@ -104,7 +111,7 @@ def test_adapters_change_during_a_capture(model_and_inputs):
         model.delete_adapters(["a1", "a2"])
         check()
     torch.testing.assert_close(model(**inputs).sample, before, rtol=1e-4, atol=1e-4)
-    assert all((a - b).abs().max() > 1e-4 for a, b in zip(found, found[1:], strict=False))
+    assert all((a - b).abs().max() > 1e-4 for a, b in itertools.pairwise(found))
 
 
 def test_an_image_prompt_adapter_loaded_during_a_capture_is_named():
@@ -114,12 +121,12 @@ def test_an_image_prompt_adapter_loaded_during_a_capture_is_named():
     model, inputs = case.make()
     with capture_maps(model, case.selection):
         attention = model.mid_block.attentions[0].transformer_blocks[0].attn2
-        attention.processor = IPAdapterAttnProcessor2_0(hidden_size=32, cross_attention_dim=32)
-        inputs["encoder_hidden_states"] = (inputs["encoder_hidden_states"], [torch.randn(2, 1, 4, 32)])
-        with pytest.raises(
-            (RuntimeError, ValueError), match=r"mid_block.* replaced during the capture by a IPAdapter|text"
-        ):
+        attention.set_processor(IPAdapterAttnProcessor2_0(hidden_size=32, cross_attention_dim=32))
+        inputs["encoder_hidden_states"] = torch.randn(2, 11, 32)  # four of them of the image
+        with pytest.raises(RuntimeError, match=r"mid_block.*attn2: .* replaced during the capture by a IPAdapter"):
             model(**inputs)
+    with pytest.raises(TypeError, match=r"attn2 must have an attention processor .*, got IPAdapterAttnProcessor2_0"):
+        attach_maps(model, case.selection)
 
 
 def offload_accelerate(model):
@@ -169,7 +176,6 @@ def test_a_change_of_dtype_between_passes(model_and_inputs):
         single = maps.value
         model.to(torch.float64)
         model(**{name: value.double() for name, value in inputs.items()})
-        assert maps.value.dtype == torch.float32 or maps.value.dtype == torch.float64
         torch.testing.assert_close(maps.value.float(), single, rtol=0, atol=1e-5)
 
 
@@ -208,8 +214,8 @@ def test_copies_and_saved_models_have_no_trace_of_the_capture(model_and_inputs, 
         same_maps(maps, model, inputs)
 
 
-def test_live_captures_finds_lost_handles_and_keeps_no_model_alive(model_and_inputs):
-    model, inputs = model_and_inputs
+def test_live_captures_finds_lost_handles(model_and_inputs):
+    model, _ = model_and_inputs
     assert live_captures() == []
     attach_maps(model, CASE.selection, blocks=[0])
     attach_maps(model, CASE.selection, blocks=[1, 2]).enabled = False
@@ -224,13 +230,6 @@ def test_live_captures_finds_lost_handles_and_keeps_no_model_alive(model_and_inp
     assert "removed" in repr(found[0])
     assert detach_maps(model) == 1
     assert live_captures() == []
-    attach_maps(model, CASE.selection)
-    model(**inputs)
-    freed = weakref.ref(model)
-    del model, found
-    model_and_inputs = None
-    gc.collect()
-    assert live_captures() == [] or freed() is not None  # the fixture keeps its model
 
 
 def test_a_deleted_model_is_freed_with_its_capture():
@@ -244,7 +243,7 @@ def test_a_deleted_model_is_freed_with_its_capture():
     assert live_captures() == []
 
 
-def test_a_thousand_passes_hold_no_more_than_one():
+def test_hundreds_of_passes_hold_no_more_memory_than_one():
     model, inputs = CASE.make()
     inputs = {name: value[:1] for name, value in inputs.items()}
     inputs["hidden_states"] = inputs["hidden_states"][..., :4, :4]
@@ -262,17 +261,16 @@ def test_a_thousand_passes_hold_no_more_than_one():
     with capture_maps(model, selection, blocks=[0]) as maps:
         model(**inputs)
         value = weakref.ref(maps.value)
-        once = held()
         block = model.transformer_blocks[0].attn
         hidden, text = torch.zeros(1, 4, 32), torch.zeros(1, 7, 32)
         begin, end = (next(reversed(hooks.values())) for hooks in (model._forward_pre_hooks, model._forward_hooks))
-        for _ in range(999):  # passes of the one captured block
+        once = held()
+        for _ in range(200):  # passes of the one captured block
             begin(model, (), inputs)
             block(hidden, encoder_hidden_states=text)
             end(model, (), hidden)
-        model(**inputs)
+        assert maps.value is not value()
         assert value() is None
-        maps.value  # noqa: B018
         assert held() == once
 
 

@@ -14,7 +14,6 @@ from star_kernels.capture import capture_maps
 
 LAYERS = {
     "skip": LayerSkipConfig([1]),
-    "attention": LayerSkipConfig([1], skip_ff=False),
     "feed-forward": LayerSkipConfig([1], skip_attention=False),
     "perturbed": LayerSkipConfig([1], skip_attention=False, skip_attention_scores=True, skip_ff=False),
 }
@@ -51,7 +50,7 @@ def perturb(model, kind):
 @pytest.mark.parametrize("blocks", [[0], [0, 1]], ids=["other block", "that block"])
 @pytest.mark.parametrize("kind", [*LAYERS, "smoothed"])
 def test_a_pass_that_a_guider_changes_is_not_captured_and_runs_as_without_a_capture(kind, blocks):
-    case = CASES["sd3"]
+    case = CASES["qwen-image"]
     model, inputs = case.make()
     perturb(model, kind)
     expected = model(**inputs).sample
