@@ -134,8 +134,7 @@ class MapCapture:
             if self._ran_outside:
                 raise RuntimeError(
                     "the chosen blocks ran after the latest captured pass, in a call that the capture did not see: "
-                    "call the transformer itself, not transformer.forward(...) or a wrapper that calls forward (such "
-                    "as peft's base_model)"
+                    "call the transformer itself, not transformer.forward(...)"
                 )
             if self._value is None:
                 self._value = self._mean()
