@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from star_kernels.capture.attention_call import attention_with_maps
 from star_kernels.capture.interception import FunctionMode, Interception
 from star_kernels.capture.passes import ForwardPass, Passes
+from star_kernels.capture.perturbed import register_for_guiders
 
 
 class CapturedAttention:
@@ -135,13 +136,10 @@ def _recording_class(processor_class: Any) -> type[Any]:
     def reduce(self: Any, protocol: Any) -> Any:  # pickle and deepcopy keep the original processor
         return operator.getitem, ((self._star_attention.original_processor(),), 0)
 
-    members = {
-        "__call__": call,
-        "__class__": property(lambda self: processor_class),  # diffusers looks processors up by their class
-        "__reduce_ex__": reduce,
-        "__module__": __name__,
-    }
-    return type(processor_class.__name__, (processor_class,), members)
+    members = {"__call__": call, "__reduce_ex__": reduce, "__module__": __name__}
+    made = type(processor_class.__name__, (processor_class,), members)
+    register_for_guiders(made, processor_class)
+    return made
 
 
 _calls_by_name: dict[type[Any], bool] = {}  # whether a class calls the function as F.scaled_dot_product_attention

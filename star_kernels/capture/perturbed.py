@@ -7,6 +7,7 @@ afterwards. The pipelines for perturbed-attention guidance (PAG) append a weaken
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,16 @@ def _inner_modules(model: Any) -> Iterator[Any]:
 def _hook(attributes: dict[str, Any]) -> str | None:
     hooks = attributes["_diffusers_hook"].hooks
     return next((type(hook).__name__ for hook in hooks.values() if type(hook).__name__ in _HOOKS), None)
+
+
+def register_for_guiders(made: type[Any], original: type[Any]) -> None:
+    """Lets diffusers' guiders skip the attention of a processor of class ``made`` as that of ``original``."""
+    registry = getattr(sys.modules.get("diffusers.hooks._helpers"), "AttentionProcessorRegistry", None)
+    try:
+        if registry is not None:
+            registry.register(made, registry.get(original))
+    except (AttributeError, TypeError, ValueError):  # the original has no entry: guiders cannot skip it either
+        pass
 
 
 def skipping_hooks(model: Any, name: str) -> list[str]:
