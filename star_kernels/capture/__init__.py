@@ -81,9 +81,10 @@ def attach_maps(
             conditional half in that order (SD3, PixArt, SD and SDXL) and both halves have equal latents. Any other
             batch is an error, for example one with several images of each prompt. The first comparison of latents for a
             selection waits for the GPU; in later passes the GPU asserts that they are equal.
-        rows: range of the image queries as (start, length), overriding the value of the model family.
-        grid: rows and columns of the image, overriding the value of the model family: the first rows * columns image
-            queries.
+        rows: range of the image queries as (start, length), overriding the value of the model family. All passes must
+            then have latents of the same size.
+        grid: rows and columns of the image: the first rows * columns image queries. Without ``rows`` it must be the
+            grid that the model family finds, and saves FLUX the wait for the device.
         detach: if False, the maps are differentiable, for losses on them. They then keep the graph of the forward pass
             alive until the next pass or ``take()``.
 
