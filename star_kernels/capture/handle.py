@@ -214,8 +214,8 @@ class MapCapture:
                     self._passes.nested = False
                     self._clear()
                     raise RuntimeError(
-                        "transformer was called within its own captured pass, whose maps are lost: set enabled = False "
-                        "on the capture for the inner call"
+                        "transformer was called within its own captured pass, whose maps are lost: call a copy of it "
+                        "instead (copy.deepcopy copies no capture)"
                     )
                 return
             self._checkpointing.end()

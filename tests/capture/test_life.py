@@ -192,6 +192,27 @@ def test_context_parallelism_of_the_model_is_an_error(model_and_inputs):
         assert not maps.ready
 
 
+def test_the_mean_over_tensor_parallel_devices_is_that_of_all_heads(model_and_inputs):
+    """Each device has the weights of some heads."""
+    model, inputs = model_and_inputs
+    found = []
+    for rank in range(2):
+        part = copy.deepcopy(model)
+        attention = part.transformer_blocks[0].attn
+        attention.heads = 1
+        for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+            linear = getattr(attention, name)
+            linear.weight.data, linear.bias.data = linear.weight.chunk(2)[rank], linear.bias.chunk(2)[rank]
+        for linear in (attention.to_out[0], attention.to_add_out):
+            linear.weight.data = linear.weight.chunk(2, dim=1)[rank]
+        with capture_maps(part, CASE.selection, blocks=[0]) as maps:
+            part(**inputs)
+        found.append(maps.value)
+    expected = expected_maps(model, inputs, CASE, CASE.selection, [0])
+    torch.testing.assert_close(torch.stack(found).mean(dim=0), expected, rtol=0, atol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 1e-4
+
+
 def test_copies_and_saved_models_have_no_trace_of_the_capture(model_and_inputs, tmp_path):
     model, inputs = model_and_inputs
     names = set(model.state_dict())
@@ -283,7 +304,7 @@ def test_the_model_may_not_be_called_within_its_own_captured_pass(model_and_inpu
 
     with capture_maps(model, CASE.selection) as maps:
         hook = model.transformer_blocks[1].register_forward_pre_hook(again)
-        with pytest.raises(RuntimeError, match=r"called within its own captured pass, .*enabled = False"):
+        with pytest.raises(RuntimeError, match=r"called within its own captured pass, .*copy\.deepcopy"):
             model(**inputs)
         assert not maps.ready
         model(**inputs)
