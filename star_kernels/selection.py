@@ -42,6 +42,7 @@ class TokenSelection:
     text_length: int | None = None
     first: int = field(init=False, repr=False)  # smallest and largest selected position, or -1 if nothing is selected,
     last: int = field(init=False, repr=False)  # known without a host sync
+    versions: tuple[int, int] | None = field(init=False, repr=False)  # of index and weight when they were checked
 
     def __post_init__(self) -> None:
         check_selection_fields(self.index, self.weight)
@@ -53,6 +54,18 @@ class TokenSelection:
             first = EMPTY if last == EMPTY else int(self.index.masked_fill(self.index == EMPTY, last).min())
         object.__setattr__(self, "first", first)
         object.__setattr__(self, "last", last)
+        object.__setattr__(self, "versions", _versions(self.index, self.weight))
+
+    def __reduce__(self) -> Any:  # copies of the tensors have versions of their own
+        return _known_good, (self.index, self.weight, self.text, self.first, self.last)
+
+    def check_unchanged(self) -> None:
+        """Raises a RuntimeError if the tensors were modified in place since their values were checked."""
+        if self.versions is not None and self.versions != _versions(self.index, self.weight):
+            raise RuntimeError(
+                "the tensors of this TokenSelection were modified in place after their values were checked: make "
+                "another selection, TokenSelection(index, weight)"
+            )
 
     @property
     def batch(self) -> int:
@@ -140,6 +153,7 @@ class TokenSelection:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TokenSelection:
         """The same selection on another device."""
+        self.check_unchanged()
         index, weight = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.index, self.weight))
         return _known_good(index, weight, self.text_length, self.first, self.last)
 
@@ -149,12 +163,14 @@ class TokenSelection:
         """
         if self.last != EMPTY and self.first + offset < 0:
             raise ValueError(f"offset must be at least {-self.first}, so that no position is negative, got {offset}")
+        self.check_unchanged()
         first, last = (EMPTY if position == EMPTY else position + offset for position in (self.first, self.last))
         index = torch.where(self.index == EMPTY, EMPTY, self.index + offset)
         return _known_good(index, self.weight, None, first, last)
 
     def among_empty(self, before: int, after: int) -> TokenSelection:
         """The selection for a larger batch: ``before`` samples before and ``after`` samples after it select nothing."""
+        self.check_unchanged()
         sides = ((self.index, EMPTY), (self.weight, 0.0))
         index, weight = (
             torch.cat([x.new_full((before, *x.shape[1:]), fill), x, x.new_full((after, *x.shape[1:]), fill)])
@@ -166,10 +182,25 @@ class TokenSelection:
 def _known_good(index: Tensor, weight: Tensor, text_length: int | None, first: int, last: int) -> TokenSelection:
     """A selection of values that were checked before; there are no checks and no host sync."""
     made = object.__new__(TokenSelection)
-    fields = {"index": index, "weight": weight, "text_length": text_length, "first": first, "last": last}
+    versions = _versions(index, weight)
+    fields = {
+        "index": index,
+        "weight": weight,
+        "text_length": text_length,
+        "first": first,
+        "last": last,
+        "versions": versions,
+    }
     for name, value in fields.items():
         object.__setattr__(made, name, value)
     return made
+
+
+def _versions(index: Tensor, weight: Tensor) -> tuple[int, int] | None:
+    """The version counters, which every in-place change increments; None for tensors that have none."""
+    if torch.compiler.is_compiling() or index.is_inference() or weight.is_inference():
+        return None
+    return index._version, weight._version
 
 
 def _lists(value: Any) -> Any:

@@ -77,6 +77,14 @@ def run_backward(output: Tensor, gradient: Tensor) -> None:
         _RUN((output,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
+_TASK = getattr(torch._C, "_current_graph_task_id", None)
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass of autograd; True if that is unknown."""
+    return _TASK is None or _TASK() != -1
+
+
 def register_pytree(cls: type[Any], flatten: Callable[[Any], tuple[Any, ...]]) -> None:
     """Lets the transforms of torch.func look into objects of a class, which is called with what ``flatten`` returns."""
     register = getattr(torch.utils._pytree, "register_pytree_node", None)

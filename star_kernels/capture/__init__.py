@@ -23,6 +23,7 @@ from star_kernels.capture import (
     ltx,
     lumina2,
     qwen_image,
+    registry,
     sd3,
     wan,
     z_image,
@@ -43,7 +44,16 @@ from star_kernels.capture.hooks import Hook
 from star_kernels.checks import check_flag
 from star_kernels.selection import TokenSelection, integers
 
-__all__ = ["Family", "ImageTokens", "MapCapture", "attach_maps", "capture_maps", "detach_maps", "register_family"]
+__all__ = [
+    "Family",
+    "ImageTokens",
+    "MapCapture",
+    "attach_maps",
+    "capture_maps",
+    "detach_maps",
+    "live_captures",
+    "register_family",
+]
 
 register_family("SD3Transformer2DModel", sd3.FAMILY)
 register_family("FluxTransformer2DModel", flux.FLUX)
@@ -107,9 +117,11 @@ def attach_maps(
             conditional half in that order (SD3, PixArt, SD and SDXL) and both halves have equal latents. Any other
             batch is an error, for example one with several images of each prompt. The first comparison of latents for a
             selection waits for the GPU; in later passes the GPU asserts that they are equal.
-        rows: range of the image queries as (start, length), overriding the value of the model family.
-        grid: rows and columns of the image, or frames, rows and columns of the video, overriding the value of the model
-            family: the first rows * columns, or frames * rows * columns, image queries.
+        rows: range of the image queries as (start, length), overriding the value of the model family. All passes must
+            then have latents of the same size.
+        grid: rows and columns of the image, or frames, rows and columns of the video: the first rows * columns, or
+            frames * rows * columns, image queries. Without ``rows`` it must be the grid that the model family finds,
+            and saves FLUX the wait for the device.
         text: where the text is among the keys, as (start, length), overriding the value of the model family; (start,
             None) if its length differs between passes. Without it, positions of a selection are positions of keys in a
             model that is captured by ``rows`` and ``grid`` alone.
@@ -216,6 +228,19 @@ def detach_maps(transformer: nn.Module) -> int:
     for capture in captures:
         capture.remove()
     return len(captures)
+
+
+def live_captures() -> list[MapCapture]:
+    """All captures of this process that are attached to a model, including those whose handle is lost.
+
+    The list of captures keeps neither them nor their models alive.
+
+    Example:
+        >>> for capture in live_captures():
+        ...     print(capture)  # the class of its model, its blocks, and whether it is enabled
+        ...     capture.remove()
+    """
+    return registry.captures()
 
 
 def _pair(name: str, pair: object) -> tuple[int, int] | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from star_kernels.capture.attention_call import attention_with_maps
 from star_kernels.capture.interception import FunctionMode, Interception, traced
 from star_kernels.capture.passes import ForwardPass, Passes
+from star_kernels.capture.perturbed import register_for_guiders
 
 
 class CapturedAttention:
@@ -134,6 +135,8 @@ def _recording_class(processor_class: Any) -> type[Any]:
             return original(self, *args, **kwargs)
         if passes.is_open(forward_pass):
             captured.ran = True
+        else:
+            passes.ran_outside(captured.name)
         interception = captured.interception(forward_pass)
         if _calls_by_name.get(processor_class, False):
             with interception:
@@ -153,7 +156,9 @@ def _recording_class(processor_class: Any) -> type[Any]:
         return operator.getitem, ((self._star_attention.original_processor(),), 0)
 
     members = {"__call__": call, "__reduce_ex__": reduce, "__module__": __name__}
-    return type(processor_class.__name__, (processor_class,), members)
+    made = type(processor_class.__name__, (processor_class,), members)
+    register_for_guiders(made, processor_class)
+    return made
 
 
 _calls_by_name: dict[type[Any], bool] = {}  # whether a class calls F.scaled_dot_product_attention or the dispatcher

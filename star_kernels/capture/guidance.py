@@ -23,7 +23,7 @@ class Guidance:
     def __init__(self, cfg: str | None, family: str | None) -> None:
         self._cfg, self._family = cfg, family
         self._selection: TokenSelection | None = None
-        self._made: dict[tuple[str | None, int], TokenSelection] = {}  # by the conditional half and the start
+        self._made: dict[tuple[int, int, int], TokenSelection] = {}  # see _among
         self._compared = False  # whether the halves of a batch with this selection were compared
 
     @property
@@ -35,7 +35,7 @@ class Guidance:
         self._selection, self._made, self._compared = selection, {}, False
 
     def for_pass(
-        self, selection: TokenSelection, arguments: dict[str, Any], start: int
+        self, selection: TokenSelection, arguments: dict[str, Any], start: int, pag: str | None = None
     ) -> tuple[TokenSelection, slice, str]:
         """The selection for the whole batch of a pass, the part of the batch that the user's selection is for, and
         words for an error message about the batch size.
@@ -44,20 +44,42 @@ class Guidance:
             selection: the user's.
             arguments: of the model's forward pass by name, the latent first, as in diffusers.
             start: the key at which the text starts.
+            pag: the class of the model's attention processors for perturbed-attention guidance, if it has any.
 
         Raises:
             ValueError: cfg is "auto", and the batch has twice the size of the selection's but is not doubled for
-                guidance.
+                guidance; or cfg is a part of the batch whose attention is perturbed.
         """
         batch = selection.batch
+        if pag is not None and self._cfg in ("auto", "last"):
+            return self._beside_perturbed(selection, start, pag)
         cfg = self._half(selection, arguments) if self._cfg == "auto" else self._cfg
-        whole = self._made.get((cfg, start))
-        if whole is None:
-            whole = self._made[cfg, start] = _for_batch(selection, cfg, start)
         if cfg is None:
-            return whole, slice(None), self._expected()
-        part = slice(batch, None) if cfg == "last" else slice(batch)
-        return whole, part, f" (twice the selection's {batch}, for cfg={self._cfg!r})"
+            return self._among(selection, start, 0, 0), slice(None), self._expected()
+        before, after = (batch, 0) if cfg == "last" else (0, batch)
+        words = f" (twice the selection's {batch}, for cfg={self._cfg!r})"
+        return self._among(selection, start, before, after), slice(before, before + batch), words
+
+    def _beside_perturbed(self, selection: TokenSelection, start: int, pag: str) -> tuple[TokenSelection, slice, str]:
+        """As :meth:`for_pass`, for a batch of [unconditional, conditional, perturbed] or [conditional, perturbed]."""
+        if self._cfg == "last":
+            raise ValueError(
+                f"cfg='last' is the part of the batch whose attention is perturbed ({pag}): pass cfg='auto'"
+            )
+        batch, guided = selection.batch, pag.startswith("PAGCFG")
+        before = batch if guided else 0
+        words = f" ({3 if guided else 2} times the selection's, for perturbed-attention guidance by {pag})"
+        return self._among(selection, start, before, batch), slice(before, before + batch), words
+
+    def _among(self, selection: TokenSelection, start: int, before: int, after: int) -> TokenSelection:
+        """The selection as positions of keys, with so many samples before and after it that select nothing."""
+        made = self._made.get((start, before, after))
+        if made is None:
+            with torch.inference_mode(False):  # autograd saves it in later passes
+                made = selection.shift(start) if start else selection
+                made = made.among_empty(before, after) if before or after else made
+            self._made[start, before, after] = made
+        return made
 
     def _expected(self) -> str:
         if self._cfg is None:
@@ -86,13 +108,3 @@ class Guidance:
             raise ValueError(message)
         self._compared = True
         return self._family
-
-
-@torch.inference_mode(False)  # autograd saves it in later passes
-def _for_batch(selection: TokenSelection, cfg: str | None, start: int) -> TokenSelection:
-    if start:
-        selection = selection.shift(start)
-    if cfg is None:
-        return selection
-    before, after = (selection.batch, 0) if cfg == "last" else (0, selection.batch)
-    return selection.among_empty(before, after)

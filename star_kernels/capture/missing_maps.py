@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from star_kernels.capture.attention_processor import CapturedAttention, recorded_by
+from star_kernels.capture.perturbed import skipping_hooks
 
 
 def explain(model: Any, modules: list[CapturedAttention]) -> str:
@@ -20,7 +21,7 @@ def explain(model: Any, modules: list[CapturedAttention]) -> str:
             else "its attention processor belongs to another module: give each module its own before the capture"
         )
     if not captured.ran:
-        hooks = _diffusers_hooks(model, captured.name)
+        hooks = skipping_hooks(model, captured.name)
         return (
             f"it did not run in this pass. It has diffusers hooks ({', '.join(hooks)}), such as those that skip a "
             "block or reuse an earlier output (caches, PyramidAttentionBroadcast): remove them, with disable_cache() "
@@ -34,13 +35,3 @@ def explain(model: Any, modules: list[CapturedAttention]) -> str:
         f"(attention backend: {getattr(backend, 'value', backend)}); "
         'call transformer.set_attention_backend("native")'
     )
-
-
-def _diffusers_hooks(model: Any, name: str) -> list[str]:
-    """Names of diffusers' hooks on a module and on the modules that contain it."""
-    found: list[str] = []
-    module = model
-    for part in ("", *name.split(".")):
-        module = module._modules[part] if part else module
-        found += getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-    return found

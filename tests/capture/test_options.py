@@ -106,9 +106,14 @@ def test_a_grid_must_fit_the_rows(model_and_inputs):
     model, inputs = model_and_inputs
     with pytest.raises(ValueError, match="grid must have the 6 positions of rows, got 2 x 4"):
         attach_maps(model, rows=(4, 6), grid=(2, 4))
-    with capture_maps(model, CASE.selection, cfg=None, grid=(ROWS + 1, COLUMNS)) as maps:
+    wrong = r"grid must be that of the image in this pass, 6 x 10, got 7 x 10: leave it out, or pass rows too"
+    with capture_maps(model, CASE.selection, grid=(ROWS + 1, COLUMNS)), pytest.raises(ValueError, match=wrong):
         model(**inputs)
-    with pytest.raises(ValueError, match="grid must have at most 60 positions, the image rows, got 7 x 10"):
+    case = CASES["flux"]  # the grid is that of img_ids
+    model, inputs = case.make()
+    with capture_maps(model, case.selection, grid=(ROWS + 1, COLUMNS)) as maps:
+        model(**inputs)
+    with pytest.raises(ValueError, match=wrong):
         _ = maps.value
 
 
