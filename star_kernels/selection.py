@@ -57,7 +57,7 @@ class TokenSelection:
         object.__setattr__(self, "versions", _versions(self.index, self.weight))
 
     def __reduce__(self) -> Any:  # copies of the tensors have versions of their own
-        return _known_good, (self.index, self.weight, self.text, self.first, self.last)
+        return _known_good, (self.index, self.weight, self.text_length, self.first, self.last)
 
     def check_unchanged(self) -> None:
         """Raises a RuntimeError if the tensors were modified in place since their values were checked."""

@@ -35,7 +35,7 @@ def read_z_image(pipeline: Any, length: int | None) -> list[TextRegion]:
     parts = _chat(pipeline.tokenizer, enable_thinking=True)
     return [
         TextRegion(
-            "qwen3", pipeline.tokenizer, 512 if length is None else length, **parts, padded=False, after_image=True
+            "qwen3", pipeline.tokenizer, 512 if length is None else length, **parts, padded=False
         )
     ]
 
@@ -66,7 +66,6 @@ def read_hunyuan_image(pipeline: Any, length: int | None) -> list[TextRegion]:
         pipeline.tokenizer_max_length if length is None else length,
         **template_parts(pipeline.prompt_template_encode.format),
         dropped=pipeline.prompt_template_encode_start_idx,
-        after_image=True,
         leading=_glyph_tokens(pipeline),
     )
     return [_right(region, "the first tokens of the text encoder's output are dropped, which must be the template's")]
@@ -131,9 +130,9 @@ def read_hidream(pipeline: Any, length: int | None) -> list[TextRegion]:
     t5, llama = pipeline.tokenizer_3, pipeline.tokenizer_4
     lengths = [min(128 if length is None else length, tokenizer.model_max_length) for tokenizer in (t5, llama)]
     return [
-        TextRegion("t5", t5, lengths[0], after_image=True),
-        TextRegion("llama3", llama, lengths[1], start=lengths[0], after_image=True),
-        TextRegion("llama3_block", llama, lengths[1], start=sum(lengths), after_image=True),
+        TextRegion("t5", t5, lengths[0]),
+        TextRegion("llama3", llama, lengths[1], start=lengths[0]),
+        TextRegion("llama3_block", llama, lengths[1], start=sum(lengths)),
     ]
 
 

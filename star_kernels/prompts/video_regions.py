@@ -57,7 +57,7 @@ def _read_hunyuan_video(pipeline: Any, length: int | None) -> list[TextRegion]:
         raise ValueError("the default prompt_template of the pipeline must have a number as crop_start, got None")
     parts = template_parts(template["template"].format)
     length = _length(pipeline, length)
-    return [TextRegion("llama", pipeline.tokenizer, length, **parts, dropped=dropped, after_image=True)]
+    return [TextRegion("llama", pipeline.tokenizer, length, **parts, dropped=dropped)]
 
 
 def _read_hunyuan_video15(pipeline: Any, length: int | None) -> list[TextRegion]:
@@ -75,7 +75,6 @@ def _read_hunyuan_video15(pipeline: Any, length: int | None) -> list[TextRegion]
         pipeline.tokenizer_max_length if length is None else length,
         **template_parts(render),
         dropped=pipeline.prompt_template_encode_start_idx,
-        after_image=True,
         padded=False,
         special_tokens=False,
     )

@@ -27,7 +27,7 @@ def expected(model, inputs, case: ImageCase, lengths, selection: TokenSelection)
     """``[batch, G, h, w]``: the mean over the captured calls of the rows of each sample."""
     calls = [call for call in attention_calls(model, inputs) if call[1].shape[2] == case.keys(lengths)]
     assert len(calls) >= 2
-    whole = torch.stack([map_of(call, selection) for call in calls]).mean(dim=0)  # [batch, G, queries]
+    whole = torch.stack([map_of(call, selection.shift(case.text)) for call in calls]).mean(dim=0)  # [batch, G, queries]
     own = [maps[:, first : first + IMAGE] for maps, first in zip(whole, case.image(lengths), strict=True)]
     return torch.stack(own).unflatten(-1, (ROWS, COLUMNS))
 
@@ -164,11 +164,10 @@ def test_the_text_of_hidream_follows_a_square_image_directly():
     case = IMAGE_CASES["HiDream-I1"]
     model, inputs = case.model(), hidream_inputs((LONG, LONG))
     inputs["hidden_states"] = torch.randn(BATCH, 4, 12, 12)
-    selection = case.selection().shift(36 - case.text)
-    with capture_maps(model, selection) as maps:
+    with capture_maps(model, case.selection()) as maps:
         model(**inputs)
     calls = [call for call in attention_calls(model, inputs) if call[1].shape[2] == 36 + 3 * LONG]
-    reference = torch.stack([map_of(call, selection, (0, 36)) for call in calls]).mean(dim=0)
+    reference = torch.stack([map_of(call, case.selection().shift(36), (0, 36)) for call in calls]).mean(dim=0)
     torch.testing.assert_close(maps.value, reference.unflatten(-1, (6, 6)), rtol=0, atol=1e-6)
 
 

@@ -276,7 +276,7 @@ def test_hundreds_of_passes_hold_no_more_memory_than_one():
             sum(isinstance(found, torch.Tensor) for found in gc.get_objects()),
             len(model._forward_hooks) + len(model._forward_pre_hooks),
             len(maps._passes._callers),
-            len(maps._guidance._doubled),
+            len(maps._guidance._made),
         )
 
     with capture_maps(model, selection, blocks=[0]) as maps:

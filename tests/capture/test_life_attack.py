@@ -204,13 +204,10 @@ def test_a_block_exchanged_during_the_capture_is_an_error(model_and_inputs):
         assert not maps.ready
 
 
-def test_another_resolution_is_followed_or_an_error():
+def test_another_resolution_is_followed():
     model, inputs = CASE.make()
     wide = {**inputs, "hidden_states": torch.randn(BATCH, 4, 2 * ROWS, 4 * COLUMNS)}
     with capture_maps(model, CASE.selection) as maps:
-        with pytest.raises(ValueError, match=r"must be positions of text, 120 to 126 in this pass, got 60"):
-            model(**wide)
-        maps.selection = CASE.selection.shift(IMAGE)
         model(**wide)
         assert maps.value.shape[2:] == (ROWS, 2 * COLUMNS)
     turned = {**inputs, "hidden_states": torch.randn(BATCH, 4, 2 * COLUMNS, 2 * ROWS)}  # as many tokens

@@ -46,9 +46,9 @@ class ImageCase:
         return Case(self.build, dict, (0, 0), 0).make()[0]
 
     def selection(self, images: int = 1) -> TokenSelection:
-        """For two prompts, with a number of images each."""
+        """Of the text, for two prompts with a number of images each."""
         positions = [[[0], [1, 2]], [[3], []]]
-        return TokenSelection.from_positions([p for p in positions for _ in range(images)]).shift(self.text)
+        return TokenSelection.from_positions([p for p in positions for _ in range(images)])
 
 
 def _text(lengths: Lengths, width: int = 32) -> Tensor:

@@ -17,7 +17,6 @@ from star_kernels.prompts import phrases, regions_of, select_tokens
 diffusers = pytest.importorskip("diffusers")
 PROMPTS = ["a RED bench by a lamp", "two benches, one of them a red bench on a wooden boat, and a lamp"]
 WORDS = ["red", "lamp"]
-VIDEO = 16
 
 
 class Encoder(nn.Module):
@@ -128,12 +127,11 @@ def no_ftfy(monkeypatch: pytest.MonkeyPatch) -> None:
 def words_at(pipeline: Any, encode: Callable[[Any, list[str]], Tensor], prompts: list[str]) -> list[str]:
     """The text of the tokens at the selected positions of the pipeline's embeddings."""
     (region,) = regions_of(pipeline)
-    selection, _ = select_tokens(prompts, [region], source=WORDS, image_tokens=VIDEO if region.after_image else None)
-    first = VIDEO if region.after_image else 0
+    selection, _ = select_tokens(prompts, [region], source=WORDS)
     embeddings = encode(pipeline, prompts)
     found = []
     for b in range(len(prompts)):
-        positions = [int(p) - first for p in selection.index[b] if p >= 0]
+        positions = [int(p) for p in selection.index[b] if p >= 0]
         found.append(region.tokenizer.decode([int(embeddings[b, p, 0]) for p in positions]))
     return found
 
