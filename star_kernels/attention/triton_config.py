@@ -224,8 +224,8 @@ def maps_config(head_dim: int, dtype: torch.dtype, simple: bool) -> Tile:
 def statistics_config(head_dim: int, dtype: torch.dtype) -> Tile:
     """The tile of the kernels for statistics of all pairs, a sum over keys or over rows; not tuned on a GPU."""
     if dtype == torch.float32:  # products without matrix units, whose operands are in registers
-        return Tile(32, 32, 4, 1) if head_dim <= 128 else Tile(16, 16, 4, 1)
-    return Tile(64, 64, 4, 2) if head_dim <= 128 else Tile(32, 32, 4, 2)
+        return Tile(32 if head_dim <= 128 else 16, 16, 4, 1)
+    return Tile(64 if head_dim <= 128 else 32, 32, 4, 2)
 
 
 _T = TypeVar("_T")
