@@ -87,6 +87,7 @@ _ARGUMENTS = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "s
 _lock = threading.Lock()
 _users = 0  # captures that are attached
 _originals: dict[Any, Callable[..., Any]] = {}
+_wrappers: dict[Any, Callable[..., Any]] = {}
 _defaults: dict[str, dict[str, Any]] = {}
 
 
@@ -100,7 +101,7 @@ def wrap() -> None:
             if member not in _originals and name != UNWRAPPED:
                 _originals[member] = function
                 _defaults[name] = {p.name: p.default for p in inspect.signature(function).parameters.values()}
-                _registry()[member] = _wrapped(name, function)
+                _registry()[member] = _wrappers[member] = _wrapped(name, function)
 
 
 def unwrap() -> None:
@@ -108,8 +109,12 @@ def unwrap() -> None:
     with _lock:
         _users -= 1
         if not _users:
-            _registry().update(_originals)
+            registry = _registry()
+            for member, function in _originals.items():
+                if registry.get(member) is _wrappers[member]:  # not if another was registered meanwhile
+                    registry[member] = function
             _originals.clear()
+            _wrappers.clear()
 
 
 def _registry() -> dict[Any, Callable[..., Any]]:

@@ -76,15 +76,14 @@ def of_backend(name: str, backend: Backend, mask: Any, shape: tuple[int, int, in
 
 
 def _of_flex(name: str, mask: Any, shape: tuple[int, int, int, int]) -> Tensor:
-    batch, heads, queries, keys = shape
     if isinstance(mask, Tensor):
         if mask.ndim == 2:  # diffusers reads it as a mask of queries
             mask = mask[:, None, :, None]
         return expanded(name, mask, shape)
     from torch.nn.attention.flex_attention import create_mask
 
-    found: Tensor = create_mask(mask.mask_mod, batch, heads, queries, keys, mask.kv_num_blocks.device)
-    return found
+    blocks = mask.kv_num_blocks  # [1 or B, 1 or H, ...]: a dimension of 1 does not matter to the mask
+    return expanded(name, create_mask(mask.mask_mod, *blocks.shape[:2], *shape[2:], blocks.device), shape)
 
 
 def _true_or_false(name: str, mask: Tensor) -> Tensor:

@@ -268,7 +268,8 @@ def test_a_backend_that_the_table_does_not_have_gets_a_second_pass(selection, mo
         captured(model, selection, attn_mask=padding())
 
 
-def test_the_registry_is_restored(selection):
+def test_the_registry_is_restored(selection, monkeypatch):
+    monkeypatch.setattr(_AttentionBackendRegistry, "_backends", dict(_AttentionBackendRegistry._backends))
     before = dict(_AttentionBackendRegistry._backends)
     first, second = (attach_maps(Model(), selection, cfg=None, **ROWS) for _ in range(2))
     assert _AttentionBackendRegistry._backends != before
@@ -277,20 +278,28 @@ def test_the_registry_is_restored(selection):
     assert _AttentionBackendRegistry._backends != before
     second.remove()
     assert _AttentionBackendRegistry._backends == before
+    first = attach_maps(Model(), selection, cfg=None, **ROWS)
+    other = _AttentionBackendRegistry._backends[AttentionBackendName.FLASH] = object()  # registered meanwhile
+    first.remove()
+    assert _AttentionBackendRegistry._backends.pop(AttentionBackendName.FLASH) is other
+    _AttentionBackendRegistry._backends = dict(before)
     with pytest.raises(TypeError):
         attach_maps(Model(), "tokens", cfg=None, **ROWS)
     assert _AttentionBackendRegistry._backends == before
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["_native_math", "flash", "_flash_3"])
+@pytest.mark.parametrize("name", ["native", "_native_math", "flash", "_flash_3"])
 def test_a_compiled_model_has_the_same_maps(name, selection):
     torch._dynamo.reset()
     model = Model(name)
     expected = model()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(), expected)
-    with warnings.catch_warnings(action="ignore"), capture_maps(compiled, selection, cfg=None, **ROWS) as maps:
+    with (
+        warnings.catch_warnings(action="ignore"),
+        capture_maps(compiled, selection, cfg=None, output="model", **ROWS) as maps,
+    ):
         torch.testing.assert_close(compiled(), expected)
     torch.testing.assert_close(maps.value.flatten(2), map_of(model.call(), selection, ROWS["rows"]))
     torch.testing.assert_close(compiled(), expected)
