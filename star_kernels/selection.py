@@ -133,7 +133,7 @@ class TokenSelection:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> TokenSelection:
-        """Selects the non-zero entries of a mask over the joint sequence; a floating-point mask is the weights.
+        """Selects the non-zero entries of a mask over positions; a floating-point mask is the weights.
 
         Args:
             mask: bool or floating-point, ``[B, S]`` (one phrase) or ``[B, G, S]``.
