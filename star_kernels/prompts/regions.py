@@ -10,6 +10,7 @@ FLUX.1           text, image     T5 (512); CLIP is used for the pooled embedding
 FLUX.2           text, image     chat of a system message and the prompt, padded to 512; padding is not masked
 FLUX.3           text, image     chat, padded to a multiple of 80; padding is not masked
 Chroma           text, image     T5 (512)
+Ovis-Image       text, image     chat without its first 28 tokens, padded to 256; padding is not masked
 Qwen-Image       text, image     chat without its first 34 tokens, padded to the longest prompt, at most 512
 Qwen-Image-Edit  text, image     chat with the tokens of the reference images, without its first 64 tokens
 Krea 2           text, image     chat without its first 34 tokens (507), padding, the end of the chat (5)
@@ -186,6 +187,7 @@ _FAMILIES: list[tuple[set[str], _Reader]] = [
     ),
     ({f"ZImage{variant}Pipeline" for variant in _Z_IMAGE}, pipelines.read_z_image),
     ({"Flux3ModularPipeline", "Flux3DistilledModularPipeline"}, pipelines.read_flux3),
+    ({"OvisImagePipeline"}, pipelines.read_ovis),
     ({"Krea2Pipeline"}, pipelines.read_krea2),
     ({"HunyuanImagePipeline"}, pipelines.read_hunyuan_image),
     ({"Lumina2Pipeline"}, pipelines.read_lumina2),
@@ -198,7 +200,7 @@ _KNOWN = (
     *("StableDiffusion3Pipeline", "FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "Flux3ModularPipeline"),
     *("ChromaPipeline", "QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "Krea2Pipeline"),
     *("ZImagePipeline", "HunyuanImagePipeline", "HiDreamImagePipeline", "AuraFlowPipeline", "Lumina2Pipeline"),
-    "SanaPipeline",
+    *("SanaPipeline", "OvisImagePipeline"),
 )
 _EDITS: list[tuple[set[str], _EditReader]] = [
     ({"QwenImageEditPipeline", "QwenImageEditInpaintPipeline"}, pipelines.read_qwen_image_edit),
@@ -208,5 +210,7 @@ _REFUSED = {
     "ZImageOmniPipeline": "its text is in several parts, between the tokens of reference images",
     "QwenImageLayeredPipeline": "its images have several layers, and maps one grid",
     "HunyuanImageRefinerPipeline": "its latents have frames, and maps one grid",
+    "LongCatImagePipeline": "it encodes quoted text one character at a time",
+    "LongCatImageEditPipeline": "it encodes quoted text one character at a time",
     "GlmImagePipeline": "its text encoder reads only the quoted text; the prompt is read by a model of image tokens",
 }
