@@ -64,6 +64,8 @@ register_family("PixArtTransformer2DModel", cross_attention.PIXART)
 register_family("SanaTransformer2DModel", cross_attention.SANA)
 register_family("Flux3Transformer2DModel", flux.FLUX3)
 register_family("ChromaTransformer2DModel", flux.CHROMA)
+register_family("OvisImageTransformer2DModel", flux.OVIS)
+register_family("LongCatImageTransformer2DModel", flux.LONGCAT)
 register_family("Krea2Transformer2DModel", krea2.FAMILY)
 register_family("ZImageTransformer2DModel", z_image.FAMILY)
 register_family("HunyuanImageTransformer2DModel", hunyuan_image.FAMILY)
@@ -114,7 +116,7 @@ def attach_maps(
         cfg: which half of the batch is conditional, if it is doubled for classifier-free guidance: "last", "first", or
             None if batches are not doubled. "auto" decides in each pass. A batch of the selection's size is not
             doubled. A batch of twice its size is doubled if the family's pipelines concatenate an unconditional and a
-            conditional half in that order (SD3, PixArt, SD and SDXL) and both halves have equal latents. Any other
+            conditional half (in docs/models.md, with their order) and both halves have equal latents. Any other
             batch is an error, for example one with several images of each prompt. The first comparison of latents for a
             selection waits for the GPU; in later passes the GPU asserts that they are equal.
         rows: range of the image queries as (start, length), overriding the value of the model family. All passes must

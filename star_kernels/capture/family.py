@@ -49,8 +49,10 @@ class ImageTokens:
 
     def of_samples(self, maps: Tensor) -> Tensor:
         """Of maps ``[B, ..., R]`` of all rows, those of each sample's own image."""
-        if self.lengths is None or self.rows is None or callable(self.grid):
+        if self.lengths is None:
             return maps
+        if self.rows is None or callable(self.grid):
+            raise ValueError(f"lengths require rows and a grid that is not a function, got {self}")
         starts = torch.tensor(self.lengths, device=maps.device) - self.rows[0]
         own = starts[:, None] + torch.arange(self.grid[0] * self.grid[1], device=maps.device)
         own = own.view(len(own), *(1,) * (maps.ndim - 2), -1)

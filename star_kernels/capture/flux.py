@@ -1,8 +1,9 @@
-"""FLUX.1, FLUX.2, FLUX.3 and Chroma: joint attention over [text, image], in double- and in single-stream blocks.
+"""FLUX.1, 2 and 3, Chroma, Ovis-Image and LongCat-Image: joint attention over [text, image], in double- and in
+single-stream blocks.
 
-In FLUX.3 only the single-stream blocks are joint and captured, and reference images are an argument of their own. In
-FLUX.3 and Chroma guidance runs separate forward passes: set ``enabled = False`` on the capture for the unconditional
-one. The mask of Chroma's pipelines differs by query, which is an error.
+In FLUX.3 only the single-stream blocks are joint and captured, and reference images are an argument of their own.
+Guidance runs separate forward passes: set ``enabled = False`` on the capture for the unconditional one. The mask of
+Chroma's pipelines differs by query, which is an error.
 
 Block indices count double-stream blocks first, then single-stream blocks. The rotary embedding is applied to queries
 and keys before the attention call. The latent is a sequence, so its grid is derived from the values of ``img_ids`` when
@@ -84,3 +85,5 @@ _PROCESSORS_2 = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
 FLUX2 = Family(attentions, image, processors=_PROCESSORS_2)
 FLUX3 = Family(joint_attentions, image, processors=("Flux3AttnProcessor",))
 CHROMA = Family(attentions, image, processors=("FluxAttnProcessor",))
+OVIS = Family(attentions, image, processors=("OvisImageAttnProcessor",))
+LONGCAT = Family(attentions, image, processors=("LongCatImageAttnProcessor",))

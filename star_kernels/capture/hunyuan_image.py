@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from star_kernels.capture.family import Family, ImageTokens
+from star_kernels.capture.patches import patch_grid
 
 
 def attentions(model: Any) -> list[Any]:
@@ -21,12 +22,7 @@ def attentions(model: Any) -> list[Any]:
 
 
 def image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
-    latent = arguments["hidden_states"]
-    if latent.ndim != 4:
-        raise ValueError(
-            f"hidden_states must be [B, C, height, width] while maps are captured, got {list(latent.shape)}"
-        )
-    rows, columns = (size // patch for size, patch in zip(latent.shape[-2:], model.config.patch_size, strict=True))
+    rows, columns = patch_grid(arguments["hidden_states"], model.config.patch_size)
     text = arguments["encoder_hidden_states"].shape[1]
     glyphs = arguments.get("encoder_hidden_states_2")
     if glyphs is not None and model.context_embedder_2 is not None:

@@ -14,11 +14,11 @@ from star_kernels.prompts.tokens import TextRegion
 UNTRUNCATED = 1 << 20  # tokens: more than any prompt has
 
 
-def _chat(tokenizer: Any, **options: Any) -> dict[str, Any]:
-    """The template of a chat with one message, the prompt."""
+def _chat(tokenizer: Any, begin: str = "", **options: Any) -> dict[str, Any]:
+    """The template of a chat with one message, ``begin`` and the prompt."""
 
     def render(prompt: str) -> str:
-        chat = [{"role": "user", "content": prompt}]
+        chat = [{"role": "user", "content": begin + prompt}]
         return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options))
 
     return template_parts(render)
@@ -33,11 +33,7 @@ def _right(region: TextRegion, why: str) -> TextRegion:
 
 def read_z_image(pipeline: Any, length: int | None) -> list[TextRegion]:
     parts = _chat(pipeline.tokenizer, enable_thinking=True)
-    return [
-        TextRegion(
-            "qwen3", pipeline.tokenizer, 512 if length is None else length, **parts, padded=False
-        )
-    ]
+    return [TextRegion("qwen3", pipeline.tokenizer, 512 if length is None else length, **parts, padded=False)]
 
 
 def read_flux3(pipeline: Any, length: int | None) -> list[TextRegion]:
@@ -45,6 +41,12 @@ def read_flux3(pipeline: Any, length: int | None) -> list[TextRegion]:
     return [
         TextRegion("qwen3_vl", pipeline.tokenizer.tokenizer, 8192 if length is None else length, **parts, padded=False)
     ]
+
+
+def read_ovis(pipeline: Any, length: int | None) -> list[TextRegion]:
+    parts = _chat(pipeline.tokenizer, begin=pipeline.system_prompt, enable_thinking=False)
+    dropped, length = pipeline.user_prompt_begin_id, 256 if length is None else length
+    return [TextRegion("qwen3", pipeline.tokenizer, length, **parts, dropped=dropped, special_tokens=False)]
 
 
 def read_krea2(pipeline: Any, length: int | None) -> list[TextRegion]:

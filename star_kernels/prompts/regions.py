@@ -2,7 +2,26 @@
 
 According to diffusers 0.42, which is not imported. Text positions count from the first text token:
 
-===============  ==============  ==============================================================================
+===============  ==============  =====================================================================================
+family           joint sequence  text
+===============  ==============  =====================================================================================
+SD3, SD3.5       image, text     CLIP-L and CLIP-G (77), concatenated along channels; then T5 (256), zeros if absent
+FLUX.1           text, image     T5 (512); CLIP is used for the pooled embedding only
+FLUX.2           text, image     chat of a system message and the prompt, padded to 512; padding is not masked
+FLUX.3           text, image     chat, padded to a multiple of 80; padding is not masked
+Chroma           text, image     T5 (512)
+Ovis-Image       text, image     chat without its first 28 tokens, padded to 256; padding is not masked
+Qwen-Image       text, image     chat without its first 34 tokens, padded to the longest prompt, at most 512
+Qwen-Image-Edit  text, image     chat with the tokens of the reference images, without its first 64 tokens
+Krea 2           text, image     chat without its first 34 tokens (507), padding, the end of the chat (5)
+Z-Image          image, text     chat without padding (at most 512)
+HunyuanImage     image, text     quoted text, of ByT5; chat without its first 34 tokens; padding (1000 + 128 in all)
+HiDream-I1       image, text     T5 (128), the last layer of Llama (128), the layer of Llama of the block (128)
+AuraFlow         text, image     T5 (256), after the model's 8 registers
+Lumina 2         text, image     system prompt and prompt, without padding (at most 256)
+Sana             text            first token and last 299 of an instruction and the prompt in lower case (300 in all)
+===============  ==============  =====================================================================================
+
 Video pipelines are described in :mod:`star_kernels.prompts.video_regions`.
 """
 
@@ -169,6 +188,7 @@ _FAMILIES: list[tuple[set[str], _Reader]] = [
     ),
     ({f"ZImage{variant}Pipeline" for variant in _Z_IMAGE}, pipelines.read_z_image),
     ({"Flux3ModularPipeline", "Flux3DistilledModularPipeline"}, pipelines.read_flux3),
+    ({"OvisImagePipeline"}, pipelines.read_ovis),
     ({"Krea2Pipeline"}, pipelines.read_krea2),
     ({"HunyuanImagePipeline"}, pipelines.read_hunyuan_image),
     ({"Lumina2Pipeline"}, pipelines.read_lumina2),
@@ -182,7 +202,8 @@ _KNOWN = (
     *("StableDiffusion3Pipeline", "FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "Flux3ModularPipeline"),
     *("ChromaPipeline", "QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "Krea2Pipeline"),
     *("ZImagePipeline", "HunyuanImagePipeline", "HiDreamImagePipeline", "AuraFlowPipeline", "Lumina2Pipeline"),
-    *("SanaPipeline", "WanPipeline", "LTXPipeline", "LTX2Pipeline", "HunyuanVideoPipeline", "HunyuanVideo15Pipeline"),
+    *("SanaPipeline", "OvisImagePipeline"),
+    *("WanPipeline", "LTXPipeline", "LTX2Pipeline", "HunyuanVideoPipeline", "HunyuanVideo15Pipeline"),
 )
 _EDITS: list[tuple[set[str], _EditReader]] = [
     ({"QwenImageEditPipeline", "QwenImageEditInpaintPipeline"}, pipelines.read_qwen_image_edit),
@@ -192,5 +213,7 @@ _REFUSED = {
     "ZImageOmniPipeline": "its text is in several parts, between the tokens of reference images",
     "QwenImageLayeredPipeline": "its images have several layers, and maps one grid",
     "HunyuanImageRefinerPipeline": "its latents have frames, and maps one grid",
+    "LongCatImagePipeline": "it encodes quoted text one character at a time",
+    "LongCatImageEditPipeline": "it encodes quoted text one character at a time",
     "GlmImagePipeline": "its text encoder reads only the quoted text; the prompt is read by a model of image tokens",
 }

@@ -11,8 +11,9 @@ import torch
 
 pytest.importorskip("diffusers")
 
+from image_cases import IMAGE_CASES, ImageCase
 from reference_maps import attention_calls, map_of
-from tiny_image_models import GLYPHS, IMAGE_CASES, LONG, SHORT, ImageCase, hidream_inputs
+from tiny_image_models import GLYPHS, LONG, SHORT, hidream_inputs
 from tiny_models import BATCH, COLUMNS, IMAGE, ROWS
 from torch import Tensor
 

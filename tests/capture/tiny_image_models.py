@@ -2,53 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
 import torch
-from tiny_models import COLUMNS, IMAGE, ROWS, Case, qwen_image
+from tiny_models import COLUMNS, IMAGE, ROWS
 from torch import Tensor, nn
-
-from star_kernels import TokenSelection
 
 LONG, SHORT = 7, 5
 REGISTERS = 8  # learned tokens before AuraFlow's text
 Lengths = Sequence[int]
-
-
-@dataclass(frozen=True)
-class ImageCase:
-    """One family.
-
-    Args:
-        build: the model.
-        inputs: of a batch, given the length of the text of each sample.
-        text: where the text starts in the keys.
-        image: the first image query of each sample, given the lengths.
-        keys: the number of keys of the captured calls, given the lengths.
-        lengths: of the text of two prompts.
-        cfg: which half of a doubled batch is conditional; None if guidance runs separate passes.
-        latent: the name of the argument that is the latent.
-    """
-
-    build: Callable[[], nn.Module]
-    inputs: Callable[[Lengths], dict[str, Any]]
-    text: int
-    image: Callable[[Lengths], Lengths]
-    keys: Callable[[Lengths], int]
-    lengths: tuple[int, int] = (LONG, SHORT)
-    cfg: str | None = None
-    latent: str = "hidden_states"
-
-    def model(self) -> Any:
-        return Case(self.build, dict, (0, 0), 0).make()[0]
-
-    def selection(self, images: int = 1) -> TokenSelection:
-        """Of the text, for two prompts with a number of images each."""
-        positions = [[[0], [1, 2]], [[3], []]]
-        return TokenSelection.from_positions([p for p in positions for _ in range(images)])
 
 
 def _text(lengths: Lengths, width: int = 32) -> Tensor:
@@ -65,18 +29,6 @@ def _time(lengths: Lengths, value: float = 0.5) -> Tensor:
 
 def _latent(lengths: Lengths, channels: int = 4) -> Tensor:
     return torch.randn(len(lengths), channels, 2 * ROWS, 2 * COLUMNS)
-
-
-def _same(value: int) -> Callable[[Lengths], Lengths]:
-    return lambda lengths: [value] * len(lengths)
-
-
-def _joint(extra: int = 0) -> Callable[[Lengths], int]:
-    return lambda lengths: IMAGE + max(lengths) + extra
-
-
-def _after_text(lengths: Lengths) -> Lengths:
-    return [max(lengths)] * len(lengths)
 
 
 def grid_ids(axes: int, text: int = 0) -> Tensor:
@@ -278,6 +230,41 @@ def chroma_inputs(lengths: Lengths) -> dict[str, Any]:
     }
 
 
+def ovis() -> nn.Module:
+    return diffusers.OvisImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+
+
+def longcat() -> nn.Module:
+    return diffusers.LongCatImageTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    )
+
+
+def longcat_inputs(lengths: Lengths) -> dict[str, Any]:
+    """As of LongCat-Image-Edit: the tokens of the reference image follow the image, with another modality."""
+    reference = grid_ids(3)[:REFERENCES]
+    reference[:, 0] = 1
+    inputs = chroma_inputs(lengths)
+    inputs["hidden_states"] = torch.randn(len(lengths), IMAGE + REFERENCES, 4)
+    return {**inputs, "img_ids": torch.cat([inputs["img_ids"], reference])}
+
+
 def aura_flow() -> nn.Module:
     return diffusers.AuraFlowTransformer2DModel(
         sample_size=32,
@@ -330,33 +317,3 @@ def hidream_inputs(lengths: Lengths) -> dict[str, Any]:
         "encoder_hidden_states_llama3": torch.randn(2, len(lengths), max(lengths), 24),
         "pooled_embeds": torch.randn(len(lengths), 16),
     }
-
-
-def _z_image_keys(lengths: Lengths) -> int:
-    longest = max(lengths)
-    return PADDED + longest + -longest % 32
-
-
-IMAGE_CASES = {
-    "Z-Image": ImageCase(
-        z_image, z_image_inputs, PADDED, _same(0), _z_image_keys, lengths=(40, SHORT), cfg="first", latent="x"
-    ),
-    "HunyuanImage 2.1": ImageCase(hunyuan_image, hunyuan_image_inputs, IMAGE, _same(0), _joint(GLYPHS)),
-    "FLUX.3": ImageCase(flux3, flux3_inputs, 0, _after_text, _joint(REFERENCES)),
-    "Krea 2": ImageCase(krea2, krea2_inputs, 0, _after_text, _joint()),
-    "Qwen-Image-Edit": ImageCase(qwen_image, qwen_image_edit_inputs, 0, _after_text, _joint(16)),
-    "Sana": ImageCase(sana, sana_inputs, 0, _same(0), max, cfg="last"),
-    "Lumina 2": ImageCase(lumina2, lumina2_inputs, 0, list, _joint()),
-    "Chroma": ImageCase(chroma, chroma_inputs, 0, _after_text, _joint()),
-    "AuraFlow": ImageCase(
-        aura_flow,
-        aura_flow_inputs,
-        REGISTERS,
-        lambda lengths: [REGISTERS + max(lengths)] * len(lengths),
-        _joint(REGISTERS),
-        cfg="last",
-    ),
-    "HiDream-I1": ImageCase(
-        hidream, hidream_inputs, PADDED, _same(0), lambda lengths: PADDED + 3 * max(lengths), cfg="last"
-    ),
-}
