@@ -39,6 +39,11 @@ def generate(
     from star_kernels import prompts
     from star_kernels.capture import attach_maps
 
+    if "callback_on_step_end" not in inspect.signature(type(pipeline).__call__).parameters:
+        raise ValueError(
+            f"pipeline must accept callback_on_step_end, {type(pipeline).__name__} does not: use attach_maps and read "
+            "the maps after each call of its transformer"
+        )
     core = prompts.core_content(prompt, phrases or "auto")
     regions = prompts.regions_of(pipeline, max_sequence_length=call.get("max_sequence_length"))
     models = denoisers(pipeline)

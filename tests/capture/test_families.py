@@ -40,7 +40,8 @@ def test_maps_are_those_of_the_materialised_softmax(case):
     assert maps.value.shape == (BATCH, 2, *case.grid)
     assert maps.value.dtype == torch.float32
     torch.testing.assert_close(maps.value, expected, rtol=0, atol=1e-5)
-    assert expected[:, 0].flatten(1).std(dim=1).min() > 1e-3  # the maps are not flat
+    first = expected[:, 0].flatten(1)
+    assert (first.std(dim=1) / first.mean(dim=1)).min() > 0.01  # the maps are not flat
     assert not maps.value[1, 1].any()  # an empty phrase
 
 

@@ -111,3 +111,12 @@ def test_blocks_of_a_video_model_are_ranked_and_those_of_two_models_refused(pipe
         pipeline.register_to_config(boundary_ratio=boundary)
     assert sorted(score.block for score in ranking.scores) == [0, 1]
     assert all(0 <= score.concentration < 1 for score in ranking.scores)
+
+
+def test_a_pipeline_without_a_callback_is_refused_in_one_sentence() -> None:
+    from diffusers import HunyuanVideo15Pipeline
+
+    with pytest.raises(
+        ValueError, match="must accept callback_on_step_end, HunyuanVideo15Pipeline does not: use attach"
+    ):
+        maps.draw(HunyuanVideo15Pipeline.__new__(HunyuanVideo15Pipeline), PROMPT)
