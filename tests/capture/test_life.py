@@ -264,7 +264,7 @@ def test_a_deleted_model_is_freed_with_its_capture():
     assert live_captures() == []
 
 
-def test_hundreds_of_passes_hold_no_more_memory_than_one():
+def test_a_hundred_passes_hold_no_more_memory_than_one():
     model, inputs = CASE.make()
     inputs = {name: value[:1] for name, value in inputs.items()}
     inputs["hidden_states"] = inputs["hidden_states"][..., :4, :4]
@@ -286,7 +286,7 @@ def test_hundreds_of_passes_hold_no_more_memory_than_one():
         hidden, text = torch.zeros(1, 4, 32), torch.zeros(1, 7, 32)
         begin, end = (next(reversed(hooks.values())) for hooks in (model._forward_pre_hooks, model._forward_hooks))
         once = held()
-        for _ in range(200):  # passes of the one captured block
+        for _ in range(100):  # passes of the one captured block
             begin(model, (), inputs)
             block(hidden, encoder_hidden_states=text)
             end(model, (), hidden)
