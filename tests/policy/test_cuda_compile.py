@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import baselines
+import kernel_driver
 import pytest
 
 pytestmark = pytest.mark.exhaustive
-ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("80", "90a", "100a")
 # A multiprocessor has 65536 registers. A thread of a vector kernel has 96 to 192 bytes of loads in flight, so that 512
 # threads have twice the bytes in flight that an H100 needs per multiprocessor (bandwidth times latency, 3.35 TB/s *
@@ -74,23 +74,22 @@ def nvcc() -> str:
 
 @pytest.fixture(scope="module")
 def compiled(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Compiled], dict[str, str]]:
-    """The kernels for every architecture, and the PTX of each for the first that has it."""
-    folder = tmp_path_factory.mktemp("compiled")
+    """The kernels for every architecture, and the PTX of each for the first that has it.
 
-    def build(source: Path) -> str:
-        keep = folder / source.stem
-        keep.mkdir()
-        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-        options = ["-std=c++17", "-O3", "-Xptxas=-v", "--keep", f"--keep-dir={keep}", f"-I{ROOT / 'csrc'}", *codes]
-        command = [nvcc, *options, "-c", str(source), "-o", str(keep / "object.o")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "warning" not in done.stderr, done.stderr
-        return done.stderr
-
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    with ThreadPoolExecutor(2) as pool:
-        report = "".join(pool.map(build, sources))
+    They are compiled by the rules of setup.py. With STAR_KERNELS_BUILD, the library's build has compiled them already,
+    and only what changed since is compiled again.
+    """
+    kept = os.environ.get("STAR_KERNELS_BUILD")
+    folder = Path(kept).resolve() / "libstar_kernels_cuda" if kept else tmp_path_factory.mktemp("compiled")
+    folder.mkdir(parents=True, exist_ok=True)
+    setup = kernel_driver.setup()
+    names = setup["CUDA_KERNELS"]
+    with pytest.MonkeyPatch.context() as patch, (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the tests may be in several processes
+        patch.delenv("STAR_KERNELS_CUDA_ARCHS", raising=False)
+        setup["run_ninja"](folder, setup["cuda_rules"](folder), *(f"{name}.o" for name in names))
+    report = "".join((folder / f"{name}.o.txt").read_text() for name in names)
+    assert "warning" not in report, report
     pattern = (
         r"Compiling entry function '(\S+)' for 'sm_(\w+)'\n.*Function properties for .*\n"
         r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers"
