@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import baselines
 import kernel_driver
 import pytest
+from build_folder import build_folder
 
 pytestmark = pytest.mark.exhaustive
 ARCHITECTURES = ("80", "90a", "100a")
@@ -79,13 +78,9 @@ def compiled(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[
     They are compiled by the rules of setup.py. With STAR_KERNELS_BUILD, the library's build has compiled them already,
     and only what changed since is compiled again.
     """
-    kept = os.environ.get("STAR_KERNELS_BUILD")
-    folder = Path(kept).resolve() / "libstar_kernels_cuda" if kept else tmp_path_factory.mktemp("compiled")
-    folder.mkdir(parents=True, exist_ok=True)
     setup = kernel_driver.setup()
     names = setup["CUDA_KERNELS"]
-    with pytest.MonkeyPatch.context() as patch, (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the tests may be in several processes
+    with pytest.MonkeyPatch.context() as patch, build_folder("libstar_kernels_cuda", tmp_path_factory) as folder:
         patch.delenv("STAR_KERNELS_CUDA_ARCHS", raising=False)
         setup["run_ninja"](folder, setup["cuda_rules"](folder), *(f"{name}.o" for name in names))
     report = "".join((folder / f"{name}.o.txt").read_text() for name in names)
