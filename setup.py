@@ -11,6 +11,8 @@ Environment:
                              that nvcc supports)
     STAR_KERNELS_REQUIRE     "1" makes it an error if a library cannot be compiled; otherwise the installation continues
                              with a warning, and the operations fall back to PyTorch
+    STAR_KERNELS_BUILD       a folder that keeps what was compiled, so that later builds compile only what changed; also
+                             has the PTX of the CUDA kernels and ptxas's report (default: a temporary folder)
     MAX_JOBS                 number of parallel compiler processes (default: that of ninja)
 """
 
@@ -67,10 +69,12 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
-        work = Path(self.build_temp).resolve() / target.stem
+        work = Path(os.environ.get("STAR_KERNELS_BUILD") or self.build_temp).resolve() / target.stem
         try:
-            rules = {"libstar_kernels_cpu": cpu_rules, "libstar_kernels_cuda": cuda_rules}[target.stem]()
-            run_ninja(work, rules)
+            if target.stem == "libstar_kernels_cuda":
+                run_ninja(work, cuda_rules(work if os.environ.get("STAR_KERNELS_BUILD") else None))
+            else:
+                run_ninja(work, cpu_rules())
         except (Missing, subprocess.CalledProcessError) as reason:
             detail = (reason.stdout or "") if isinstance(reason, subprocess.CalledProcessError) else ""
             message = f"{target.name} is not built: {reason}\n{detail}"
@@ -133,8 +137,11 @@ def cpu_rules() -> str:
     return rules(cxx, edges, ["-shared", *link, "-Wl,-z,now"] if sys.platform == "linux" else ["-shared", *link])
 
 
-def cuda_rules() -> str:
-    """ninja rules for the CUDA library, which has the code of every architecture."""
+def cuda_rules(keep: Path | None = None) -> str:
+    """ninja rules for the CUDA library, which has the code of every architecture.
+
+    With a folder, each kernel keeps its PTX in the subfolder of its name, and ptxas's report in its .o.txt.
+    """
     nvcc = find_nvcc()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     wanted = os.environ.get("STAR_KERNELS_CUDA_ARCHS")
@@ -152,10 +159,12 @@ def cuda_rules() -> str:
     kernel = ["-std=c++17", "-O3", "--threads=0", host, f"-I{SOURCES}", *codes]
     names = f'-DSTAR_CUDA_ARCHITECTURES="{" ".join(f"sm_{arch}" for arch in architectures)}"'
     exports = ["-std=c++17", "-O1", host, f"-I{SOURCES}", *include, names]
-    edges = [
-        *(edge(f"{name}.o", SOURCES / "cuda" / f"{name}.cu", kernel) for name in CUDA_KERNELS),
-        edge("exports.o", SOURCES / "cuda" / "exports.cpp", exports),
-    ]
+    edges = [edge("exports.o", SOURCES / "cuda" / "exports.cpp", exports)]
+    for name in CUDA_KERNELS:
+        flags = [*kernel, "-Xptxas=-v", "--keep", f"--keep-dir={keep / name}"] if keep else kernel
+        if keep:
+            (keep / name).mkdir(parents=True, exist_ok=True)
+        edges.append(edge(f"{name}.o", SOURCES / "cuda" / f"{name}.cu", flags))
     return rules(nvcc, edges, ["-shared", "--cudart=static", *link], depfile="-MD -MF")
 
 
@@ -179,7 +188,8 @@ def rules(cxx: str, edges: list[str], link: list[str], depfile: str = "-MMD -MF"
     objects = " ".join(line.split(":")[0].removeprefix("build ") for line in edges)
     return "\n".join(
         [
-            f"rule compile\n  command = {cxx} {depfile} $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            f"rule compile\n  command = {cxx} {depfile} $out.d $flags -c $in -o $out > $out.txt 2>&1; "
+            "status=$$?; cat $out.txt; exit $$status\n  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {cxx} $in {shlex.join(link)} -o $out",
             *edges,
             f"build library.so: link {objects}\n",
@@ -187,7 +197,7 @@ def rules(cxx: str, edges: list[str], link: list[str], depfile: str = "-MMD -MF"
     )
 
 
-def run_ninja(work: Path, rules: str) -> None:
+def run_ninja(work: Path, rules: str, *targets: str) -> None:
     work.mkdir(parents=True, exist_ok=True)
     (work / "build.ninja").write_text(rules)
     try:
@@ -198,7 +208,11 @@ def run_ninja(work: Path, rules: str) -> None:
         command = ["ninja"]
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     done = subprocess.run(
-        [*command, *jobs, "library.so"], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *jobs, *(targets or ["library.so"])],
+        cwd=work,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     print(done.stdout)
     done.check_returncode()

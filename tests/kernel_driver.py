@@ -43,9 +43,9 @@ def runs(*flags: str) -> bool:
         return made.returncode == 0 and subprocess.run([program], capture_output=True, check=False).returncode == 0
 
 
-def build(folder: Path, flags: Sequence[str] = (), isa: str = "baseline") -> Path:
+def build(folder: Path, flags: Sequence[str] = (), isa: str = "baseline", with_compiler: Sequence[str] = ()) -> Path:
     """Builds the program for one instruction set. ``flags`` follow all other flags and override them."""
-    made = setup()
+    made, command = setup(), [*(with_compiler or compiler())]
     of_isa, lanes = made["INSTRUCTION_SETS"][isa]
     common = [*made["KERNEL"], *of_isa, "-fopenmp", f"-DSTAR_ISA={isa}", f"-DSTAR_LANES={lanes}", *flags]
     sources = {ROOT / "csrc/cpu" / f"{name}.cpp": contract for name, contract in made["CPU_KERNELS"].items()}
@@ -55,13 +55,13 @@ def build(folder: Path, flags: Sequence[str] = (), isa: str = "baseline") -> Pat
 
     def compile_one(source: Path) -> None:
         contract = f"-ffp-contract={sources[source]}"
-        _run([*compiler(), *common, contract, "-c", str(source), "-o", str(objects[source])])
+        _run([*command, *common, contract, "-c", str(source), "-o", str(objects[source])])
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, sources))
     program = folder / "driver"
     # Linked without -fopenmp: openmp.cpp implements the functions of OpenMP that the kernels call.
-    _run([*compiler(), *flags, "-pthread", *map(str, objects.values()), "-o", str(program)])
+    _run([*command, *flags, "-pthread", *map(str, objects.values()), "-o", str(program)])
     return program
 
 

@@ -52,6 +52,7 @@ def build_library() -> Path:
         "CXX": " ".join([*kernel_driver.compiler(), *flags]),
         "STAR_KERNELS_CUDA": "0",
         "STAR_KERNELS_REQUIRE": "1",
+        "STAR_KERNELS_BUILD": "",
     }
     command = [
         sys.executable,

@@ -1,5 +1,5 @@
 """``python -m star_trainer``, for launchers of many processes."""
 
-from star_trainer.command import entry
+from star_trainer.start import train
 
-entry()
+train()

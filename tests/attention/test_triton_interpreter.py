@@ -197,7 +197,7 @@ def test_any_strides_give_the_same_results(change: Callable, poisoned: None) -> 
     [("sm_80", 32), ("sm_80", 64), ("sm_80", 128), ("sm_90", 128)],
 )
 def test_the_shipped_configurations_give_the_same_results(architecture: str, width: int, poisoned: None) -> None:
-    inputs = make(Case((1, 2, 140, 133, width), phrases=2), torch.float16)
+    inputs = make(Case((1, 1, 140, 133, width), phrases=2), torch.float16)
     upstream = cotangents(inputs, "out maps lse")
     expected = triton_forward.attention(*inputs.tensors, inputs.arguments, config=TILE)
     expected += kernel_gradients(inputs, upstream, BackwardConfig(TILE, TALL))
@@ -210,8 +210,8 @@ def test_the_shipped_configurations_give_the_same_results(architecture: str, wid
 
 EPILOGUES = [("keys", False), ("keys", True), ("scores", False), ("scores", True)]
 EARLY_CASES = {
-    "simple": Case((2, 3, 70, 50, 32)),
-    "phrases_and_mask": Case((2, 3, 70, 50, 32), phrases=5, masked="some"),
+    "simple": Case((1, 2, 70, 50, 32)),
+    "phrases_and_mask": Case((1, 3, 70, 50, 32), phrases=5, masked="some"),
     "chunks": Case((1, 2, 20, 50, 16), slots=37),
     "everything": Case((2, 2, 70, 50, 16), slots=37, phrases=3, masked="all", rows=(33, 30), reduce_heads=False),
 }

@@ -1,9 +1,9 @@
 // Runs the CPU kernels on random problems, without Python: for sanitizers, and for counting instructions.
 //
-//   driver CASES [SEED]   every kernel on CASES problems, with one thread and with several: the results must be equal
-//                         bit for bit. Buffers are exactly as large as the strides reach, and every element of an
-//                         output must be written.
-//   driver once KERNEL    one kernel once, on one thread, on a problem of fixed size
+//   driver CASES [SEED [FILE]]   every kernel on CASES problems, with one thread and with several: the results must be
+//                                equal bit for bit. Buffers are exactly as large as the strides reach, and every
+//                                element of an output must be written. FILE receives the results.
+//   driver once KERNEL           one kernel once, on one thread, on a problem of fixed size
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -189,10 +189,13 @@ void run_once(const std::string& kernel) {
 int main(int count, char** arguments) {
   if (count == 3 && std::string(arguments[1]) == "once") {
     run_once(arguments[2]);
-  } else if (count == 2 || count == 3) {
-    run_cases(std::atoll(arguments[1]), count == 3 ? static_cast<uint64_t>(std::atoll(arguments[2])) : 0u);
+  } else if (count >= 2 && count <= 4) {
+    if (count == 4 && (results = std::fopen(arguments[3], "wb")) == nullptr)
+      fail("cannot write " + std::string(arguments[3]));
+    run_cases(std::atoll(arguments[1]), count >= 3 ? static_cast<uint64_t>(std::atoll(arguments[2])) : 0u);
+    if (results != nullptr && std::fclose(results) != 0) fail("cannot write the results");
   } else {
-    fail("usage: driver CASES [SEED] | driver once KERNEL");
+    fail("usage: driver CASES [SEED [FILE]] | driver once KERNEL");
   }
   return 0;
 }

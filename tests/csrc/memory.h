@@ -98,8 +98,9 @@ View strides_of(Layout layout, const Shape& s) {
 DType some_dtype(Random& random) { return static_cast<DType>(random.below(3)); }
 
 Memory input(Random& random, const Shape& s) {
-  Memory memory(some_dtype(random), s.batch, s.channels, s.positions,
-                strides_of(static_cast<Layout>(random.below(kLayouts)), s));
+  const DType dtype = some_dtype(random);  // in this order with every compiler
+  const Layout layout = static_cast<Layout>(random.below(kLayouts));
+  Memory memory(dtype, s.batch, s.channels, s.positions, strides_of(layout, s));
   for (int64_t i = 0; i < memory.extent; ++i) memory.set(i, random.centred());
   return memory;
 }
@@ -142,6 +143,7 @@ void check_written(const char* name, const Memory& memory, const Shape& s) {
 }
 
 constexpr int kThreads[] = {1, 2, 3, 5};
+std::FILE* results = nullptr;  // receives the outputs of every call: a length and the bytes of each
 
 // Runs a call with every number of threads; its outputs must not depend on it.
 void with_threads(const char* name, const std::function<std::vector<std::string>(int)>& call) {
@@ -149,17 +151,27 @@ void with_threads(const char* name, const std::function<std::vector<std::string>
   for (int threads : kThreads) {
     if (call(threads) != expected) fail(std::string(name) + " depends on the number of threads");
   }
+  if (results == nullptr) return;
+  for (const std::string& output : expected) {
+    const uint64_t size = output.size();
+    std::fwrite(&size, sizeof size, 1, results);
+    std::fwrite(output.data(), 1, size, results);
+  }
 }
 
-std::string bytes(const std::vector<float>& values) {
-  return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float)};
+// The letter of a dtype and the values.
+std::string bytes(char dtype, const void* data, size_t size) {
+  return std::string(1, dtype).append(static_cast<const char*>(data), size);
 }
+
+std::string bytes(const std::vector<float>& values) { return bytes('f', values.data(), values.size() * sizeof(float)); }
 
 std::string bytes(const Memory& memory) {
   if (memory.view.dtype == DType::kFloat32) {
-    return {reinterpret_cast<const char*>(memory.words.data()), memory.words.size() * sizeof(uint32_t)};
+    return bytes('f', memory.words.data(), memory.words.size() * sizeof(uint32_t));
   }
-  return {reinterpret_cast<const char*>(memory.halves.data()), memory.halves.size() * sizeof(uint16_t)};
+  const char dtype = memory.view.dtype == DType::kFloat16 ? 'h' : 'b';
+  return bytes(dtype, memory.halves.data(), memory.halves.size() * sizeof(uint16_t));
 }
 
 }  // namespace

@@ -7,15 +7,14 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import baselines
+import kernel_driver
 import pytest
+from build_folder import build_folder
 
 pytestmark = pytest.mark.exhaustive
-ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("80", "90a", "100a")
 # A multiprocessor has 65536 registers. A thread of a vector kernel has 96 to 192 bytes of loads in flight, so that 512
 # threads have twice the bytes in flight that an H100 needs per multiprocessor (bandwidth times latency, 3.35 TB/s *
@@ -74,23 +73,18 @@ def nvcc() -> str:
 
 @pytest.fixture(scope="module")
 def compiled(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Compiled], dict[str, str]]:
-    """The kernels for every architecture, and the PTX of each for the first that has it."""
-    folder = tmp_path_factory.mktemp("compiled")
+    """The kernels for every architecture, and the PTX of each for the first that has it.
 
-    def build(source: Path) -> str:
-        keep = folder / source.stem
-        keep.mkdir()
-        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-        options = ["-std=c++17", "-O3", "-Xptxas=-v", "--keep", f"--keep-dir={keep}", f"-I{ROOT / 'csrc'}", *codes]
-        command = [nvcc, *options, "-c", str(source), "-o", str(keep / "object.o")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "warning" not in done.stderr, done.stderr
-        return done.stderr
-
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    with ThreadPoolExecutor(2) as pool:
-        report = "".join(pool.map(build, sources))
+    They are compiled by the rules of setup.py. With STAR_KERNELS_BUILD, the library's build has compiled them already,
+    and only what changed since is compiled again.
+    """
+    setup = kernel_driver.setup()
+    names = setup["CUDA_KERNELS"]
+    with pytest.MonkeyPatch.context() as patch, build_folder("libstar_kernels_cuda", tmp_path_factory) as folder:
+        patch.delenv("STAR_KERNELS_CUDA_ARCHS", raising=False)
+        setup["run_ninja"](folder, setup["cuda_rules"](folder), *(f"{name}.o" for name in names))
+    report = "".join((folder / f"{name}.o.txt").read_text() for name in names)
+    assert "warning" not in report, report
     pattern = (
         r"Compiling entry function '(\S+)' for 'sm_(\w+)'\n.*Function properties for .*\n"
         r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers"

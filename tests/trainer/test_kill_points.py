@@ -20,7 +20,7 @@ POINTS = 5
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_run_resumes_with_the_same_result(configure: Callable[..., Config], tmp_path: Path) -> None:
-    config = configure(train={"epochs": 3, "updates": 2}, output={"checkpoint_every": 1, "keep": 1})
+    config = configure(train={"epochs": 2, "updates": 2}, output={"checkpoint_every": 1, "keep": 1})
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(asdict(config)))
     script = Path(__file__).with_name("kill_points.py")

@@ -25,14 +25,17 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 pytestmark = pytest.mark.exhaustive  # each starts interpreters of its own
 
 
-def on_two(config: Config, *arguments: str, fails: bool = False) -> str:
-    """Runs the command to its end and returns its standard error."""
-    path = Path(config.output.folder).with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(asdict(config)))
+def on_two(*configs: tuple[str, Config], fails: bool = False) -> str:
+    """Runs configurations, each with its wrapper, in one launch to the end. Returns the standard error."""
+    arguments: list[str] = []
+    for wrapper, config in configs:
+        path = Path(config.output.folder).with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(asdict(config)))
+        arguments += [wrapper, str(path)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
-        [*command, str(path), *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert (done.returncode != 0) is fails, done.stderr[-4000:]
     return done.stderr
@@ -42,57 +45,64 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
+CASES = [  # wrapper, rank of LoRA, kl_coef, credit
+    ("ddp", 4, 0.1, "image"),
+    ("ddp", 0, 0.1, "phrase"),
+    ("fsdp2", 0, 0.0, "image"),
+    ("fsdp2", 4, 0.1, "image"),
+]
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
-@pytest.mark.parametrize(
-    ("wrapper", "lora_rank", "kl_coef", "credit"),
-    [
-        ("ddp", 4, 0.1, "image"),
-        ("ddp", 0, 0.1, "phrase"),
-        ("fsdp2", 0, 0.0, "image"),
-        ("fsdp2", 4, 0.1, "image"),
-    ],
-)
 def test_two_processes_give_the_results_of_one(
-    configure: Callable[..., Config],
-    trainer_of: Callable[[Config], Trainer],
-    tmp_path: Path,
-    wrapper: str,
-    lora_rank: int,
-    kl_coef: float,
-    credit: str,
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path
 ) -> None:
-    base = configure(
-        model={"lora_rank": lora_rank},
-        data={"prompts": "scenes:composition"},
-        allocation={"credit": credit},
-        rollout={"groups": 3, "group_size": 4, "batch": 2},  # groups lie across processes
-        train={"epochs": 2, "updates": 2, "kl_coef": kl_coef, "learning_rate": 1e-4},
-        reward={"weights": {"rewards_that_fail:Channels": 1.0}},
-        evaluation={"every": 2, "prompts": 4},
-    )
+    """All cases run in one launch, because starting the processes takes longer than a case."""
+    made = [
+        configure(
+            model={"lora_rank": lora_rank},
+            data={"prompts": "scenes:composition"},
+            allocation={"credit": credit},
+            rollout={"groups": 3, "group_size": 4, "batch": 2},  # groups lie across processes
+            train={"epochs": 2, "updates": 2, "kl_coef": kl_coef, "learning_rate": 1e-4},
+            reward={"weights": {"rewards_that_fail:Channels": 1.0}},
+            evaluation={"every": 2, "prompts": 4},
+        )
+        for _, lora_rank, kl_coef, credit in CASES
+    ]
+    folders = [{name: tmp_path / f"{name}-{number}" for name in ("one", "two")} for number in range(len(CASES))]
+    launched = []
+    for case, config, folder in zip(CASES, made, folders, strict=True):
+        one, two = (replace(config, output=replace(config.output, folder=str(path))) for path in folder.values())
+        trainer_of(one).run()
+        launched.append((case[0], two))
+    on_two(*launched)
+    for case, config, folder in zip(CASES, made, folders, strict=True):
+        check_equal(config, folder["one"], folder["two"], case)
+
+
+def check_equal(config: Config, first: Path, second: Path, case: tuple) -> None:
     runs = {}
-    for name in ("one", "two"):
-        config = replace(base, output=replace(base.output, folder=str(tmp_path / name)))
-        on_two(config, wrapper) if name == "two" else trainer_of(config).run()
-        saved = tmp_path / name / "checkpoint-000002"
+    for name, folder in (("one", first), ("two", second)):
+        saved = folder / "checkpoint-000002"
         weights, average, final = (
             flat(load_file(path))
             for path in (
                 saved / "weights.safetensors",
                 saved / "average.safetensors",
-                next((tmp_path / name / "final").rglob("*.safetensors")),
+                next((folder / "final").rglob("*.safetensors")),
             )
         )
-        runs[name] = (weights, average, final, read_metrics(tmp_path / name))
+        runs[name] = (weights, average, final, read_metrics(folder))
     # What a step of AdamW moves, also where the gradient is nothing but rounding.
-    moved = base.train.learning_rate * len(runs["one"][0]) ** 0.5
+    moved = config.train.learning_rate * len(runs["one"][0]) ** 0.5
     for one, two in zip(runs["one"][:3], runs["two"][:3], strict=True):
         assert one.shape == two.shape
-        assert float((one - two).norm()) <= 0.1 * moved
+        assert float((one - two).norm()) <= 0.1 * moved, case
     for one, two in zip(runs["one"][3], runs["two"][3], strict=True):
         for key, value in one.items():
             if not key.startswith(("seconds", "event")):
-                assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+                assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-5), (case, key)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
@@ -106,6 +116,6 @@ def test_a_lost_process_ends_the_run_and_keeps_its_checkpoints(
         train={"epochs": 9},
         output={"checkpoint_every": 1},
     )
-    told = on_two(config, "ddp", fails=True)
+    told = on_two(("ddp", config), fails=True)
     assert "exitcode  : 3" in told
     assert [path.name for path in checkpoint.find(tmp_path / "run")] == ["checkpoint-000001", "checkpoint-000002"]

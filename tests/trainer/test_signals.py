@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from kill_points import in_child
 
-from star_trainer import command, signals
+from star_trainer import command, signals, start
 from star_trainer.signals import CAUGHT, Signals
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -161,9 +162,24 @@ def test_a_process_with_a_running_reward_skips_pythons_exit(monkeypatch: pytest.
     assert in_child(command.entry) == 7
 
 
-def test_the_command_is_the_entry() -> None:
+def test_the_commands_start_their_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert 'star-train = "star_trainer.command:entry"' in project
+    assert 'star-train = "star_trainer.start:train"' in project
+    assert 'star-train-small = "star_trainer.start:small"' in project
+    monkeypatch.setattr(command, "entry", lambda: 3)
+    with pytest.raises(SystemExit, match="3"):
+        start.train()
+    monkeypatch.setattr(importlib.import_module("star_trainer.small.command"), "main", lambda: 4)
+    with pytest.raises(SystemExit, match="4"):
+        start.small()
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(start, "find_spec", lambda name: None if name in ("peft", "yaml") else object())
+    with pytest.raises(SystemExit, match="2"):
+        start.train()
+    told = capsys.readouterr().err
+    assert told == "star-train: error: requires peft, yaml: pip install 'star-kernels[train]'\n"
 
 
 def test_characters_outside_the_terminals_encoding_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,14 @@
-"""Runs a configuration on the processes of torchrun: ``two_processes.py CONFIG.yaml [fsdp2]``, on the CPU by gloo."""
+"""Runs configurations one after the other on the processes of torchrun, on the CPU by gloo.
+
+``two_processes.py WRAPPER CONFIG.yaml [WRAPPER CONFIG.yaml ...]``, where WRAPPER is ddp or fsdp2.
+"""
 
 from __future__ import annotations
 
 import sys
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 
 from star_trainer.command import parse
@@ -26,4 +29,7 @@ def accelerator(sharded: bool) -> Accelerator:
 
 
 if __name__ == "__main__":
-    Trainer(parse(["--config", sys.argv[1]]), accelerator("fsdp2" in sys.argv), progress=False).run()
+    for wrapper, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        Trainer(parse(["--config", path]), accelerator(wrapper == "fsdp2"), progress=False).run()
