@@ -1,4 +1,4 @@
-"""Writes measured figures into README, docs and studies/results/README.md: python -m tools.evidence [--check]
+"""Writes measured figures into README, docs and the pages of studies/results: python -m tools.evidence [--check]
 
 Each block between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is generated from the JSON files in
 benchmarks/results and studies/results by the function that BLOCKS has for NAME. ``--check`` does not write; it exits
@@ -171,7 +171,7 @@ def pages() -> Iterator[Path]:
     """The pages that may have generated blocks."""
     yield ROOT / "README.md"
     yield from sorted((ROOT / "docs").glob("*.md"))
-    yield tables.RESULTS / "README.md"
+    yield from sorted(tables.RESULTS.glob("*.md"))
 
 
 def render(text: str) -> str:
