@@ -60,7 +60,7 @@ def markdown(path: Path) -> str:
         parts.append(f"```python\n{source(cell)}\n```")
         for output in cell["outputs"]:
             if output["output_type"] == "stream":
-                parts.append(f"```text\n{''.join(output['text']).rstrip()}\n```")
+                parts.append(f"```console\n{''.join(output['text']).rstrip()}\n```")
             elif "image/png" in output["data"]:
                 parts.append(f"![Output of the cell above](data:image/png;base64,{output['data']['image/png']})")
     return "\n\n".join(parts) + "\n"

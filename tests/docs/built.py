@@ -11,6 +11,7 @@ from pathlib import Path
 
 COLUMN = 866  # pixels of the text column
 CODE_CHARACTERS = 101  # of a line in a block of code
+TEXT_CHARACTERS = 126  # of a line in a block of plain text, which is smaller
 CHARACTER, CODE_CHARACTER = 6.9, 6.6  # pixels, in a table
 PADDING, CODE_PADDING = 20.5, 6.5
 
@@ -20,7 +21,7 @@ class Html(HTMLParser):
 
     Attributes:
         links: targets within the site.
-        code: lines of blocks of code, without those that the style sheet wraps.
+        code: language and text of each line of code.
         tables: heads of each table, and its smallest width in pixels.
     """
 
@@ -29,10 +30,10 @@ class Html(HTMLParser):
         self.path, self.text = path, path.read_text(encoding="utf-8")
         self.ids: set[str] = set()
         self.links: list[str] = []
-        self.code: list[str] = []
+        self.code: list[tuple[str, str]] = []
         self.tables: list[tuple[str, float]] = []
         self._block: str | None = None  # text of the block of code that is being read
-        self._wrapped = False
+        self._language = ""
         self._columns: list[float] = []
         self._heads, self._column, self._row = "", -1, False
         self._inline = 0
@@ -45,7 +46,7 @@ class Html(HTMLParser):
             if key in known and not known[key].startswith(("http", "data:", "mailto:", "javascript:")):
                 self.links.append(known[key])
         if tag == "div" and "highlight" in known.get("class", ""):
-            self._wrapped = "language-diff" in known["class"]
+            self._language = known["class"].split()[0].removeprefix("language-")
         elif tag == "pre":
             self._block = ""
         elif tag == "table":
@@ -61,7 +62,7 @@ class Html(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "pre" and self._block is not None:
-            self.code += [] if self._wrapped else self._block.split("\n")
+            self.code += [(self._language, line) for line in self._block.split("\n")]
             self._block = None
         elif tag == "table":
             self.tables.append((self._heads, sum(self._columns)))

@@ -39,7 +39,7 @@ def test_running_a_notebook_stores_text_and_figures(tmp_path: Path) -> None:
     path.write_text(json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
     notebooks.run(path)
     page = notebooks.markdown(path)
-    assert "```text\none\n```" in page
+    assert "```console\none\n```" in page
     assert "](data:image/png;base64,iVBOR" in page
 
 
