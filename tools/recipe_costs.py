@@ -1,9 +1,9 @@
 """The memory and the arithmetic of the recipes for SD3.5-Medium, counted without a GPU: python -m tools.recipe_costs
 
-The transformer is built on PyTorch's meta device, which knows shapes and holds no numbers. The command counts the FLOP of
-a forward pass and the bytes of the tensors that the forward pass of a training step saves for its backward pass, all in
-bfloat16 and with the adapters of the preset. Autocast keeps some of them in float32, so a run needs more. No time is
-measured here.
+The transformer is built on PyTorch's meta device, which knows shapes and holds no numbers. The command counts the FLOP
+of a forward pass, and the bytes of the tensors that the forward pass of a training step saves for its backward pass,
+all in bfloat16 and with the adapters of the preset. Autocast keeps some of them in float32, so a run needs more. No
+time is measured here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BATCH = 12
 
 
 def transformer(side: int, *, checkpointing: bool = False) -> Any:
-    """The transformer of SD3.5-Medium with the adapters of the presets, for images of side × side pixels."""
+    """The transformer of SD3.5-Medium with the adapters of the presets, for images of side x side pixels."""
     from peft import LoraConfig
 
     meta = torch.device("meta")
@@ -104,7 +104,7 @@ def main() -> None:
         ]
     adapters = sum(p.numel() for p in plain.parameters() if p.requires_grad)
     weights = sum(p.numel() for p in plain.parameters()) - adapters
-    print(f"transformer: {weights / 1e9:.2f} billion parameters; adapters of rank {RANK}: {adapters / 1e6:.1f} million\n")
+    print(f"transformer: {weights / 1e9:.2f} billion parameters; adapters: {adapters / 1e6:.1f} million\n")
     heads = [
         "TFLOP of a row",
         "GiB saved, 1 sample",

@@ -106,7 +106,7 @@ def _panel(axis: Axes, case: dict[str, Any]) -> None:
             label.set_color(OURS)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_xlim(0, 1.75 * end)  # the numbers are beside the bars
-    axis.set_xticks([tick for tick in range(int(end) + 1)])
+    axis.set_xticks(list(range(int(end) + 1)))
     axis.set_xlabel(f"time / time of: {case['times'][case['reference']]['label']}", fontsize=10, loc="left")
     axis.set_title(textwrap.fill(case["title"], 44), fontsize=11, fontweight="bold", loc="left")
     axis.spines[["top", "right"]].set_visible(False)

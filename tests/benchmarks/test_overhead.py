@@ -134,7 +134,7 @@ def test_the_summary_of_an_idle_machine_says_so() -> None:
 
 @pytest.fixture
 def stubs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replaces measurements by committed results and the plots by a file. Parts in the returned list are interrupted."""
+    """Replaces measurements by committed results and plots by a file. Parts in the returned list are interrupted."""
     committed = json.loads(next(path for path in RESULTS if "amd" in path.name).read_text())["parts"]
     interrupted: list[str] = []
 

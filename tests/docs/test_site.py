@@ -70,11 +70,11 @@ def test_every_link_of_the_site_has_a_target(site: dict[str, Html]) -> None:
 @pytest.mark.exhaustive
 def test_code_and_tables_fit_into_the_column_of_a_window_of_1400_pixels(site: dict[str, Html]) -> None:
     wide = []
-    for name, page in site.items():
+    for path, page in site.items():
         for language, line in page.code:
             if language != "diff" and len(line) > (TEXT_CHARACTERS if language == "text" else CODE_CHARACTERS):
-                wide.append(f"{name}: {line}")
-        wide += [f"{name}: {heads}" for heads, width in page.tables if width > COLUMN]
+                wide.append(f"{path}: {line}")
+        wide += [f"{path}: {heads}" for heads, width in page.tables if width > COLUMN]
     assert not wide
 
 

@@ -31,7 +31,9 @@ reinforcement learning of text-to-image flow models without a large model or a G
 from diffusers import StableDiffusion3Pipeline
 
 pipeline = StableDiffusion3Pipeline.from_pretrained(
-    "small-sd3", text_encoder_3=None, tokenizer_3=None
+    "small-sd3",
+    text_encoder_3=None,
+    tokenizer_3=None,
 )
 pipeline(
     "a red circle left of a blue square",
