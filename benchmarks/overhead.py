@@ -11,7 +11,7 @@ The benchmark runs on a GPU if there is one, otherwise on the CPU. It has these 
   end-to-end  a rollout-and-update step of STAR, against the same step of plain Flow-GRPO
   epoch       an epoch of star-train with and without STAR, rewards included
 
-It prints a table for each part and a summary at the end, and writes JSON and a plot to runs/overhead. A run takes
+It prints a table for each part and a summary at the end, and writes JSON and plots to runs/overhead. A run takes
 less than four minutes on two cores, or 14 minutes with --thorough. Ctrl-C stops the run and keeps its results so far.
 """
 
@@ -127,18 +127,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def finish(result: dict[str, Any], path: Path, options: argparse.Namespace) -> int:
-    """Writes the results and the plot, prints the summary, and returns the exit status."""
+    """Writes the results and the plots, prints the summary, and returns the exit status."""
     status = 0 if result["complete"] else INTERRUPTED
     if not result["parts"]:
         print("no part was measured; no file was written")
         return status
     tables.write_json(path, result)
-    plot.draw(path.with_suffix(".png"), result)
+    pictures = plot.draw(path.with_suffix(".png"), result)
     print(f"\n{summary.text(result)}")
     if options.check:
         status = check(evaluate(result["parts"], result["environment"]["device"])) or status
     partial = "" if result["complete"] else "the parts measured before the interruption to "
-    print(f"{result['seconds']:.0f} s; wrote {partial}{os.path.relpath(path)} and .png")
+    print(f"{result['seconds']:.0f} s; wrote {partial}{os.path.relpath(path)} and {len(pictures)} plots")
     return status
 
 

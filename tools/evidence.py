@@ -1,4 +1,4 @@
-"""Writes measured figures into README, docs and studies/results/README.md: python -m tools.evidence [--check]
+"""Writes measured figures into README, docs and the pages of studies/results: python -m tools.evidence [--check]
 
 Each block between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is generated from the JSON files in
 benchmarks/results and studies/results by the function that BLOCKS has for NAME. ``--check`` does not write; it exits
@@ -85,16 +85,22 @@ def steps() -> str:
 
 
 def gpu_attention() -> str:
-    """Attention with maps on a GPU, and the overhead of the maps in our kernel."""
-    columns = {"sdpa_flash": "flash without maps", "ours": "ours, with maps", **OTHER_WAYS}
-    rows = {}
+    """Attention with maps on a GPU, and the overhead of the maps: our ways, then other ways to compute the maps."""
+    ours, others = {}, {}
     for case in _cases("attention", GPU):
-        cells = [_relative(case, name) if name in case["relative"] else "" for name in columns]
-        rows[f"{case['name']}, batch {case['batch']}, {case['dtype']}"] = [
-            f"{1e3 * case['times']['sdpa']['median']:.2f} ms", *cells, _three(case["ratios"]["overhead"]["median"])
-        ]  # fmt: skip
-    heads = ["PyTorch's SDPA", *columns.values(), "ours with maps / without"]
-    return markdown_table("relative to PyTorch's SDPA without maps (cuDNN in bfloat16)", heads, rows)
+        name = f"{case['name']}, batch {case['batch']}, {case['dtype']}"
+        flash = _relative(case, "sdpa_flash") if "sdpa_flash" in case["relative"] else ""
+        ours[name] = [
+            f"{1e3 * case['times']['sdpa']['median']:.2f} ms",
+            flash,
+            _relative(case, "ours"),
+            _three(case["ratios"]["overhead"]["median"]),
+        ]
+        others[name] = [_relative(case, other) for other in ("ours", *OTHER_WAYS)]
+    title = "relative to PyTorch's SDPA without maps (cuDNN in bfloat16)"
+    heads = ["PyTorch's SDPA", "flash without maps", "ours, with maps", "ours with maps / without"]
+    ways = ["ours", *OTHER_WAYS.values()]
+    return "\n\n".join([markdown_table(title, heads, ours), markdown_table("ways to compute maps", ways, others)])
 
 
 def gpu_steps() -> str:
@@ -171,7 +177,7 @@ def pages() -> Iterator[Path]:
     """The pages that may have generated blocks."""
     yield ROOT / "README.md"
     yield from sorted((ROOT / "docs").glob("*.md"))
-    yield tables.RESULTS / "README.md"
+    yield from sorted(tables.RESULTS.glob("*.md"))
 
 
 def render(text: str) -> str:

@@ -277,7 +277,8 @@ def weighted_nft_loss(
     The implicit policies are ``v+ = v_old + beta (v - v_old)`` and ``v- = v_old - beta (v - v_old)``. With the weights
     W (mean one) and ``r = (clip(A / advantage_clip, -1, 1) + 1) / 2``:
 
-        loss = advantage_clip / beta * mean_b [ r E(v+) + (1 - r) E(v-) ],   E(u) = mean_p W_p mean_c (u - target)^2
+        loss = advantage_clip / beta * mean_b [ r E(v+) + (1 - r) E(v-) ]
+        E(u) = mean_p W_p mean_c (u - target)^2
 
     With ``adaptive``, as in the paper's experiments, E is the error of the image, ``x0 = x - sigma u``, divided by its
     own mean absolute error (over all positions, without gradient, at least 1e-5). Only ``model_output`` receives a

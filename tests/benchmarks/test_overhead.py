@@ -134,7 +134,7 @@ def test_the_summary_of_an_idle_machine_says_so() -> None:
 
 @pytest.fixture
 def stubs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replaces measurements by committed results and the plot by a file. Parts in the returned list are interrupted."""
+    """Replaces measurements by committed results and plots by a file. Parts in the returned list are interrupted."""
     committed = json.loads(next(path for path in RESULTS if "amd" in path.name).read_text())["parts"]
     interrupted: list[str] = []
 
@@ -145,7 +145,7 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(overhead, "measure", measure)
     monkeypatch.setattr(overhead, "ON_CPU", ("attention", "policy", "end-to-end"))
-    monkeypatch.setattr(plot, "draw", lambda path, result: path.write_text("a plot"))
+    monkeypatch.setattr(plot, "draw", lambda path, result: [path] if path.write_text("a plot") else [])
     return interrupted
 
 

@@ -30,9 +30,16 @@ reinforcement learning of text-to-image flow models without a large model or a G
 ```python
 from diffusers import StableDiffusion3Pipeline
 
-pipeline = StableDiffusion3Pipeline.from_pretrained("small-sd3", text_encoder_3=None, tokenizer_3=None)
+pipeline = StableDiffusion3Pipeline.from_pretrained(
+    "small-sd3",
+    text_encoder_3=None,
+    tokenizer_3=None,
+)
 pipeline(
-    "a red circle left of a blue square", num_inference_steps={recipe["sampling_steps"]}, guidance_scale={recipe["guidance"]}, max_sequence_length=1
+    "a red circle left of a blue square",
+    num_inference_steps={recipe["sampling_steps"]},
+    guidance_scale={recipe["guidance"]},
+    max_sequence_length=1,
 ).images[0]
 ```
 
