@@ -64,15 +64,15 @@ def attention_with_maps(
     """
     row = None if backend is None else BACKENDS.get(backend, Backend(backend, None, mask="unknown"))
     call = Call(*args, **kwargs) if row is None else _of_backend(name, row, kwargs)
-    _check(name, forward_pass, call)
-    batch, heads, queries, keys = call.shape
-    if call.key.shape[1] != heads and (call.enable_gqa or row is not None):
+    shape = batch, heads, queries, keys = call.shape
+    _check(name, forward_pass, call, shape)
+    if (call.enable_gqa or row is not None) and call.key.shape[1] != heads:
         repeats = heads // call.key.shape[1]
         key, value = (t.repeat_interleave(repeats, dim=1) for t in (call.key, call.value))
         call = call._replace(key=key, value=value)
     mask = call.attn_mask
     if mask is not None:
-        mask = masks.expanded(name, mask, call.shape)
+        mask = masks.expanded(name, mask, shape)
     by_query = mask is not None and mask.shape[2] > 1
     key_mask = None if mask is None or by_query else masks.key_mask(name, mask, batch, keys)
     if output == "ours" or (output == "auto" and row is None and not by_query):
@@ -127,24 +127,23 @@ def _of_backend(name: str, row: Backend, kwargs: dict[str, Any]) -> Call:
     return call._replace(attn_mask=masks.of_backend(name, row, kwargs.get("attn_mask"), call.shape))
 
 
-def _check(name: str, forward_pass: ForwardPass, call: Call) -> None:
+def _check(name: str, forward_pass: ForwardPass, call: Call, shape: tuple[int, int, int, int]) -> None:
     if call.dropout_p or call.is_causal:
         raise ValueError(
             f"{name} calls attention with dropout_p={call.dropout_p}, is_causal={call.is_causal}: maps need "
             "dropout_p=0 and is_causal=False"
         )
-    batch = forward_pass.selection.batch
-    if call.query.shape[0] != batch:
+    batch, _, queries, keys = shape
+    expected, rows = forward_pass.selection.batch, forward_pass.rows
+    if batch != expected:
         raise ValueError(
-            f"the transformer must be called with a batch of {batch}{forward_pass.expected}, got {call.query.shape[0]}"
+            f"the transformer must be called with a batch of {expected}{forward_pass.expected}, got {batch}"
         )
-    rows = forward_pass.rows
-    if rows is not None and sum(rows) > call.query.shape[2]:
+    if rows is not None and rows[0] + rows[1] > queries:
         raise ValueError(
-            f"{name} has {call.query.shape[2]} queries, which do not include the image rows {rows[0]} to "
+            f"{name} has {queries} queries, which do not include the image rows {rows[0]} to "
             f"{sum(rows) - 1}: choose other rows, or leave the module out of blocks"
         )
-    queries, keys = call.shape[2:]
     if forward_pass.keys is None and queries == keys and (rows is None or rows == (0, queries)):
         raise ValueError(
             f"{name} attends from {queries} image positions to as many keys, as in self-attention of the image: leave "

@@ -83,7 +83,8 @@ def _of_flex(name: str, mask: Any, shape: tuple[int, int, int, int]) -> Tensor:
     from torch.nn.attention.flex_attention import create_mask
 
     blocks = mask.kv_num_blocks  # [1 or B, 1 or H, ...]: a dimension of 1 does not matter to the mask
-    return expanded(name, create_mask(mask.mask_mod, *blocks.shape[:2], *shape[2:], blocks.device), shape)
+    found = create_mask(mask.mask_mod, blocks.shape[0], blocks.shape[1], shape[2], shape[3], blocks.device)
+    return expanded(name, found, shape)
 
 
 def _true_or_false(name: str, mask: Tensor) -> Tensor:
