@@ -129,6 +129,44 @@ def attention(
     return AttentionOutput(out.transpose(1, 2) if axis == 1 else out, maps, lse if return_lse else None)
 
 
+@overload
+def attention_maps(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    selection: TokenSelection,
+    *,
+    direction: str = "image_to_text",
+    rows: slice | tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    layout: str = "bhsd",
+    reduce_heads: bool = True,
+    backend: str = "auto",
+    statistics: tuple[()] = (),
+) -> Tensor: ...
+
+
+@overload
+def attention_maps(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    selection: TokenSelection,
+    *,
+    direction: str = "image_to_text",
+    rows: slice | tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    layout: str = "bhsd",
+    reduce_heads: bool = True,
+    backend: str = "auto",
+    statistics: Sequence[str],
+) -> AttentionStatistics: ...
+
+
 def attention_maps(
     query: Tensor,
     key: Tensor,

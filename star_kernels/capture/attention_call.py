@@ -16,7 +16,7 @@ from star_kernels.attention import attention, attention_maps
 from star_kernels.capture import masks
 from star_kernels.capture.averages import keeps_heads
 from star_kernels.capture.backends import BACKENDS, Backend, unusual
-from star_kernels.capture.masked_maps import masked_maps
+from star_kernels.capture.biased_maps import biased_maps
 from star_kernels.capture.passes import ForwardPass
 from star_kernels.capture.transforms import backend_for
 from star_kernels.checks import warn
@@ -64,7 +64,7 @@ def attention_with_maps(
     """
     row = None if backend is None else BACKENDS.get(backend, Backend(backend, None, mask="unknown"))
     call = Call(*args, **kwargs) if row is None else _of_backend(name, row, kwargs)
-    shape = batch, heads, queries, keys = call.shape
+    shape = batch, heads, _, keys = call.shape
     _check(name, forward_pass, call, shape)
     if (call.enable_gqa or row is not None) and call.key.shape[1] != heads:
         repeats = heads // call.key.shape[1]
@@ -85,17 +85,8 @@ def attention_with_maps(
         return (out if row is None else out.transpose(1, 2)), maps
     if mask is not None and by_query:
         out = function(*args, **kwargs)
-        rows = forward_pass.rows or (0, queries)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
-            return out, masked_maps(
-                call.query,
-                call.key,
-                masks.query_mask(name, mask, rows),
-                forward_pass.selection,
-                rows=rows,
-                scale=call.scale,
-                reduce_heads=not keeps_heads(forward_pass, call.query),
-            )
+            return out, _maps_by_query(name, forward_pass, call, mask)
     out, lse = _with_lse(row, detach, function, args, kwargs)
     if lse is None:
         _warn_of_second_pass("F.scaled_dot_product_attention" if row is None else row.name)
@@ -114,6 +105,26 @@ def attention_with_maps(
             reduce_heads=not keeps_heads(forward_pass, call.query),
             backend=backend_for(name, call.query, call.key),
         )
+
+
+def _maps_by_query(name: str, forward_pass: ForwardPass, call: Call, mask: Tensor) -> Tensor:
+    selection, rows, query, key = forward_pass.selection, forward_pass.rows, call.query, call.key
+    reduce_heads = not keeps_heads(forward_pass, query)
+    if mask.dtype != torch.bool:  # any values, which would have to be read to know whether a bool mask has the meaning
+        return biased_maps(
+            query, key, mask, selection, rows=rows or (0, query.shape[2]), scale=call.scale, reduce_heads=reduce_heads
+        )
+    return attention_maps(
+        query,
+        key,
+        None,
+        selection,
+        rows=rows,
+        attn_mask=mask,
+        scale=call.scale,
+        reduce_heads=reduce_heads,
+        backend=backend_for(name, query, key),
+    )
 
 
 def _of_backend(name: str, row: Backend, kwargs: dict[str, Any]) -> Call:

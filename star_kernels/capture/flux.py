@@ -3,7 +3,7 @@ single-stream blocks.
 
 In FLUX.3 only the single-stream blocks are joint and captured, and reference images are an argument of their own.
 Guidance runs separate forward passes: set ``enabled = False`` on the capture for the unconditional one. The mask of
-Chroma's pipelines differs by query, which is an error.
+Chroma's pipelines differs by query, so their own attention computes the output.
 
 Block indices count double-stream blocks first, then single-stream blocks. The rotary embedding is applied to queries
 and keys before the attention call. The latent is a sequence, so its grid is derived from the values of ``img_ids`` when
@@ -21,6 +21,7 @@ models: their default is all blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +38,13 @@ def image(model: Any, arguments: dict[str, Any]) -> ImageTokens:
     text, tokens = arguments["encoder_hidden_states"].shape[1], arguments["hidden_states"].shape[1]
     grid = grid_of_ids(arguments["img_ids"])
     return ImageTokens((text, tokens), grid, text=(0, text), keys=text + tokens)
+
+
+def image_with_references(model: Any, arguments: dict[str, Any]) -> ImageTokens:
+    """FLUX.3: reference images follow, in an argument of their own."""
+    found, references = image(model, arguments), arguments.get("image_cond_hidden_states")
+    keys = None if found.keys is None else found.keys + (0 if references is None else references.shape[1])
+    return replace(found, keys=keys)
 
 
 def joint_attentions(model: Any) -> list[Any]:
@@ -83,7 +91,7 @@ _PROCESSORS = ("FluxAttnProcessor", "FusedFluxAttnProcessor2_0", "FluxIPAdapterA
 FLUX = Family(attentions, image, processors=_PROCESSORS, default_blocks=default_blocks, call=0)
 _PROCESSORS_2 = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
 FLUX2 = Family(attentions, image, processors=_PROCESSORS_2)
-FLUX3 = Family(joint_attentions, image, processors=("Flux3AttnProcessor",))
+FLUX3 = Family(joint_attentions, image_with_references, processors=("Flux3AttnProcessor",))
 CHROMA = Family(attentions, image, processors=("FluxAttnProcessor",))
 OVIS = Family(attentions, image, processors=("OvisImageAttnProcessor",))
 LONGCAT = Family(attentions, image, processors=("LongCatImageAttnProcessor",))

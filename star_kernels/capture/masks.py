@@ -20,11 +20,6 @@ def key_mask(name: str, mask: Tensor, batch: int, keys: int) -> Tensor:
     return _true_or_false(name, shared).expand(batch, keys)
 
 
-def query_mask(name: str, mask: Tensor, rows: tuple[int, int]) -> Tensor:
-    """The rows of a mask [B, 1 or H, Sq, Sk], as bool."""
-    return _true_or_false(name, mask[:, :, rows[0] : sum(rows)])
-
-
 def expanded(name: str, mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """A mask with the meaning that it has for ``F.scaled_dot_product_attention``, as [1 or B, 1 or H, 1 or Sq, Sk].
 

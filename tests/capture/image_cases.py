@@ -18,6 +18,7 @@ from tiny_image_models import (
     aura_flow_inputs,
     chroma,
     chroma_inputs,
+    chroma_inputs_of_pipeline,
     flux3,
     flux3_inputs,
     hidream,
@@ -161,12 +162,12 @@ IMAGE_CASES = {
     ),
     "Chroma": ImageCase(
         chroma,
-        chroma_inputs,
+        chroma_inputs_of_pipeline,
         0,
         _after_text,
         _joint(),
-        order="text, image; no mask",
-        pipelines="`ChromaPipeline`, Img2Img, Inpaint: their mask is an error",
+        order="text, image",
+        pipelines="`ChromaPipeline`, Img2Img, Inpaint",
     ),
     "Ovis-Image": ImageCase(
         ovis, chroma_inputs, 0, _after_text, _joint(), order="text, image", pipelines="`OvisImagePipeline`"

@@ -126,7 +126,7 @@ BY_QUERY = {
 @pytest.mark.parametrize("chunk", [64 << 20, 1])
 @pytest.mark.parametrize("mask", BY_QUERY.values(), ids=BY_QUERY)
 def test_a_mask_of_each_query_leaves_the_output_to_the_model(mask, chunk, selection, monkeypatch):
-    monkeypatch.setattr("star_kernels.capture.masked_maps.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("star_kernels.capture.biased_maps.CHUNK_BYTES", chunk)
     model, mask = Model(), mask()
     leaves = model.attention.qkv = [t.requires_grad_() for t in model.attention.qkv]
     expected = model(attn_mask=mask)

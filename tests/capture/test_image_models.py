@@ -122,14 +122,12 @@ def test_positions_that_are_not_text_are_an_error(name):
     model, inputs = case.model(), case.inputs(case.lengths)
     longest = max(case.lengths)
     length = {"Z-Image": 64, "HunyuanImage 2.1": longest + GLYPHS, "HiDream-I1": 3 * longest}.get(name, longest)
-    for position in {case.text + length, max(0, case.text - 1)} - {case.text}:
-        selection = TokenSelection.from_positions([[position], [case.text]])
-        with (
-            pytest.raises(ValueError, match=r"selection\.index must be positions of text"),
-            capture_maps(model, selection),
-        ):
-            model(**inputs)
-    with capture_maps(model, TokenSelection.from_positions([[case.text + length - 1], [case.text]])):
+    with (
+        pytest.raises(ValueError, match=r"selection\.index must be positions of the text"),
+        capture_maps(model, TokenSelection.from_positions([[length], [0]])),
+    ):
+        model(**inputs)
+    with capture_maps(model, TokenSelection.from_positions([[length - 1], [0]])):
         model(**inputs)
 
 
@@ -154,10 +152,6 @@ def test_rows_by_sample_refuse_what_would_be_another_samples_map():
         model(**same)
     reference = expected(model, same, case, (LONG, LONG), case.selection())
     torch.testing.assert_close(chosen.value, reference, rtol=0, atol=1e-6)
-    with capture_maps(model, case.selection(), grid=(2, COLUMNS)) as part:
-        model(**inputs)
-    reference = expected(model, inputs, case, case.lengths, case.selection())
-    torch.testing.assert_close(part.value, reference[:, :, :2], rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
@@ -181,10 +175,9 @@ def test_the_text_of_hidream_follows_a_square_image_directly():
         ("Z-Image", {"x": [[torch.zeros(4, 1, 12, 20)]] * 2}, r"several images for each sample \(omni\) are not"),
         ("HunyuanImage 2.1", {"hidden_states": torch.zeros(2, 4, 1, 12, 20)}, r"must be \[B, C, height, width\]"),
         ("HiDream-I1", {"hidden_states": torch.zeros(2, 60, 16)}, r"must be \[B, C, height, width\] while maps"),
-        ("Chroma", {"attention_mask": torch.ones(2, LONG + IMAGE, dtype=torch.bool)}, "calls attention with a mask of"),
     ],
 )
-def test_passes_without_one_grid_or_key_mask_are_an_error(name, changed, message):
+def test_passes_without_one_grid_are_an_error(name, changed, message):
     case = IMAGE_CASES[name]
     model, inputs = case.model(), {**case.inputs(case.lengths), **changed}
     with pytest.raises(ValueError, match=message), capture_maps(model, case.selection()):

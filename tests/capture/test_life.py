@@ -119,14 +119,13 @@ def test_an_image_prompt_adapter_loaded_during_a_capture_is_named():
 
     case = CASES["sd"]
     model, inputs = case.make()
-    with capture_maps(model, case.selection):
+    with capture_maps(model, case.selection) as maps:
         attention = model.mid_block.attentions[0].transformer_blocks[0].attn2
         attention.set_processor(IPAdapterAttnProcessor2_0(hidden_size=32, cross_attention_dim=32))
         inputs["encoder_hidden_states"] = torch.randn(2, 11, 32)  # four of them of the image
         with pytest.raises(RuntimeError, match=r"mid_block.*attn2: .* replaced during the capture by a IPAdapter"):
             model(**inputs)
-    with pytest.raises(TypeError, match=r"attn2 must have an attention processor .*, got IPAdapterAttnProcessor2_0"):
-        attach_maps(model, case.selection)
+    del maps
 
 
 def offload_accelerate(model):

@@ -9,7 +9,7 @@ from reference_maps import attention_calls, expected_maps, map_of
 from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, TEXT
 
 from star_kernels import TokenSelection
-from star_kernels.capture import attach_maps, capture_maps, guidance
+from star_kernels.capture import attach_maps, capture_maps
 from star_kernels.prompts import TextRegion, select_tokens
 
 
@@ -54,8 +54,8 @@ def test_one_selection_is_for_images_of_every_size(doubled, monkeypatch):
     """The text of SD3 starts at another key for each size; the positions of keys are computed once for each start."""
     model, inputs = CASES["sd3"].make()
     selection, _ = select_tokens(["a b c", "c b a"], [TextRegion("words", Words(), TEXT)], source=["c"])
-    made, original = [], guidance._for_batch
-    monkeypatch.setattr(guidance, "_for_batch", lambda *given: made.append(given[1:]) or original(*given))
+    made, original = [], TokenSelection.shift
+    monkeypatch.setattr(TokenSelection, "shift", lambda *given: made.append(given[1]) or original(*given))
     handle = attach_maps(model, selection)
     for rows in (ROWS, 4, ROWS, 4):
         own = {**inputs, "hidden_states": inputs["hidden_states"][:, :, : 2 * rows]}
@@ -69,8 +69,7 @@ def test_one_selection_is_for_images_of_every_size(doubled, monkeypatch):
         expected = torch.stack([map_of(call, keys, (0, image)) for call in calls]).mean(dim=0)
         torch.testing.assert_close(found, expected.unflatten(-1, (rows, COLUMNS)), rtol=0, atol=1e-5)
     handle.remove()
-    half = "last" if doubled else None
-    assert made == [(half, IMAGE), (half, 4 * COLUMNS)]
+    assert made == [IMAGE, 4 * COLUMNS]
 
 
 def test_a_selection_first_used_in_inference_mode_can_be_trained_with():

@@ -12,7 +12,6 @@ from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, TEXT, Case
 
 from star_kernels import TokenSelection
 from star_kernels.capture import Family, ImageTokens, capture_maps, register_family
-from star_kernels.capture.family import FAMILIES
 
 GRID = {"grid": (ROWS, COLUMNS)}
 
@@ -21,8 +20,8 @@ def make(name):
     return Case(getattr(tiny_calls, name), getattr(tiny_calls, f"{name}_inputs"), (0, 0), 0).make()
 
 
-def tokens(start=0):
-    return TokenSelection.from_positions([[[0], [1, 2]], [[3], []]]).shift(start)
+def tokens():
+    return TokenSelection.from_positions([[[0], [1, 2]], [[3], []]])
 
 
 def expected(model, inputs, selection, chosen, rows=(0, IMAGE)):
@@ -40,12 +39,17 @@ def check(model, inputs, selection, reference, **options):
     torch.testing.assert_close(maps.value, reference, rtol=0, atol=1e-6)
 
 
-CROSS = {"rows": (0, IMAGE), "blocks": [1, 3], **GRID}  # attn2 of both blocks of Wan
+@pytest.fixture
+def without_adapters(monkeypatch):
+    monkeypatch.setattr("star_kernels.capture.family.FAMILIES", {})
+
+
+CROSS = {"rows": (0, IMAGE), "blocks": [1, 3], **GRID}  # attn2 of both blocks of Wan, without its adapter
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("which", [{"call": 1}, {"keys": tiny_calls.CONTEXT}, {"call": 1, "keys": tiny_calls.CONTEXT}])
-def test_wan_with_an_image(which):
+def test_wan_with_an_image(which, without_adapters):
     model, inputs = make("wan")
     reference = expected(model, inputs, tokens(), lambda i, keys: keys == tiny_calls.CONTEXT)
     check(model, inputs, tokens(), reference, **CROSS, **which)
@@ -68,16 +72,14 @@ def test_wan_with_an_image(which):
         ({"keys": True}, "keys must be an integer of at least 1, got True"),
     ],
 )
-def test_the_wrong_call_is_an_error(options, message):
+def test_the_wrong_call_is_an_error(options, message, without_adapters):
     model, inputs = make("wan")
     with pytest.raises(ValueError, match=message), capture_maps(model, tokens(), cfg=None, **{**CROSS, **options}):
         model(**inputs)
 
 
 @torch.no_grad()
-def test_an_adapter_decides_by_the_attention_module(monkeypatch):
-    monkeypatch.setattr("star_kernels.capture.family.FAMILIES", dict(FAMILIES))
-
+def test_an_adapter_decides_by_the_attention_module(without_adapters):
     def image(model, arguments):
         return ImageTokens((0, IMAGE), (ROWS, COLUMNS), text=(0, tiny_calls.CONTEXT))
 
@@ -87,14 +89,11 @@ def test_an_adapter_decides_by_the_attention_module(monkeypatch):
         call=lambda attention: int(attention.add_k_proj is not None),
     )
     register_family("WanTransformer3DModel", family)
-    try:
-        for with_image in (True, False):
-            torch.manual_seed(0)
-            model, inputs = tiny_calls.wan(with_image).eval(), tiny_calls.wan_inputs(with_image)
-            reference = expected(model, inputs, tokens(), lambda i, keys: keys == tiny_calls.CONTEXT)
-            check(model, inputs, tokens(), reference)
-    finally:
-        FAMILIES.pop("WanTransformer3DModel", None)
+    for with_image in (True, False):
+        torch.manual_seed(0)
+        model, inputs = tiny_calls.wan(with_image).eval(), tiny_calls.wan_inputs(with_image)
+        reference = expected(model, inputs, tokens(), lambda i, keys: keys == tiny_calls.CONTEXT)
+        check(model, inputs, tokens(), reference)
 
 
 @torch.no_grad()
@@ -136,15 +135,15 @@ def test_the_second_attention_of_sd35_is_not_captured():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "start", "rows", "second"),
+    ("name", "text", "rows", "second"),
     [("sd3_with_image_prompt", IMAGE, (0, IMAGE), (1, 3, 5)), ("flux_with_image_prompt", 0, (TEXT, IMAGE), (1,))],
 )
-def test_image_prompts_come_after_the_text(name, start, rows, second):
+def test_image_prompts_come_after_the_text(name, text, rows, second):
     """With as many keys as the call with the text."""
     model, inputs = make(name)
     assert {key.shape[2] for _, key, _ in attention_calls(model, inputs)} == {TEXT + IMAGE}
-    reference = expected(model, inputs, tokens(start), lambda i, keys: i not in second, rows)
-    check(model, inputs, tokens(start), reference)
+    reference = expected(model, inputs, tokens().shift(text), lambda i, keys: i not in second, rows)
+    check(model, inputs, tokens(), reference)
 
 
 @torch.no_grad()
@@ -159,7 +158,7 @@ def test_a_processor_of_parameters_is_restored():
     model, inputs = make("sd3_with_image_prompt")
     before = [block.attn.processor for block in model.transformer_blocks]
     names = set(model.state_dict())
-    with capture_maps(model, tokens(IMAGE), cfg=None):
+    with capture_maps(model, tokens(), cfg=None):
         assert set(model.state_dict()) == names
         model(**inputs)
     assert all(a is b.attn.processor for a, b in zip(before, model.transformer_blocks, strict=True))

@@ -230,6 +230,12 @@ def chroma_inputs(lengths: Lengths) -> dict[str, Any]:
     }
 
 
+def chroma_inputs_of_pipeline(lengths: Lengths) -> dict[str, Any]:
+    """With the mask as its pipelines make it: of floats, which the attention adds to the scores."""
+    mask = torch.cat([_mask(lengths), torch.ones(len(lengths), IMAGE)], dim=1).float()
+    return {**chroma_inputs(lengths), "attention_mask": mask}
+
+
 def ovis() -> nn.Module:
     return diffusers.OvisImageTransformer2DModel(
         in_channels=4,

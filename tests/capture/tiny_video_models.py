@@ -129,3 +129,4 @@ HUNYUAN_VIDEO15 = Case(
     grid=GRID,
 )  # fmt: skip
 WAN_I2V = Case(wan_i2v, wan_i2v_inputs, (0, VIDEO), 0, keys=TEXT_OF_I2V, grid=GRID)
+VIDEO_CASES |= {"hunyuan-video-1.5": HUNYUAN_VIDEO15, "wan-i2v": WAN_I2V}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import string
 from functools import cache
@@ -56,9 +57,16 @@ def t5_tokenizer() -> Any:
     return result
 
 
-@cache
 def qwen_tokenizer(padding_side: str = "right") -> Any:
-    """Byte-level BPE whose tokens include the space before a word; special tokens come from the chat template only."""
+    """Byte-level BPE whose tokens include the space before a word; special tokens come from the chat template only.
+
+    A tokenizer of its own for each call, because some pipelines set the padding side.
+    """
+    return copy.deepcopy(_qwen_tokenizer(padding_side))
+
+
+@cache
+def _qwen_tokenizer(padding_side: str) -> Any:
     kind = Qwen2TokenizerFast().backend_tokenizer
     merges = _bpe_merges(kind.normalizer, kind.pre_tokenizer)
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges), END, *CHAT_ENDS]

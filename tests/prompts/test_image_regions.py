@@ -329,7 +329,7 @@ def test_sana_without_an_instruction_keeps_its_first_token() -> None:
 
 def test_a_prompt_that_is_longer_in_lower_case_is_an_error() -> None:
     pipeline, _ = FAMILIES["Sana, no special tokens"]()
-    with pytest.raises(ValueError, match="prompt must not change its length in lower case"):
+    with pytest.raises(ValueError, match="prompt must not contain text that the pipeline rewrites"):
         select_tokens(["\u0130stanbul"], regions_of(pipeline), source=["\u0130stanbul"])
 
 

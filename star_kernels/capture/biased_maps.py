@@ -1,4 +1,4 @@
-"""Maps of attention with a mask that differs by query, in plain PyTorch."""
+"""Maps of attention with a bias that differs by query, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from star_kernels.selection import EMPTY, TokenSelection
 CHUNK_BYTES = 64 << 20  # of the scores that are held at once
 
 
-def masked_maps(
+def biased_maps(
     query: Tensor,
     key: Tensor,
-    mask: Tensor,
+    bias: Tensor,
     selection: TokenSelection,
     *,
     rows: tuple[int, int],
     scale: float | None = None,
     reduce_heads: bool = True,
 ) -> Tensor:
-    """The maps of :func:`star_kernels.attention` with a mask [1 or B, 1 or H, R, Sk] of the rows, true to attend.
+    """The maps of :func:`star_kernels.attention` with a bias [1 or B, 1 or H, Sq, Sk], which is added to the scores.
 
     Rows are computed in chunks, and again for the gradient, so that no [Sq, Sk] matrix is materialised. A row without
     any key has maps of 0.
@@ -37,7 +37,8 @@ def masked_maps(
         parts = []
         for first in range(0, rows[1], step):
             last = min(first + step, rows[1])
-            part = query[:, :, rows[0] + first : rows[0] + last], key, mask[:, :, first:last], selection
+            own = slice(rows[0] + first, rows[0] + last)
+            part = query[:, :, own], key, bias[:, :, own], selection
             if torch.is_grad_enabled() and last - first < rows[1]:
                 parts.append(checkpoint(_chunk, *part, scale, reduce_heads, use_reentrant=False))
             else:
@@ -46,10 +47,10 @@ def masked_maps(
 
 
 def _chunk(
-    query: Tensor, key: Tensor, mask: Tensor, selection: TokenSelection, scale: float, reduce_heads: bool
+    query: Tensor, key: Tensor, bias: Tensor, selection: TokenSelection, scale: float, reduce_heads: bool
 ) -> Tensor:
     scores = torch.matmul(query.to(key.dtype), key.transpose(-1, -2)) * scale
-    scores = scores.masked_fill(~mask, float("-inf"))
+    scores = scores + bias.to(key.dtype)
     index = selection.index
     positions = index.clamp(min=0).long()[:, None, None].expand(-1, query.shape[1], query.shape[2], -1)
     lse = torch.logsumexp(scores, dim=-1, keepdim=True)
