@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import index as index_of
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -144,8 +144,8 @@ def attention_maps(
     layout: str = "bhsd",
     reduce_heads: bool = True,
     backend: str = "auto",
-    statistics: tuple[()] = (),
-) -> Tensor: ...
+    statistics: Sequence[str],
+) -> AttentionStatistics: ...
 
 
 @overload
@@ -163,8 +163,8 @@ def attention_maps(
     layout: str = "bhsd",
     reduce_heads: bool = True,
     backend: str = "auto",
-    statistics: Sequence[str],
-) -> AttentionStatistics: ...
+    statistics: tuple[()] = (),
+) -> Tensor: ...
 
 
 def attention_maps(

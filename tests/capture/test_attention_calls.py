@@ -88,7 +88,6 @@ def causal():
 WRONG = {
     "of other keys": ({"attn_mask": causal()[:, 1:]}, r"mask of shape \[12, 11\].* = \[2, 4, 12, 12\]"),
     "of a batch": ({"attn_mask": padding()}, r"mask of shape \[2, 12\], which cannot be expanded"),
-    "a bias of each query": ({"attn_mask": torch.linspace(-2, 0, LENGTH).expand(12, -1).clone()}, "must be 0 or -inf"),
     "a bias": ({"attn_mask": torch.linspace(-2, 0, LENGTH).expand(BATCH, 1, 1, -1)}, "must be 0 or -inf"),
     "of all keys": ({"attn_mask": torch.full((BATCH, 1, 1, LENGTH), -1e4)}, "with at least one 0"),
     "of each head": (
@@ -118,6 +117,7 @@ BY_QUERY = {
     "[H, Sq, Sk]": lambda: per_head()[0],
     "[Sq, Sk]": causal,
     "additive": lambda: additive(causal() & padding()[:, None, None]),
+    "a bias": lambda: torch.linspace(-2, 1, LENGTH * LENGTH).view(LENGTH, LENGTH),
     "of keys in effect": lambda: padding()[:, None, None].expand(-1, 1, LENGTH, -1),
     "transposed strides": lambda: per_head().mT.contiguous().mT,
 }
@@ -136,9 +136,9 @@ def test_a_mask_of_each_query_leaves_the_output_to_the_model(mask, chunk, select
         assert torch.equal(out, expected)
     query, key, _ = leaves
     scores = query @ key.mT * WIDTH**-0.5
-    kept = mask if mask.dtype == torch.bool else mask == 0
+    bias = mask if mask.dtype != torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
     # A row without any key has maps and gradients of 0.
-    attention = scores.masked_fill(~kept, -torch.inf).softmax(dim=-1).masked_fill(~kept, 0.0).mean(dim=1)
+    attention = (scores + bias).softmax(dim=-1).masked_fill(bias == -torch.inf, 0.0).mean(dim=1)
     reference = torch.stack([attention[0, :, 0] + attention[0, :, 1], attention[1, :, 2]])[:, 4:10].reshape(
         BATCH, 1, 2, 3
     )

@@ -23,6 +23,12 @@ OLDER = {
     "QwenImageTransformer2DModel": "Qwen-Image",
     "UNet2DConditionModel": "SD 1, SD 2, SDXL",
     "PixArtTransformer2DModel": "PixArt",
+    # Tested by tests/capture/test_video.py too.
+    "WanTransformer3DModel": "Wan 2.1, Wan 2.2",
+    "LTXVideoTransformer3DModel": "LTX-Video",
+    "LTX2VideoTransformer3DModel": "LTX-2",
+    "HunyuanVideoTransformer3DModel": "HunyuanVideo",
+    "HunyuanVideo15Transformer3DModel": "HunyuanVideo-1.5",
 }
 
 

@@ -148,7 +148,7 @@ def t5_only(name: str, **parts: Any) -> tuple[Any, Encode]:
 
 
 def hidream() -> tuple[Any, Encode]:
-    llama = qwen_tokenizer.__wrapped__("left")
+    llama = qwen_tokenizer("left")
     parts = {f"{name}{n}": None for name in ("text_encoder", "tokenizer") for n in ("", "_2")}
     pipeline = without_parts(
         "HiDreamImagePipeline",
@@ -246,7 +246,7 @@ class Processor:
 
 
 def edit(name: str, side: str = "right") -> Any:
-    tokenizer = qwen_tokenizer.__wrapped__(side)
+    tokenizer = qwen_tokenizer(side)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]})
     pipeline = without_parts(name, text_encoder=Encoder(), tokenizer=tokenizer, processor=Processor(tokenizer))
     before = pipeline.prompt_template_encode.partition("<|vision_start|>")[0].partition("{}")[0]
@@ -311,7 +311,7 @@ def test_a_prompt_with_the_placeholder_of_an_image_is_an_error() -> None:
 @pytest.mark.parametrize("family", ["Lumina 2", "HunyuanImage"])
 def test_padding_on_the_left_is_an_error_where_the_pipeline_needs_the_right(family: str) -> None:
     pipeline, _ = FAMILIES[family]()
-    pipeline.tokenizer = qwen_tokenizer.__wrapped__("left")
+    pipeline.tokenizer = qwen_tokenizer("left")
     with pytest.raises(ValueError, match="tokenizer must pad on the right, got padding_side='left'"):
         regions_of(pipeline)
 

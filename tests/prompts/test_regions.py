@@ -187,7 +187,7 @@ def test_a_prompt_that_the_pipeline_would_change_is_an_error() -> None:
 
 def test_a_chat_template_that_strips_the_prompt_is_detected() -> None:
     pipeline, encode = flux2_klein("right")
-    tokenizer = qwen_tokenizer.__wrapped__()
+    tokenizer = qwen_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("message.content }}", "message.content | trim }}")
     pipeline.tokenizer = tokenizer
     (region,) = regions_of(pipeline)
@@ -200,7 +200,7 @@ def test_a_chat_template_that_strips_the_prompt_is_detected() -> None:
 
 def test_a_chat_template_without_the_prompt_is_an_error() -> None:
     pipeline, _ = flux2_klein("right")
-    tokenizer = qwen_tokenizer.__wrapped__()
+    tokenizer = qwen_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content | length }}"
     pipeline.tokenizer = tokenizer
     with pytest.raises(ValueError, match="the chat template must contain the prompt unchanged"):

@@ -65,7 +65,7 @@ def ltx2() -> tuple[Any, Callable[[Any, list[str]], Tensor]]:
         audio_vae=None,
         vocoder=None,
         connectors=None,
-        tokenizer=qwen_tokenizer.__wrapped__(),
+        tokenizer=qwen_tokenizer(),
         text_encoder=Encoder(),
     )
     pipeline.connectors = SimpleNamespace(video_connector=connector)
