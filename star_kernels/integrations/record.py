@@ -16,7 +16,7 @@ from star_kernels.selection import TokenSelection
 
 
 class RecordedMaps:
-    """Maps in the order of the captured forward passes: ``maps[i]`` is ``[B, G, h, w]``."""
+    """Maps in the order of the captured forward passes: ``maps[i]`` is ``[B, G, h, w]``, ``[B, G, f, h, w]`` of a video."""
 
     def __init__(self, capture: MapCapture, passes: int | None = None) -> None:
         self.maps: list[Tensor] = []
@@ -31,7 +31,7 @@ class RecordedMaps:
     def weights(
         self, *, steps: slice | None = None, strength: float = 1.0, over: str = "step", cap: float | None = None
     ) -> Tensor:
-        """Weights ``[B, Steps, h, w]`` with mean one, from the sum of the maps of all phrases.
+        """Weights with mean one, from the sum of the maps of all phrases: ``[B, Steps, h, w]``, or with frames.
 
         Args:
             steps: the recorded passes to use, for a window of steps; with ``over="trajectory"`` the allocation is
@@ -47,8 +47,8 @@ class RecordedMaps:
         chosen = self.maps if steps is None else self.maps[steps]
         if not chosen or (steps is not None and max(steps.stop or 0, -(steps.start or 0)) > len(self.maps)):
             raise ValueError(f"steps must be recorded passes, of which there are {len(self.maps)}, got {steps}")
-        maps = torch.stack([taken.sum(dim=1) for taken in chosen], dim=1)  # [B, Steps, h, w]
-        return allocate(maps, layout="bshw", strength=strength, over=over, cap=cap)
+        maps = torch.stack([taken.sum(dim=1) for taken in chosen], dim=1)  # [B, Steps, h, w], of a video [.., f, h, w]
+        return allocate(maps, layout="bshw" if maps.ndim == 4 else "bsfhw", strength=strength, over=over, cap=cap)
 
 
 @contextmanager
@@ -63,6 +63,9 @@ def record_maps(
     grid: Grid | None = None,
     text: Text | None = None,
     detach: bool = True,
+    output: str = "auto",
+    call: int | None = None,
+    keys: int | None = None,
 ) -> Iterator[RecordedMaps]:
     """Context manager that records the attention maps of every forward pass of a diffusers transformer.
 
@@ -72,7 +75,7 @@ def record_maps(
         transformer: the model that the pipeline of the rollout runs, with or without wrappers.
         selection: the selected tokens of each sample's prompt, on the model's device.
         passes: number of forward passes to record; later ones run as without a capture. All if None.
-        blocks, cfg, rows, grid, text, detach: see :func:`star_kernels.capture.attach_maps`.
+        blocks, cfg, rows, grid, text, detach, output, call, keys: see :func:`star_kernels.capture.attach_maps`.
 
     Example:
         >>> with record_maps(pipeline.transformer, selection) as recorded:
@@ -80,7 +83,17 @@ def record_maps(
         >>> weights = recorded.weights()  # [B, Steps, h, w]
     """
     with capture_maps(
-        transformer, selection, blocks=blocks, cfg=cfg, rows=rows, grid=grid, text=text, detach=detach
+        transformer,
+        selection,
+        blocks=blocks,
+        cfg=cfg,
+        rows=rows,
+        grid=grid,
+        text=text,
+        detach=detach,
+        output=output,
+        call=call,
+        keys=keys,
     ) as capture:
         recorded = RecordedMaps(capture, passes)
         hook = unwrapped(transformer).register_forward_hook(Hook(recorded, "_take"))  # after the capture's hook

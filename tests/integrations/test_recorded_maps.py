@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,8 +16,9 @@ pytest.importorskip("diffusers")
 import diffusers
 
 from star_kernels import TokenSelection, allocate
-from star_kernels.capture import capture_maps
+from star_kernels.capture import MapCapture, attach_maps, capture_maps
 from star_kernels.integrations.flow_grpo import record_maps
+from star_kernels.integrations.record import RecordedMaps
 
 ROWS, COLUMNS, TEXT, BATCH = 4, 6, 5, 2
 SELECTION = TokenSelection.from_positions([[[0], [1, 2]], [[3], []]])
@@ -111,3 +115,37 @@ def test_weights_without_recorded_maps_are_an_error() -> None:
         pass
     with pytest.raises(RuntimeError, match="no maps were recorded: the transformer did not run"):
         recorded.weights()
+
+
+def test_options_are_those_of_attach_maps() -> None:
+    """capture_maps and record_maps pass every option on."""
+    options = inspect.signature(attach_maps).parameters
+    for function in (capture_maps, record_maps):
+        own = {name: p for name, p in inspect.signature(function).parameters.items() if name != "passes"}
+        assert own.keys() == options.keys()
+        assert all(own[name].default == p.default for name, p in options.items() if name != "selection")
+    calls: list[dict[str, Any]] = []
+
+    @contextmanager
+    def recording(*arguments: Any, **given: Any) -> Iterator[MapCapture]:
+        calls.append(given)
+        with attach_maps(*arguments) as capture:
+            yield capture
+
+    transformer, _, selection = sd3()
+    given = {name: object() for name, p in options.items() if p.kind is p.KEYWORD_ONLY}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("star_kernels.capture.attach_maps", recording)
+        with capture_maps(transformer, selection, **given):
+            pass
+        with record_maps(transformer, selection, **given):
+            pass
+    assert calls == [given, given]
+
+
+def test_weights_of_a_video() -> None:
+    maps = torch.rand(2, 3, 2, 4, 5)  # [B, G, f, h, w]
+    recorded = RecordedMaps(None)  # type: ignore[arg-type]
+    recorded.maps = [maps, 2 * maps]
+    expected = allocate(torch.stack([maps.sum(1), 2 * maps.sum(1)], dim=1), layout="bsfhw")
+    torch.testing.assert_close(recorded.weights(), expected)
