@@ -16,7 +16,7 @@ from star_kernels.selection import TokenSelection
 
 
 class RecordedMaps:
-    """Maps in the order of the captured forward passes: ``maps[i]`` is ``[B, G, h, w]``, ``[B, G, f, h, w]`` of a video."""
+    """Maps in the order of the captured passes: ``maps[i]`` is ``[B, G, h, w]``, ``[B, G, f, h, w]`` of a video."""
 
     def __init__(self, capture: MapCapture, passes: int | None = None) -> None:
         self.maps: list[Tensor] = []
