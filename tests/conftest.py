@@ -71,9 +71,11 @@ def _has_native() -> bool:
 
 @pytest.fixture(autouse=True, scope="session")
 def interruptible() -> None:
-    """Programs in the background of a shell ignore SIGINT, and so would the processes that tests interrupt."""
+    """Programs in the background of a shell ignore SIGINT, and those of nohup SIGHUP; processes of tests would too."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,8 @@ assert native.cpu() is not None"""
 def first_use() -> str:
     """The blocks of the quickstart up to those that require a model: attention, weights, a step and the loss."""
     page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8").partition("## With a model")[0]
-    return "\n".join([PRELUDE, *re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)])
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    return "\n".join([PRELUDE, *(block for block in blocks if "load_pipeline" not in block)])
 
 
 def problems(wheel: Path) -> list[str]:
