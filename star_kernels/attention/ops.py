@@ -105,7 +105,7 @@ def attention_backward_fake(
 
 def attention_maps(query: Tensor, key: Tensor, lse: Tensor, attn_mask: Tensor | None, *rest: Any) -> Tensor:
     query, key = unit_strides(query, key)
-    return maps_of(query, key, lse, MapArguments(*rest, attn_mask))
+    return maps_of(query, key, lse, MapArguments(*rest)._replace(attn_mask=attn_mask))
 
 
 def attention_maps_fake(query: Tensor, key: Tensor, lse: Tensor, attn_mask: Tensor | None, *rest: Any) -> Tensor:
@@ -115,7 +115,7 @@ def attention_maps_fake(query: Tensor, key: Tensor, lse: Tensor, attn_mask: Tens
 def attention_maps_backward(
     grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, attn_mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sparse = maps_gradient.compute(grad_maps, query, key, lse, MapArguments(*rest, attn_mask))
+    sparse = maps_gradient.compute(grad_maps, query, key, lse, MapArguments(*rest)._replace(attn_mask=attn_mask))
     grad_query = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     grad_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
     sparse.add_to(grad_query, grad_key)
@@ -205,7 +205,7 @@ def _check_attention_backward(
 
 
 def _check_maps(query: Tensor, key: Tensor, lse: Tensor, attn_mask: Tensor | None, *rest: Any) -> None:
-    check_operator(query, key, key, MapArguments(*rest, attn_mask))
+    check_operator(query, key, key, MapArguments(*rest)._replace(attn_mask=attn_mask))
     check_lse(lse, query)
 
 

@@ -249,7 +249,8 @@ def attention_maps(
     _, phrases, slots = weight.shape
     one_chunk, one_phrase = slots <= BLOCK_T.value, phrases == 1
     config = config or maps_config(head_dim, query.dtype, one_chunk and one_phrase and key_mask is attn_mask is None)
-    pairs, strides = None, (0, 0, 0, 0)
+    pairs: Tensor | None = None
+    strides: tuple[int, ...] = (0, 0, 0, 0)
     if attn_mask is not None:
         pairs = expanded(attn_mask, query, key.shape[2]).view(torch.uint8)
         strides = (pairs.mT if text_to_image else pairs).stride()

@@ -182,7 +182,8 @@ def attention_columns(
 
 def _inputs(query: Tensor, key: Tensor, mask: Tensor | None, *others: Tensor) -> tuple[Tensor | int | None, ...]:
     """The tensors of a launch and their strides."""
-    pairs, strides = None, (0, 0, 0, 0)
+    pairs: Tensor | None = None
+    strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         pairs = expanded(mask, query, key.shape[2]).view(torch.uint8)
         strides = pairs.stride()

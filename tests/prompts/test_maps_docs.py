@@ -20,7 +20,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "maps.md"
 
 def test_the_examples_run(pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    heat, guidance = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    heat, guidance, statistics = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {"pipeline": pipeline}
     exec(compile(heat, str(PAGE), "exec"), names)
     assert names["heat"].shape == (2, 16, 16)
@@ -35,3 +35,9 @@ def test_the_examples_run(pipeline: Any, tmp_path: Path, monkeypatch: pytest.Mon
     names["latents"] = names["latents"] - 500 * names["gradient"]  # random weights give small attention probabilities
     exec(compile(guidance, str(PAGE), "exec"), names)
     assert float(names["neglected"].detach()) < first
+
+    exec(compile(statistics, str(PAGE), "exec"), names)
+    found = names["found"]
+    assert [tuple(t.shape) for t in (found.maps, found.token_entropy, found.key_entropy, found.key_sums)] == [
+        (1, 2, 256), (1, 256), (1, 256), (1, 320)
+    ]  # fmt: skip
