@@ -20,9 +20,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "maps.md"
 
 def test_the_examples_run(pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    words = ("draw(", "heat.png", "neglected")
-    first_use, heat, guidance = (next(block for block in blocks if word in block) for word in words)
+    first_use, heat, guidance, statistics = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     exec(compile(first_use, str(PAGE), "exec"), {})
     assert (tmp_path / "phrases.png").stat().st_size > 1000
     names: dict[str, Any] = {"pipeline": pipeline}
@@ -39,3 +37,9 @@ def test_the_examples_run(pipeline: Any, tmp_path: Path, monkeypatch: pytest.Mon
     names["latents"] = names["latents"] - 500 * names["gradient"]  # random weights give small attention probabilities
     exec(compile(guidance, str(PAGE), "exec"), names)
     assert float(names["neglected"].detach()) < first
+
+    exec(compile(statistics, str(PAGE), "exec"), names)
+    found = names["found"]
+    assert [tuple(t.shape) for t in (found.maps, found.token_entropy, found.key_entropy, found.key_sums)] == [
+        (1, 2, 256), (1, 256), (1, 256), (1, 320)
+    ]  # fmt: skip
