@@ -31,7 +31,7 @@ def explain(model: Any, modules: list[CapturedAttention]) -> str:
         )
     backend = getattr(captured.recording_processor, "_attention_backend", None)
     return (
-        "its attention was not computed by F.scaled_dot_product_attention "
+        "its attention was not computed by F.scaled_dot_product_attention or by diffusers' attention dispatcher "
         f"(attention backend: {getattr(backend, 'value', backend)}); "
-        'call transformer.set_attention_backend("native")'
+        'call transformer.set_attention_backend("native"), or leave the module out of blocks'
     )

@@ -183,14 +183,7 @@ def _reference(micro_batch: Any) -> Callable[[], Any]:
 
 
 def _check_capture(engine: Any) -> None:
-    """Raises if the engine computes attention in a way that a capture does not intercept."""
-    backend = getattr(getattr(engine, "model_config", None), "attn_backend", "native")
-    if backend != "native":
-        raise ValueError(
-            f"maps require attention that is computed by PyTorch, got attn_backend={backend!r}: set "
-            "actor_rollout_ref.model.attn_backend=native and "
-            "actor_rollout_ref.rollout.rollout_attn_backend=TORCH_SDPA"
-        )
+    """Raises if the engine computes attention over a part of the sequence on each device."""
     parallel = getattr(engine, "ulysses_sequence_parallel_size", 1)
     if parallel > 1:
         raise ValueError(
