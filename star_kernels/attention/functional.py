@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import index as index_of
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -127,6 +127,44 @@ def attention(
     if detach_maps:
         maps, lse = constants(maps, lse)
     return AttentionOutput(out.transpose(1, 2) if axis == 1 else out, maps, lse if return_lse else None)
+
+
+@overload
+def attention_maps(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    selection: TokenSelection,
+    *,
+    direction: str = ...,
+    rows: slice | tuple[int, int] | None = ...,
+    key_mask: Tensor | None = ...,
+    attn_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    layout: str = ...,
+    reduce_heads: bool = ...,
+    backend: str = ...,
+    statistics: tuple[()] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention_maps(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    selection: TokenSelection,
+    *,
+    direction: str = ...,
+    rows: slice | tuple[int, int] | None = ...,
+    key_mask: Tensor | None = ...,
+    attn_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    layout: str = ...,
+    reduce_heads: bool = ...,
+    backend: str = ...,
+    statistics: Sequence[str],
+) -> AttentionStatistics: ...
 
 
 def attention_maps(
