@@ -144,7 +144,6 @@ def attention_maps(
     layout: str = ...,
     reduce_heads: bool = ...,
     backend: str = ...,
-    statistics: tuple[()] = ...,
 ) -> Tensor: ...
 
 
