@@ -136,16 +136,15 @@ def attention_maps(
     lse: Tensor | None,
     selection: TokenSelection,
     *,
-    direction: str = "image_to_text",
-    rows: slice | tuple[int, int] | None = None,
-    key_mask: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-    layout: str = "bhsd",
-    reduce_heads: bool = True,
-    backend: str = "auto",
-    statistics: Sequence[str],
-) -> AttentionStatistics: ...
+    direction: str = ...,
+    rows: slice | tuple[int, int] | None = ...,
+    key_mask: Tensor | None = ...,
+    attn_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    layout: str = ...,
+    reduce_heads: bool = ...,
+    backend: str = ...,
+) -> Tensor: ...
 
 
 @overload
@@ -155,16 +154,16 @@ def attention_maps(
     lse: Tensor | None,
     selection: TokenSelection,
     *,
-    direction: str = "image_to_text",
-    rows: slice | tuple[int, int] | None = None,
-    key_mask: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-    layout: str = "bhsd",
-    reduce_heads: bool = True,
-    backend: str = "auto",
-    statistics: tuple[()] = (),
-) -> Tensor: ...
+    direction: str = ...,
+    rows: slice | tuple[int, int] | None = ...,
+    key_mask: Tensor | None = ...,
+    attn_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    layout: str = ...,
+    reduce_heads: bool = ...,
+    backend: str = ...,
+    statistics: Sequence[str],
+) -> AttentionStatistics: ...
 
 
 def attention_maps(
