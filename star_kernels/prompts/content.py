@@ -38,7 +38,10 @@ def core_content(prompt: str, source: Source = "auto", *, metadata: Mapping[str,
     if not isinstance(source, str):
         return phrases(prompt, source)
     if source not in SOURCES:
-        raise ValueError(f"source must be one of {', '.join(SOURCES)}, a list of phrases or a function, got {source!r}")
+        raise ValueError(
+            f"source must be one of {', '.join(SOURCES)}, a list of phrases or a function, got {source!r} (a single "
+            f"phrase is a list, too: [{source!r}])"
+        )
     if source == "geneval" or (source == "auto" and metadata and "include" in metadata):
         if metadata is None:
             raise ValueError("metadata must be given for source='geneval', got None")
