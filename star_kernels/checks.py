@@ -11,13 +11,14 @@ from torch import Tensor
 
 from star_kernels.torch_internals import WATCH
 
+_LIBRARIES = ("star_kernels", "torch", "diffusers")
 _LARGEST = 2**63 - 1  # of the integers that PyTorch and the compiled libraries accept
 
 
 def warn(message: str) -> None:
-    """A UserWarning that points to the line outside star_kernels and torch from which this code was called."""
+    """A UserWarning that points to the line outside of libraries from which this code was called."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("star_kernels", "torch"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
 

@@ -44,7 +44,12 @@ def generate(
             f"pipeline must accept callback_on_step_end, {type(pipeline).__name__} does not: use attach_maps and read "
             "the maps after each call of its transformer"
         )
-    core = prompts.core_content(prompt, phrases or "auto")
+    for name in ("num_images_per_prompt", "num_videos_per_prompt"):
+        if call.get(name, 1) != 1:
+            raise ValueError(f"{name} must be 1, because maps are drawn of one generation, got {call[name]!r}")
+    if phrases is not None and (isinstance(phrases, str) or not phrases):
+        raise ValueError(f"phrases must be a list of at least one phrase, such as ['red bench'], got {phrases!r}")
+    core = prompts.core_content(prompt, "auto" if phrases is None else phrases)
     regions = prompts.regions_of(pipeline, max_sequence_length=call.get("max_sequence_length"))
     models = denoisers(pipeline)
     video = makes_video(pipeline)

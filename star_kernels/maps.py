@@ -202,7 +202,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m star_kernels.maps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m star_kernels.maps",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--model",

@@ -30,6 +30,8 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> Any:
         >>> prompt = "a red circle left of a blue square"
         >>> image = pipeline(prompt, num_inference_steps=16, guidance_scale=2.5, max_sequence_length=1).images[0]
     """
+    if path != "small" and "/" not in path and not Path(path).is_dir():
+        raise OSError(f'path must be "small", a local folder or the id OWNER/NAME of a model on the Hub, got {path!r}')
     path = str(small_folder()) if path == "small" else path
     with _quiet():
         from diffusers import DiffusionPipeline

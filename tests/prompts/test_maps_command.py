@@ -26,6 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from star_kernels import maps
 from star_kernels.capture import capture_maps
 from star_kernels.generation import doubles
+from star_kernels.pipelines import load_pipeline
 from star_kernels.prompts import regions_of, select_tokens
 from star_kernels.rank_blocks import rank, rank_blocks
 
@@ -281,3 +282,30 @@ def test_only_pipelines_of_stable_diffusion_double_the_batch(pipeline: Any) -> N
     assert doubles(pipeline, {})
     assert not doubles(pipeline, {"guidance_scale": 1.0})
     assert not doubles(FluxPipeline(), {"guidance_scale": 3.5})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"num_images_per_prompt": 2},
+            "num_images_per_prompt must be 1, because maps are drawn of one generation, got 2",
+        ),
+        ({"phrases": []}, r"phrases must be a list of at least one phrase, such as \['red bench'\], got \[\]"),
+        ({"phrases": "red bench"}, "phrases must be a list of at least one phrase.*got 'red bench'"),
+    ],
+)
+def test_what_draw_cannot_draw_is_an_error(pipeline: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        maps.draw(pipeline, "a red bench", **options)
+
+
+def test_a_misspelt_name_of_the_small_model_says_what_is_accepted() -> None:
+    with pytest.raises(OSError, match=r'path must be "small", a local folder or the id OWNER/NAME .* got \'smal\''):
+        load_pipeline("smal")
+
+
+def test_an_abbreviated_option_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        maps.main(["--model", "small", "--prompt", "a red bench", "--out", "unused", "--step", "3"])
+    assert "unrecognized arguments: --step 3" in capsys.readouterr().err
