@@ -57,6 +57,7 @@ class TokenSelection:
         object.__setattr__(self, "versions", _versions(self.index, self.weight))
 
     def __reduce__(self) -> Any:  # copies of the tensors have versions of their own
+        self.check_unchanged()
         return _known_good, (self.index, self.weight, self.text_length, self.first, self.last)
 
     def check_unchanged(self) -> None:
@@ -161,12 +162,25 @@ class TokenSelection:
         """Adds ``offset`` to all positions: from positions of a text to positions of keys, for
         :func:`star_kernels.attention` over keys in which the text starts at ``offset``.
         """
+        if integers([offset]) is None:
+            raise TypeError(f"offset must be an integer, got {offset!r}")
         if self.last != EMPTY and self.first + offset < 0:
             raise ValueError(f"offset must be at least {-self.first}, so that no position is negative, got {offset}")
+        if self.last != EMPTY and self.last + offset >= 2**31:
+            raise ValueError(f"offset must be below {2**31 - self.last}, so that positions are int32, got {offset}")
         self.check_unchanged()
         first, last = (EMPTY if position == EMPTY else position + offset for position in (self.first, self.last))
         index = torch.where(self.index == EMPTY, EMPTY, self.index + offset)
         return _known_good(index, self.weight, None, first, last)
+
+    def differentiable(self) -> TokenSelection:
+        """The same selection, of tensors that autograd can save: those made in inference mode are copied."""
+        tensors = (self.index, self.weight)
+        if not any(tensor.is_inference() for tensor in tensors):
+            return self
+        with torch.inference_mode(False):
+            index, weight = (tensor.clone() for tensor in tensors)
+        return _known_good(index, weight, self.text_length, self.first, self.last)
 
     def among_empty(self, before: int, after: int) -> TokenSelection:
         """The selection for a larger batch: ``before`` samples before and ``after`` samples after it select nothing."""

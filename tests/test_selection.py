@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -253,3 +255,24 @@ def test_a_bad_text_length_is_named(length: Any) -> None:
 def test_a_shift_below_zero_is_named() -> None:
     with pytest.raises(ValueError, match="offset must be at least -2, so that no position is negative, got -3"):
         TokenSelection.from_positions([[2, 5]]).shift(-3)
+
+
+def test_a_copy_of_a_selection_that_was_changed_in_place_is_an_error() -> None:
+    selection = TokenSelection.from_positions([[0], [1]])
+    selection.index.fill_(50)
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(RuntimeError, match="modified in place"):
+            copied(selection)
+
+
+@pytest.mark.parametrize(
+    ("offset", "error", "message"),
+    [
+        (1.5, TypeError, "offset must be an integer, got 1.5"),
+        (True, TypeError, "offset must be an integer, got True"),
+        (2**31 - 3, ValueError, f"offset must be below {2**31 - 5}, so that positions are int32"),
+    ],
+)
+def test_a_shift_that_is_no_position_is_an_error(offset: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TokenSelection.from_positions([[5]]).shift(offset)

@@ -107,13 +107,16 @@ def _of_tokens(query: Tensor, arguments: MapArguments) -> tuple[Tensor, MapArgum
     """The queries that are selected tokens, alone and in the order of the slots: [B, H, T, D]."""
     index, mask = arguments.index, arguments.attn_mask
     batch, slots = index.shape
-    filled, positions = _positions(index, query.shape[2])
+    length = query.shape[2]
+    filled, positions = _positions(index, length)
     order = torch.arange(slots, dtype=index.dtype, device=index.device).expand(batch, -1)
     if mask is not None and mask.shape[2] > 1:
         where = positions[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
         mask = mask.expand(batch, -1, -1, -1).gather(2, where)
     query = query.gather(2, positions[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-    return query, arguments._replace(index=order.where(filled, EMPTY), attn_mask=mask)
+    past = index >= length  # for which the kernels raise
+    own = order.where(filled, EMPTY).masked_fill(past, slots)
+    return query, arguments._replace(index=own, attn_mask=mask)
 
 
 def _tokens(key: Tensor, arguments: MapArguments) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,8 @@ def joint_attentions(model: Any) -> list[Any]:
 class _IdsGrid:
     """The grid of ``img_ids`` [queries, (image, row, column, ...)], in row-major order, computed when first needed."""
 
+    reads_tensors = True  # which waits for the device
+
     def __init__(self, ids: Tensor, version: int | None, start: int) -> None:
         self.ids = ids.detach()[..., start:, :].clone()  # they may be modified before maps are read
         self.version, self.start = version, start

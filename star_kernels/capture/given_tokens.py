@@ -19,7 +19,8 @@ class GivenTokens:
         """``given``: values of the fields of ImageTokens; those that are None are the family's."""
         self._given = {name: value for name, value in given.items() if value is not None}
         self._text_first = self._given.get("rows", (0,))[0] > 0
-        self._shapes: dict[str, Any] | None = None  # of the arguments of the first pass
+        self._shapes: dict[str, Any] | None = None  # of the arguments of the first pass that was completed
+        self._latest: dict[str, Any] | None = None  # of the pass that runs
 
     def in_place_of(self, image: ImageTokens, arguments: dict[str, Any]) -> ImageTokens:
         """The image tokens of a pass.
@@ -45,19 +46,22 @@ class GivenTokens:
         if not callable(image.grid):
             return replace(image, grid=_checked(grid, image.grid))
         latent = next(iter(arguments.values()))
-        if getattr(latent, "is_cuda", False):  # the family would read tensors, and so wait for the device
+        if getattr(image.grid, "reads_tensors", False) and getattr(latent, "is_cuda", False):  # and so would wait
             return replace(image, grid=grid)
         return replace(image, grid=lambda queries: _checked(grid, image.grid_of(queries)))
+
+    def completed(self) -> None:
+        """The pass of the latest :meth:`in_place_of` has given its maps."""
+        self._shapes = self._shapes or self._latest
 
     def _check_shapes(self, arguments: dict[str, Any]) -> None:
         shapes = {name: _shape(value) for name, value in list(arguments.items())[:1]}
         text = "encoder_hidden_states"
         if self._text_first and arguments.get(text) is not None:
             shapes[text] = _shape(arguments[text])
-        if self._shapes is None:
-            self._shapes = shapes
+        self._latest = shapes
         for name, shape in shapes.items():
-            if shape != self._shapes.get(name):
+            if self._shapes is not None and shape != self._shapes.get(name):
                 raise ValueError(
                     f"rows and grid were used with {name} of shape {self._shapes.get(name)} (per sample), and in this "
                     f"pass it has {shape}: attach another capture with the rows and the grid of this pass"

@@ -76,7 +76,8 @@ class Guidance:
         made = self._made.get((start, before, after))
         if made is None:
             with torch.inference_mode(False):  # autograd saves it in later passes
-                made = selection.shift(start) if start else selection
+                made = selection.differentiable()
+                made = made.shift(start) if start else made
                 made = made.among_empty(before, after) if before or after else made
             self._made[start, before, after] = made
         return made

@@ -246,6 +246,7 @@ class MapCapture:
                 names = ", ".join(captured.name for captured in without)
                 raise RuntimeError(f"no maps from {names}: {explain(model, without)}")
             else:
+                self._given.completed()
                 self._keep()
 
     @property

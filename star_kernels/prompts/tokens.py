@@ -117,7 +117,7 @@ def _places(prompt: str, text: str) -> list[int]:
     kept = [i for i, character in enumerate(prompt) if not character.isspace()]
     written = [character for character in text if not character.isspace()]
     alike = len(kept) == len(written) and all(
-        prompt[i].lower() == character.lower() or not (prompt[i].isalnum() or character.isalnum())
+        prompt[i].casefold() == character.casefold() or not (prompt[i].isalnum() or character.isalnum())
         for i, character in zip(kept, written, strict=True)
     )
     if not alike:

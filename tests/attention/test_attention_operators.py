@@ -14,7 +14,7 @@ from attention_cases import EXPANDED, Case, Inputs, expanded, last_dimension_str
 from tiers import mostly_exhaustive
 from torch import Tensor
 
-from star_kernels import TokenSelection, attention, native
+from star_kernels import TokenSelection, attention, attention_maps, native
 
 
 def _operator_arguments(inputs: Inputs, requires_grad: bool) -> tuple:
@@ -115,6 +115,18 @@ def test_a_compiled_call_rejects_an_index_past_the_sequence() -> None:
     compiled(*inputs.tensors, inputs.selection)
     with pytest.raises((ValueError, IndexError, RuntimeError), match=r"9|selection.index"):
         compiled(*inputs.tensors, TokenSelection.from_positions([[9]]))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def of_queries(query: Tensor, key: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        return attention_maps(query, key, None, TokenSelection(index, weight), direction="text_to_image")
+
+    for position in (3, 9):
+        index, weight = torch.tensor([[position]], dtype=torch.int32), torch.ones(1, 1, 1)
+        if position == 3:
+            assert of_queries(*inputs.tensors[:2], index, weight).any()
+        else:
+            with pytest.raises((ValueError, IndexError, RuntimeError)):
+                of_queries(*inputs.tensors[:2], index, weight)
 
 
 _SUBPROCESS = """

@@ -13,7 +13,8 @@ from reference_maps import expected_maps
 from tiny_models import BATCH, CASES, COLUMNS, IMAGE, ROWS, TEXT
 
 from star_kernels import TokenSelection
-from star_kernels.capture import attach_maps, capture_maps
+from star_kernels.capture import attach_maps, capture_maps, cross_attention
+from star_kernels.capture.given_tokens import GivenTokens
 
 CASE = CASES["sd3"]
 
@@ -313,3 +314,36 @@ def test_the_user_who_replaces_attention_with_a_function_of_his_own_keeps_it(mod
     assert torch.nn.functional.scaled_dot_product_attention is mine
     expected = expected_maps(model, inputs, CASE, CASE.selection, [1])
     torch.testing.assert_close(maps.value, expected, rtol=0, atol=1e-5)
+
+
+def test_a_first_pass_that_fails_does_not_decide_the_size_of_later_ones():
+    case = CASES["flux"]
+    model, inputs = case.make()
+    wrong = {**inputs, "hidden_states": inputs["hidden_states"][:, :-1]}
+    with torch.no_grad(), capture_maps(model, case.selection, rows=(TEXT, IMAGE), grid=(ROWS, COLUMNS)) as maps:
+        with pytest.raises((RuntimeError, ValueError), match=r"size|rows"):
+            model(**wrong)
+        model(**inputs)
+    torch.testing.assert_close(maps.value, expected_maps(model, inputs, case, case.selection), rtol=0, atol=1e-6)
+
+
+def test_a_selection_made_in_inference_mode_has_a_backward_pass():
+    for name in ("sd3", "flux"):
+        case = CASES[name]
+        model, inputs = case.make()
+        with torch.inference_mode():
+            selection = case.selection
+        with capture_maps(model, selection, detach=False) as maps:
+            model(**inputs)
+            maps.value.sum().backward()
+
+
+def test_a_grid_is_checked_on_a_gpu_where_that_reads_no_tensor():
+    class OnGpu:
+        is_cuda, shape = True, torch.Size([1, 4, 8, 8])
+
+    given = GivenTokens({"grid": (4, 4)})
+    image = cross_attention.unet_image(None, {"sample": OnGpu(), "encoder_hidden_states": torch.zeros(1, 7, 8)})
+    tokens = given.in_place_of(image, {"sample": OnGpu()})
+    with pytest.raises(ValueError, match="grid must be that of the image in this pass, 8 x 8, got 4 x 4"):
+        tokens.grid_of(64)
