@@ -119,8 +119,9 @@ def _logarithms(
         normaliser = lse[:, :, part, None]
         log = torch.matmul(query[:, :, part].float(), keys).mul_(scale)
         log -= normaliser.masked_fill(normaliser == float("-inf"), float("inf"))
-        if mask is not None:
-            log.masked_fill_(~_of_rows(mask, part), float("-inf"))  # type: ignore[operator]
+        pairs = _of_rows(mask, part)
+        if pairs is not None:
+            log.masked_fill_(~pairs, float("-inf"))
         yield part, log
 
 

@@ -94,36 +94,44 @@ def attention_with_maps(
     assert row is not None
     lse = _laid_out(name, row, lse, call, key_mask)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
-        return out, attention_maps(
-            call.query,
-            call.key,
-            lse,
-            forward_pass.selection,
-            rows=forward_pass.rows,
-            key_mask=key_mask,
-            scale=call.scale,
-            reduce_heads=not keeps_heads(forward_pass, call.query),
-            backend=backend_for(name, call.query, call.key),
-        )
+        return out, _maps(name, forward_pass, call, lse, key_mask=key_mask)
 
 
 def _maps_by_query(name: str, forward_pass: ForwardPass, call: Call, mask: Tensor) -> Tensor:
-    selection, rows, query, key = forward_pass.selection, forward_pass.rows, call.query, call.key
-    reduce_heads = not keeps_heads(forward_pass, query)
-    if mask.dtype != torch.bool:  # any values, which would have to be read to know whether a bool mask has the meaning
-        return biased_maps(
-            query, key, mask, selection, rows=rows or (0, query.shape[2]), scale=call.scale, reduce_heads=reduce_heads
-        )
-    return attention_maps(
-        query,
-        key,
-        None,
-        selection,
-        rows=rows,
-        attn_mask=mask,
+    if mask.dtype == torch.bool:
+        return _maps(name, forward_pass, call, None, attn_mask=mask)
+    # Any values: they would have to be read to know whether a bool mask has the same meaning.
+    return biased_maps(
+        call.query,
+        call.key,
+        mask,
+        forward_pass.selection,
+        rows=forward_pass.rows or (0, call.query.shape[2]),
         scale=call.scale,
-        reduce_heads=reduce_heads,
-        backend=backend_for(name, query, key),
+        reduce_heads=not keeps_heads(forward_pass, call.query),
+    )
+
+
+def _maps(
+    name: str,
+    forward_pass: ForwardPass,
+    call: Call,
+    lse: Tensor | None,
+    *,
+    key_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+) -> Tensor:
+    return attention_maps(
+        call.query,
+        call.key,
+        lse,
+        forward_pass.selection,
+        rows=forward_pass.rows,
+        key_mask=key_mask,
+        attn_mask=attn_mask,
+        scale=call.scale,
+        reduce_heads=not keeps_heads(forward_pass, call.query),
+        backend=backend_for(name, call.query, call.key),
     )
 
 

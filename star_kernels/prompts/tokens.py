@@ -77,14 +77,11 @@ class TextRegion:
 
     def _rewritten(self, prompt: str) -> tuple[str, Sequence[int]]:
         """The prompt as it is tokenized, and the index in the prompt of each of its characters."""
-        if self.cleans is not None:
-            text = self.cleans(prompt)
-            return text, _places(prompt, text)
-        if self.strips:
-            start = len(prompt) - len(prompt.lstrip())
-            text = prompt.strip()
-            return text, range(start, start + len(text))
-        return prompt, range(len(prompt))
+        cleans = self.cleans or (str.strip if self.strips else None)
+        if cleans is None:
+            return prompt, range(len(prompt))
+        text = cleans(prompt)
+        return text, _places(prompt, text)
 
     def characters(self, prompt: str) -> list[Span]:
         """The span of the prompt that each token covers, by position in the region; (0, 0) for tokens outside it."""

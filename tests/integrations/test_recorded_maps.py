@@ -145,7 +145,8 @@ def test_options_are_those_of_attach_maps() -> None:
 
 def test_weights_of_a_video() -> None:
     maps = torch.rand(2, 3, 2, 4, 5)  # [B, G, f, h, w]
-    recorded = RecordedMaps(None)  # type: ignore[arg-type]
+    capture: Any = None  # weights() does not read it
+    recorded = RecordedMaps(capture)
     recorded.maps = [maps, 2 * maps]
     expected = allocate(torch.stack([maps.sum(1), 2 * maps.sum(1)], dim=1), layout="bsfhw")
     torch.testing.assert_close(recorded.weights(), expected)
