@@ -57,7 +57,7 @@ def generate(
     selection = selection.to(next(models[0].parameters()).device)
     found: list[list[Tensor]] = []
     sigmas: list[float] = []
-    halves = "auto" if video else "last" if doubles(pipeline, call) else None
+    halves = "last" if doubles(pipeline, call) else "auto"
     if video:
         call = {"output_type": "pil", **call}
 
@@ -102,7 +102,7 @@ def makes_video(pipeline: Any) -> bool:
 def doubles(pipeline: Any, call: dict[str, Any]) -> bool:
     """Whether each step is one forward pass with a batch that is doubled for classifier-free guidance."""
     if not any("StableDiffusion" in cls.__name__ for cls in type(pipeline).__mro__):
-        return False  # guidance is distilled into the model, or a separate forward pass
+        return False  # the family of the model says whether a doubled batch is guidance
     return float(call.get("guidance_scale", 7.0)) > 1
 
 

@@ -14,6 +14,8 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
@@ -309,3 +311,23 @@ def test_an_abbreviated_option_is_an_error(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit, match="2"):
         maps.main(["--model", "small", "--prompt", "a red bench", "--out", "unused", "--step", "3"])
     assert "unrecognized arguments: --step 3" in capsys.readouterr().err
+
+
+def test_a_family_that_doubles_the_batch_is_drawn_with_guidance(pipeline: Any) -> None:
+    """AuraFlow, as Sana, HiDream and Z-Image, which are not Stable Diffusion."""
+    torch.manual_seed(0)
+    aura_flow = AuraFlowPipeline(
+        tokenizer=pipeline.tokenizer_3,
+        text_encoder=pipeline.text_encoder_3,
+        vae=pipeline.vae,
+        transformer=AuraFlowTransformer2DModel(
+            sample_size=32, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=32, pos_embed_max_size=256,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+    options: dict[str, Any] = {"phrases": ["red bench"], "height": SIZE, "width": SIZE, "num_inference_steps": 2}
+    for scale in (1.0, 4.0):
+        drawn = maps.draw(aura_flow, PROMPT, guidance_scale=scale, **options)
+        assert drawn.maps.shape == (2, 1, SIZE // 4, SIZE // 4)
+        assert drawn.maps.any()
