@@ -1,4 +1,8 @@
-"""The time of a call on tiny tensors, which is that of Python and of PyTorch's dispatcher: the host time of a call."""
+"""The time of a call on tiny tensors, which is that of Python and of PyTorch's dispatcher: the host time of a call.
+
+It is measured twice: in many consecutive calls of a function, with the processor's caches and branch predictors warm,
+and in a few calls between those of the other functions. A call of a training loop lies between the two.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,17 @@ from torch import Tensor
 
 from benchmarks.parts.policy import check_equal
 from benchmarks.parts.request import Request
+from benchmarks.reporting.thresholds import HOST, HOST_BETWEEN_OTHERS
 from benchmarks.timing.clocks import CpuClock
-from benchmarks.timing.harness import Figure, Times, Variant, interleave
+from benchmarks.timing.harness import Budget, Figure, Times, Variant, interleave
 from benchmarks.variants.policy import NOISE_LEVEL, Inputs, flow_grpo, flow_grpo_step, make_inputs, ours, ours_directly
 from star_kernels import TokenSelection, allocate, attention, flow_sde, sample_transition
 
 HEADS, LENGTH, HEAD_DIM = 2, 16, 32
 LATENT = (4, 8, 8)
 STRENGTH = 0.5
-CALLS = 10  # timed together: reading a clock takes a part of the time of a call
+CONSECUTIVE = 200  # calls that are timed together
+BETWEEN_OTHERS = 10  # not one: reading a clock takes a part of the time of a call
 
 
 class Pair(NamedTuple):
@@ -34,9 +40,21 @@ class Pair(NamedTuple):
 
 
 def measure(request: Request) -> Iterator[dict[str, Any]]:
-    """Yields one case with the host time of every function. All variants run in one thread."""
-    device, dtype, batch = request.device, request.dtype, request.batch or 2
-    pairs = make_pairs(batch, dtype, device)
+    """Yields the case of consecutive calls, and that of calls between others. All variants run in one thread."""
+    quick = request.extent == "quick"
+    names = ("smoke test",) if quick else (HOST, HOST_BETWEEN_OTHERS)
+    pairs = make_pairs(request.batch or 2, request.dtype, request.device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name in names:
+            calls, part = (CONSECUTIVE, 0.7) if name == HOST else (BETWEEN_OTHERS, 1.0)
+            yield {"name": name, **_case(request, pairs, calls, request.budget.share(part))}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _case(request: Request, pairs: list[Pair], calls: int, budget: Budget) -> dict[str, Any]:
     variants = [
         variant
         for pair in pairs
@@ -45,19 +63,13 @@ def measure(request: Request) -> Iterator[dict[str, Any]]:
             Variant(f"ours_{pair.name}", pair.label, pair.ours),
         )
     ]
-    clock = CpuClock(device, calls=CALLS)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        times = interleave(variants, clock, request.budget, "host time of a call", warm_up=3)
-    finally:
-        torch.set_num_threads(threads)
-    name = str(dtype).removeprefix("torch.")
-    yield {
-        "name": "smoke test" if request.extent == "quick" else "host time",
-        "title": f"a call on tiny tensors, batch {batch}, {name}, one thread",
+    clock = CpuClock(request.device, calls=calls)
+    times = interleave(variants, clock, budget, "host time of a call", warm_up=1)
+    dtype, batch = str(request.dtype).removeprefix("torch."), request.batch or 2
+    return {
+        "title": f"tiny tensors, batch {batch}, {dtype}, one thread, {calls} calls of a function at a time",
         "batch": batch,
-        "dtype": name,
+        "dtype": dtype,
         "clock": clock.name,
         **times.columns(variants, "other_attention"),
         "ratios": {

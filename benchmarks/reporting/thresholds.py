@@ -15,7 +15,7 @@ ANY = ""
 ATTENTION, LARGE, FLUX, FLUX_512 = "SD3.5-M 512²", "SD3.5-M 1024²", "FLUX 1024²", "FLUX 512²"
 LOSS, BANDWIDTH = "policy loss", "policy loss, large"
 FORWARD, STEP, EPOCH = ("SD3.5-M 512² forward", "SD3.5-M 1024² forward"), "SD3.5-M step", "epoch of the driver"
-HOST = "host time"
+HOST, HOST_BETWEEN_OTHERS = "host time", "host time between other calls"  # limits apply to the first
 # Attention: above SDPA.
 MICROSECONDS = {
     "attention_us": 25.0,
