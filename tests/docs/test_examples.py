@@ -121,4 +121,18 @@ def _unirl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> d
     return {}
 
 
-PREPARED = {"README.md": _readme, "docs/prompts.md": _prompts, "docs/recipes.md": _recipes, "docs/unirl.md": _unirl}
+def _first_hour(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The small pipeline, and one task in GenEval's format, in the test's folder."""
+    tasks = Path("geneval", "prompts", "evaluation_metadata.jsonl")
+    tasks.parent.mkdir(parents=True)
+    tasks.write_text('{"tag": "single_object", "prompt": "a red circle"}\n')
+    return {"pipeline": request.getfixturevalue("small_pipeline"), "resolution": None}
+
+
+PREPARED = {
+    "README.md": _readme,
+    "docs/first-hour.md": _first_hour,
+    "docs/prompts.md": _prompts,
+    "docs/recipes.md": _recipes,
+    "docs/unirl.md": _unirl,
+}
