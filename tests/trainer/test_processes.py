@@ -45,11 +45,14 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
-CASES = [  # wrapper, rank of LoRA, kl_coef, credit
-    ("ddp", 4, 0.1, "image"),
-    ("ddp", 0, 0.1, "phrase"),
-    ("fsdp2", 0, 0.0, "image"),
-    ("fsdp2", 4, 0.1, "image"),
+CASES = [  # wrapper, rank of LoRA, kl_coef, credit, objective
+    ("ddp", 4, 0.1, "image", "flow_grpo"),
+    ("ddp", 0, 0.1, "phrase", "flow_grpo"),
+    ("fsdp2", 0, 0.0, "image", "flow_grpo"),
+    ("fsdp2", 4, 0.1, "image", "grpo_guard"),
+    ("ddp", 0, 0.0, "image", "flow_dppo"),
+    ("ddp", 4, 0.0, "image", "awm"),
+    ("fsdp2", 0, 0.0, "image", "nft"),
 ]
 
 
@@ -63,12 +66,23 @@ def test_two_processes_give_the_results_of_one(
             model={"lora_rank": lora_rank},
             data={"prompts": "scenes:composition"},
             allocation={"credit": credit},
-            rollout={"groups": 3, "group_size": 4, "batch": 2},  # groups lie across processes
-            train={"epochs": 2, "updates": 2, "kl_coef": kl_coef, "learning_rate": 1e-4},
+            rollout={  # groups lie across processes
+                "groups": 3,
+                "group_size": 4,
+                "batch": 2,
+                "averaged": objective == "nft",
+            },
+            train={
+                "epochs": 2,
+                "updates": 2,
+                "kl_coef": kl_coef,
+                "learning_rate": 1e-4,
+                "objective": objective,
+            },
             reward={"weights": {"rewards_that_fail:Channels": 1.0}},
             evaluation={"every": 2, "prompts": 4},
         )
-        for _, lora_rank, kl_coef, credit in CASES
+        for _, lora_rank, kl_coef, credit, objective in CASES
     ]
     folders = [{name: tmp_path / f"{name}-{number}" for name in ("one", "two")} for number in range(len(CASES))]
     launched = []
