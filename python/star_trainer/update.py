@@ -140,7 +140,7 @@ class Updater:
             advantages,
             _with_velocity_kl(transition) if train.kl == "velocity" else transition,
             ratio=train.ratio,
-            old_model_output=step.model_output if train.objective in ("grpo_guard", "flow_dppo") else None,
+            old_model_output=step.model_output,
             step_weights=self._factors(step, velocity),
             **common,
         )
