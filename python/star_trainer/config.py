@@ -223,8 +223,8 @@ class Output:
         images_every: epochs between allocation figures; 0 draws neither these nor the sample grids of evaluations.
         trackers: receive metrics, sample grids and allocation figures in addition to the folder: "tensorboard",
             "wandb", "swanlab", "mlflow"; without a login they write to the folder.
-        push_to_hub: id of a repository on the Hugging Face hub that receives the folder "final" after the run; None
-            uploads nothing.
+        push_to_hub: id of a repository on the Hugging Face hub that receives the folder "final" after the last epoch;
+            None uploads nothing.
         resume: resumes from the latest checkpoint in the folder, if there is one.
     """
 

@@ -19,21 +19,23 @@ LOADING = {
 }
 
 
-def model_card(config: Config, metrics: list[dict[str, Any]], *, image: str | None = None) -> str:
+def model_card(config: Config, epochs: int, metrics: list[dict[str, Any]], *, image: str | None = None) -> str:
     """README.md of the trained weights.
 
     Args:
+        epochs: number of completed epochs.
         metrics: the lines of metrics.jsonl; the first and the last evaluation are shown.
         image: file name of the reward curve beside the card.
     """
     lora, path = config.model.lora_rank > 0, config.model.path
-    on_hub = path.count("/") == 1 and not path.startswith((".", "/"))
+    on_hub = path.count("/") == 1 and not path.startswith((".", "/")) and not Path(path).exists()
     base = path if on_hub else Path(path).name  # no path of this machine
     front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     front |= {"base_model": base} if on_hub else {}
     front["tags"] = ["star-kernels", config.train.objective, *(["lora"] if lora else [])]
     settings = redacted(asdict(config))
     settings["model"]["path"] = base
+    del settings["reward"]["options"]  # may contain such paths
     shown = {section: settings[section] for section in ("model", "rollout", "allocation", "reward", "train")}
     found = [line for line in metrics if line["event"] == "evaluation"]
     evaluations = {line["epoch"]: line for line in (found[:1] + found[-1:])}
@@ -52,7 +54,7 @@ def model_card(config: Config, metrics: list[dict[str, Any]], *, image: str | No
 # {base}, trained with {config.train.objective}
 
 {f"LoRA adapters of rank {config.model.lora_rank}" if lora else "The transformer"} of {base}, trained by reinforcement
-learning with `star-train` of star-kernels {__version__}: {config.train.epochs} epochs of {config.samples} samples.
+learning with `star-train` of star-kernels {__version__}: {epochs} epochs of {config.samples} samples.
 The weights are {"their moving average" if config.train.ema else "those after the last epoch"}.
 
 ```python

@@ -16,7 +16,6 @@ USERS = {  # of settings that not all objectives use; others must leave them at 
     "rollout.transition": SAMPLED,
     "rollout.noise_level": SAMPLED,
     "rollout.averaged": ("nft",),
-    "train.step_weights": SAMPLED,
     "train.ratio": (*SAMPLED, "awm"),
     "train.clip_range": ("flow_grpo", "grpo_guard", "awm"),
     "train.kl_mask_threshold": ("flow_dppo",),
@@ -50,6 +49,11 @@ def obstacle(config: Config) -> str | None:
     credit, counted = config.allocation.credit, [key for key, weight in reward.weights.items() if weight]
     missing = [name for name in config.output.trackers if name in TRACKERS and find_spec(name) is None]
     found: list[tuple[bool, str]] = [
+        (
+            objective in FORWARD and step_weights(train) != "uniform",
+            f"train.step_weights must be 'uniform' or None with train.objective {objective!r}, got "
+            f"{train.step_weights!r}",
+        ),
         (
             objective == "nft" and credit != "image",
             f"allocation.credit must be 'image' with train.objective 'nft' (one advantage per sample), got {credit!r}",

@@ -90,19 +90,24 @@ class Record:
             with self._spared("allocation figures"):
                 self._strips(epoch, batch)
 
-    def publish(self, folder: Path) -> None:
-        """Writes the model card into the folder of the exported weights, and uploads it if the settings say so."""
+    def publish(self, folder: Path, epochs: int) -> None:
+        """Writes the model card into the folder of the exported weights, and uploads the folder after the last epoch.
+
+        Args:
+            epochs: number of completed epochs.
+        """
         if not self.enabled:
             return
         with self._spared("the model card"):
             image = self.folder / "reward.png"
             if image.is_file():
                 shutil.copy(image, folder)
-            card = hub.model_card(self.config, read_metrics(self.folder), image=image.name if image.is_file() else None)
-            _replace(folder / "README.md", card)
-        if self.config.output.push_to_hub:
-            with self._spared(f"the repository {self.config.output.push_to_hub} with the weights"):
-                hub.upload(folder, self.config.output.push_to_hub)
+            shown = image.name if image.is_file() else None
+            _replace(folder / "README.md", hub.model_card(self.config, epochs, read_metrics(self.folder), image=shown))
+        repository = self.config.output.push_to_hub
+        if repository and epochs >= self.config.train.epochs:
+            with self._spared(f"the repository {repository} with the weights"):
+                hub.upload(folder, repository)
 
     def close(self) -> None:
         self._track(lambda tracker: tracker.finish())

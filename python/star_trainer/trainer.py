@@ -330,7 +330,7 @@ class Trainer:
         except SafetensorError as error:
             raise OSError(f"{folder} cannot be written: {error}") from error
         self.accelerator.wait_for_everyone()
-        self.record.publish(folder)
+        self.record.publish(folder, self.epoch)
 
     def _evaluates(self) -> bool:
         """Whether this epoch is followed by an evaluation."""

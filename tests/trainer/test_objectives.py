@@ -203,7 +203,7 @@ def test_nft_samples_from_the_moving_average_if_asked(
             {"train": {"objective": "nft", "ratio": "location"}},
             "train.ratio must be 'sample' with train.objective 'nft'",
         ),
-        ({"train": {"objective": "awm", "step_weights": "time"}}, "train.step_weights must be None with"),
+        ({"train": {"objective": "awm", "step_weights": "time"}}, "train.step_weights must be 'uniform' or None with"),
         ({"train": {"objective": "awm"}, "rollout": {"noise_level": 0.5}}, "rollout.noise_level must be 0.7 with"),
         (
             {"train": {"objective": "awm"}, "rollout": {"transition": "flow_cps"}},

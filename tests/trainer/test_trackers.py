@@ -212,8 +212,11 @@ def test_an_upload_that_fails_is_a_warning(configure: Callable[..., Config], mon
     final = made.folder / "final"
     final.mkdir()
     with pytest.warns(RuntimeWarning, match="the repository someone/trained with the weights .* cannot be written"):
-        made.publish(final)
+        made.publish(final, 1)
     assert "has no evaluations" in (final / "README.md").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Record(config, enabled=True).publish(final, 0)  # a run that was stopped before its last epoch uploads nothing
 
 
 def test_the_card_of_adapters_names_their_base(configure: Callable[..., Config]) -> None:
@@ -222,12 +225,10 @@ def test_the_card_of_adapters_names_their_base(configure: Callable[..., Config])
         {"event": "evaluation", "epoch": n, "reward": 0.1 * n, "reward/ocr": 0.2, "reward/clipscore": 0.3}
         for n in (0, 1, 2)
     ]
-    card = model_card(config, lines)
+    card = model_card(config, 2, lines)
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["base_model"], front["tags"]) == ("owner/base", ["star-kernels", "nft", "lora"])
     assert "| epoch | reward | reward/ocr | reward/clipscore |" in card
     assert "| 2 | 0.2000 | 0.2000 | 0.3000 |" in card
     assert "| 1 |" not in card
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])["train"]["objective"] == "nft"
+    assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])["train"]["objective"] == "nft"
