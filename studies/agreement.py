@@ -118,7 +118,7 @@ def settings(options: argparse.Namespace) -> Config:
         made,
         data=replace(made.data, prompts=f"scenes:{options.task}"),
         rollout=replace(made.rollout, groups=options.groups, group_size=options.group_size),
-        train=replace(made.train, seed=options.seed, ratio_norm=False),
+        train=replace(made.train, seed=options.seed),
     )
 
 

@@ -155,7 +155,7 @@ def train(unit: Unit, design: dict[str, Any], runs: Path, deadline: float) -> No
         "train.seed": unit.seed,
         "output.folder": str(folder),
         "output.resume": True,
-        "output.tensorboard": False,
+        "output.trackers": [],
         "output.images_every": 0,
         "output.checkpoint_every": epochs,
         "output.keep": 1,

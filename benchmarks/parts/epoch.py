@@ -44,7 +44,7 @@ def measure(request: Request) -> Iterator[dict[str, Any]]:
         preset,
         rollout=replace(preset.rollout, **changes),
         evaluation=replace(preset.evaluation, every=0, prompts=1),
-        output=replace(preset.output, images_every=0, tensorboard=False),
+        output=replace(preset.output, images_every=0, trackers=[]),
     )
     with tempfile.TemporaryDirectory() as folder:
         yield measure_case(config, request.device, request.budget, folder, quick)

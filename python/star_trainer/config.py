@@ -65,9 +65,11 @@ class Rollout:
         group_size: number of samples per prompt; their rewards are compared with each other.
         batch: number of samples per process and forward pass.
         window: number of consecutive SDE steps, placed at random each epoch; the others are ODE steps and are not
-            trained. None makes all steps SDE steps and trains all but the last.
+            trained. None makes all steps SDE steps and trains all but the last. With "nft" and "awm" all steps are ODE
+            steps, and those of the window are trained.
         window_end: the window lies within this number of first steps; None is all steps but the last.
         shared_noise: samples of a group start from the same initial noise.
+        averaged: samples are drawn with the moving average of the weights (train.ema), the old policy of "nft".
     """
 
     transition: Literal["flow_sde", "flow_cps", "dance_sde"] = "flow_sde"
@@ -81,6 +83,7 @@ class Rollout:
     window: int | None = None
     window_end: int | None = None
     shared_noise: bool = False
+    averaged: bool = False
 
 
 @dataclass
@@ -120,6 +123,8 @@ class Reward:
 
     Args:
         weights: weight of each reward in the sum, by name, import path ("package.module:attribute") or URL.
+        combine: "sum" makes advantages of the weighted sum of the rewards; "apart" makes the advantages of each reward
+            apart, and divides their weighted sum by its standard deviation over the epoch (GDPO).
         options: constructor arguments of each reward, by the same key; strings that begin with "~/" are paths.
         timeout: maximum time for one call of a reward, in seconds.
         on_failure: "stop" the run or "skip" the sample if a reward raises, times out or is not finite.
@@ -127,6 +132,7 @@ class Reward:
     """
 
     weights: dict[str, float] = field(default_factory=lambda: {"scene": 1.0})
+    combine: Literal["sum", "apart"] = "sum"
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     timeout: float = 600.0
     on_failure: Literal["stop", "skip"] = "stop"
@@ -141,38 +147,50 @@ class Train:
     """The update.
 
     Args:
+        objective: "flow_grpo", a clipped ratio; "grpo_guard", the same with a normalised ratio; "flow_dppo", a mask of
+            the divergence in place of the clip; "awm", the clipped ratio of flow matching of noised samples; or "nft",
+            DiffusionNFT's positive and negative policies, also of noised samples.
         epochs: number of epochs; each is one rollout and its updates.
         updates: number of optimiser steps per pass over the samples of an epoch.
         passes: number of passes over the samples of an epoch.
         steps: number of SDE steps to train, chosen at random each epoch; None trains all of them.
+        step_weights: factors of the losses of steps: "uniform"; "noise", in proportion to the standard deviation of the
+            sampler's noise, with mean one (TempFlow-GRPO); or "time", one over the difference of the noise levels
+            (GRPO-Guard). None is "time" for "grpo_guard" and "uniform" for others.
         batch: number of samples per process and forward pass; None uses rollout.batch.
         learning_rate: learning rate of AdamW.
         weight_decay: weight decay of AdamW.
         max_grad_norm: maximum gradient norm; 0 or None disables clipping.
         ratio: "sample": one ratio and one clip per sample; "location": one per latent position.
-        clip_range: ratios are clipped to 1 - clip_range .. 1 + clip_range.
+        clip_range: ratios are clipped to 1 - clip_range .. 1 + clip_range; None is 1 for "awm" and 1e-4 for others.
+        kl_mask_threshold: divergence from the rollout's policy at which "flow_dppo" masks a ratio.
+        nft_beta: distance of the positive and negative policies of "nft" from the old one.
         advantage_clip: advantages are clipped to -advantage_clip .. advantage_clip.
-        ratio_norm: enables GRPO-Guard's normalisation of the ratio.
         kl_coef: weight of the KL divergence from the initial model.
+        kl: that divergence is of the "transition" of a step, or the mean square of the difference in "velocity".
         ema: decay of the moving average of the trained weights, which is evaluated and exported; 0 disables it.
         ema_interval: optimiser steps between updates of the moving average.
         mixed_precision: precision of the forward passes.
         seed: seed of prompts, noise and adapters.
     """
 
+    objective: Literal["flow_grpo", "grpo_guard", "flow_dppo", "awm", "nft"] = "flow_grpo"
     epochs: int = 100
     updates: int = 2
     passes: int = 1
     steps: int | None = None
+    step_weights: Literal["uniform", "noise", "time"] | None = None
     batch: int | None = None
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
     max_grad_norm: float | None = 1.0
     ratio: Literal["sample", "location"] = "sample"
-    clip_range: float = 1e-4
+    clip_range: float | None = None
+    kl_mask_threshold: float = 1e-5
+    nft_beta: float = 1.0
     advantage_clip: float = 5.0
-    ratio_norm: bool = False
     kl_coef: float = 0.0
+    kl: Literal["transition", "velocity"] = "transition"
     ema: float = 0.9
     ema_interval: int = 8
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -203,7 +221,10 @@ class Output:
         checkpoint_every: epochs between checkpoints; 0 writes one after the last epoch only.
         keep: number of checkpoints to keep.
         images_every: epochs between allocation figures; 0 draws neither these nor the sample grids of evaluations.
-        tensorboard: writes TensorBoard files in addition to metrics.jsonl.
+        trackers: receive metrics, sample grids and allocation figures in addition to the folder: "tensorboard",
+            "wandb", "swanlab", "mlflow"; without a login they write to the folder.
+        push_to_hub: id of a repository on the Hugging Face hub that receives the folder "final" after the last epoch;
+            None uploads nothing.
         resume: resumes from the latest checkpoint in the folder, if there is one.
     """
 
@@ -211,7 +232,10 @@ class Output:
     checkpoint_every: int = 10
     keep: int = 2
     images_every: int = 10
-    tensorboard: bool = True
+    trackers: list[Literal["tensorboard", "wandb", "swanlab", "mlflow"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    push_to_hub: str | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:

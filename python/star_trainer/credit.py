@@ -12,7 +12,7 @@ All decisions about credit are made in this file. In the order of an epoch:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -185,9 +185,15 @@ class Advantages(NamedTuple):
     flat_groups: int
 
 
-def advantages_of(rewards: Scores, config: Config) -> Advantages:
-    """The advantages of all samples of an epoch, in the columns that :func:`advantages_per_map` expects."""
+def advantages_of(rewards: Scores, config: Config, weights: Mapping[str, float] | None = None) -> Advantages:
+    """The advantages of all samples of an epoch, in the columns that :func:`advantages_per_map` expects.
+
+    Args:
+        weights: weight of each part of the rewards, required with ``reward.combine`` "apart".
+    """
     size, std = config.rollout.group_size, config.reward.std
+    if config.reward.combine == "apart":
+        return apart_advantages(rewards, weights or {}, size, std=std)
     if rewards.phrases is None:
         return group_advantages(rewards.total, size, std=std)
     if config.allocation.credit == "phrase":
@@ -211,6 +217,25 @@ def group_advantages(rewards: Tensor, group_size: int, *, std: Literal["group", 
         raise ValueError(f"rewards must be [N], N a multiple of group_size {group_size}, got {list(rewards.shape)}")
     offset, deviation = _centred(rewards, group_size, std)
     return Advantages((offset / (deviation + EPSILON)).flatten().float(), _flat_groups(offset))
+
+
+def apart_advantages(
+    rewards: Scores, weights: Mapping[str, float], group_size: int, *, std: Literal["group", "global"] = "group"
+) -> Advantages:
+    """The weighted sum of the :func:`group_advantages` of each reward, over its standard deviation in the epoch.
+
+    This is GDPO (arXiv 2601.05242): a reward whose values lie close together counts as much as one with a wide range.
+    A sample without one of the rewards has the advantage zero, and is left out of all means and deviations.
+    """
+    known = rewards.total.isfinite()
+    counted = {name: weight for name, weight in weights.items() if weight}
+    apart = [rewards.parts[name].where(known, torch.nan) for name in counted]
+    values = sum(
+        (w * group_advantages(own, group_size, std=std).values for w, own in zip(counted.values(), apart, strict=True)),
+        torch.zeros(len(known)),
+    )
+    deviation = values[known].std(correction=0) if known.any() else torch.ones(())
+    return Advantages(values / (deviation + EPSILON), _flat_groups(values.view(-1, group_size)))
 
 
 def phrase_advantages(rewards: Tensor, group_size: int, *, std: Literal["group", "global"] = "group") -> Advantages:

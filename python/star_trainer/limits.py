@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from star_trainer.config import Config
+from star_trainer.objectives import obstacle
 from star_trainer.redact import redacted
 
 
@@ -56,6 +57,8 @@ RANGES = {  # of all numeric settings; equal to the library's range if it has on
     "train.weight_decay": COUNT,
     "train.max_grad_norm": Range(least=0, infinite=True),
     "train.clip_range": SHARE,
+    "train.kl_mask_threshold": POSITIVE,
+    "train.nft_beta": POSITIVE,
     "train.advantage_clip": Range(above=0, infinite=True),
     "train.kl_coef": COUNT,
     "train.ema": Range(least=0, below=1),
@@ -98,6 +101,8 @@ def check_values(config: Config) -> None:
         _check_number(f"reward.weights of {redacted(key)!r}", weight, float, Range())
     if not any(weights.values()):
         raise ValueError("reward.weights must have a weight other than 0, got only 0")
+    if contradiction := obstacle(config):
+        raise ValueError(contradiction)
 
 
 def _check_number(name: str, value: Any, kind: Any, allowed: Range) -> None:

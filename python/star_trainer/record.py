@@ -1,11 +1,12 @@
-"""Writes metrics.jsonl, TensorBoard files, sample grids, allocation figures and the reward curve of a run."""
+"""Writes the metrics, figures and model card of a run to its folder, and metrics and figures to trackers."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from star_kernels import figures
 from star_kernels.captions import LITERAL, caption
+from star_trainer import hub, trackers
 from star_trainer.config import Config
 from star_trainer.credit import overall_weights
 from star_trainer.redact import redacted
@@ -43,7 +45,7 @@ class Record:
     def __init__(self, config: Config, *, enabled: bool, resumed_at: int = 0, folder: Path | None = None) -> None:
         self.config, self.enabled = config, enabled
         self.folder = folder or Path(config.output.folder)
-        self.board: Any = None
+        self.trackers: list[Any] = []
         self.evaluated: set[int] = set()
         self._warned: set[str] = set()
         if not enabled:
@@ -53,15 +55,11 @@ class Record:
         kept = [line for line in lines if line["epoch"] <= resumed_at]
         self.evaluated = {line["epoch"] for line in kept if line["event"] == "evaluation"}
         _replace(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-        _replace(self.folder / "config.json", json.dumps(redacted(asdict(config)), indent=1))
-        if config.output.tensorboard:
-            with self._spared("the TensorBoard files"):
-                from torch.utils.tensorboard import SummaryWriter
-
-                # The writer's thread ends at an error, after which a full queue would block forever.
-                self.board = SummaryWriter(
-                    str(self.folder / "tensorboard"), purge_step=resumed_at or None, max_queue=10_000
-                )
+        settings = redacted(asdict(config))
+        _replace(self.folder / "config.json", json.dumps(settings, indent=1))
+        for name in config.output.trackers:
+            with self._spared(f"the records of {name}"):
+                self.trackers.append(trackers.start(name, self.folder.absolute(), settings, resumed_at))
 
     def metrics(self, event: str, epoch: int, values: dict[str, float]) -> None:
         if not self.enabled:
@@ -69,10 +67,8 @@ class Record:
         line = {"event": event, "epoch": epoch, **{name: round(value, 8) for name, value in values.items()}}
         with self._spared("metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        if self.board is not None:
-            with self._spared("the TensorBoard files"):
-                for name, value in values.items():
-                    self.board.add_scalar(f"{event}/{name}", value, epoch)
+        named = {f"{event}/{name}": value for name, value in values.items()}
+        self._track(lambda tracker: trackers.log(tracker, named, epoch))
         if event == "evaluation":
             with self._spared("reward.png"):
                 curve(read_metrics(self.folder)).savefig(self.folder / "reward.png", dpi=110)
@@ -83,7 +79,7 @@ class Record:
             return
         with self._spared("sample grids"):
             titles = [f"{score:.2f}: {prompt}" for prompt, score in zip(prompts, scores, strict=True)]
-            grid(images[:MOST], titles[:MOST]).savefig(self.folder / f"samples-{epoch:06d}.png", dpi=90)
+            self._draw(grid(images[:MOST], titles[:MOST]), f"samples-{epoch:06d}.png", "samples", epoch)
 
     def allocation(self, epoch: int, batch: Batch) -> None:
         """Draws the weights of the first samples over space and trained steps, every ``images_every`` epochs."""
@@ -94,10 +90,38 @@ class Record:
             with self._spared("allocation figures"):
                 self._strips(epoch, batch)
 
+    def publish(self, folder: Path, epochs: int) -> None:
+        """Writes the model card into the folder of the exported weights, and uploads the folder after the last epoch.
+
+        Args:
+            epochs: number of completed epochs.
+        """
+        if not self.enabled:
+            return
+        with self._spared("the model card"):
+            image = self.folder / "reward.png"
+            if image.is_file():
+                shutil.copy(image, folder)
+            shown = image.name if image.is_file() else None
+            _replace(folder / "README.md", hub.model_card(self.config, epochs, read_metrics(self.folder), image=shown))
+        repository = self.config.output.push_to_hub
+        if repository and epochs >= self.config.train.epochs:
+            with self._spared(f"the repository {repository} with the weights"):
+                hub.upload(folder, repository)
+
     def close(self) -> None:
-        if self.board is not None:
-            with self._spared("the TensorBoard files"):
-                self.board.close()
+        self._track(lambda tracker: tracker.finish())
+
+    def _track(self, act: Callable[[Any], None]) -> None:
+        """Acts on each tracker; the failure of one does not affect others."""
+        for tracker in self.trackers:
+            with self._spared(f"the records of {tracker.name}"):
+                act(tracker)
+
+    def _draw(self, figure: Figure, file: str, name: str, epoch: int) -> None:
+        path = self.folder / file
+        figure.savefig(path, dpi=90)
+        self._track(lambda tracker: trackers.log_image(tracker, name, path, epoch))
 
     def _strips(self, epoch: int, batch: Batch) -> None:
         labels = [f"step {step.number}" for step in batch.steps]
@@ -110,7 +134,7 @@ class Record:
                 labels=labels,
                 title=batch.prompts[n].text,
             )
-            figure.savefig(self.folder / f"allocation-{epoch:06d}-{n}.png", dpi=90)
+            self._draw(figure, f"allocation-{epoch:06d}-{n}.png", f"allocation/{n}", epoch)
 
     @contextmanager
     def _spared(self, what: str) -> Iterator[None]:
@@ -169,17 +193,20 @@ def grid(images: list[Tensor], titles: list[str]) -> Figure:
 
 
 def curve(lines: list[dict[str, Any]]) -> Figure:
-    """The reward of rollouts and evaluations over epochs."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axis = figure.subplots()
+    """The reward of rollouts and evaluations over epochs and, if there are several, each of them."""
+    parts = list(dict.fromkeys(name for line in lines for name in line if name.startswith("reward/")))
+    names = ["reward", *(parts if len(parts) > 1 else [])]
+    figure = Figure(figsize=(6.4, 3.6 * len(names)), layout="constrained")
     styles: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("epoch", "rollout samples (with noise)", {"color": "#56B4E9", "linewidth": 1.0}),
         ("evaluation", "evaluation (averaged weights)", {"color": "#D55E00", "marker": "o", "linewidth": 1.6}),
     )
-    for event, label, style in styles:
-        chosen = [line for line in lines if line["event"] == event]
-        axis.plot([line["epoch"] for line in chosen], [line["reward"] for line in chosen], label=label, **style)
-    axis.set(xlabel="epoch", ylabel="reward")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    for name, axis in zip(names, figure.subplots(len(names), squeeze=False).flat, strict=True):
+        for event, label, style in styles:
+            chosen = [line for line in lines if line["event"] == event and name in line]
+            axis.plot([line["epoch"] for line in chosen], [line[name] for line in chosen], label=label, **style)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(caption(name, 40), **LITERAL)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
     return figure

@@ -11,6 +11,8 @@ from torch import Tensor
 from star_kernels import sample_transition
 from star_trainer.config import Config
 from star_trainer.credit import RolloutMaps
+from star_trainer.noised import noised_step
+from star_trainer.objectives import FORWARD, OLD_OUTPUT
 from star_trainer.policy import Policy
 from star_trainer.prompts import Prompt
 from star_trainer.samples import Batch, Step
@@ -28,7 +30,8 @@ def roll_out(
         autocast: returns a context for the forward passes.
     """
     schedule = schedule_of(policy.pipeline, config.rollout.steps)
-    noisy, trained = noisy_steps(config, epoch), trained_steps(config, epoch)
+    forward, trained = config.train.objective in FORWARD, trained_steps(config, epoch)
+    noisy = [] if forward else noisy_steps(config, epoch)
     shape = policy.latent_shape(config.rollout.resolution)
     seed = f"{config.train.seed} {epoch}"
     starts = [n // config.rollout.group_size if config.rollout.shared_noise else n for n in numbers]
@@ -50,9 +53,12 @@ def roll_out(
                 noise=noise(shape, [f"step {step} {seed} {n}" for n in numbers], policy.device),
             )
             if step in trained:
-                kept = velocity if config.train.ratio_norm else None
+                kept = velocity if config.train.objective in OLD_OUTPUT else None
                 steps.append(Step(step, latents, prev_sample, log_prob, kept, None))
             latents = prev_sample
+    for step in trained if forward else []:
+        names = [f"noised {step} {seed} {n}" for n in numbers]
+        steps.append(noised_step(policy, schedule, step, latents, names, text, config, autocast))
     return Batch(list(numbers), list(prompts), text, maps.weigh(steps), policy.decode(latents), maps.shares)
 
 

@@ -16,10 +16,10 @@ class Step:
 
     Attributes:
         number: index of the step in the schedule.
-        sample: latents before the step, ``[B, C, h, w]``.
-        prev_sample: latents after the step, of the same shape.
+        sample: latents before the step, or noised samples, ``[B, C, h, w]``.
+        prev_sample: latents after the step, or the target of the velocity, of the same shape.
         log_prob: log-probability of the transition under the policy that sampled it, ``[B, h, w]``.
-        model_output: the velocity that was sampled with, kept for ``train.ratio_norm``; else None.
+        model_output: the velocity of that policy, if the objective needs it; else None.
         weights: allocation weights on the grid of patches: None (uniform), ``[B, rows, columns]``, or, with credit by
             phrase, ``[B, G, rows, columns]``.
     """

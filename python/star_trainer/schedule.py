@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_kernels import Transition, dance_sde, flow_cps, flow_sde
+from star_kernels import Transition, dance_sde, flow_cps, flow_matching, flow_sde
 from star_trainer.config import Config
+from star_trainer.objectives import FORWARD, step_weights
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Schedule:
         return latents + (self.sigmas[step + 1] - self.sigmas[step]) * velocity.float()
 
     def transition(self, step: int, config: Config, batch: int, device: torch.device) -> Transition:
-        """The SDE transition of a step."""
+        """The SDE transition of a step, or the flow matching of its noise level."""
+        if config.train.objective in FORWARD:
+            return flow_matching(torch.full((batch,), self.sigmas[step], device=device))
         here, then = (torch.full((batch,), s, device=device) for s in self.sigmas[step : step + 2])
         level = config.rollout.noise_level
         match config.rollout.transition:
@@ -46,6 +49,17 @@ class Schedule:
                 return flow_cps(here, then, noise_level=level)
             case "dance_sde":
                 return dance_sde(here, then, eta=level)
+
+    def step_weights(self, config: Config) -> list[float] | None:
+        """The factors of the losses of all steps but the last; None is uniform."""
+        steps = range(self.steps - 1)
+        match step_weights(config.train):
+            case "noise":
+                found = [float(self.transition(step, config, 1, torch.device("cpu")).std) for step in steps]
+                return [std * len(found) / sum(found) for std in found]
+            case "time":
+                return [1 / (self.sigmas[step] - self.sigmas[step + 1]) for step in steps]
+        return None
 
 
 def schedule_of(pipeline: Any, steps: int) -> Schedule:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,8 @@ class Trainer:
         phrases = phrase_counts(prompts, config.allocation)
         parts = shares(config, self.epoch, self.accelerator.num_processes, self.accelerator.process_index)
         waiting, batches = [], list[list[Batch]]()
-        with self.progress.bar("rollout", sum(map(len, parts))) as bar:
+        drawing = self.average.in_place() if config.rollout.averaged else nullcontext()
+        with drawing, self.progress.bar("rollout", sum(map(len, parts))) as bar:
             for part in parts:
                 batches.append([])
                 for rows in slices(len(part), config.rollout.batch):
@@ -185,7 +187,7 @@ class Trainer:
         rolled_out = time.perf_counter()
         rewards = self._collect(waiting, config.samples, max([1, *phrases]) if phrases else 0)
         judged = time.perf_counter()
-        advantages = advantages_of(rewards, config)
+        advantages = advantages_of(rewards, config, self.rewards.reward.weights)
         metrics: dict[str, float] = {}
         skipped = 0
         self.updater.begin_epoch()
@@ -328,6 +330,7 @@ class Trainer:
         except SafetensorError as error:
             raise OSError(f"{folder} cannot be written: {error}") from error
         self.accelerator.wait_for_everyone()
+        self.record.publish(folder, self.epoch)
 
     def _evaluates(self) -> bool:
         """Whether this epoch is followed by an evaluation."""

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_kernels import Transition, weighted_policy_loss
+from star_kernels import Transition, weighted_nft_loss, weighted_policy_loss
 from star_kernels.integrations.agreement import Agreement, log_prob_agreement
 from star_kernels.integrations.flow_grpo_policy import log_prob_of, mean_of
 from star_trainer.average import Average
 from star_trainer.config import Config
 from star_trainer.credit import advantages_per_map
+from star_trainer.objectives import clip_range
 from star_trainer.policy import Policy, Text
 from star_trainer.rewards.images import slices
 from star_trainer.samples import Batch, Step
@@ -42,13 +43,14 @@ class Updater:
         self.policy, self.optimizer, self.average = policy, optimizer, average
         self.accelerator, self.config = accelerator, config
         self.schedule = schedule_of(policy.pipeline, config.rollout.steps)
+        self.step_weights = self.schedule.step_weights(config)
         self.grad_norm = self.skipped = torch.zeros(())
         self.agreement: dict[int, Agreement] = {}
         self._compared: dict[int, list[tuple[int, Agreement]]] | None = None  # None: not in the first step
 
     def begin_epoch(self) -> None:
-        """The weights are those of the rollout until the next optimiser step."""
-        self._compared, self.agreement = {}, {}
+        """The weights are those of the rollout until the next optimiser step, unless it used the moving average."""
+        self._compared, self.agreement = None if self.config.rollout.averaged else {}, {}
 
     def step(
         self, batches: Sequence[Batch], advantages: Tensor, report: Callable[[int], object] = lambda samples: None
@@ -113,27 +115,54 @@ class Updater:
         if self._compared is not None:
             found = _agreement(velocity.detach(), step, transition)
             self._compared.setdefault(step.number, []).append((len(velocity), found))
+        common: dict[str, Any] = {
+            "weights": step.weights,
+            "advantage_clip": train.advantage_clip,
+            "ref_model_output": ref_output,
+            "kl_coef": train.kl_coef,
+        }
+        if train.objective == "nft":
+            assert step.model_output is not None
+            sigma = torch.full_like(advantages, self.schedule.sigmas[step.number])
+            loss, metrics = weighted_nft_loss(
+                velocity, step.model_output, step.prev_sample, advantages, sigma, beta=train.nft_beta, **common
+            )
+            return loss, dict(metrics)
+        if train.objective == "flow_dppo":
+            common["kl_mask_threshold"] = train.kl_mask_threshold
+        else:
+            common["clip_range"] = clip_range(train)
         loss, metrics = weighted_policy_loss(
             velocity,
             step.sample,
             step.prev_sample,
             step.log_prob,
             advantages,
-            transition,
-            weights=step.weights,
+            _with_velocity_kl(transition) if train.kl == "velocity" else transition,
             ratio=train.ratio,
-            clip_range=train.clip_range,
-            advantage_clip=train.advantage_clip,
-            ref_model_output=ref_output,
-            kl_coef=train.kl_coef,
             old_model_output=step.model_output,
+            step_weights=self._factors(step, velocity),
+            **common,
         )
         return loss, dict(metrics)
+
+    def _factors(self, step: Step, like: Tensor) -> Tensor | None:
+        """The factor of the step's loss for each sample."""
+        if self.step_weights is None:
+            return None
+        return torch.full((len(like),), self.step_weights[step.number], device=like.device)
 
     def _rows(self, batch: Batch) -> Iterator[slice]:
         """Slices of the batch, one for each forward pass."""
         count = len(batch.numbers)
         return slices(count, self.config.train.batch or count)
+
+
+def _with_velocity_kl(transition: Transition) -> Transition:
+    """The transition with a KL penalty of ``mean((v - v_ref)^2)``."""
+    table = transition.coefficients.clone()
+    table[5] = 1 / transition.mean_output.square()
+    return Transition(table)
 
 
 def _agreement(velocity: Tensor, step: Step, transition: Transition) -> Agreement:

@@ -19,7 +19,7 @@ def test_gradients_equal_those_of_the_trainer(rollout: allocations.Rollout, conf
     from star_trainer.trainer import Trainer
 
     plain = replace(config, allocation=replace(config.allocation, method="plain"), data=config.data)
-    plain = replace(plain, output=replace(plain.output, tensorboard=False, folder=str(Path(config.model.path) / "run")))
+    plain = replace(plain, output=replace(plain.output, trackers=[], folder=str(Path(config.model.path) / "run")))
     trainer = Trainer(plain, Accelerator(cpu=True), progress=False)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
     trainer.updater.gradients([rollout.batch], advantages)

@@ -29,7 +29,7 @@ def configure(pipeline_folder: Path, tmp_path: Path) -> Callable[..., Config]:
             reward=Reward(weights={"jpeg-compressibility": 1.0}),
             train=Train(epochs=1, learning_rate=1e-2, ema_interval=1, updates=1),
             evaluation=Evaluation(every=0, prompts=2, steps=2),
-            output=Output(folder=str(tmp_path / "run"), images_every=0, tensorboard=False),
+            output=Output(folder=str(tmp_path / "run"), images_every=0, trackers=[]),
         )
         return replace(config, **{name: replace(getattr(config, name), **values) for name, values in parts.items()})
 

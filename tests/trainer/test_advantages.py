@@ -7,7 +7,8 @@ from typing import Literal
 import pytest
 import torch
 
-from star_trainer.credit import group_advantages, phrase_advantages, split_advantages
+from star_trainer.credit import apart_advantages, group_advantages, phrase_advantages, split_advantages
+from star_trainer.rewards.base import Scores
 
 
 def test_a_group_is_standardised_by_its_own_mean_and_deviation() -> None:
@@ -86,3 +87,30 @@ def test_parts_sum_to_the_advantage_if_phrases_sum_to_the_reward(std: Literal["g
     assert values[6:9].tolist() == [[0.0] * 4] * 3
     assert values[10].tolist() == [0.0] * 4
     assert float(values[:3, 1:].abs().amin()) > 0
+
+
+def test_rewards_apart_count_alike_whatever_their_range() -> None:
+    """GDPO (arXiv 2601.05242): each reward standardised by group, then the weighted sum by its deviation."""
+    narrow, wide = torch.rand(24) / 100, 100 * torch.rand(24)
+    expected = torch.zeros(24)
+    for weight, own in ((2.0, narrow), (1.0, wide)):
+        grouped = own.view(6, 4)
+        scaled = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, correction=0, keepdim=True) + 1e-4)
+        expected += weight * scaled.flatten()
+    weights = {"narrow": 2.0, "wide": 1.0, "watched": 0.0}
+    parts = {"narrow": narrow, "wide": wide, "watched": torch.full((24,), torch.nan)}
+    values, flat = apart_advantages(Scores(2 * narrow + wide, parts), weights, 4)
+    torch.testing.assert_close(values, expected / (expected.std(correction=0) + 1e-4), rtol=1e-5, atol=1e-5)
+    assert flat == 0
+
+
+def test_a_sample_without_one_of_the_rewards_is_left_out_of_all() -> None:
+    first, second = torch.tensor([0.2, 0.9, 0.6, 0.1, 0.9, 0.4]), torch.tensor([1.0, torch.nan, 3.0, 2.0, 2.0, 2.0])
+    weights = {"first": 1.0, "second": 1.0}
+    values, flat = apart_advantages(Scores(first + second, {"first": first, "second": second}), weights, 3)
+    assert values[1] == 0
+    assert values[0] == pytest.approx(-float(values[2]))
+    assert bool((values[3:] != 0).all())
+    assert flat == 0
+    nothing = torch.full((4,), torch.nan)
+    assert apart_advantages(Scores(nothing, {"first": nothing}), {"first": 1.0}, 2).values.tolist() == [0.0] * 4

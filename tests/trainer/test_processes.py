@@ -45,11 +45,14 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
-CASES = [  # wrapper, rank of LoRA, kl_coef, credit, number of processes of the first epoch
-    ("ddp", 4, 0.1, "image", 1),
-    ("ddp", 0, 0.1, "phrase", 2),
-    ("fsdp2", 0, 0.0, "image", 1),
-    ("fsdp2", 4, 0.1, "image", 2),
+CASES = [  # wrapper, rank of LoRA, kl_coef, credit, objective, number of processes of the first epoch
+    ("ddp", 4, 0.1, "image", "flow_grpo", 1),
+    ("ddp", 0, 0.1, "phrase", "flow_grpo", 2),
+    ("fsdp2", 0, 0.0, "image", "flow_grpo", 1),
+    ("fsdp2", 4, 0.1, "image", "grpo_guard", 2),
+    ("ddp", 0, 0.0, "image", "flow_dppo", 2),
+    ("ddp", 4, 0.0, "image", "awm", 2),
+    ("fsdp2", 0, 0.0, "image", "nft", 2),
 ]
 
 
@@ -66,19 +69,30 @@ def test_two_processes_give_the_results_of_one(
             model={"lora_rank": lora_rank},
             data={"prompts": "scenes:composition"},
             allocation={"credit": credit},
-            rollout={"groups": 3, "group_size": 4, "batch": 2},  # groups lie across processes
-            train={"epochs": 2, "updates": 2, "kl_coef": kl_coef, "learning_rate": 1e-4},
+            rollout={  # groups lie across processes
+                "groups": 3,
+                "group_size": 4,
+                "batch": 2,
+                "averaged": objective == "nft",
+            },
+            train={
+                "epochs": 2,
+                "updates": 2,
+                "kl_coef": kl_coef,
+                "learning_rate": 1e-4,
+                "objective": objective,
+            },
             reward={"weights": {"rewards_that_fail:Channels": 1.0}},
             evaluation={"every": 2, "prompts": 4},
         )
-        for _, lora_rank, kl_coef, credit, _ in CASES
+        for _, lora_rank, kl_coef, credit, objective, _ in CASES
     ]
     folders = [{name: tmp_path / f"{name}-{number}" for name in ("one", "two")} for number in range(len(CASES))]
     launched = []
     for case, config, folder in zip(CASES, made, folders, strict=True):
         one, two = (replace(config, output=replace(config.output, folder=str(path))) for path in folder.values())
         trainer_of(one).run()
-        if case[4] == 1:
+        if case[-1] == 1:
             trainer_of(replace(two, train=replace(two.train, epochs=1))).run()
             two = replace(two, output=replace(two.output, resume=True))
         launched.append((case[0], two))

@@ -42,17 +42,15 @@ def write_all(made: Record, batch: Batch, epoch: int) -> None:
 def test_an_output_that_cannot_be_written_does_not_end_a_run(
     configure: Callable[..., Config], batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Board:
-        def add_scalar(self, *arguments: Any) -> None:
-            raise OSError("the disk is full")
-
-        close = add_scalar
-
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("no image")
 
-    made = Record(configure(output={"images_every": 1}), enabled=True)
-    made.board = Board()
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError("the disk is full")
+
+    made = Record(configure(output={"images_every": 1, "trackers": ["tensorboard"]}), enabled=True)
+    for name in ("add_scalar", "close"):
+        monkeypatch.setattr(made.trackers[0].writer, name, full)
     for place, name in ((record, "grid"), (record, "curve"), (figures, "weights")):
         monkeypatch.setattr(place, name, fail)
     (made.folder / "metrics.jsonl").unlink()
@@ -60,7 +58,7 @@ def test_an_output_that_cannot_be_written_does_not_end_a_run(
     with pytest.warns(RuntimeWarning) as caught:
         write_all(made, batch, 1)
     told = [str(warning.message).partition(" in ")[0] for warning in caught]
-    assert told == ["metrics.jsonl", "the TensorBoard files", "reward.png", "sample grids", "allocation figures"]
+    assert told == ["metrics.jsonl", "the records of tensorboard", "reward.png", "sample grids", "allocation figures"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write_all(made, batch, 2)
@@ -71,7 +69,7 @@ def test_a_blocked_tensorboard_writer_does_not_block_the_run(
 ) -> None:
     """If the writer's thread has ended at an error, or is slow, its queue stays full."""
     told = threading.Event()
-    made = Record(configure(output={"tensorboard": True}), enabled=True)
+    made = Record(configure(output={"trackers": ["tensorboard"]}), enabled=True)
     monkeypatch.setattr(RecordWriter, "write", lambda *arguments: told.wait(60))
     many = {f"reward/{number}": 0.5 for number in range(100)}
     writing = threading.Thread(target=made.metrics, args=("epoch", 1, many), daemon=True)
@@ -82,6 +80,15 @@ def test_a_blocked_tensorboard_writer_does_not_block_the_run(
     writing.join()
     made.close()
     assert not stuck
+
+
+def test_the_curve_shows_each_of_several_rewards() -> None:
+    lines = [{"event": "epoch", "epoch": n, "reward": 0.1, "reward/a": 0.2, "reward/b": 0.3 * n} for n in (1, 2)]
+    figure = record.curve(lines)
+    assert [axis.get_ylabel() for axis in figure.axes] == ["reward", "reward/a", "reward/b"]
+    assert list(figure.axes[2].lines[0].get_ydata()) == [0.3, 0.6]
+    one = [{name: value for name, value in line.items() if name != "reward/b"} for line in lines]
+    assert len(record.curve(one).axes) == 1
 
 
 def test_figures_can_be_disabled(configure: Callable[..., Config], batch: Batch) -> None:

@@ -113,7 +113,7 @@ def test_no_output_of_a_run_contains_secrets(
     tmp_path: Path,
 ) -> None:
     reward = both(judge(server), keyed())
-    status = star_train(reward=reward, evaluation={"every": 1}, output={"tensorboard": True, "images_every": 1})
+    status = star_train(reward=reward, evaluation={"every": 1}, output={"trackers": ["tensorboard"], "images_every": 1})
     assert status == 0
     assert Keyed.made == [reward["options"]["keyed:Keyed"]]
     assert set(server.paths) == {f"/score?token={QUERY}"}

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from star_trainer import command, limits
 from star_trainer.config import Config
+from star_trainer.objectives import clip_range
 from star_trainer.trainer import Trainer
 
 PRESETS = sorted(path.stem for path in command.PRESETS.glob("*.yaml"))
@@ -33,7 +34,7 @@ def test_flow_grpos_settings_for_sd35_medium() -> None:
     assert (found.rollout.group_size, found.rollout.steps, found.rollout.noise_level) == (24, 10, 0.7)
     assert (found.rollout.guidance, found.rollout.resolution, found.evaluation.steps) == (4.5, 512, 40)
     assert (found.model.lora_rank, found.model.lora_alpha) == (32, 64)
-    assert (found.train.learning_rate, found.train.clip_range, found.train.kl_coef) == (3e-4, 1e-4, 0.04)
+    assert (found.train.learning_rate, clip_range(found.train), found.train.kl_coef) == (3e-4, 1e-4, 0.04)
     limits.check(found, 8)
 
 
@@ -56,7 +57,7 @@ def test_options_override_files_and_files_override_the_preset(tmp_path: Path) ->
     files = ["--config", str(first), f"--config={second}"]
     for arguments in ([*files, "--train.epochs", "9"], ["--train.epochs", "9", *files]):
         found = command.parse(["--preset", "sd35m-ocr", *arguments])
-        assert (found.train.learning_rate, found.train.epochs, found.train.clip_range) == (1e-5, 9, 1e-4)
+        assert (found.train.learning_rate, found.train.epochs, found.train.kl_coef) == (1e-5, 9, 0.04)
         assert found.rollout.groups == 4
 
 
@@ -81,12 +82,13 @@ def test_a_file_without_settings_changes_nothing(parse_file: Callable[..., Confi
 
 def test_words_that_are_booleans_in_yaml_1_1_are_strings(parse_file: Callable[..., Config]) -> None:
     text = (
-        "preset: small\ntrain: {mixed_precision: no, learning_rate: 1e-5}\noutput: {tensorboard: off, resume: yes}\n"
-        "data: {prompts: on}\nreward: {weights: {on: 1}, options: {on: {no: no, day: 2026-01-02}}}\n"
+        "preset: small\ntrain: {mixed_precision: no, learning_rate: 1e-5}\noutput: {resume: yes}\n"
+        "rollout: {shared_noise: off}\ndata: {prompts: on}\n"
+        "reward: {weights: {on: 1}, options: {on: {no: no, day: 2026-01-02}}}\n"
     )
     found = parse_file(text)
     assert (found.train.mixed_precision, found.train.learning_rate, found.data.prompts) == ("no", 1e-5, "on")
-    assert (found.output.tensorboard, found.output.resume) == (False, True)
+    assert (found.rollout.shared_noise, found.output.resume) == (False, True)
     assert found.reward.weights == {"on": 1.0}
     assert found.reward.options == {"on": {"no": "no", "day": "2026-01-02"}}
 

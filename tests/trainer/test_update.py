@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import SD3Transformer2DModel
+from doubled import doubled, rolled_out
 from tiers import mostly_exhaustive
 from torch import Tensor
 
 from star_trainer import checkpoint
 from star_trainer import trainer as module
 from star_trainer.config import Config
-from star_trainer.policy import Text
 from star_trainer.rollout import roll_out
 from star_trainer.samples import Batch
 from star_trainer.small import SMALL
@@ -42,27 +42,6 @@ def medium_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.add_(0.02 * torch.randn(parameter.shape))
     pipeline.save_pretrained(folder)
     return folder
-
-
-def _rolled_out(trainer: Trainer, config: Config) -> Batch:
-    prompts = [trainer.prompts[n // config.rollout.group_size] for n in range(config.samples)]
-    return roll_out(trainer.policy, prompts, range(config.samples), config, 0, trainer.accelerator.autocast)
-
-
-def _doubled(trainer: Trainer, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
-    """Converts batch and model to float64, because the rounding errors of float32 are about 1e-6."""
-    policy = trainer.policy
-    policy.model.double()
-    encode = policy.encode
-    monkeypatch.setattr(policy, "encode", lambda prompts: _double(encode(prompts)))
-    monkeypatch.setattr(policy, "_unconditional", None)
-    names = ("sample", "prev_sample", "log_prob")
-    steps = [replace(step, **{name: getattr(step, name).double() for name in names}) for step in batch.steps]
-    return replace(batch, text=_double(batch.text), steps=steps)
-
-
-def _double(text: Text) -> Text:
-    return Text(text.tokens.double(), text.pooled.double())
 
 
 def _flow_grpo_gradients(trainer: Trainer, batch: Batch, advantages: Tensor, config: Config) -> dict[str, Tensor]:
@@ -121,7 +100,7 @@ def test_the_update_is_flow_grpos(
     with torch.no_grad():  # adapters are initialised to zero, so that the KL term would be zero
         for parameter in trainer.average.parameters.values():
             parameter.add_(0.01 * torch.randn(parameter.shape))
-    batch = _doubled(trainer, _rolled_out(trainer, config), monkeypatch)
+    batch = doubled(trainer, rolled_out(trainer, config), monkeypatch)
     advantages = torch.tensor([1.2, -0.7, -0.5, 9.0, 0.0, -1.0], dtype=torch.float64)
     expected = _flow_grpo_gradients(trainer, batch, advantages, config)
     trainer.updater.gradients([batch], advantages)
@@ -156,7 +135,7 @@ def test_full_strength_changes_the_update(
     for method in ("plain", "star"):
         config = configure(allocation={"method": method})
         trainer = trainer_of(config)
-        batch = _rolled_out(trainer, config)
+        batch = rolled_out(trainer, config)
         weights = [step.weights for step in batch.steps]
         if method == "star":
             assert all(w is not None and abs(float(w.mean()) - 1) < 1e-5 and float(w.std()) > 1e-3 for w in weights)
@@ -197,7 +176,7 @@ def test_an_epoch_of_every_transition_changes_the_weights(
     config = configure(
         model={"lora_rank": lora_rank, "gradient_checkpointing": True},
         rollout={"transition": transition, "noise_level": 0.4},
-        train={"ratio_norm": transition == "flow_sde", "kl_coef": 0.1, "passes": 2},
+        train={"objective": "grpo_guard" if transition == "flow_sde" else "flow_grpo", "kl_coef": 0.1, "passes": 2},
     )
     trainer = trainer_of(config)
     before = {n: p.detach().clone() for n, p in trainer.average.parameters.items()}
