@@ -1,11 +1,11 @@
 """Measures packages that make attention maps, and reads trainers, for the comparison in README.
 
 ``python -m tools.compare_maps --attention-map-diffusers DIR --daam DIR --flow-grpo DIR --verl-omni DIR`` takes
-checkouts; nothing of them is part of this project. Each package makes the maps of a pass of the same small models with random
-weights, in float32, in a process of its own with one thread on a CPU, by its own public entry point. The time is
+checkouts; nothing of them is part of this project. Each package makes the maps of a pass of the same small models with
+random weights, in float32, in a process of its own with one thread on a CPU, by its own public entry point. The time is
 processor time, the least of --rounds passes with maps over the least of as many without, in turn. ``--python`` is the
-interpreter for the other packages, which require older versions than this one. Trainers are not run: what they do
-is read in their sources, and the command stops if these have changed.
+interpreter for the other packages, which require older versions than this one. Trainers are not run: what they do is
+read in their sources, and the command stops if these have changed.
 
 Without checkouts only this package is measured. ``--out FILE`` writes the results as JSON after each package, and keeps
 what the file has of packages that are not measured.

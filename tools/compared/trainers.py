@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 # Names that code with attention maps has.
-MAPS = re.compile(r"attention_?maps?\b|attn_?maps?\b|attention_probs|attn_probs|cross_attn_weights", re.IGNORECASE)
+MAPS = re.compile(r"\b(cross_)?(attention_?maps?|attn_?maps?|attention_probs|attn_probs)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
