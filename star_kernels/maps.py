@@ -161,7 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
         for prompt in options.prompt if options.phrase else ():  # before the pipeline is loaded
             core_content(prompt, options.phrase)
     except ValueError as problem:
-        parser.error(f"--phrase: {problem}")
+        print(f"--phrase: {problem}", file=sys.stderr)
+        return 2
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:

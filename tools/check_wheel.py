@@ -34,7 +34,7 @@ FILES = {
     LIBRARY,
     "star_trainer/presets/small.yaml",
 }
-# The processor of a tag -> e_machine of an ELF file. In other files of the wheel there is no machine code.
+# The processor of a tag -> e_machine in the header of an ELF file.
 ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 # Loads libraries in order: the last one must find all of its symbols in those before it.
 LOADER = r"""
@@ -96,9 +96,8 @@ def library_problems(wheel: Path) -> list[str]:
             if name.endswith(".so") or start.startswith(b"\x7fELF"):
                 machine = int.from_bytes(start[18:20], "little")
                 if machine != ELF_MACHINES[expected]:
-                    is_for = next(
-                        (key for key, value in ELF_MACHINES.items() if value == machine), "no processor known"
-                    )
+                    known = {value: key for key, value in ELF_MACHINES.items()}
+                    is_for = known.get(machine, "an unknown processor")
                     found.append(f"{name} is for {is_for}, the tag for {expected}")
     return found
 

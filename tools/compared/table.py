@@ -66,11 +66,11 @@ def _method(found: dict[str, Any]) -> str:
     same = [m["output_identical"] for m in ours["models"].values()]
     differences = [m["output_difference"] for n, p in packages.items() if n in LINKS for m in p["models"].values()]
     output = "ours keeps the output bit for bit" if all(same) else "no package keeps the output bit for bit"
+    rest = f"the others change it by up to {max(differences):.0e} of its largest value"
     return (
-        f"`python -m tools.compare_maps`, on one thread of an {ours['processor']} that other programs shared: small "
-        "models with random weights, float32, one image with guidance, 512²; the least processor time of several passes "
-        f"(varies by some percent). {output[0].upper()}{output[1:]}; the others change it by up to "
-        f"{max(differences):.0e} of its largest value. diffusers {ours['versions']['diffusers']} for ours, "
-        f"{' and '.join(sorted(others))} for the others. The trainers were read, not run, at the linked commits. "
-        "[On a GPU](docs/benchmarks.md#results)."
+        f"`python -m tools.compare_maps`, on one thread of an {ours['processor']} that other programs shared: parts of "
+        "SD3.5-Medium and of SD's UNet with random weights, float32, one image of 512² with guidance; the least "
+        f"processor time of several passes, which varies by some percent. {output[0].upper()}{output[1:]}; {rest}. "
+        f"diffusers {ours['versions']['diffusers']} for ours, {' and '.join(sorted(others))} for the others. The "
+        "trainers were read, not run, at the linked commits. On a GPU: [benchmarks](docs/benchmarks.md#results)."
     )
