@@ -13,6 +13,8 @@ Environment:
                              with a warning, and the operations fall back to PyTorch
     STAR_KERNELS_BUILD       a folder that keeps what was compiled, so that later builds compile only what changed; also
                              has the PTX of the CUDA kernels and ptxas's report (default: a temporary folder)
+    STAR_KERNELS_MACHINE     a processor to build for on another one, such as aarch64; CXX must be a cross-compiler for
+                             it. The CUDA library is then skipped, and the tag of a wheel is linux_aarch64
     MAX_JOBS                 number of parallel compiler processes (default: that of ninja)
 """
 
@@ -91,13 +93,27 @@ class PlatformWheel(bdist_wheel):
     """A wheel whose tag has only the platform: the libraries do not depend on the version of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", f"linux_{machine()}" if crossing() else super().get_tag()[2]
+
+
+def machine() -> str:
+    """The processor to build for."""
+    return os.environ.get("STAR_KERNELS_MACHINE") or platform.machine()
+
+
+def crossing() -> bool:
+    return machine() != platform.machine()
 
 
 def compiler() -> str:
     command = os.environ.get("CXX", "c++")
     if shutil.which(shlex.split(command)[0]) is None:
         raise Missing(f"no C++17 compiler: {command!r} is not on PATH; set CXX to a compiler")
+    if crossing():
+        ask = [*shlex.split(command), "-dumpmachine"]
+        target = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+        if not target.startswith(machine()):
+            raise SystemExit(f"STAR_KERNELS_MACHINE is {machine()}, but CXX={command!r} compiles for {target}")
     return command
 
 
@@ -117,7 +133,7 @@ def cpu_rules() -> str:
     threads.
     """
     cxx = compiler()
-    x86 = platform.machine() in ("x86_64", "AMD64")
+    x86 = machine() in ("x86_64", "AMD64")
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     include, link = tvm_ffi_flags()
     exports = [*COMMON, *WARNINGS, *include, "-O1", *(["-DSTAR_X86"] if x86 else [])]
@@ -134,6 +150,8 @@ def cpu_rules() -> str:
                 f"-DSTAR_LANES={lanes}",
             ]
             edges.append(edge(f"{name}.{isa}.o", SOURCES / "cpu" / f"{name}.cpp", kernel))
+    if crossing():  # the installed libtvm_ffi.so is for this machine: link with an empty library of its name
+        edges, link = [*edges, "build libtvm_ffi.so: stub"], ["-Wl,--no-as-needed", "-L.", "-ltvm_ffi"]
     return rules(cxx, edges, ["-shared", *link, "-Wl,-z,now"] if sys.platform == "linux" else ["-shared", *link])
 
 
@@ -191,6 +209,7 @@ def rules(cxx: str, edges: list[str], link: list[str], depfile: str = "-MMD -MF"
             f"rule compile\n  command = {cxx} {depfile} $out.d $flags -c $in -o $out > $out.txt 2>&1; "
             "status=$$?; cat $out.txt; exit $$status\n  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {cxx} $in {shlex.join(link)} -o $out",
+            f"rule stub\n  command = {cxx} -shared -Wl,-soname,$out -x c++ /dev/null -o $out",
             *edges,
             f"build library.so: link {objects}\n",
         ]
@@ -220,7 +239,7 @@ def run_ninja(work: Path, rules: str, *targets: str) -> None:
 
 def libraries() -> list[Extension]:
     names = ["libstar_kernels_cpu"]
-    if os.environ.get("STAR_KERNELS_CUDA") != "0":
+    if os.environ.get("STAR_KERNELS_CUDA") != "0" and not crossing():
         try:
             find_nvcc()
             names.append("libstar_kernels_cuda")

@@ -42,6 +42,7 @@ from benchmarks.reporting import environment, plot, summary, tables
 from benchmarks.reporting.thresholds import FAILED, HELD, UNDECIDED, Outcome, evaluate
 from benchmarks.timing import progress
 from benchmarks.timing.harness import Budget, Extent
+from star_kernels.command_line import Parser
 
 PARTS = ("attention", "backward", "policy", "host", "capture", "end-to-end", "compiled", "epoch")
 ON_CPU = ("attention", "policy", "host", "end-to-end", "epoch")  # end-to-end includes a capture
@@ -155,9 +156,7 @@ def check(outcomes: list[Outcome]) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="overhead.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="overhead.py", description=__doc__)
     parser.add_argument("--only", choices=PARTS, nargs="+", action="extend", help="run only these parts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", action="extend", help="dtypes of the inputs")

@@ -30,7 +30,7 @@ AMOUNT, CHANGE = "cividis", "PuOr"
 PANEL = 2.2  # side of a panel in inches
 PAPER, INK = 0.82, 0.1  # grey levels of the colour bar where an image is invisible and where it is opaque
 FAINT = 0.12  # opacity of an image without attention
-OPACITY = LinearSegmentedColormap.from_list("opacity", [(0.0, str(PAPER)), (1.0, str(INK))])
+OPACITY = LinearSegmentedColormap.from_list("opacity", [str(PAPER), str(INK)])
 
 Array = NDArray[np.float64]
 

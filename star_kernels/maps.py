@@ -27,8 +27,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from star_kernels.command_line import Parser
 from star_kernels.generation import arguments_of_call, generate
 from star_kernels.pipelines import load_pipeline
+from star_kernels.prompts import core_content
 from star_kernels.rank_blocks import rank_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -156,6 +158,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"star_kernels.maps requires the extras diffusers and figures: {missing}", file=sys.stderr)
         return 2
     try:
+        for prompt in options.prompt if options.phrase else ():  # before the pipeline is loaded
+            core_content(prompt, options.phrase)
+    except ValueError as problem:
+        print(f"--phrase: {problem}", file=sys.stderr)
+        return 2
+    try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         print(f"--out must be a writable folder, got {str(options.out)!r}: {problem.strerror}", file=sys.stderr)
@@ -201,12 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m star_kernels.maps",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m star_kernels.maps", description=__doc__)
     parser.add_argument(
         "--model",
         required=True,

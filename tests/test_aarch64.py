@@ -1,6 +1,6 @@
 """The CPU kernels on 64-bit ARM: cross-compiled, and run in an emulator on the inputs of the kernels of this machine.
 
-Requires aarch64-linux-gnu-g++ and qemu-aarch64 (Debian's packages g++-aarch64-linux-gnu and qemu-user).
+The emulator requires aarch64-linux-gnu-g++ and qemu-aarch64 (Debian's packages g++-aarch64-linux-gnu and qemu-user).
 """
 
 from __future__ import annotations
@@ -30,6 +30,29 @@ def outputs(command: list[str], path: Path) -> Iterator[Tensor]:
         values = bytearray(data[start + 9 : start + 8 + size])
         yield torch.frombuffer(values, dtype=DTYPES[chr(data[start + 8])])
         start += 8 + size
+
+
+def test_a_build_for_another_processor_has_no_code_and_no_library_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("setuptools")
+    made = kernel_driver.setup()
+    monkeypatch.setenv("STAR_KERNELS_MACHINE", "aarch64")
+    monkeypatch.setattr(made["platform"], "machine", lambda: "x86_64")
+    monkeypatch.setitem(made["cpu_rules"].__globals__, "compiler", lambda: COMPILER)
+    rules = made["cpu_rules"]()
+    assert "flow_policy.baseline.o" in rules
+    assert not any(text in rules for text in ("avx", "STAR_X86", "-L/"))
+    assert "build libtvm_ffi.so: stub" in rules
+    assert [library.name for library in made["libraries"]()] == ["star_kernels.lib.libstar_kernels_cpu"]
+
+
+def test_a_compiler_for_another_processor_than_the_named_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("setuptools")
+    if shutil.which("c++") is None:
+        pytest.skip("requires c++")
+    monkeypatch.setenv("STAR_KERNELS_MACHINE", "riscv64")
+    monkeypatch.setenv("CXX", "c++")
+    with pytest.raises(SystemExit, match="STAR_KERNELS_MACHINE is riscv64, but CXX='c\\+\\+' compiles for "):
+        kernel_driver.setup()["compiler"]()
 
 
 @pytest.mark.exhaustive

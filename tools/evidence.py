@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.reporting.tables import markdown_table
 from benchmarks.timing.harness import interval_rank
 from studies import tables
+from tools.compared.table import comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -147,6 +148,7 @@ def gpu_epilogues() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "comparison": comparison,
     "attention": attention,
     "policy": policy,
     "steps": steps,

@@ -185,6 +185,8 @@ def fail(message: str) -> NoReturn:
     if unknown:
         known = [f"{section}.{name}" for section, names in settings.SECTIONS.items() for name in names]
         message += settings.suggestion(unknown[1], known, before="--")
+    if 'Parser key "reward.weights"' in message:
+        message += "\n  It maps each reward to its weight, such as --reward.weights '{ocr: 1.0, pickscore: 0.5}'."
     print(f"star-train: error: {redact(message)}\nstar-train --help describes all settings.", file=sys.stderr)
     raise SystemExit(2)
 

@@ -155,8 +155,10 @@ def _check(name: str, forward_pass: ForwardPass, call: Call, shape: tuple[int, i
     batch, _, queries, keys = shape
     expected, rows = forward_pass.selection.batch, forward_pass.rows
     if batch != expected:
+        entries = "; for several images of each prompt the selection needs an entry for every image"
+        several = "" if batch % expected else entries
         raise ValueError(
-            f"the transformer must be called with a batch of {expected}{forward_pass.expected}, got {batch}"
+            f"the transformer must be called with a batch of {expected}{forward_pass.expected}, got {batch}{several}"
         )
     if rows is not None and rows[0] + rows[1] > queries:
         raise ValueError(

@@ -84,7 +84,7 @@ class Guidance:
 
     def _expected(self) -> str:
         if self._cfg is None:
-            return ""
+            return ", the selection's"
         if self._family is not None:
             return ", the selection's, or twice that for guidance"
         return ", the selection's (a batch doubled for guidance needs cfg='last' or 'first')"

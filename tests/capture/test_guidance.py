@@ -90,7 +90,10 @@ def test_a_batch_of_a_family_that_does_not_double_it_is_never_halved(family):
     inputs[name] = inputs[name][:1].expand_as(inputs[name])  # equal halves are no evidence of guidance here
     with (
         capture_maps(model, one, **case.options),
-        pytest.raises(ValueError, match=r"batch of 1, the selection's \(.* needs cfg='last' or 'first'\), got 2"),
+        pytest.raises(
+            ValueError,
+            match=r"batch of 1, the selection's \(.* needs cfg='last' or 'first'\), got 2; for several images",
+        ),
     ):
         model(**inputs)
 

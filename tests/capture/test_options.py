@@ -195,7 +195,10 @@ def test_the_batch_must_be_that_of_the_selection(model_and_inputs):
         capture_maps(model, CASE.selection, cfg="last"),
     ):
         model(**inputs)
-    with pytest.raises(ValueError, match=r"batch of 2, got 4"), capture_maps(model, CASE.selection, cfg=None):
+    with (
+        pytest.raises(ValueError, match=r"batch of 2, the selection's, got 4; for several images of each prompt"),
+        capture_maps(model, CASE.selection, cfg=None),
+    ):
         model(**doubled(inputs))
 
 

@@ -310,7 +310,21 @@ def test_a_misspelt_name_of_the_small_model_says_what_is_accepted() -> None:
 def test_an_abbreviated_option_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         maps.main(["--model", "small", "--prompt", "a red bench", "--out", "unused", "--step", "3"])
-    assert "unrecognized arguments: --step 3" in capsys.readouterr().err
+    assert "unrecognized arguments: --step; did you mean --steps?" in capsys.readouterr().err
+
+
+def test_a_misspelt_required_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        maps.main(["--model", "small", "--promt=a red bench", "--out", "unused"])
+    assert "unrecognized arguments: --promt; did you mean --prompt?" in capsys.readouterr().err
+
+
+def test_a_phrase_that_no_prompt_contains_is_an_error_before_the_pipeline_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(tmp_path / "absent"), "--out", str(tmp_path), "--prompt", "a red bench"]
+    assert maps.main([*arguments, "--phrase", "blue teapot"]) == 2
+    assert "--phrase: phrases must occur in the prompt, got 'blue teapot'" in capsys.readouterr().err
 
 
 def test_a_family_that_doubles_the_batch_is_drawn_with_guidance(pipeline: Any) -> None:

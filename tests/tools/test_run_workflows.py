@@ -92,11 +92,12 @@ def test_jobs_that_do_not_exist_or_run_elsewhere_are_refused(capsys: pytest.Capt
         assert message in capsys.readouterr().err
 
 
-def wheel(folder: Path, metadata: str, *more: str) -> Path:
-    path = folder / "a.whl"
+def wheel(folder: Path, metadata: str, *more: str, tag: str = "linux_x86_64", machine: int = 62) -> Path:
+    path = folder / f"a-1-py3-none-{tag}.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for name in (*check_wheel.FILES, "a.dist-info/licenses/LICENSE", *more):
-            archive.writestr(name, "")
+            library = b"\x7fELF" + bytes(14) + machine.to_bytes(2, "little")
+            archive.writestr(name, library if name.endswith(".so") else "")
         archive.writestr("a.dist-info/METADATA", metadata)
         archive.writestr("a.dist-info/entry_points.txt", "star-train = a\nstar-train-small = b")
     return path
@@ -112,6 +113,20 @@ def test_a_wheel_with_other_files_or_without_its_licence_is_reported(tmp_path: P
     assert check_wheel.problems(wheel(tmp_path, good.replace("Apache-2.0", "MIT"))) == [
         "the licence is 'MIT', not 'Apache-2.0'"
     ]
+
+
+def test_libraries_are_for_the_processor_of_the_tag(tmp_path: Path) -> None:
+    good = "License-Expression: Apache-2.0\nDescription-Content-Type: text/markdown\nRequires-Dist: torch>=2.11\n\n"
+    cross = wheel(tmp_path, good, tag="manylinux_2_28_aarch64", machine=183)
+    assert check_wheel.processor(cross) == "aarch64"
+    assert check_wheel.problems(cross) == []
+    assert check_wheel.problems(wheel(tmp_path, good, tag="linux_aarch64")) == [
+        "star_kernels/lib/libstar_kernels_cpu.so is for x86_64, the tag for aarch64"
+    ]
+    with pytest.raises(
+        ValueError, match=r"the tag of a-1-py3-none-any\.whl must end with one of the processors x86_64"
+    ):
+        check_wheel.problems(wheel(tmp_path, good, tag="any"))
 
 
 def test_the_first_use_is_that_of_the_quickstart() -> None:

@@ -166,6 +166,7 @@ def test_every_setting_is_documented(capsys: pytest.CaptureFixture[str]) -> None
         (["--config", "absent.yaml"], "--config must be a readable YAML file, got absent.yaml: No such file"),
         (["--train.max_grad_norm", "-1"], "train.max_grad_norm must be at least 0, got -1.0"),
         (["--reward.weights", "{scene: 1, scene: 2}"], "reward.weights"),
+        (["--reward.weights", "ocr"], "such as --reward.weights '{ocr: 1.0, pickscore: 0.5}'"),
         (["--train", "{epochs: 1, epochs: 2}"], "'epochs' appears twice"),
         (["--train.epochs", "many"], "train.epochs"),
         (["--rollout.transition", "ode"], "rollout.transition"),
