@@ -161,6 +161,7 @@ def test_every_setting_is_documented(capsys: pytest.CaptureFixture[str]) -> None
     [
         (["--preset", "sd4"], "--preset must be one of sd35m-geneval, sd35m-ocr, sd35m-pickscore, small, got 'sd4'"),
         (["--train.lerning_rate", "1"], "--train.lerning_rate 1; did you mean --train.learning_rate?"),
+        (["--train.lr", "1"], "--train.lr 1; did you mean --train.learning_rate?"),
         (["--config", "absent.yaml"], "--config must be a readable YAML file, got absent.yaml: No such file"),
         (["--train.max_grad_norm", "-1"], "train.max_grad_norm must be at least 0, got -1.0"),
         (["--reward.weights", "{scene: 1, scene: 2}"], "reward.weights"),
