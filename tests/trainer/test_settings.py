@@ -143,6 +143,16 @@ def test_paths_of_the_home_folder_are_expanded(
     assert command.parse(["--output.folder=~/run"]).output.folder == f"{tmp_path}/run"
 
 
+def test_help_is_short_before_the_settings_and_has_the_values_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command.parse(["--preset", "sd35m-ocr", "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(
+        "usage: star-train [--preset NAME] [--config FILE] [--SECTION.SETTING VALUE ...]\n\nstar-train:"
+    )
+    assert "learning rate of AdamW. (type: float, default: 0.0003)" in text
+
+
 def test_every_setting_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         command.parse(["--help"])
