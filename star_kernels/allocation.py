@@ -237,8 +237,9 @@ def _check_layout(maps: Tensor, layout: str | None, accepted: Sequence[str]) -> 
         raise ValueError(f"layout must be one of {', '.join(map(repr, accepted))}, got {layout!r}")
     if len(layout) != maps.ndim or 0 in maps.shape:
         sizes = ", ".join(_SIZES[letter] for letter in layout)
+        hint = "; maps[:, 0] are the maps of the first phrase" if layout == "bhw" and maps.ndim == 4 else ""
         raise ValueError(
-            f"maps must have shape [{sizes}] for layout {layout!r}, none of them 0, got {list(maps.shape)}"
+            f"maps must have shape [{sizes}] for layout {layout!r}, none of them 0, got {list(maps.shape)}{hint}"
         )
     return layout
 

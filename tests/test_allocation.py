@@ -354,6 +354,7 @@ def test_weights_are_detached() -> None:
         (torch.ones(3), {}, ValueError, r"layout must be given for maps of shape \[3\]"),
         (torch.ones(2, 0), {}, ValueError, r"maps must have shape \[B, P\] .*none of them 0, got \[2, 0\]"),
         (torch.ones(2, 3), {"layout": "bhw"}, ValueError, r"maps must have shape \[B, h, w\] .*got \[2, 3\]"),
+        (torch.ones(2, 1, 4, 4), {"layout": "bhw"}, ValueError, r"got \[2, 1, 4, 4\]; maps\[:, 0\] are the maps of"),
         (torch.ones(2, 3), {"layout": "hw"}, ValueError, "layout must be one of 'bp', .* got 'hw'"),
         (torch.ones(2, 3), {"layout": 3}, ValueError, "layout must be one of 'bp', .* got 3"),
         (torch.ones(2, 3).to_sparse(), {}, TypeError, r"maps must be a dense tensor .* got torch\.sparse_coo"),

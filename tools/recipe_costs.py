@@ -106,10 +106,10 @@ def main() -> None:
     weights = sum(p.numel() for p in plain.parameters()) - adapters
     print(f"transformer: {weights / 1e9:.2f} billion parameters; adapters: {adapters / 1e6:.1f} million\n")
     heads = [
-        "TFLOP of a row",
-        "GiB saved, 1 sample",
-        f"GiB saved, {BATCH} samples",
-        f"GiB saved, {BATCH} samples, checkpointing",
+        "TFLOP of a forward pass, one row",
+        "GiB of activations, 1 sample",
+        f"GiB, {BATCH} samples",
+        f"GiB, {BATCH} samples, checkpointing",
     ]
     print(markdown_table("SD3.5-Medium with guidance", heads, rows))
 

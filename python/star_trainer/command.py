@@ -1,7 +1,7 @@
 """``star-train``: post-trains a text-to-image flow model with Flow-GRPO and STAR's allocation.
 
 Options override YAML files (--config), and files override the preset, in any order on the command line. ``star-train
---help`` lists all settings, ``--print_config`` prints their values.
+--help`` lists all settings with the values of the preset, ``--print_config`` prints the values of a command line.
 
     star-train                                          the small model, a few minutes on two CPU cores
     star-train --preset sd35m-geneval                   Flow-GRPO's published settings for SD3.5-Medium
@@ -25,6 +25,7 @@ from star_trainer import settings
 from star_trainer.config import Config
 from star_trainer.limits import check_values
 from star_trainer.redact import RedactingFormatter, redact, redact_warnings, redacted_traceback
+from star_trainer.suggestion import suggestion
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -131,7 +132,10 @@ def build_parser(preset: str) -> Any:
         ValueError: an unknown preset.
     """
     from docstring_parser import DocstringStyle
-    from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader, set_parsing_settings
+
+    class Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Prints the description as it is written, and the preset's value of each setting."""
 
     names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     if preset not in names:
@@ -140,14 +144,15 @@ def build_parser(preset: str) -> Any:
     set_loader("strict-yaml", settings.load, exceptions=(settings.YAMLError,))
     parser = ArgumentParser(
         prog="star-train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="star-train [--preset NAME] [--config FILE] [--SECTION.SETTING VALUE ...]",
+        description=__doc__.replace("``", ""),
+        formatter_class=Help,
         default_config_files=[str(PRESETS / f"{preset}.yaml")],
         parser_mode="strict-yaml",
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("--preset", default=preset, choices=names, help="base settings (default: small)")
+    parser.add_argument("--preset", default=preset, choices=names, help="base settings")
     parser.add_argument(
         "--config", action="config", help="YAML file of settings that override the preset; may be repeated"
     )
@@ -184,7 +189,7 @@ def fail(message: str) -> NoReturn:
     unknown = re.match(r"unrecognized arguments: --([\w.]+)", message)
     if unknown:
         known = [f"{section}.{name}" for section, names in settings.SECTIONS.items() for name in names]
-        message += settings.suggestion(unknown[1], known, before="--")
+        message += suggestion(unknown[1], known, before="--")
     if 'Parser key "reward.weights"' in message:
         message += "\n  It maps each reward to its weight, such as --reward.weights '{ocr: 1.0, pickscore: 0.5}'."
     print(f"star-train: error: {redact(message)}\nstar-train --help describes all settings.", file=sys.stderr)

@@ -28,7 +28,7 @@ def check_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt], rewards
         ValueError: a prompt fails; the message names the file, the first failing line and the number of failures.
     """
     allocation, data = config.allocation, config.data
-    scored = [_scoring(reward) for reward in rewards.rewards.values() if isinstance(reward, PromptReward)]
+    scored = [_scoring(name, reward) for name, reward in rewards.rewards.items() if isinstance(reward, PromptReward)]
     if allocation.method == "star":
         found = failing(prompts, [_check_core])
         if found:
@@ -57,8 +57,14 @@ def failing(prompts: Sequence[Prompt], tests: Sequence[Test]) -> dict[int, Excep
     return found
 
 
-def _scoring(reward: PromptReward) -> Test:
-    return lambda prompt: reward.check_prompt(prompt.text, prompt.metadata)
+def _scoring(name: str, reward: PromptReward) -> Test:
+    def test(prompt: Prompt) -> None:
+        try:
+            reward.check_prompt(prompt.text, prompt.metadata)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"reward {name!r}: {error}") from error
+
+    return test
 
 
 def _check_core(prompt: Prompt) -> None:
@@ -72,5 +78,6 @@ def _describe(found: dict[int, Exception], prompts: Sequence[Prompt], source: st
     first = f"{source}, line {places[0]}: {next(iter(found.values()))}"
     if len(places) == 1:
         return first
+    lines = "lines" if len(places) > 2 else "line"
     more = ", ".join(places[1:_NAMED]) + (", ..." if len(places) > _NAMED else "")
-    return f"{first}; {len(places) - 1} more of the {len(prompts)} prompts fail (lines {more})"
+    return f"{first}; {len(places) - 1} more of the {len(prompts)} prompts fail ({lines} {more})"

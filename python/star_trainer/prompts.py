@@ -74,7 +74,10 @@ def load_prompts(
         return [Prompt(scene.prompt, scene.metadata, core_source=core_source) for scene in scenes]
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"{setting} must be a file or one of {_tasks()}, got {source!r}")
+        raise FileNotFoundError(
+            f"{setting} must be a file or one of {_tasks()}, got {source!r}, which is not a file (current directory: "
+            f"{Path.cwd()})"
+        )
     suffix = path.suffix.lower()
     if suffix not in (*TEXT, *JSON_LINES):
         accepted = f".txt or none for a prompt per line, {' or '.join(JSON_LINES)} for a JSON object per line"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
@@ -15,6 +13,7 @@ from yaml import YAMLError
 
 from star_trainer.config import Config
 from star_trainer.redact import redacted
+from star_trainer.suggestion import suggestion
 from star_trainer.textfile import read_text
 
 SECTIONS = {part: [f.name for f in fields(kind)] for part, kind in get_type_hints(Config).items()}
@@ -86,12 +85,6 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             for name, _ in value.value:
                 _check_known(path, name, SECTIONS[section], f"{section}.")
     return {section: value for section, value in values.items() if value is not None}
-
-
-def suggestion(name: str, known: Sequence[str], before: str = "") -> str:
-    """A hint with the known name most similar to an unknown one, for its error message; may be empty."""
-    found = get_close_matches(name, known, n=1)
-    return f"; did you mean {before}{found[0]}?" if found else ""
 
 
 def _check_known(path: str | os.PathLike[str], key: Any, known: list[str], section: str = "") -> None:

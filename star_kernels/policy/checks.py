@@ -134,10 +134,11 @@ def check_advantages(
         if weights.shape[1] == 0:
             raise ValueError(f"weights must have at least one phrase, got {list(weights.shape)}")
         if shape != [batch, weights.shape[1]]:
+            hint = "; with advantages [B] weights are [B, *locations]" if shape == [batch] else ""
             raise ValueError(
                 f"advantages must have shape [B, G] = [{batch}, {weights.shape[1]}] with weights [B, G, *locations], "
                 f"which have one dimension more than the locations {locations}, got advantages {shape} and weights "
-                f"{list(weights.shape)}"
+                f"{list(weights.shape)}{hint}"
             )
         if weighted_kl:
             raise ValueError(

@@ -154,7 +154,8 @@ def _check(prompts: object, regions: object, metadata: object, per_phrase: bool,
         if not isinstance(prompt, (str, Core)):
             raise TypeError(f"prompts must be strings or Cores, got {type(prompt).__name__} as prompts[{b}]")
     if not isinstance(regions, Sequence) or not regions or not all(isinstance(r, TextRegion) for r in regions):
-        raise TypeError(f"regions must be a non-empty list of TextRegion, from regions_of, got {regions!r}")
+        shown = repr(regions) if isinstance(regions, Sequence) else type(regions).__name__
+        raise TypeError(f"regions must be a non-empty list of TextRegion, from regions_of(pipeline), got {shown}")
     if metadata is not None and (not isinstance(metadata, Sequence) or len(metadata) != len(prompts)):
         got = len(metadata) if isinstance(metadata, Sequence) else type(metadata).__name__
         raise ValueError(f"metadata must be a list with an entry for each of the {len(prompts)} prompts, got {got}")

@@ -138,7 +138,7 @@ PHRASE_ERRORS = [
     ({"weights": FIELD.double()}, r"weights must be float32 .*got torch.float64"),
     (
         {"advantages": torch.ones(2)},
-        r"advantages must have shape \[B, G\] = \[2, 3\] with weights .*got advantages \[2\]",
+        r"advantages must have shape \[B, G\] = \[2, 3\] with weights .*got .*with advantages \[B\] weights are",
     ),
     ({"advantages": torch.ones(2, 6, 8)}, r"advantages must have shape \[B, G\].*got advantages \[2, 6, 8\]"),
     ({"advantages": torch.ones(1, 3)}, r"advantages must have shape \[B, G\] = \[2, 3\].*got advantages \[1, 3\]"),

@@ -173,6 +173,7 @@ def test_samples_of_one_prompt_have_equal_selections() -> None:
         ({"prompts": ["a", 3]}, TypeError, r"got int as prompts\[1\]"),
         ({"regions": []}, TypeError, "regions must be a non-empty list of TextRegion"),
         ({"regions": [3]}, TypeError, "regions must be a non-empty list of TextRegion"),
+        ({"regions": object()}, TypeError, r"TextRegion, from regions_of\(pipeline\), got object$"),
         (
             {"metadata": [None] * 2},
             ValueError,

@@ -96,10 +96,10 @@ def test_prompts_that_rewards_cannot_score_are_named_by_file_and_line(
     bad.write_text('a sign "one"\n\na sign\n')
     ocr = without_models(Ocr)
     check(configure(data={"prompts": str(good)}), ocr)
-    with pytest.raises(ValueError, match=rf"{bad}, line 3: ocr requires metadata with a \"text\", or a prompt"):
+    with pytest.raises(ValueError, match=rf"{bad}, line 3: reward .*: ocr requires metadata with a \"text\""):
         check(configure(data={"prompts": str(bad)}), Plain(), ocr)
     config = configure(data={"prompts": str(good), "eval_prompts": str(bad)}, evaluation={"every": 1})
-    with pytest.raises(ValueError, match=rf"{bad}, line 3: ocr requires"):
+    with pytest.raises(ValueError, match=rf"{bad}, line 3: reward .*: ocr requires"):
         check(config, ocr)
     check(configure(data={"prompts": str(good), "eval_prompts": str(bad)}), ocr)  # evaluation is never
 
@@ -111,9 +111,9 @@ def test_geneval_requires_classes_of_its_detector(
         classes = ("dog",)
 
     reward = without_models(GenEval, _detect=Detector())
-    with pytest.raises(ValueError, match=r"line 1: metadata must name classes of the detector \(dog\), got bench"):
+    with pytest.raises(ValueError, match=r"line 1: reward .*: metadata must name .* detector \(dog\), got bench"):
         check(configure(data={"prompts": geneval_file(BENCH)}), reward)
-    with pytest.raises(ValueError, match='line 1: geneval requires metadata with an "include"'):
+    with pytest.raises(ValueError, match=r'line 1: reward .*: geneval requires metadata with an "include"'):
         check(configure(data={"prompts": geneval_file({"prompt": "a dog"})}), reward)
 
 
@@ -144,7 +144,7 @@ def test_drawn_scenes_pass(configure: Callable[..., Config], monkeypatch: pytest
 def test_prompts_whose_samples_will_be_skipped_warn(configure: Callable[..., Config], tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a dog\na zebra\na horse\n")
-    with pytest.warns(RuntimeWarning, match=r"line 2: too long.*1 more of the 3 .*their samples will be skipped"):
+    with pytest.warns(RuntimeWarning, match=r"line 2: .*too long.*1 more of the 3 .*their samples will be skipped"):
         check(configure(data={"prompts": str(path)}, reward={"on_failure": "skip"}), Short())
 
 

@@ -195,7 +195,7 @@ def test_the_scores_of_phrases_have_the_order_of_the_core_content() -> None:
 
 def test_invalid_input_is_an_error_that_names_it() -> None:
     image = torch.zeros(1, 3, 32, 32)
-    with pytest.raises(ValueError, match='metadata must have "include" or "text"'):
+    with pytest.raises(ValueError, match=r'metadata must have "include" or "text".*another reward'):
         check(image, [{"prompt": "a dog"}])
     with pytest.raises(ValueError, match="an entry for each of the 1 images, got 2"):
         check(image, [{"text": "a"}] * 2)

@@ -145,6 +145,16 @@ def test_paths_of_the_home_folder_are_expanded(
     assert command.parse(["--output.folder=~/run"]).output.folder == f"{tmp_path}/run"
 
 
+def test_help_is_short_before_the_settings_and_has_the_values_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command.parse(["--preset", "sd35m-ocr", "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(
+        "usage: star-train [--preset NAME] [--config FILE] [--SECTION.SETTING VALUE ...]\n\nstar-train:"
+    )
+    assert "learning rate of AdamW. (type: float, default: 0.0003)" in text
+
+
 def test_every_setting_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         command.parse(["--help"])
@@ -163,6 +173,7 @@ def test_every_setting_is_documented(capsys: pytest.CaptureFixture[str]) -> None
     [
         (["--preset", "sd4"], "--preset must be one of sd35m-geneval, sd35m-ocr, sd35m-pickscore, small, got 'sd4'"),
         (["--train.lerning_rate", "1"], "--train.lerning_rate 1; did you mean --train.learning_rate?"),
+        (["--train.lr", "1"], "--train.lr 1; did you mean --train.learning_rate?"),
         (["--config", "absent.yaml"], "--config must be a readable YAML file, got absent.yaml: No such file"),
         (["--train.max_grad_norm", "-1"], "train.max_grad_norm must be at least 0, got -1.0"),
         (["--reward.weights", "{scene: 1, scene: 2}"], "reward.weights"),

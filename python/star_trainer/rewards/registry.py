@@ -15,6 +15,7 @@ from star_trainer.rewards.base import Reward
 from star_trainer.rewards.function import FunctionReward
 from star_trainer.rewards.remote import RemoteReward, public_address
 from star_trainer.rewards.weighted import WeightedSum, check_weight
+from star_trainer.suggestion import suggestion
 
 BUILT_IN = {
     "scene": "star_trainer.scenes:SceneReward",
@@ -86,9 +87,12 @@ def _make(key: str, device: str | torch.device, options: Mapping[str, Any]) -> R
     module, colon, attribute = key.partition(":")
     if colon and attribute and all(part.isidentifier() for part in f"{module}.{attribute}".split(".")):
         return _instance(key, _load(key), device, options)
+    module, dot, attribute = key.rpartition(".")
+    dotted = dot and key.replace(".", "").isidentifier() and attribute != "py"
+    hint = f"; did you mean {module}:{attribute}?" if dotted else suggestion(key, list(BUILT_IN))
     raise ValueError(
         f"unknown reward {redact(key)!r}: it must be one of {', '.join(BUILT_IN)}, a 'package.module:attribute', or an "
-        "http(s) URL"
+        f"http(s) URL{hint}"
     )
 
 
@@ -97,13 +101,15 @@ def _load(path: str) -> Any:
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
+        hint = f"; did you mean {module.removesuffix('.py')}:{attribute}?" if module.endswith(".py") else ""
         raise ModuleNotFoundError(
             f"reward {path!r} cannot be imported: {error}. Its module must be installed, or lie in the current "
-            f"directory ({os.getcwd()}) or on PYTHONPATH"
+            f"directory ({os.getcwd()}) or on PYTHONPATH{hint}"
         ) from error
     for name in attribute.split("."):
         if not hasattr(found, name):
-            raise ValueError(f"module {module!r} has no attribute {attribute!r}")
+            hint = suggestion(name, [known for known in vars(found) if not known.startswith("_")])
+            raise ValueError(f"module {module!r} has no attribute {attribute!r}{hint}")
         found = getattr(found, name)
     return found
 

@@ -101,7 +101,10 @@ def check(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Verdicts:
 def check_metadata(metadata: Mapping[str, Any]) -> None:
     """Raises ValueError for metadata that :func:`check` does not accept."""
     if not ("text" in metadata or "include" in metadata):
-        raise ValueError(f'metadata must have "include" or "text", got {dict(metadata)!r}')
+        raise ValueError(
+            'metadata must have "include" or "text", as prompts of scenes:composition and scenes:text have, got '
+            f"{dict(metadata)!r}; other prompts need another reward"
+        )
     if "text" in metadata:
         if not str(metadata["text"]):
             raise ValueError('metadata must have a "text" that is not empty, got ""')

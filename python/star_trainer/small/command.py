@@ -111,10 +111,12 @@ def draw_localisation(table: Tensor) -> Any:
     shades = ["#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999"]
     for block, row in enumerate(table.tolist()):
         axis.plot(row, label=f"block {block}", color=shades[block % len(shades)])
-    axis.plot(table.mean(dim=0).tolist(), label="mean of blocks' scores", color="black", linestyle=":")
-    axis.set(xlabel="denoising step", ylabel="correlation of map and object", ylim=(min(0.0, table.min().item()), 1))
+    axis.plot(table.mean(dim=0).tolist(), label="mean of the blocks", color="black", linestyle=":")
+    low = min(0.0, table.min().item())
+    axis.set(xlabel="denoising step", ylabel="correlation of map and object", ylim=(low - 0.05, 1))
+    axis.axhline(0, color="black", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, ncols=2)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=3)
     return figure
 
 

@@ -171,10 +171,25 @@ def test_other_objects_are_not_rewards() -> None:
         build({"mine:nothing": 1.0})
     with pytest.raises(TypeError, match="must be a reward, a class"):
         build({"mine:number": 1.0})
-    with pytest.raises(ValueError, match="module 'mine' has no attribute 'absent'"):
+    with pytest.raises(ValueError, match=r"module 'mine' has no attribute 'absent'$"):
         build({"mine:absent": 1.0})
     with pytest.raises(ModuleNotFoundError):
         build({"no_such_module_here:x": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("mine:redy", "has no attribute 'redy'; did you mean ready"),
+        ("mine.py:ready", "; did you mean mine:ready"),
+        ("mine.ready", "; did you mean mine:ready"),
+        ("genevl", "; did you mean geneval"),
+        ("mine.py", r"or an http\(s\) URL$"),
+    ],
+)
+def test_a_misspelt_reward_suggests_the_intended_one(key: str, message: str) -> None:
+    with pytest.raises((ValueError, ModuleNotFoundError), match=message):
+        build({key: 1.0})
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, "1", None, True])
