@@ -32,17 +32,20 @@ __device__ __forceinline__ void copy_tiles(const TensorMap* query_map, const Ten
       if (a.key_mask) write_mask_words(memory.mask_words(ring.stage), a, at.batch, first, S::kKeys);
       if (lane == 0) {
         mbarrier_expect(memory.key_full + ring.stage, S::kKeyBytes);
+#pragma unroll 1
         for (int column = 0; column < S::kColumns; column++) {
           load_tile(memory.key(ring.stage) + column * S::kKeys * 128, key_map, memory.key_full + ring.stage,
                     64 * column, first, at.head, at.batch);
         }
       }
       if (step == 0) {
+#pragma unroll 1
         for (int group = 0; group < S::kConsumers; group++) {
           wait(memory, memory.query_free + group, (round & 1) ^ 1, a, tile, step);
           if (lane == 0) {
             mbarrier_expect(memory.query_full + group, S::kQueryBytes);
-            for (int column = 0; column < S::kColumns; column++) {
+    #pragma unroll 1
+        for (int column = 0; column < S::kColumns; column++) {
               load_tile(memory.query(group) + column * 64 * 128, query_map, memory.query_full + group, 64 * column,
                         at.row + 64 * group, at.head, at.batch);
             }
@@ -52,6 +55,7 @@ __device__ __forceinline__ void copy_tiles(const TensorMap* query_map, const Ten
       wait(memory, memory.value_free + ring.stage, ring.parity ^ 1, a, tile, step);
       if (lane == 0) {
         mbarrier_expect(memory.value_full + ring.stage, S::kKeyBytes);
+#pragma unroll 1
         for (int column = 0; column < S::kColumns; column++) {
           load_tile(memory.value(ring.stage) + column * S::kKeys * 128, value_map, memory.value_full + ring.stage,
                     64 * column, first, at.head, at.batch);
@@ -150,11 +154,12 @@ class Consumer {
       wait_for(memory_.key_full + keys_.stage, keys_.parity, step);
       take_turn();
       pin_all(o, p);
-      multiply_fence();
       if constexpr (S::kOverlap) {
+        multiply_fence();
         start_scores(s);
         multiply_commit();
         wait_for(memory_.value_full + values_.stage, values_.parity, step);
+        multiply_fence();
         start_values(o, p);
         multiply_commit();
         pass_turn();
@@ -163,6 +168,7 @@ class Consumer {
         finish_values(o, p);
       } else {
         wait_for(memory_.value_full + values_.stage, values_.parity, step);
+        multiply_fence();
         start_values(o, p);
         multiply_commit();
         start_scores(s);
@@ -187,9 +193,12 @@ class Consumer {
     }
     wait_for(memory_.value_full + values_.stage, values_.parity, a_.key_tiles);
     pin_all(o, p);
+    if (maps) {
+      multiply_fence();
+      start_token_scores(scores);
+      multiply_commit();
+    }
     multiply_fence();
-    start_token_scores(scores);  // of no use without maps
-    multiply_commit();
     start_values(o, p);
     multiply_commit();
     multiply_wait<1>();

@@ -187,7 +187,7 @@ __device__ __forceinline__ void gather_chunk(char* tokens, unsigned* word, const
   const typename S::Type* key =
       static_cast<const typename S::Type*>(a.key) + at.batch * a.key_strides[0] + at.head * a.key_strides[1];
   constexpr int kUnits = S::kHeadDim / 8;  // of 16 bytes in a row
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kTokens * kUnits / 32; i++) {
     const int unit = lane % kUnits, row = i * (32 / kUnits) + lane / kUnits;
     const bool counts = counted >> row & 1;
