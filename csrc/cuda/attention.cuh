@@ -28,13 +28,13 @@ __device__ __forceinline__ void copy_tiles(const TensorMap* query_map, const Ten
     const Place at(a, tile, S::kRows);
     for (int step = 0; step < a.key_tiles; step++, ring.next()) {
       const int first = (a.key_tiles - 1 - step) * S::kKeys;
-      wait(memory, memory.key_free + ring.stage, ring.parity ^ 1, a, tile, step);
-      if (a.key_mask) write_mask_words(memory.mask_words(ring.stage), a, at.batch, first, S::kKeys);
+      wait(memory, memory.key_free + ring.stage(), ring.parity() ^ 1, a, tile, step);
+      if (a.key_mask) write_mask_words(memory.mask_words(ring.stage()), a, at.batch, first, S::kKeys);
       if (lane == 0) {
-        mbarrier_expect(memory.key_full + ring.stage, S::kKeyBytes);
+        mbarrier_expect(memory.key_full + ring.stage(), S::kKeyBytes);
 #pragma unroll 1
         for (int column = 0; column < S::kColumns; column++) {
-          load_tile(memory.key(ring.stage) + column * S::kKeys * 128, key_map, memory.key_full + ring.stage,
+          load_tile(memory.key(ring.stage()) + column * S::kKeys * 128, key_map, memory.key_full + ring.stage(),
                     64 * column, first, at.head, at.batch);
         }
       }
@@ -44,20 +44,20 @@ __device__ __forceinline__ void copy_tiles(const TensorMap* query_map, const Ten
           wait(memory, memory.query_free + group, (round & 1) ^ 1, a, tile, step);
           if (lane == 0) {
             mbarrier_expect(memory.query_full + group, S::kQueryBytes);
-    #pragma unroll 1
-        for (int column = 0; column < S::kColumns; column++) {
+#pragma unroll 1
+            for (int column = 0; column < S::kColumns; column++) {
               load_tile(memory.query(group) + column * 64 * 128, query_map, memory.query_full + group, 64 * column,
                         at.row + 64 * group, at.head, at.batch);
             }
           }
         }
       }
-      wait(memory, memory.value_free + ring.stage, ring.parity ^ 1, a, tile, step);
+      wait(memory, memory.value_free + ring.stage(), ring.parity() ^ 1, a, tile, step);
       if (lane == 0) {
-        mbarrier_expect(memory.value_full + ring.stage, S::kKeyBytes);
+        mbarrier_expect(memory.value_full + ring.stage(), S::kKeyBytes);
 #pragma unroll 1
         for (int column = 0; column < S::kColumns; column++) {
-          load_tile(memory.value(ring.stage) + column * S::kKeys * 128, value_map, memory.value_full + ring.stage,
+          load_tile(memory.value(ring.stage()) + column * S::kKeys * 128, value_map, memory.value_full + ring.stage(),
                     64 * column, first, at.head, at.batch);
         }
       }
@@ -75,11 +75,11 @@ __device__ __forceinline__ void gather_tokens(const AttentionArguments& a, char*
     const Place at(a, tile, S::kRows);
     if (!at.has_maps(a, S::kRows)) continue;
     for (int token = 0; token < a.slots; token += kTokens, ring.next()) {
-      wait(memory, memory.token_free + ring.stage, ring.parity ^ 1, a, tile, token);
-      gather_chunk<S>(memory.tokens(ring.stage), memory.token_words + ring.stage, a, at, token);
+      wait(memory, memory.token_free + ring.stage(), ring.parity() ^ 1, a, tile, token);
+      gather_chunk<S>(memory.tokens(ring.stage()), memory.token_words + ring.stage(), a, at, token);
       copy_wait();
       shared_fence();
-      mbarrier_arrive(memory.token_full + ring.stage);
+      mbarrier_arrive(memory.token_full + ring.stage());
     }
   }
 }
@@ -140,7 +140,7 @@ class Consumer {
     for (int i = 0; i < kHeadDim / 2; i++) o[i] = 0.0f;
 
     wait_for(memory_.query_full + group_, round_ & 1, 0);
-    wait_for(memory_.key_full + keys_.stage, keys_.parity, 0);
+    wait_for(memory_.key_full + keys_.stage(), keys_.parity(), 0);
     take_turn();
     multiply_fence();
     start_scores(s);
@@ -151,14 +151,14 @@ class Consumer {
     pack_probabilities(p, s);
 
     for (int step = 1; step < a_.key_tiles; step++) {
-      wait_for(memory_.key_full + keys_.stage, keys_.parity, step);
+      wait_for(memory_.key_full + keys_.stage(), keys_.parity(), step);
       take_turn();
       pin_all(o, p);
       if constexpr (S::kOverlap) {
         multiply_fence();
         start_scores(s);
         multiply_commit();
-        wait_for(memory_.value_full + values_.stage, values_.parity, step);
+        wait_for(memory_.value_full + values_.stage(), values_.parity(), step);
         multiply_fence();
         start_values(o, p);
         multiply_commit();
@@ -167,7 +167,7 @@ class Consumer {
         softmax(s, maximum, sum, decay, a_.scale_log2);
         finish_values(o, p);
       } else {
-        wait_for(memory_.value_full + values_.stage, values_.parity, step);
+        wait_for(memory_.value_full + values_.stage(), values_.parity(), step);
         multiply_fence();
         start_values(o, p);
         multiply_commit();
@@ -189,9 +189,9 @@ class Consumer {
     Weights weights;
     if (maps) {
       weights.load(a_, at.batch, 0, 0);
-      wait_for(memory_.token_full + tokens_.stage, tokens_.parity, 0);
+      wait_for(memory_.token_full + tokens_.stage(), tokens_.parity(), 0);
     }
-    wait_for(memory_.value_full + values_.stage, values_.parity, a_.key_tiles);
+    wait_for(memory_.value_full + values_.stage(), values_.parity(), a_.key_tiles);
     pin_all(o, p);
     if (maps) {
       multiply_fence();
@@ -222,14 +222,14 @@ class Consumer {
   __device__ __forceinline__ void store_all_maps(float (&scores)[kTokens / 2], const float (&lse)[2], Weights& weights,
                                                  const Place& at, int row) {
     for (int token = 0;;) {
-      const unsigned valid = memory_.token_words[tokens_.stage];
-      release(memory_.token_free + tokens_.stage);
+      const unsigned valid = memory_.token_words[tokens_.stage()];
+      release(memory_.token_free + tokens_.stage());
       tokens_.next();
       store_maps(scores, lse, valid, weights, a_, at, row, token);
       token += kTokens;
       if (token >= a_.slots) break;
       weights.load(a_, at.batch, 0, token);
-      wait_for(memory_.token_full + tokens_.stage, tokens_.parity, token);
+      wait_for(memory_.token_full + tokens_.stage(), tokens_.parity(), token);
       multiply_fence();
       start_token_scores(scores);
       multiply_commit();
@@ -242,7 +242,7 @@ class Consumer {
   __device__ __forceinline__ void start_scores(float (&s)[kKeys / 2]) {
     pin(s);
     const uint64_t q = shared_descriptor(memory_.query(group_), 16, 1024);
-    const uint64_t k = shared_descriptor(memory_.key(keys_.stage), 16, 1024);
+    const uint64_t k = shared_descriptor(memory_.key(keys_.stage()), 16, 1024);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; i++) {
       multiply_shared<T, kKeys, false>(s, advance(q, i / 4 * 64 * 128 + i % 4 * 32),
@@ -253,7 +253,7 @@ class Consumer {
   __device__ __forceinline__ void start_token_scores(float (&s)[kTokens / 2]) {
     pin(s);
     const uint64_t q = shared_descriptor(memory_.query(group_), 16, 1024);
-    const uint64_t k = shared_descriptor(memory_.tokens(tokens_.stage), 16, 1024);
+    const uint64_t k = shared_descriptor(memory_.tokens(tokens_.stage()), 16, 1024);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; i++) {
       multiply_shared<T, kTokens, false>(s, advance(q, i / 4 * 64 * 128 + i % 4 * 32),
@@ -262,7 +262,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ void start_values(float (&o)[kHeadDim / 2], uint32_t (&p)[kKeys / 16][4]) {
-    const uint64_t v = shared_descriptor(memory_.value(values_.stage), kKeys * 128, 1024);
+    const uint64_t v = shared_descriptor(memory_.value(values_.stage()), kKeys * 128, 1024);
 #pragma unroll
     for (int i = 0; i < kKeys / 16; i++) {
       multiply_registers<T, kHeadDim, true>(o, p[i], advance(v, i * 16 * 128), true);
@@ -276,16 +276,16 @@ class Consumer {
     pin(s);
     const int remaining = a_.keys - key_tile * kKeys;
     if (a_.key_mask || remaining < kKeys) {
-      mask_scores(s, a_.key_mask ? memory_.mask_words(keys_.stage) : nullptr, remaining);
+      mask_scores(s, a_.key_mask ? memory_.mask_words(keys_.stage()) : nullptr, remaining);
     }
-    release(memory_.key_free + keys_.stage);
+    release(memory_.key_free + keys_.stage());
     keys_.next();
   }
 
   __device__ __forceinline__ void finish_values(float (&o)[kHeadDim / 2], uint32_t (&p)[kKeys / 16][4]) {
     multiply_wait<0>();
     pin_all(o, p);
-    release(memory_.value_free + values_.stage);
+    release(memory_.value_free + values_.stage());
     values_.next();
   }
 

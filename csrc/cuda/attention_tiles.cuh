@@ -24,7 +24,7 @@ struct Shape {
   static constexpr int kColumns = kD / 64;  // a tile in shared memory has rows of 128 bytes: 64 elements
   static constexpr int kQueryBytes = 64 * kD * 2, kKeyBytes = kN * kD * 2, kTokenBytes = kTokens * kD * 2;
   static constexpr int kMaskWords = (kN + 31) / 32;
-  static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32, kConsumerRegisters = kGroups == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = kGroups == 2 ? 232 : 152;
   static_assert(kD % 64 == 0 && kN % 16 == 0 && kN <= 256 && (kGroups == 2 || kGroups == 3));
 };
 
@@ -98,15 +98,12 @@ struct Memory {
 // the opposite one of the free barrier, which is over at the start.
 template <int kStages>
 struct Ring {
-  int stage = 0;
-  unsigned parity = 0;
+  static_assert(kStages == 2 || kStages == 4);
+  unsigned count = 0;
 
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
+  __device__ __forceinline__ int stage() const { return static_cast<int>(count % kStages); }
+  __device__ __forceinline__ unsigned parity() const { return count / kStages % 2; }
+  __device__ __forceinline__ void next() { count++; }
 };
 
 // The head and the first row of a tile.

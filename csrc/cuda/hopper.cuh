@@ -182,21 +182,20 @@ __device__ __forceinline__ void pin(uint32_t (&a)[N]) {
 #define STAR_D8(i)                                                                                            \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
-#define STAR_D16 STAR_D8(0), STAR_D8(8)
-#define STAR_D32 STAR_D16, STAR_D8(16), STAR_D8(24)
+#define STAR_D32 STAR_D8(0), STAR_D8(8), STAR_D8(16), STAR_D8(24)
 #define STAR_D48 STAR_D32, STAR_D8(32), STAR_D8(40)
-#define STAR_D64 STAR_D48, STAR_D8(48), STAR_D8(56)
+#define STAR_D56 STAR_D48, STAR_D8(48)
+#define STAR_D64 STAR_D56, STAR_D8(56)
 #define STAR_D80 STAR_D64, STAR_D8(64), STAR_D8(72)
 #define STAR_D88 STAR_D80, STAR_D8(80)
 #define STAR_P8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define STAR_P32                                                                                        \
-  STAR_P8                                                                                               \
-      ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, " \
-      "%27, %28, %29, %30, %31"
-#define STAR_P64                                                                                          \
-  STAR_P32                                                                                                \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
-      "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define STAR_P32                                                                                                       \
+  STAR_P8                                                                                                              \
+      ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, " \
+      "%30, %31"
+#define STAR_P48 STAR_P32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define STAR_P56 STAR_P48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define STAR_P64 STAR_P56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define STAR_P80 STAR_P64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define STAR_P88 STAR_P80 ", %80, %81, %82, %83, %84, %85, %86, %87"
 
@@ -204,6 +203,8 @@ __device__ __forceinline__ void pin(uint32_t (&a)[N]) {
 #define STAR_WIDTHS(WIDTH, ...)                                                           \
   WIDTH(16, (STAR_D8(0)), STAR_P8, "8", "9", "10", "11", "12", "13", "14", __VA_ARGS__)   \
   WIDTH(64, (STAR_D32), STAR_P32, "32", "33", "34", "35", "36", "37", "38", __VA_ARGS__)  \
+  WIDTH(96, (STAR_D48), STAR_P48, "48", "49", "50", "51", "52", "53", "54", __VA_ARGS__)  \
+  WIDTH(112, (STAR_D56), STAR_P56, "56", "57", "58", "59", "60", "61", "62", __VA_ARGS__) \
   WIDTH(128, (STAR_D64), STAR_P64, "64", "65", "66", "67", "68", "69", "70", __VA_ARGS__) \
   WIDTH(160, (STAR_D80), STAR_P80, "80", "81", "82", "83", "84", "85", "86", __VA_ARGS__) \
   WIDTH(176, (STAR_D88), STAR_P88, "88", "89", "90", "91", "92", "93", "94", __VA_ARGS__)
@@ -227,7 +228,7 @@ __device__ __forceinline__ void pin(uint32_t (&a)[N]) {
   }
 
 template <int N>
-constexpr bool kWidth = N == 16 || N == 64 || N == 128 || N == 160 || N == 176;
+constexpr bool kWidth = N == 16 || N == 64 || N == 96 || N == 112 || N == 128 || N == 160 || N == 176;
 
 // d = a b (+ d), the operands in shared memory: a has 64 rows of queries, b has N keys or, transposed, N head dims.
 // Thread t of the group has d[i] of row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
