@@ -182,7 +182,7 @@ __device__ __forceinline__ void gather_chunk(char* tokens, unsigned* word, const
   const unsigned counted = __ballot_sync(0xffffffffu, valid);
   if (lane == 0) *word = counted;
   const typename S::Type* key =
-      static_cast<const typename S::Type*>(a.key) + at.batch * a.key_strides[0] + at.head * a.key_strides[1];
+      static_cast<const typename S::Type*>(a.key.data) + at.batch * a.key.batch + at.head * a.key.channel;
   constexpr int kUnits = S::kHeadDim / 8;  // of 16 bytes in a row
 #pragma unroll 1
   for (int i = 0; i < kTokens * kUnits / 32; i++) {
@@ -190,7 +190,7 @@ __device__ __forceinline__ void gather_chunk(char* tokens, unsigned* word, const
     const bool counts = counted >> row & 1;
     const int from = __shfl_sync(0xffffffffu, position, row);
     char* to = tokens + unit / 8 * kTokens * 128 + row * 128 + ((unit ^ row) % 8) * 16;
-    copy_16(to, key + (counts ? from * a.key_strides[2] : 0) + unit * 8, counts);
+    copy_16(to, key + (counts ? from * a.key.position : 0) + unit * 8, counts);
   }
 }
 
@@ -281,8 +281,8 @@ __device__ __forceinline__ void store_output(const float (&o)[S::kHeadDim / 2], 
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const float factor = sum[half] == 0.0f ? 0.0f : 1.0f / sum[half];  // a row without any key attends to nothing
-    T* out = static_cast<T*>(a.out) + at.batch * a.out_strides[0] + at.head * a.out_strides[1] +
-             (row + 8 * half) * a.out_strides[2];
+    T* out = static_cast<T*>(a.out.data) + at.batch * a.out.batch + at.head * a.out.channel +
+             (row + 8 * half) * a.out.position;
 #pragma unroll
     for (int i = 0; i < S::kHeadDim / 32; i++) {
       uint32_t words[4];  // of columns 32 i + 8 j + 2 lane
