@@ -23,8 +23,10 @@ int prepared_blocks() {
   const auto kernel = attention_kernel<S>;
   cudaFuncAttributes compiled{};
   int blocks = 0;
+  // Without Hopper's own instructions (sm_90 instead of sm_90a) the compiled kernel is empty and has few registers.
   const bool fits =
       cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess && compiled.binaryVersion == 90 &&
+      compiled.numRegs >= 64 &&
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Memory<S>::kBytes) == cudaSuccess &&
       cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
   if (!fits) cudaGetLastError();  // a refusal is no error of the launch
