@@ -278,7 +278,7 @@ def hopper_verdict(text: str) -> str:
 
 
 def hopper_times(text: str) -> str:
-    """The ratio of the kernel to cuDNN without and with maps for each shape; without one, the last line of the output."""
+    """The ratios of the kernel to cuDNN without and with maps, of each shape; else the last line of the output."""
     pattern = r"^  hopper +[\d.]+ us +([\d.]+)[^\n]*\n  hopper, maps +[\d.]+ us +([\d.]+)"
     return " | ".join(" ".join(pair) for pair in re.findall(pattern, text, re.MULTILINE)) or last_line(text)
 
