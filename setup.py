@@ -51,6 +51,7 @@ CPU_KERNELS = {
     "nft": "fast",
 }
 CUDA_KERNELS = ("policy_forward", "policy_backward", "policy_fused", "nft", "sample_transition")
+HOPPER_KERNELS = ("attention_forward", "attention_variants")  # empty on every other architecture
 CUDA_ARCHITECTURES = ("80", "90a", "100a")
 
 
@@ -174,14 +175,16 @@ def cuda_rules(keep: Path | None = None) -> str:
     # PTX for devices newer than the list; architectures such as 90a have no portable PTX.
     codes += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in architectures if arch.isdigit()][:1]
     host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
-    kernel = ["-std=c++17", "-O3", "--threads=0", host, f"-I{SOURCES}", *codes]
+    hopper = [code for code in codes if "90a" in code] or codes
+    kernel = ["-std=c++17", "-O3", "--threads=0", host, f"-I{SOURCES}"]
     names = f'-DSTAR_CUDA_ARCHITECTURES="{" ".join(f"sm_{arch}" for arch in architectures)}"'
     exports = ["-std=c++17", "-O1", host, f"-I{SOURCES}", *include, names]
-    edges = [edge("exports.o", SOURCES / "cuda" / "exports.cpp", exports)]
-    for name in CUDA_KERNELS:
-        flags = [*kernel, "-Xptxas=-v", "--keep", f"--keep-dir={keep / name}"] if keep else kernel
+    edges = [edge(f"{name}.o", SOURCES / "cuda" / f"{name}.cpp", exports) for name in ("exports", "attention_exports")]
+    for name in (*CUDA_KERNELS, *HOPPER_KERNELS):
+        flags = [*kernel, *(codes if name in CUDA_KERNELS else hopper)]
         if keep:
             (keep / name).mkdir(parents=True, exist_ok=True)
+            flags += ["-Xptxas=-v", "--keep", f"--keep-dir={keep / name}"]
         edges.append(edge(f"{name}.o", SOURCES / "cuda" / f"{name}.cu", flags))
     return rules(nvcc, edges, ["-shared", "--cudart=static", *link], depfile="-MD -MF")
 

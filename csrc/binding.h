@@ -243,7 +243,7 @@ void fill_advantages(PolicyArguments& a, ffi::TensorView advantages, const Call<
 }
 
 // star_kernels.policy.arguments.PolicyArguments
-Call<PolicyArguments> read_policy(Reader& in) {
+inline Call<PolicyArguments> read_policy(Reader& in) {
   Call<PolicyArguments> call{{}, in.tensor("model_output")};
   PolicyArguments& a = call.arguments;
   const ffi::TensorView sample = in.tensor("sample"), prev_sample = in.tensor("prev_sample");
@@ -277,7 +277,7 @@ Call<PolicyArguments> read_policy(Reader& in) {
 }
 
 // star_kernels.policy.arguments.NftArguments
-Call<NftArguments> read_nft(Reader& in) {
+inline Call<NftArguments> read_nft(Reader& in) {
   Call<NftArguments> call{{}, in.tensor("model_output")};
   NftArguments& a = call.arguments;
   const ffi::TensorView old_output = in.tensor("old_model_output"), target = in.tensor("target");
@@ -326,7 +326,7 @@ void read_backward_results(Reader& in, Call<typename Kind::Arguments>& call) {
 }
 
 // star_kernels.policy.arguments.SampleArguments
-Call<SampleArguments> read_sample(Reader& in) {
+inline Call<SampleArguments> read_sample(Reader& in) {
   Call<SampleArguments> call{{}, in.tensor("model_output")};
   SampleArguments& a = call.arguments;
   const ffi::TensorView sample = in.tensor("sample"), noise = in.tensor("noise");
@@ -344,7 +344,7 @@ Call<SampleArguments> read_sample(Reader& in) {
 }
 
 // prev_sample and log_prob, the last arguments of the sampling step
-void read_sample_results(Reader& in, Call<SampleArguments>& call) {
+inline void read_sample_results(Reader& in, Call<SampleArguments>& call) {
   SampleArguments& a = call.arguments;
   a.prev_sample = call.view("prev_sample", in.tensor("prev_sample"));
   a.log_prob = floats("log_prob", in.tensor("log_prob"), a.batch * a.positions);

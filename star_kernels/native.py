@@ -33,7 +33,13 @@ FUNCTIONS = {
         "isa",
         "runnable_isas",
     ),
-    "libstar_kernels_cuda.so": (*_POLICY, "policy_workspace_bytes", "nft_workspace_bytes", "architectures"),
+    "libstar_kernels_cuda.so": (
+        *_POLICY,
+        "policy_workspace_bytes",
+        "nft_workspace_bytes",
+        "attention_forward",
+        "architectures",
+    ),
 }
 
 

@@ -1,6 +1,5 @@
 // The CUDA library's functions, loaded by star_kernels/native.py: each reads its arguments and launches a kernel on the
 // current stream. The caller allocates outputs and workspace; this file does not depend on torch.
-#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/string.h>
 
 #include <string>
@@ -8,8 +7,7 @@
 #include <utility>
 
 #include "cuda/kernels.h"
-#define STAR_DEVICE kDLCUDA
-#include "binding.h"
+#include "cuda/on_device.h"
 
 #if !defined(STAR_CUDA_ARCHITECTURES)
 #error "setup.py names the architectures"
@@ -17,33 +15,6 @@
 
 namespace star {
 namespace {
-
-cudaStream_t current_stream(ffi::TensorView tensor) {
-  return static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, tensor.device().device_id));
-}
-
-// Makes the tensor's device the current one until the end of the scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(ffi::TensorView tensor) {
-    cudaGetDevice(&before_);
-    device_ = tensor.device().device_id;
-    if (device_ != before_) cudaSetDevice(device_);
-  }
-  ~DeviceGuard() {
-    if (device_ != before_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0, device_ = 0;
-};
-
-void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) TVM_FFI_THROW(RuntimeError) << kernel << ": " << cudaGetErrorString(error);
-}
 
 // A block's index and a position have 32 bits.
 template <typename Arguments>

@@ -10,6 +10,7 @@ entry for the call:
   kernel there (head dimension 128).
 * 16 bits, larger heads, on other GPUs from sm_80 on: flash, forward and backward.
 * float32: the efficient kernel, forward and backward; Triton took 3.7 and 6.5 times as long on an H200.
+* The kernel for Hopper (backend "hopper") if a table names it; not otherwise, as it has not been measured yet.
 * Head dimensions above the limit of Triton: the first of PyTorch's kernels that supports them.
 
 Gradients of the maps or of the log-sum-exp, and key masks, require the Triton kernels: PyTorch's support neither.
@@ -28,12 +29,12 @@ import torch
 from torch import Tensor
 
 from star_kernels import native
-from star_kernels.attention import tuning, vendor
+from star_kernels.attention import hopper, tuning, vendor
 from star_kernels.attention.tuning import Plan
 from star_kernels.checks import warn
 from star_kernels.torch_internals import constant_in_graph
 
-BACKENDS = ("auto", "naive", "triton", "vendor", *vendor.KERNELS)
+BACKENDS = ("auto", "naive", "triton", "hopper", "vendor", *vendor.KERNELS)
 TRITON_HEAD_DIM = 128
 STATISTICS_HEAD_DIM = 256  # of the Triton kernels for statistics
 NATIVE_HEAD_DIM = 1024  # kMaxHeadDim of csrc/cpu/kernels.h
@@ -77,9 +78,9 @@ def obstacle(backend: str, device: str, dtype: torch.dtype, head_dim: int, maske
         return None
     if device != "cuda":
         return "CUDA tensors are required"
-    if masked and backend not in ("auto", "triton"):
+    if masked and backend not in ("auto", "triton", "hopper"):
         return "key_mask is not supported on CUDA"
-    if backend in ("triton", *vendor.KERNELS) or masked:
+    if backend in ("triton", "hopper", *vendor.KERNELS) or masked:
         return kernel_obstacle("triton" if backend == "auto" else backend, dtype, head_dim)
     first = None
     for kernel in ("triton", *vendor.KERNELS)[backend == "vendor" :]:
@@ -90,11 +91,17 @@ def obstacle(backend: str, device: str, dtype: torch.dtype, head_dim: int, maske
 
 
 def kernel_obstacle(kernel: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What prevents a CUDA kernel, "triton" or one of ``vendor.KERNELS``, from running on these inputs, or None."""
+    """What prevents a CUDA kernel from running on these inputs, or None.
+
+    Args:
+        kernel: "triton", "hopper" or one of ``vendor.KERNELS``.
+    """
     if kernel == "triton":
         if head_dim > TRITON_HEAD_DIM:
             return f"the head dimension must be at most {TRITON_HEAD_DIM}"
         return triton_problem()
+    if kernel == "hopper":
+        return hopper_problem(dtype, head_dim)
     narrow = dtype in (torch.float16, torch.bfloat16)
     if kernel != "efficient" and not narrow:
         return "float16 or bfloat16 is required"
@@ -111,6 +118,16 @@ def kernel_obstacle(kernel: str, dtype: torch.dtype, head_dim: int) -> str | Non
 def triton_problem() -> str | None:
     """What prevents the Triton kernels from running, or None."""
     return None if find_spec("triton") else "the package triton is not installed"
+
+
+@cache
+def hopper_problem(dtype: torch.dtype, head_dim: int) -> str | None:
+    """What prevents the kernel for Hopper from running on the current GPU, or None.
+
+    It requires Triton for the mean of the maps over heads and for gradients with a key mask.
+    """
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return hopper.obstacle(dtype, head_dim, capability) or triton_problem()
 
 
 @cache
@@ -148,10 +165,15 @@ def plan_of_call(backend: str, query: Tensor, key: Tensor, key_mask: Tensor | No
     Raises:
         ValueError: the backend does not support the lengths.
     """
-    if backend == "triton" or key_mask is not None:
+    if backend == "triton" or (key_mask is not None and backend != "hopper"):
         return TRITON
     dtype, head_dim, queries, keys = query.dtype, query.size(3), query.size(2), key.size(2)
-    if backend in vendor.KERNELS:
+    if backend == "hopper":
+        without = TRITON if key_mask is not None else plan(query.device, dtype, head_dim, queries, keys)
+        chosen = _with_hopper(without)
+        if min(queries, keys) == 1:
+            chosen = _without_cudnn(chosen)
+    elif backend in vendor.KERNELS:
         if backend == "cudnn" and min(queries, keys) == 1:
             raise ValueError(
                 "backend 'cudnn' cannot run here: at least two queries and two keys are required; got "
@@ -218,6 +240,12 @@ def _with_backward(kernel: str, head_dim: int, capability: tuple[int, int]) -> s
     """The kernel, or the efficient one for heads whose backward pass flash lacks on sm_86, sm_89 and sm_120."""
     missing = kernel == "flash" and head_dim > 192 and capability not in ((8, 0), (9, 0), (10, 0), (10, 3))
     return "efficient" if missing else kernel
+
+
+@cache
+def _with_hopper(chosen: Plan) -> Plan:
+    """The plan with the forward kernel for Hopper."""
+    return replace(chosen, forward="hopper", forward_tile=None)
 
 
 @cache

@@ -77,8 +77,9 @@ def attention(
         detach_maps: return maps and log-sum-exp as constants, without a gradient. Gradients of the output are then
             computed by PyTorch's own autograd node wherever its kernel is the one to run.
         backend: "auto"; "vendor" (PyTorch's fused attention, followed by a map kernel that reads its log-sum-exp);
-            "triton" (CUDA only: maps in the epilogue of the flash attention kernel); "cudnn", "flash" or "efficient"
-            (CUDA only: one of PyTorch's kernels); or "naive" (the reference implementation, which materialises all
+            "triton" (CUDA only: maps in the epilogue of the flash attention kernel); "hopper" (Hopper GPUs only: the
+            same in CUDA C++, for 16 bits and head dimensions 64 and 128); "cudnn", "flash" or "efficient" (CUDA only:
+            one of PyTorch's kernels); or "naive" (the reference implementation, which materialises all
             probabilities). On CUDA "auto" selects by measurement, see :mod:`star_kernels.attention.dispatch`;
             PyTorch's kernels do not support ``key_mask`` on CUDA, and "flash" is the implementation set by
             ``torch.nn.attention.activate_flash_attention_impl``.

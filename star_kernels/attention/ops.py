@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import native
-from star_kernels.attention import dispatch, maps_gradient, naive, vendor
+from star_kernels.attention import dispatch, hopper, maps_gradient, naive, vendor
 from star_kernels.attention.arguments import SCHEMA, MapArguments
 from star_kernels.attention.checks import check_like, check_lse, check_operator
 from star_kernels.attention.layouts import aligned, for_pytorch, gradient_like, laid_out, unit_strides
@@ -28,6 +28,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Te
             from star_kernels.attention import triton_forward
 
             out, maps, lse = triton_forward.attention(query, key, value, arguments, config=plan.forward_tile)
+            assert maps is not None
+            return out, maps, lse
+        if plan.forward == "hopper":
+            out, maps, lse = hopper.attention(query, key, value, arguments)
             assert maps is not None
             return out, maps, lse
         q, k, v = aligned(query, key, value)

@@ -29,7 +29,10 @@ TILES = ("forward", "query", "key_value")
 
 @dataclass(frozen=True)
 class Plan:
-    """The kernels of a call: "triton" or one of ``vendor.KERNELS``, and Triton's tiles (None: the defaults)."""
+    """The kernels of a call: "triton" or one of ``vendor.KERNELS``, and Triton's tiles (None: the defaults).
+
+    The forward kernel may also be "hopper".
+    """
 
     forward: str
     backward: str
@@ -111,7 +114,7 @@ def _read(path: Path) -> tuple[dict[str, Any], ...]:
         "dtype": lambda v: v in ("float32", "float16", "bfloat16"),
         "head_dim": lambda v: isinstance(v, int),
         "size_class": lambda v: isinstance(v, int),
-        "forward": lambda v: v in ("triton", *vendor.KERNELS),
+        "forward": lambda v: v in ("triton", "hopper", *vendor.KERNELS),
         "backward": lambda v: v in ("triton", *vendor.KERNELS),
         "flash": lambda v: isinstance(v, str),
     }
