@@ -89,6 +89,21 @@ def entries() -> list[Entry]:
             timed=False,
         ),
         Entry(
+            "hopper-right",
+            ("{python}", "-m", "tools.hopper_right", "--seconds", "100"),
+            110.0,
+            "Whether the CUDA kernel for Hopper is right in all its shapes; if not, the first wrong tile and operand.",
+            summary=hopper_verdict,
+            timed=False,
+        ),
+        Entry(
+            "hopper-speed",
+            ("{python}", "-m", "tools.hopper_speed", "--out", "{folder}", "--seconds", "15"),
+            120.0,
+            "Whether it is as fast as cuDNN, what maps add, and which of its shapes is the default.",
+            summary=hopper_times,
+        ),
+        Entry(
             "fused",
             ("{python}", "-m", "tools.fused_loss", "--out", "{folder}", "--seconds", "20"),
             75.0,
@@ -254,6 +269,18 @@ def fused_times(text: str) -> str:
     """What is wrong with the kernels of one launch, or else the times of each shape; else the last line."""
     failed = re.findall(r"^FAILED: (.*)$", text, re.MULTILINE)
     return " | ".join(failed or re.findall(r"fastest (.*)$", text, re.MULTILINE)) or last_line(text)
+
+
+def hopper_verdict(text: str) -> str:
+    """The shapes of the kernel that are wrong, each with its first problem; else the last line of the output."""
+    failed = re.findall(r"^(head dim .*): FAILED\n(?:ok .*\n)*(.*)", text, re.MULTILINE)
+    return " | ".join(f"{shape}: {problem}" for shape, problem in failed) or last_line(text)
+
+
+def hopper_times(text: str) -> str:
+    """The ratios of the kernel to cuDNN without and with maps, of each shape; else the last line of the output."""
+    pattern = r"^  hopper +[\d.]+ us +([\d.]+)[^\n]*\n  hopper, maps +[\d.]+ us +([\d.]+)"
+    return " | ".join(" ".join(pair) for pair in re.findall(pattern, text, re.MULTILINE)) or last_line(text)
 
 
 def gluon_times(text: str) -> str:

@@ -49,7 +49,7 @@ def attention_checks(device: str, kernels: Sequence[str], backward: bool) -> Ite
     """Attention with maps of one and of four phrases: the results, or their gradients."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for kernel in kernels:
-        for selection, masked in ((ONE_PHRASE, False), (FOUR_PHRASES, kernel in ("triton", "vendor"))):
+        for selection, masked in ((ONE_PHRASE, False), (FOUR_PHRASES, kernel in ("triton", "vendor", "hopper"))):
             for maps in (False, True) if backward else (True,):
                 name = f"attention {'backward' if backward else 'forward'}, {kernel}, {phrases(selection)}"
                 name += ", key mask" * masked + ", gradient of the maps" * (backward and maps)
@@ -255,7 +255,7 @@ def run_capture(device: str, dtype: torch.dtype) -> tuple[Results, Results]:
 
 def groups(device: str) -> dict[str, Callable[[], Iterator[Check]]]:
     """The checks of each process."""
-    kernels: dict[str, Sequence[str]] = {"triton": ["triton"], "vendor": vendor.KERNELS}
+    kernels: dict[str, Sequence[str]] = {"triton": ["triton"], "hopper": ["hopper"], "vendor": vendor.KERNELS}
     if device == "cpu":
         kernels = {"vendor": ["vendor"]}
     found: dict[str, Callable[[], Iterator[Check]]] = {}

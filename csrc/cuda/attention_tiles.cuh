@@ -122,7 +122,7 @@ struct Place {
   }
 };
 
-// Waits for a barrier. If that never ends, leaves a record and ends the kernel.
+// Waits for a barrier, as a whole warp. If that never ends, leaves a record and ends the kernel.
 template <typename S>
 __device__ __forceinline__ void wait(const Memory<S>& memory, uint64_t* barrier, unsigned parity,
                                      const AttentionArguments& a, int tile, int step) {

@@ -78,8 +78,11 @@ __device__ __forceinline__ bool mbarrier_wait(uint64_t* barrier, unsigned parity
   return true;
 }
 
-// Ends the kernel with an error, in all blocks.
-__device__ __forceinline__ void stop_kernel() { asm volatile("trap;"); }
+// Ends the kernel with an error, in all blocks, some milliseconds later: other threads notice that they wait in vain
+// too.
+__device__ __forceinline__ void stop_kernel() {
+  asm volatile("nanosleep.u32 1000000;\nnanosleep.u32 1000000;\nnanosleep.u32 1000000;\ntrap;");
+}
 
 // Bulk copies of a tile. One thread issues them; coordinates are elements, the innermost dimension first. Elements
 // outside the tensor are zeros in shared memory.
@@ -129,13 +132,6 @@ __device__ __forceinline__ void named_sync(unsigned id, unsigned threads) {
 
 __device__ __forceinline__ void named_arrive(unsigned id, unsigned threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// True for one thread of a converged warp.
-__device__ __forceinline__ bool elect_one() {
-  uint32_t elected;
-  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
-  return elected != 0;
 }
 
 // Describes an operand in shared memory in the 128-byte pattern, whose unit is 8 rows of 128 bytes. Operands with
@@ -189,10 +185,10 @@ __device__ __forceinline__ void pin(uint32_t (&a)[N]) {
 #define STAR_D80 STAR_D64, STAR_D8(64), STAR_D8(72)
 #define STAR_D88 STAR_D80, STAR_D8(80)
 #define STAR_P8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define STAR_P32                                                                                                       \
-  STAR_P8                                                                                                              \
-      ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, " \
-      "%30, %31"
+#define STAR_P32                                                                                                   \
+  STAR_P8                                                                                                          \
+  ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, " \
+  "%30, %31"
 #define STAR_P48 STAR_P32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define STAR_P56 STAR_P48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define STAR_P64 STAR_P56 ", %56, %57, %58, %59, %60, %61, %62, %63"

@@ -24,13 +24,13 @@ COMMANDS = {e.name: e.command for entry in ENTRIES.values() for e in (entry, *wa
 
 def test_the_order_is_that_of_value() -> None:
     assert list(ENTRIES) == [
-        *("smoke", "fused", "backends", "host", "policy", "capture", "step"),
+        *("smoke", "hopper-right", "hopper-speed", "fused", "backends", "host", "policy", "capture", "step"),
         *("map-variants", "compiled", "attention", "gluon", "tuning"),
         *("tests", "memcheck", "racecheck", "initcheck", "synccheck", "suite"),
     ]
     assert ENTRIES["smoke"].seconds <= 60
     untimed = {name for name, entry in ENTRIES.items() if not entry.timed}
-    assert untimed == {"smoke", "backends", "tests", "memcheck", "racecheck", "initcheck", "synccheck"}
+    assert untimed == {"smoke", "hopper-right", "backends", "tests", "memcheck", "racecheck", "initcheck", "synccheck"}
     for entry in ENTRIES.values():
         assert entry.seconds <= 8 * 60 / 2
         assert entry.decides.endswith(".")
@@ -86,6 +86,19 @@ def test_the_summary_of_the_fused_loss_has_what_is_wrong_or_the_times() -> None:
     assert gpu.fused_times(times) == "PolicyLoss 16x256: 0.48 of the copy's bandwidth"
     assert gpu.fused_times(f"FAILED: 8x256 differs\n{times}") == "8x256 differs"
     assert gpu.fused_times("no GPU\n") == "no GPU"
+
+
+def test_the_summary_of_the_hopper_kernel_has_what_is_wrong_or_its_ratios() -> None:
+    log = (
+        "head dim 64, (2, 176, 2, 1): right\nhead dim 128, (2, 128, 2, 1): FAILED\nok      0.1 s  one tile\n"
+        "FAILED 9.5 s  3 tiles\n  waits: key full 0\nFAILED: head dim 128\n"
+    )
+    assert gpu.hopper_verdict(log) == "head dim 128, (2, 128, 2, 1): FAILED 9.5 s  3 tiles"
+    assert gpu.hopper_verdict("all 10 shapes are right\n") == "all 10 shapes are right"
+    times = "FLUX\n  cudnn   800.0 us  1.0000 of 'cudnn'\n  hopper   790.0 us  0.9875 [0.98, 0.99] of 'cudnn'\n"
+    times += "  hopper, maps   792.0 us  0.9900 of 'cudnn'\n"
+    assert gpu.hopper_times(times) == "0.9875 0.9900"
+    assert gpu.hopper_times("no GPU\n") == "no GPU"
 
 
 def test_the_summary_of_the_gluon_kernel_has_the_times_of_all_variants() -> None:
