@@ -23,8 +23,8 @@ def function(source: str, name: str) -> str:
     return found[0]
 
 
-def build(factory: pytest.TempPathFactory) -> Any:
-    """Compiles the kernel and the probe; all processes of the tests share them."""
+def build(factory: pytest.TempPathFactory, *, variants: bool = False) -> Any:
+    """Compiles the kernel, with or without its variants, and the probe; all processes of the tests share them."""
     import tvm_ffi
 
     tvm_ffi_cpp = pytest.importorskip("tvm_ffi.cpp")
@@ -34,17 +34,19 @@ def build(factory: pytest.TempPathFactory) -> Any:
     assert count == 1
     hopper = (SOURCES / "hopper.cuh").read_text()
     descriptors = [function(hopper, name) for name in ("shared_descriptor", "advance")]
-    with build_folder("emulated_hopper", factory) as folder:
+    name = "emulated_hopper_variants" if variants else "emulated_hopper"
+    kernels = ["attention_forward", *(["attention_variants"] if variants else [])]
+    with build_folder(name, factory) as folder:
         sources = [SOURCES / "attention_exports.cpp", EMULATION / "probe.cpp"]
-        for kernel in SOURCES.glob("attention_*.cu"):
-            sources.append(folder / f"{kernel.stem}.cpp")
-            write(sources[-1], kernel.read_text())
+        for kernel in kernels:
+            sources.append(folder / f"{kernel}.cpp")
+            write(sources[-1], (SOURCES / f"{kernel}.cu").read_text())
         write(folder / "include/cuda/attention_launch.cuh", launch)
         write(folder / "include/hopper_descriptors.h", "\n\n".join(descriptors) + "\n")
         includes = (folder / "include", EMULATION, ROOT / "tests/cuda_emulation", ROOT / "csrc")
         return tvm_ffi.load_module(
             tvm_ffi_cpp.build(
-                name="emulated_hopper",
+                name=name,
                 cpp_files=[str(source) for source in sources],
                 extra_cflags=["-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Wno-psabi"],
                 extra_include_paths=[str(path) for path in includes],

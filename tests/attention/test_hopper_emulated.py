@@ -118,9 +118,15 @@ def test_every_fault_of_the_probe_has_a_report() -> None:
 
 
 def attend(emulated: Any, inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The kernel's results, in memory that contains NaN before."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "cuda", lambda: emulated)
-        return hopper.attention(*inputs.tensors, inputs.arguments, **options)
+        torch.use_deterministic_algorithms(True)
+        try:
+            return hopper.attention(*inputs.tensors, inputs.arguments, **options)
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -171,3 +177,53 @@ def test_attention_and_maps_are_those_of_the_reference(
     inputs = make(CASES[name], dtype)
     emulated.set_seed(schedule)
     assert_right(attend(emulated, inputs), inputs)
+
+
+@pytest.mark.parametrize("layout", [bshd, packed])
+def test_any_strides(emulated: Any, layout: Any) -> None:
+    torch.manual_seed(0)
+    inputs = make(replace(PER_HEAD, shape=(2, 2, 70, 200, 64)), torch.bfloat16)
+    emulated.set_seed(3)
+    expected = attend(emulated, inputs)
+    laid_out = replace(inputs, tensors=tuple(layout(t) for t in inputs.tensors))
+    assert_right(expected, inputs)
+    for one, other in zip(attend(emulated, laid_out), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_every_schedule_gives_the_bits_of_the_first_with_and_without_maps(emulated: Any) -> None:
+    torch.manual_seed(0)
+    inputs = make(replace(PER_HEAD, shape=(1, 3, 130, 400, 64), slots=17, phrases=2), torch.float16)
+    emulated.set_seed(0)
+    out, maps, lse = attend(emulated, inputs)
+    for schedule in range(1, 6):
+        emulated.set_seed(schedule)
+        found = attend(emulated, inputs)
+        assert all(torch.equal(one, other) for one, other in zip(found, (out, maps, lse), strict=True))
+    other_out, no_maps, other_lse = attend(emulated, inputs, with_maps=False)
+    assert no_maps is None
+    assert torch.equal(other_out, out)
+    assert torch.equal(other_lse, lse)
+
+
+def test_positions_past_the_keys_count_nothing(emulated: Any) -> None:
+    torch.manual_seed(0)
+    inputs = make(replace(PER_HEAD, shape=(1, 1, 20, 40, 64), slots=4), torch.float16)
+    emulated.set_seed(1)
+    inputs.index[0, 2] = -1
+    _, expected, _ = attend(emulated, inputs)
+    inputs.index[0, 2] = 40
+    _, maps, _ = attend(emulated, inputs)
+    assert torch.equal(maps, expected)
+
+
+@pytest.mark.exhaustive
+def test_variants(tmp_path_factory: pytest.TempPathFactory) -> None:
+    emulated = hopper_emulation.build(tmp_path_factory, variants=True)
+    for head_dim, variants in hopper.VARIANTS.items():
+        for variant, (schedule, masked) in itertools.product(variants, enumerate(("", "some"), 1)):
+            torch.manual_seed(0)
+            case = replace(PER_HEAD, shape=(1, 3, 200, 500, head_dim), slots=17, phrases=2, masked=masked)
+            inputs = make(case, torch.bfloat16)
+            emulated.set_seed(schedule)
+            assert_right(attend(emulated, inputs, variant=hopper.Variant(*variant)), inputs)

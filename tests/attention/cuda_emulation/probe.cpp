@@ -2,6 +2,7 @@
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/function.h>
 
+#include "cuda/attention_arguments.h"
 #include "cuda/hopper.cuh"
 
 using namespace star::cuda;
@@ -41,13 +42,14 @@ struct Problem {
   const uint16_t* a;  // [64, kK]
   float* d;           // [64, N]
   int first;          // row of the tensor b with which its tile starts
-  bool gathered;      // the tile of a comes by copies of 16 bytes
+  bool bfloat16;
+  bool gathered;  // the tile of a comes by copies of 16 bytes
   Fault fault;
 };
 
 // As the attention kernel, products of queries and keys take a from shared memory, those with values from registers.
 // Threads 0 to 127 multiply, thread 128 copies. The next tile of b comes when the group has released the first one.
-template <typename T, int N, bool kTransposed>
+template <int N, bool kTransposed>
 void probe_kernel(const TensorMap map_a, const TensorMap map_b, Problem p) {
   constexpr int kColumns = kTransposed ? (N + 63) / 64 : 1, kRows = kTransposed ? kK : N;
   constexpr unsigned kBytes = kColumns * kRows * 128;
@@ -111,9 +113,11 @@ void probe_kernel(const TensorMap map_a, const TensorMap map_b, Problem p) {
     for (int k = 0; k < kK / 16; ++k) {
       const uint64_t b = advance(in_b, kTransposed ? k * 16 * 128 : k * 32) + (fault == kThreadsDiffer && t == 7);
       if constexpr (kTransposed) {
-        multiply_registers<T, N, kTransposed>(d, a[k], b, true);
+        p.bfloat16 ? multiply_registers<__nv_bfloat16, N, true>(d, a[k], b, true)
+                   : multiply_registers<__half, N, true>(d, a[k], b, true);
       } else {
-        multiply_shared<T, N, kTransposed>(d, advance(in_a, k * 32), b, k > 0);
+        p.bfloat16 ? multiply_shared<__nv_bfloat16, N, false>(d, advance(in_a, k * 32), b, k > 0)
+                   : multiply_shared<__half, N, false>(d, advance(in_a, k * 32), b, k > 0);
       }
     }
   }
@@ -136,7 +140,7 @@ void probe_kernel(const TensorMap map_a, const TensorMap map_b, Problem p) {
   if (fault == kWritesAfterFence) {
     multiply_fence();
     d[0] = 1.0f;
-    multiply_registers<T, N, kTransposed>(d, a[0], in_b, true);
+    multiply_registers<__half, N, kTransposed>(d, a[0], in_b, true);
     multiply_commit();
     multiply_wait<0>();
   }
@@ -144,40 +148,40 @@ void probe_kernel(const TensorMap map_a, const TensorMap map_b, Problem p) {
   mbarrier_wait(full, 1);
 }
 
-template <typename T, int N, bool kTransposed>
+template <int N, bool kTransposed>
 void launch(const TensorView& b, const Problem& problem) {
   using star::cuda::encode_tile;
   TensorMap map_a, map_b;
-  const bool bfloat16 = std::is_same_v<T, __nv_bfloat16>;
-  const char* wrong = encode_tile(&map_a, {problem.a, {kK, 64, 1, 1}, {kK * 2, 16, 16}, bfloat16}, 64);
-  const TileSource source{b.data_ptr(), {b.size(1), b.size(0), 1, 1}, {b.stride(0) * 2, 16, 16}, bfloat16};
+  const char* wrong = encode_tile(&map_a, {problem.a, {kK, 64, 1, 1}, {kK * 2, 16, 16}, problem.bfloat16}, 64);
+  const TileSource source{b.data_ptr(), {b.size(1), b.size(0), 1, 1}, {b.stride(0) * 2, 16, 16}, problem.bfloat16};
   if (!wrong) wrong = encode_tile(&map_b, source, kTransposed ? kK : N);
   if (wrong) throw std::runtime_error(wrong);
-  emulation::launch_hopper(probe_kernel<T, N, kTransposed>, 1, 256, kBytesOfA + kBytesOfB + 64, nullptr)(
+  emulation::launch_hopper(probe_kernel<N, kTransposed>, 1, 256, kBytesOfA + kBytesOfB + 64, nullptr)(
       map_a, map_b, problem);
-}
-
-template <int N, bool kTransposed>
-void launch_width(const TensorView& b, const Problem& problem, bool bfloat16) {
-  bfloat16 ? launch<__nv_bfloat16, N, kTransposed>(b, problem) : launch<__half, N, kTransposed>(b, problem);
 }
 
 // Multiplies a [64, 64] by the N rows of b from `first` on, or, transposed, by the 64 rows of b [K, N] from there.
 static void product(TensorView a, TensorView b, TensorView d, int64_t first, bool transposed, bool gathered,
                     bool bfloat16, int64_t fault) {
   const Problem problem{static_cast<const uint16_t*>(a.data_ptr()), static_cast<float*>(d.data_ptr()),
-                        static_cast<int>(first), gathered, static_cast<Fault>(fault)};
+                        static_cast<int>(first), bfloat16, gathered, static_cast<Fault>(fault)};
   switch (transposed ? -d.size(1) : d.size(1)) {
-    case -64: return launch_width<64, true>(b, problem, bfloat16);
-    case -128: return launch_width<128, true>(b, problem, bfloat16);
-    case 16: return launch_width<16, false>(b, problem, bfloat16);
-    case 96: return launch_width<96, false>(b, problem, bfloat16);
-    case 112: return launch_width<112, false>(b, problem, bfloat16);
-    case 128: return launch_width<128, false>(b, problem, bfloat16);
-    case 160: return launch_width<160, false>(b, problem, bfloat16);
-    case 176: return launch_width<176, false>(b, problem, bfloat16);
+    case -64: return launch<64, true>(b, problem);
+    case -128: return launch<128, true>(b, problem);
+    case 16: return launch<16, false>(b, problem);
+    case 96: return launch<96, false>(b, problem);
+    case 112: return launch<112, false>(b, problem);
+    case 128: return launch<128, false>(b, problem);
+    case 160: return launch<160, false>(b, problem);
+    case 176: return launch<176, false>(b, problem);
     default: throw std::runtime_error("the probe has no product of this width");
   }
+}
+
+// Tests compile the variants of the kernel only where they run them.
+__attribute__((weak)) const char* star::cuda::attention_variants(const AttentionArguments&, const AttentionVariant&,
+                                                                 cudaStream_t) {
+  return "the variants are not compiled";
 }
 
 static void set_seed(int64_t seed) { emulation::seed = static_cast<uint64_t>(seed); }

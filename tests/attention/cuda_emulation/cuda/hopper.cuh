@@ -51,7 +51,6 @@ inline void named_arrive(unsigned id, unsigned threads) {
   emulation::arrive_at_named(id, threads);
   emulation::let_others_run();
 }
-inline bool elect_one() { return threadIdx.x % 32 == emulation::seed % 32; }
 
 #include "hopper_descriptors.h"
 
