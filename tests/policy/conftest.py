@@ -11,6 +11,7 @@ from build_folder import build_folder, write
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = Path(__file__).with_name("cuda_emulation")
+RUNTIME = ROOT / "tests/cuda_emulation"
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +36,7 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> str:
             name="emulated",
             cpp_files=[str(source) for source in sources],
             extra_cflags=["-O1", "-ffp-contract=off", "-Wno-unknown-pragmas"],
-            extra_include_paths=[str(folder / "include"), str(EMULATION), str(ROOT / "csrc")],
+            extra_include_paths=[str(path) for path in (folder / "include", EMULATION, RUNTIME, ROOT / "csrc")],
             build_directory=str(folder),
         )
 

@@ -10,6 +10,7 @@
 // block's end.
 #pragma once
 
+#include <dlpack/dlpack.h>  // before a name of it is replaced
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -22,6 +23,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -33,6 +35,7 @@
 #define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __align__(bytes) alignas(bytes)
 #define __shared__ static thread_local  // a block of a cluster has a host thread
 #define kDLCUDA kDLCPU                  // tensors come from the host
 #define STAR_CUDA_ARCHITECTURES "host"
@@ -53,15 +56,19 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 namespace emulation {
 
-[[noreturn]] inline void fail(const char* problem) {
-  std::fprintf(stderr, "CUDA emulation: %s\n", problem);
-  std::abort();
-}
+[[noreturn]] void fail(const char* problem);
 
 constexpr unsigned kMostThreads = 1024, kStack = 1 << 16, kMostTurns = 10000000;
+
+// What a thread waits for: a format of printf and its values.
+struct Wait {
+  const char* format = "";
+  long long values[5] = {};
+};
 
 struct Barrier {
   unsigned arrived = 0, generation = 0;
@@ -100,12 +107,25 @@ inline Cluster cluster;
 inline int64_t wide_loads = 0;  // of 16 bytes, by one thread
 inline int64_t launches = 0;
 inline unsigned largest_cluster = 16;  // that the emulated device runs
+inline int64_t progress = 0;           // arrivals at barriers and ends of waits
+inline Wait waits[kMostThreads];       // of threads that have not ended, for reports
+inline bool recovers = false;          // whether a problem ends the launch, not the process
+inline std::string problem;            // that has ended a launch
 
 }  // namespace emulation
 
-inline Index threadIdx, blockIdx;
+inline Index threadIdx, blockIdx, gridDim;
 
 namespace emulation {
+
+inline void fail(const char* what) {
+  if (recovers) {
+    problem = what;
+    _longjmp(current->scheduler, 1);
+  }
+  std::fprintf(stderr, "CUDA emulation: %s\n", what);
+  std::abort();
+}
 
 inline void enter() {
   current->kernel();
@@ -139,6 +159,7 @@ __attribute__((noinline)) inline void yield() {
 
 // Returns whether the barrier is complete.
 inline bool arrive(Barrier& barrier, unsigned count) {
+  ++progress;
   if (++barrier.arrived < count) return false;
   barrier.arrived = 0;
   ++barrier.generation;
@@ -148,10 +169,12 @@ inline bool arrive(Barrier& barrier, unsigned count) {
 inline void wait(Barrier& barrier, unsigned count) {
   const unsigned generation = barrier.generation;
   if (arrive(barrier, count)) return;
+  waits[threadIdx.x] = {"a barrier of its block or warp"};
   for (unsigned turns = 0; barrier.generation == generation; ++turns) {
     if (turns == kMostTurns) fail("a barrier that some thread does not reach");
     yield();
   }
+  ++progress;
 }
 
 inline void arrive_at_cluster() {
@@ -252,6 +275,16 @@ T exchange(T value, unsigned source) {
   return value;
 }
 
+// A bit for each lane of the warp.
+inline unsigned ballot(bool vote) {
+  const unsigned self = threadIdx.x, parity = current->exchanges[self]++ % 2;
+  current->exchanged[parity][self][0] = vote;
+  wait(current->warps[self / 32], 32);
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) votes |= unsigned{current->exchanged[parity][self / 32 * 32 + lane][0] != 0} << lane;
+  return votes;
+}
+
 inline void check_block(unsigned threads) {
   if (threads % 32 != 0 || threads > kMostThreads) fail("a block that is no whole number of warps");
   ++launches;
@@ -297,7 +330,10 @@ inline void launch_clusters(std::function<void()> kernel, unsigned blocks, unsig
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::wait(emulation::current->all, emulation::current->threads); }
+inline void __syncwarp() { emulation::wait(emulation::current->warps[threadIdx.x / 32], 32); }
+inline unsigned __ballot_sync(unsigned, bool vote) { return emulation::ballot(vote); }
 inline void __threadfence() {}
+inline void __threadfence_system() {}
 inline unsigned atomicInc(unsigned* counter, unsigned limit) {
   const unsigned before = *counter;
   *counter = before >= limit ? 0 : before + 1;
