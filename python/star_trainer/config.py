@@ -27,6 +27,8 @@ class Model:
     lora_alpha: int = 64
     gradient_checkpointing: bool = False
     text_length: int = 256
+    kept_texts: int = 0
+    offload: bool = False
 
     def __post_init__(self) -> None:
         self.path = os.path.expanduser(self.path)

@@ -35,6 +35,7 @@ RANGES = {  # of all numeric settings; equal to the library's range if it has on
     "model.lora_rank": COUNT,
     "model.lora_alpha": ORDINAL,
     "model.text_length": ORDINAL,
+    "model.kept_texts": COUNT,
     "rollout.noise_level": POSITIVE,
     "rollout.steps": Range(least=2),
     "rollout.guidance": Range(least=1),

@@ -19,7 +19,6 @@ from star_trainer.credit import advantages_per_map
 from star_trainer.policy import Policy, Text
 from star_trainer.rewards.images import slices
 from star_trainer.samples import Batch, Step
-from star_trainer.schedule import schedule_of
 from star_trainer.weights import whole
 
 
@@ -41,7 +40,7 @@ class Updater:
     def __init__(self, policy: Policy, optimizer: Any, average: Average, accelerator: Any, config: Config) -> None:
         self.policy, self.optimizer, self.average = policy, optimizer, average
         self.accelerator, self.config = accelerator, config
-        self.schedule = schedule_of(policy.pipeline, config.rollout.steps)
+        self.schedule = policy.schedule(config.rollout.steps)
         self.grad_norm = self.skipped = torch.zeros(())
         self.agreement: dict[int, Agreement] = {}
         self._compared: dict[int, list[tuple[int, Agreement]]] | None = None  # None: not in the first step
