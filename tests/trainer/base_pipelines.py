@@ -22,6 +22,8 @@ from local_tokenizers import clip_tokenizer, qwen_tokenizer, t5_tokenizer
 WIDTH = 32  # of text embeddings
 SIDE = 16  # pixels
 ROWS = 4  # of tokens
+LENGTHS = {"sd3": 1, "flux": 40, "qwen_image": 200, "z_image": 100}  # tokens
+GUIDANCE = {"sd3": 4.5, "flux": 3.5, "qwen_image": 4.0, "z_image": 5.0}
 
 
 def randomised(model: Any) -> Any:
@@ -173,3 +175,9 @@ def save(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     PIPELINES[name]().save_pretrained(folder / name)
     return folder / name
+
+
+def settings(name: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """Settings of the driver for a pipeline in a folder, by section."""
+    model = {"path": str(folder), "text_length": LENGTHS[name], "lora_rank": 4}
+    return {"model": model, "rollout": {"guidance": GUIDANCE[name], "resolution": SIDE}}

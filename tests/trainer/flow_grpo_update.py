@@ -92,4 +92,4 @@ def check_update(
     size = max(float(g.abs().max()) for g in expected.values())
     assert size > 1e-5
     error = max(float((p.grad - expected[n]).abs().max()) for n, p in trainer.average.parameters.items())
-    assert error <= 1e-6 * size
+    assert error <= 1e-6 * size, (error, size)

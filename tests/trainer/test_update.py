@@ -59,7 +59,10 @@ def test_the_update_is_flow_grpos(
 
     def velocity_of(sample: Tensor, sigma: Tensor) -> Tensor:
         arguments = {"timestep": sigma.mul(1000).expand(config.samples), "return_dict": False}
-        texts = [policy.encode(prompts) for prompts in ([""] * config.samples, [trainer.prompts[n // 3].text for n in range(config.samples)])]
+        texts = [
+            policy.encode(prompts)
+            for prompts in ([""] * config.samples, [trainer.prompts[n // 3].text for n in range(config.samples)])
+        ]
         without, with_text = (model(sample, text.tokens, text.pooled, **arguments)[0] for text in texts)
         return without + config.rollout.guidance * (with_text - without)
 
