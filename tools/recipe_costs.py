@@ -205,7 +205,7 @@ def models(side: int = 512) -> str:
         weights, adapters = plain.parameters
         each = [2 * weights, 2e9 * model.encoders, 2e9 * model.vae, plain.bytes_per_weight * adapters]
         saved, kept = plain.saved(1), checkpointed.saved(1) + plain.saved(1) / plain.blocks
-        least = each[0] + each[3] + kept
+        least = each[0] + each[3] + max(each[1], kept)  # encoders do not run during an update
         rows[f"{name}, LoRA of {adapters / 1e6:.0f} million"] = [
             f"{weights / 1e9:.1f}",
             f"{plain.rows} x {plain.flop() / 1e12:.1f}",
