@@ -16,9 +16,11 @@ from flow_grpo_update import check_update, rolled_out
 from tiers import mostly_exhaustive
 from torch import Tensor, nn
 
+from star_kernels.capture import attach_maps
 from star_trainer.bases import BASES, base_of
 from star_trainer.bases.base import packed, unpacked
 from star_trainer.config import Config
+from star_trainer.credit import capture, select
 from star_trainer.prompts import Prompt
 from star_trainer.rollout import sample
 from star_trainer.schedule import noise
@@ -194,6 +196,24 @@ def test_weights_have_the_grid_of_the_tokens(
         assert weights.shape == (4, base_pipelines.ROWS, base_pipelines.ROWS)
         torch.testing.assert_close(weights.mean(dim=(1, 2)), torch.ones(4), rtol=0, atol=1e-5)
         assert float(weights.std(dim=(1, 2)).min()) > 1e-3
+
+
+@per_base
+def test_maps_are_those_of_the_prompt_and_not_of_the_empty_one(
+    configure_base: Callable[..., Config], trainer_of: Callable[[Config], Trainer], name: str
+) -> None:
+    config = configure_base(name)
+    trainer = trainer_of(config)
+    policy, prompts = trainer.policy, trainer.prompts
+    selection, text = select(policy, prompts, config.allocation), policy.encode([prompt.text for prompt in prompts])
+    latents = noise(policy.latent_shape(), ["a", "b"], policy.device)
+    with torch.no_grad():
+        with capture(policy, selection, config) as guided:
+            policy.velocity(latents, 500.0, text)
+        with attach_maps(policy.transformer, selection, cfg=None) as alone:
+            policy.base.predict(policy.transformer, latents, torch.tensor([500.0, 500.0]), text)
+    assert guided.value.shape == (2, 1, base_pipelines.ROWS, base_pipelines.ROWS)
+    torch.testing.assert_close(guided.value, alone.value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
