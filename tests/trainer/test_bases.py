@@ -226,7 +226,7 @@ def test_every_trained_weight_has_a_gradient(
     configure_base: Callable[..., Config], trainer_of: Callable[[Config], Trainer], name: str, lora_rank: int
 ) -> None:
     """Distributed training waits for the gradient of each, and an exported adapter without one has no effect."""
-    config = configure_base(name, model={"lora_rank": lora_rank}, rollout={"steps": 2})
+    config = configure_base(name, model={"lora_rank": lora_rank, "gradient_checkpointing": True}, rollout={"steps": 2})
     trainer = trainer_of(config)
     with torch.no_grad():  # half of the adapters' weights are initialised to zero
         for parameter in trainer.average.parameters.values():

@@ -90,12 +90,14 @@ def test_two_processes_train_each_base_as_one_does(
 ) -> None:
     """In one launch, as above."""
     made = {}
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square left of a yellow ring")
     for name, wrapper in BASES:
         parts = base_pipelines.settings(name, base_pipelines.save(name, tmp_path))
         parts["rollout"] |= {"groups": 2, "group_size": 4, "batch": 2}
         made[name, wrapper] = configure(
             **parts,
-            data={"prompts": "scenes:composition"},
+            data={"prompts": str(prompts)},
             train={"epochs": 2, "kl_coef": 0.1, "learning_rate": 1e-4},
             reward={"weights": {"rewards_that_fail:Channels": 1.0}},
             evaluation={"every": 2, "prompts": 2},

@@ -23,12 +23,10 @@ class Flux(Base):
     def __init__(self, pipeline: Any, *, text_length: int, guidance: float) -> None:
         super().__init__(pipeline, text_length=text_length, guidance=guidance)
         self.doubled = False
-        self._ids: dict[
-            tuple[int, int, torch.device], Tensor
-        ] = {}  # kept: a capture reads the grid of each tensor once
+        self._ids: dict[tuple[int, int, torch.device], Tensor] = {}
         if not pipeline.transformer.config.guidance_embeds and guidance != 1:
             raise ValueError(
-                f"rollout.guidance must be 1 for a FluxPipeline whose transformer has no guidance (guidance_embeds is "
+                "rollout.guidance must be 1 for a FluxPipeline whose transformer has no guidance (guidance_embeds is "
                 f"False, as in FLUX.1-schnell), got {guidance}"
             )
 
@@ -46,17 +44,17 @@ class Flux(Base):
             guidance=torch.full_like(timestep, self.guidance) if embeds else None,
             encoder_hidden_states=text.tokens,
             pooled_projections=text.pooled,
-            txt_ids=torch.zeros(text.tokens.shape[1], 3, device=latents.device, dtype=latents.dtype),
+            txt_ids=latents.new_zeros(text.tokens.shape[1], 3),
             img_ids=self._image_ids(latents),
             return_dict=False,
         )[0]
         return unpacked(tokens, latents)
 
     def _image_ids(self, latents: Tensor) -> Tensor:
+        """The same tensor in each pass: a capture reads the grid from its values once, which waits for the device."""
         rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
         key = rows, columns, latents.device
         if key not in self._ids:
             grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-            ids = torch.stack([torch.zeros_like(grid[0]), *grid], dim=-1).flatten(0, 1)
-            self._ids[key] = ids.to(latents.device, latents.dtype)
+            self._ids[key] = torch.stack([torch.zeros_like(grid[0]), *grid], dim=-1).flatten(0, 1).to(latents)
         return self._ids[key]

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from star_trainer.bases.base import Base, Text
 
-# The eight attention projections of a joint block, as in Flow-GRPO.
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-
 
 class StableDiffusion3(Base):
     """Guidance is classifier-free; the text has a fixed length, of which T5's part is ``text_length``."""
 
-    lora_targets = LORA_TARGETS
+    # The eight attention projections of a joint block, as in Flow-GRPO.
+    lora_targets = (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    )
 
     def encode(self, prompts: list[str], device: torch.device) -> Text:
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
