@@ -12,13 +12,16 @@ class Model:
     """The model to train.
 
     Args:
-        path: "small", the small Stable Diffusion 3 that ships with the package; a local folder with a
-            StableDiffusion3Pipeline; or the id of one on the Hugging Face hub.
+        path: "small" (the small Stable Diffusion 3 that ships with the package), or a folder or hub id of a
+            StableDiffusion3Pipeline, FluxPipeline (FLUX.1), QwenImagePipeline or ZImagePipeline.
         dtype: dtype of the frozen weights.
-        lora_rank: rank of the LoRA adapters on the attention projections; 0 trains all weights of the transformer.
+        lora_rank: rank of the LoRA adapters on the layers that the base names (lora_targets); 0 trains all weights of
+            the transformer.
         lora_alpha: LoRA scale; the adapters are multiplied by lora_alpha / lora_rank.
         gradient_checkpointing: recomputes activations in the backward pass to save memory.
-        text_length: number of T5 tokens (max_sequence_length of the diffusers pipeline).
+        text_length: maximum number of text tokens (max_sequence_length of the pipeline; of Stable Diffusion 3, T5's).
+        kept_texts: number of prompts whose text embeddings are kept in main memory; 0 encodes prompts in each rollout.
+        offload: keeps text encoders and VAE in main memory except while they run; not accepted on a CPU.
     """
 
     path: str = "small"
@@ -27,6 +30,8 @@ class Model:
     lora_alpha: int = 64
     gradient_checkpointing: bool = False
     text_length: int = 256
+    kept_texts: int = 0
+    offload: bool = False
 
     def __post_init__(self) -> None:
         self.path = os.path.expanduser(self.path)
@@ -59,15 +64,16 @@ class Rollout:
         transition: the sampler: Flow-GRPO's "flow_sde", Flow-CPS's "flow_cps" or DanceGRPO's "dance_sde".
         noise_level: noise level of the sampler (eta of "dance_sde").
         steps: number of denoising steps.
-        guidance: scale of classifier-free guidance, in rollout and training; 1 disables it.
+        guidance: scale of classifier-free guidance, in rollout and training, where 1 disables it (the guidance_scale of
+            ZImagePipeline is one less), or the guidance that FLUX.1-dev takes as an input.
         resolution: height and width of the images in pixels; None uses the model's default.
         groups: number of prompts per epoch.
         group_size: number of samples per prompt; their rewards are compared with each other.
         batch: number of samples per process and forward pass.
-        window: number of consecutive SDE steps, placed at random each epoch; the others are ODE steps and are not
-            trained. None makes all steps SDE steps and trains all but the last. With "nft" and "awm" all steps are ODE
-            steps, and those of the window are trained.
-        window_end: the window lies within this number of first steps; None is all steps but the last.
+        window: number of consecutive SDE steps, placed at random each epoch, which alone are trained while the others
+            are ODE steps; None makes all steps SDE steps and trains all but the last. With "nft" and "awm" all steps
+            are ODE steps, and those of the window are trained.
+        window_end: number of first steps that the window lies within; None is all steps but the last.
         shared_noise: samples of a group start from the same initial noise.
         averaged: samples are drawn with the moving average of the weights (train.ema), the old policy of "nft".
     """

@@ -70,7 +70,7 @@ def capture(policy: Policy, selection: TokenSelection | None, config: Config) ->
         policy.transformer,
         selection,
         blocks=config.allocation.blocks,
-        cfg="last" if config.rollout.guidance > 1 else None,
+        cfg="last" if policy.base.doubled else None,
     )
 
 

@@ -36,6 +36,7 @@ RANGES = {  # of all numeric settings; equal to the library's range if it has on
     "model.lora_rank": COUNT,
     "model.lora_alpha": ORDINAL,
     "model.text_length": ORDINAL,
+    "model.kept_texts": COUNT,
     "rollout.noise_level": POSITIVE,
     "rollout.steps": Range(least=2),
     "rollout.guidance": Range(least=1),
@@ -137,6 +138,8 @@ def check(config: Config, processes: int) -> None:
     end = last if config.rollout.window_end is None else config.rollout.window_end
     if end > last:
         raise ValueError(f"rollout.window_end must lie between 1 and rollout.steps - 1 = {last}, got {end}")
+    if config.rollout.window is None and config.rollout.window_end is not None:
+        raise ValueError(f"rollout.window_end must be None without rollout.window, got {end}")
     if config.rollout.window is not None and config.rollout.window > end:
         raise ValueError(f"rollout.window must lie between 1 and {end}, got {config.rollout.window}")
     noisy = config.rollout.window or last

@@ -1,4 +1,4 @@
-"""The trained model: a Stable Diffusion 3 pipeline whose transformer predicts velocities, with guidance."""
+"""The trained model: a pipeline whose transformer predicts velocities, with guidance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from star_kernels import pipelines
+from star_trainer.bases import Text, base_of
 from star_trainer.config import Config
+from star_trainer.schedule import Schedule, schedule_of
 from star_trainer.weights import whole_weights
 
 SHIPPED = Path(__file__).parent / "assets" / "small-sd3"
-# The eight attention projections of a joint block, as in Flow-GRPO.
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text embeddings: ``tokens`` ``[B, L, D]`` and ``pooled`` ``[B, P]``."""
-
-    tokens: Tensor
-    pooled: Tensor
-
-    def __getitem__(self, rows: Any) -> Text:
-        return Text(self.tokens[rows], self.pooled[rows])
 
 
 class Policy:
@@ -47,13 +35,23 @@ class Policy:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.pipeline = load_pipeline(config.model.path, DTYPES[config.model.dtype])
         self.loaded = fingerprint(self.pipeline)
-        self.pipeline.to(device)
-        self.device, self.guidance = device, config.rollout.guidance
-        self.text_length = config.model.text_length
-        self.lora = config.model.lora_rank > 0
-        for model in self.pipeline.components.values():
-            if isinstance(model, nn.Module):
-                model.requires_grad_(False).eval()
+        settings = config.model
+        self.base = base_of(self.pipeline, text_length=settings.text_length, guidance=config.rollout.guidance)
+        self.device, self.resolution = device, config.rollout.resolution
+        self.text_length = settings.text_length
+        self._offloaded, self._kept_texts = settings.offload, settings.kept_texts
+        if self._offloaded and device.type == "cpu":
+            raise ValueError("model.offload must be false on a CPU, where weights are in main memory already, got true")
+        self._texts: dict[str, Text] = {}  # the latest prompts' embeddings, in main memory
+        parts = {n: part for n, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+        self._encoders = [part for name, part in parts.items() if name not in ("transformer", "vae")]
+        self.pipeline.transformer.to(device)
+        if not self._offloaded:
+            self.pipeline.to(device)
+        self.lora = settings.lora_rank > 0
+        self._lora_scale = settings.lora_alpha / max(1, settings.lora_rank)
+        for part in parts.values():
+            part.requires_grad_(False).eval()
         self.transformer: Any = self.pipeline.transformer
         self._reference: Any = None
         if self.lora:
@@ -62,7 +60,9 @@ class Policy:
             if config.train.kl_coef > 0:
                 self._reference = deepcopy(self.transformer)
             self.transformer.float().requires_grad_(True)
-        if config.model.gradient_checkpointing:
+            for name in self.base.without_effect():
+                self.transformer.get_submodule(name).requires_grad_(False)
+        if settings.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self._unconditional: Text | None = None
 
@@ -75,21 +75,13 @@ class Policy:
         """One row per prompt; repeated prompts are encoded once."""
         unique = list(dict.fromkeys(prompts))
         with torch.no_grad():
-            tokens, _, pooled, _ = self.pipeline.encode_prompt(
-                prompt=unique,
-                prompt_2=None,
-                prompt_3=None,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.text_length,
-                device=self.device,
-            )
-        rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=tokens.device)
-        return Text(tokens, pooled)[rows]
+            text = self._kept(unique) if self._kept_texts else self._encode(unique)
+        return text[torch.tensor([unique.index(prompt) for prompt in prompts])]
 
     def velocity(self, latents: Tensor, timestep: float, text: Text, *, reference: bool = False) -> Tensor:
         """The velocity at latents ``[B, C, h, w]`` after guidance, in the transformer's dtype.
 
-        With guidance, the transformer's batch is 2 B: the unconditional half, then the conditional half.
+        With classifier-free guidance, the transformer's batch is 2 B: the unconditional half, then the conditional one.
 
         Args:
             timestep: 1000 sigma.
@@ -103,23 +95,30 @@ class Policy:
     def decode(self, latents: Tensor) -> Tensor:
         """Images ``[B, 3, H, W]`` in 0..1, float32 on the CPU."""
         vae = self.pipeline.vae
-        with torch.no_grad():
-            scaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-            return (vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1).cpu()
+        with torch.no_grad(), self._present([vae]):
+            return (self.base.decode(latents.to(vae.dtype)).float() / 2 + 0.5).clamp(0, 1).cpu()
 
-    def latent_shape(self, resolution: int | None) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, int, int]:
         """Channels, rows and columns of one sample.
 
         Raises:
-            ValueError: the model does not support this resolution.
+            ValueError: the model does not support the resolution.
         """
-        side = self.model.config.sample_size
-        if resolution is not None:
-            unit = self.pipeline.vae_scale_factor * self.model.config.patch_size
-            if resolution < unit or resolution % unit:
-                raise ValueError(f"rollout.resolution must be a multiple of {unit} for this model, got {resolution}")
-            side = resolution // self.pipeline.vae_scale_factor
-        return self.model.config.in_channels, side, side
+        side, scale = self.base.default_side, self.pipeline.vae_scale_factor
+        if self.resolution is not None:
+            unit = scale * self.base.patch
+            if self.resolution % unit:
+                raise ValueError(
+                    f"rollout.resolution must be a multiple of {unit} for this model, got {self.resolution}"
+                )
+            side = self.resolution // scale
+        return self.base.channels, side, side
+
+    def schedule(self, steps: int) -> Schedule:
+        """The noise levels of the pipeline, whose shift may depend on the resolution."""
+        _, rows, columns = self.latent_shape()
+        tokens = rows * columns // self.base.patch**2
+        return schedule_of(self.pipeline, steps, sigmas=self.base.sigmas(steps), tokens=tokens)
 
     def export(self, folder: Path, *, write: bool) -> None:
         """Writes the trained weights in the format of diffusers: a LoRA file, or the folder of the transformer.
@@ -133,6 +132,8 @@ class Policy:
             from peft import get_peft_model_state_dict
 
             adapters = get_peft_model_state_dict(self.model, state_dict=state)
+            # Readers of the file, which has no alpha, assume a scale of one.
+            adapters |= {n: value * self._lora_scale for n, value in adapters.items() if ".lora_B." in n}
             self.pipeline.save_lora_weights(folder, transformer_lora_layers=adapters, safe_serialization=True)
         else:
             from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
@@ -141,24 +142,41 @@ class Policy:
             save_file(state, folder / "transformer" / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
     def _guided(self, model: Any, latents: Tensor, timestep: float, text: Text) -> Tensor:
-        guided = self.guidance > 1
-        if guided:
+        if self.base.doubled:
             if self._unconditional is None:
                 self._unconditional = self.encode([""])
-            empty = self._unconditional[torch.zeros(len(latents), dtype=torch.int64, device=latents.device)]
-            text = Text(torch.cat([empty.tokens, text.tokens]), torch.cat([empty.pooled, text.pooled]))
+            text = Text.joined([self._unconditional[torch.zeros(len(latents), dtype=torch.int64)], text])
             latents = torch.cat([latents, latents])
-        velocity = model(
-            hidden_states=latents.to(self.pipeline.transformer.dtype),
-            timestep=torch.full((len(latents),), timestep, device=latents.device),
-            encoder_hidden_states=text.tokens,
-            pooled_projections=text.pooled,
-            return_dict=False,
-        )[0]
-        if not guided:
-            return velocity
-        unconditional, conditional = velocity.chunk(2)
-        return unconditional + self.guidance * (conditional - unconditional)
+        time = torch.full((len(latents),), timestep, device=latents.device)
+        velocity = self.base.predict(model, latents.to(self.pipeline.transformer.dtype), time, text)
+        return self.base.combine(*velocity.chunk(2)) if self.base.doubled else velocity
+
+    def _encode(self, prompts: list[str]) -> Text:
+        with self._present(self._encoders):
+            return self.base.encode(prompts, self.device)
+
+    def _kept(self, prompts: list[str]) -> Text:
+        """The embeddings of prompts, each encoded alone, so that they do not depend on what was encoded before."""
+        missing = [prompt for prompt in prompts if prompt not in self._texts]
+        with self._present(self._encoders if missing else []):
+            self._texts |= {prompt: self.base.encode([prompt], self.device).to("cpu") for prompt in missing}
+        self._texts |= {prompt: self._texts.pop(prompt) for prompt in prompts}  # the latest are last
+        text = Text.joined([self._texts[prompt] for prompt in prompts])
+        for prompt in list(self._texts)[: -self._kept_texts]:
+            del self._texts[prompt]
+        return text.to(self.device)
+
+    @contextmanager
+    def _present(self, models: Sequence[nn.Module]) -> Iterator[None]:
+        """Moves offloaded models to the device within the context."""
+        moved = models if self._offloaded else []
+        for model in moved:
+            model.to(self.device)
+        try:
+            yield
+        finally:
+            for model in moved:
+                model.to("cpu")
 
     def _add_adapters(self, config: Config) -> None:
         from peft import LoraConfig
@@ -169,7 +187,8 @@ class Policy:
                 r=config.model.lora_rank,
                 lora_alpha=config.model.lora_alpha,
                 init_lora_weights="gaussian",
-                target_modules=list(LORA_TARGETS),
+                target_modules=list(self.base.lora_targets),
+                exclude_modules=self.base.without_effect() or None,
             )
         )
         for parameter in self.transformer.parameters():
@@ -205,10 +224,10 @@ def fingerprint(pipeline: Any) -> str:
 
 
 def load_pipeline(path: str, dtype: torch.dtype) -> Any:
-    """Loads a StableDiffusion3Pipeline; "small" is the one that ships with the package.
+    """Loads a pipeline; "small" is the StableDiffusion3Pipeline that ships with the package.
 
     Raises:
-        ValueError: the pipeline does not exist or is of another kind.
+        ValueError: the pipeline does not exist.
     """
     from diffusers.utils import logging
 
@@ -220,7 +239,5 @@ def load_pipeline(path: str, dtype: torch.dtype) -> Any:
         pipeline = pipelines.load_pipeline(folder, dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path: cannot load {path!r}: {error}") from error
-    if not any(cls.__name__ == "StableDiffusion3Pipeline" for cls in type(pipeline).__mro__):
-        raise ValueError(f"model.path must be a StableDiffusion3Pipeline, {path!r} is a {type(pipeline).__name__}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

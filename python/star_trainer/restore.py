@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a weight
 # Settings that a resumed run may change: those that do not affect training, and those that only affect memory.
 _FREE = (
     *("output.", "evaluation.", "train.epochs", "data.eval_prompts", "reward.timeout", "reward.on_failure"),
-    *("rollout.batch", "train.batch", "model.gradient_checkpointing"),
+    *("rollout.batch", "train.batch", "model.gradient_checkpointing", "model.offload", "model.kept_texts"),
 )
 
 

@@ -16,7 +16,7 @@ from star_trainer.objectives import FORWARD, OLD_OUTPUT
 from star_trainer.policy import Policy
 from star_trainer.prompts import Prompt
 from star_trainer.samples import Batch, Step
-from star_trainer.schedule import noise, noisy_steps, schedule_of, trained_steps
+from star_trainer.schedule import noise, noisy_steps, trained_steps
 
 
 def roll_out(
@@ -29,10 +29,10 @@ def roll_out(
         numbers: index of each sample within its epoch, from which its noise follows.
         autocast: returns a context for the forward passes.
     """
-    schedule = schedule_of(policy.pipeline, config.rollout.steps)
+    schedule = policy.schedule(config.rollout.steps)
     forward, trained = config.train.objective in FORWARD, trained_steps(config, epoch)
     noisy = [] if forward else noisy_steps(config, epoch)
-    shape = policy.latent_shape(config.rollout.resolution)
+    shape = policy.latent_shape()
     seed = f"{config.train.seed} {epoch}"
     starts = [n // config.rollout.group_size if config.rollout.shared_noise else n for n in numbers]
     latents = noise(shape, [f"start {seed} {n}" for n in starts], policy.device)
@@ -65,8 +65,8 @@ def roll_out(
 @torch.no_grad()
 def sample(policy: Policy, prompts: Sequence[Prompt], names: Sequence[str], config: Config, autocast: Any) -> Tensor:
     """Images drawn by ODE steps, for evaluation; the initial noise of each image follows from its name."""
-    schedule = schedule_of(policy.pipeline, config.evaluation.steps)
-    latents = noise(policy.latent_shape(config.rollout.resolution), names, policy.device)
+    schedule = policy.schedule(config.evaluation.steps)
+    latents = noise(policy.latent_shape(), names, policy.device)
     text = policy.encode([prompt.text for prompt in prompts])
     for step in range(schedule.steps):
         with autocast():

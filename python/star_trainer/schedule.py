@@ -62,10 +62,22 @@ class Schedule:
         return None
 
 
-def schedule_of(pipeline: Any, steps: int) -> Schedule:
-    """The noise levels of the pipeline's scheduler, including its shift."""
-    pipeline.scheduler.set_timesteps(steps)
-    return Schedule(tuple(float(s) for s in pipeline.scheduler.sigmas))
+def schedule_of(
+    pipeline: Any, steps: int, *, sigmas: Sequence[float] | None = None, tokens: int | None = None
+) -> Schedule:
+    """The noise levels of the pipeline's scheduler, including its shift.
+
+    Args:
+        sigmas: noise levels before the shift; None are the scheduler's own.
+        tokens: number of tokens of an image, on which the shift of some schedulers depends (``use_dynamic_shifting``).
+    """
+    scheduler, options = pipeline.scheduler, dict[str, Any]()
+    config = scheduler.config
+    if config.use_dynamic_shifting and tokens is not None:
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        options["mu"] = tokens * slope + (config.base_shift - slope * config.base_image_seq_len)
+    scheduler.set_timesteps(steps, sigmas=sigmas, **options)
+    return Schedule(tuple(float(s) for s in scheduler.sigmas))
 
 
 def noisy_steps(config: Config, epoch: int) -> list[int]:

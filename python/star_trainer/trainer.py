@@ -85,7 +85,7 @@ class Trainer:
                 "that run, or choose another folder"
             )
         self.policy = Policy(config, self.accelerator.device)
-        self.policy.latent_shape(config.rollout.resolution)
+        self.policy.latent_shape()  # raises if the model does not support the resolution
         if config.allocation.method == "star":
             capture(self.policy, None, config).remove()  # raises if the model does not have these blocks
         trained = [p for p in self.policy.transformer.parameters() if p.requires_grad]

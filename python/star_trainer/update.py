@@ -20,7 +20,6 @@ from star_trainer.objectives import clip_range
 from star_trainer.policy import Policy, Text
 from star_trainer.rewards.images import slices
 from star_trainer.samples import Batch, Step
-from star_trainer.schedule import schedule_of
 from star_trainer.weights import whole
 
 
@@ -42,7 +41,7 @@ class Updater:
     def __init__(self, policy: Policy, optimizer: Any, average: Average, accelerator: Any, config: Config) -> None:
         self.policy, self.optimizer, self.average = policy, optimizer, average
         self.accelerator, self.config = accelerator, config
-        self.schedule = schedule_of(policy.pipeline, config.rollout.steps)
+        self.schedule = policy.schedule(config.rollout.steps)
         self.step_weights = self.schedule.step_weights(config)
         self.grad_norm = self.skipped = torch.zeros(())
         self.agreement: dict[int, Agreement] = {}

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from star_trainer.bases import Text
 from star_trainer.config import Config
-from star_trainer.policy import Text
 from star_trainer.rollout import roll_out
 from star_trainer.samples import Batch
 from star_trainer.trainer import Trainer
@@ -34,4 +34,4 @@ def doubled(trainer: Trainer, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _double(text: Text) -> Text:
-    return Text(text.tokens.double(), text.pooled.double())
+    return replace(text, tokens=text.tokens.double(), pooled=None if text.pooled is None else text.pooled.double())

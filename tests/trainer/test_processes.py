@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import base_pipelines
 import pytest
 import torch
 import yaml
@@ -55,6 +56,8 @@ CASES = [  # wrapper, rank of LoRA, kl_coef, credit, objective, number of proces
     ("fsdp2", 0, 0.0, "image", "nft", 2),
 ]
 
+BASES = [("flux", "ddp"), ("qwen_image", "ddp"), ("z_image", "fsdp2")]  # base, wrapper
+
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 def test_two_processes_give_the_results_of_one(
@@ -99,6 +102,35 @@ def test_two_processes_give_the_results_of_one(
     on_two(*launched)
     for case, config, folder in zip(CASES, made, folders, strict=True):
         check_equal(config, folder["one"], folder["two"], case)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+def test_two_processes_train_each_base_as_one_does(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], tmp_path: Path
+) -> None:
+    """In one launch, as above."""
+    made = {}
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square left of a yellow ring")
+    for name, wrapper in BASES:
+        parts = base_pipelines.settings(name, base_pipelines.save(name, tmp_path))
+        parts["rollout"] |= {"groups": 2, "group_size": 4, "batch": 2}
+        made[name, wrapper] = configure(
+            **parts,
+            data={"prompts": str(prompts)},
+            train={"epochs": 2, "kl_coef": 0.1, "learning_rate": 1e-4},
+            reward={"weights": {"rewards_that_fail:Channels": 1.0}},
+            evaluation={"every": 2, "prompts": 2},
+        )
+    launched = []
+    for (name, wrapper), config in made.items():
+        folders = (str(tmp_path / f"{name}-{processes}") for processes in ("one", "two"))
+        one, two = (replace(config, output=replace(config.output, folder=folder)) for folder in folders)
+        trainer_of(one).run()
+        launched.append((wrapper, two))
+    on_two(*launched)
+    for case, config in made.items():
+        check_equal(config, tmp_path / f"{case[0]}-one", tmp_path / f"{case[0]}-two", case)
 
 
 def check_equal(config: Config, first: Path, second: Path, case: tuple) -> None:

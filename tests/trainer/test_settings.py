@@ -116,7 +116,7 @@ def test_anchors_and_merges_of_yaml_are_not_repeated_keys(parse_file: Callable[.
         ("output: {folder: null}\n", "output.folder must not be null"),
         ("rollout: {transition: null}\n", "rollout.transition must not be null"),
         ("data: {eval_prompts: ''}\n", "data.eval_prompts must name a file or be null, got ''"),
-        ("preset: sd4\n", "--preset must be one of sd35m-geneval"),
+        ("preset: sd4\n", "--preset must be one of flux1-pickscore"),
     ],
 )
 def test_an_invalid_file_is_an_error_that_names_the_line(
@@ -171,7 +171,10 @@ def test_every_setting_is_documented(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "sd4"], "--preset must be one of sd35m-geneval, sd35m-ocr, sd35m-pickscore, small, got 'sd4'"),
+        (
+            ["--preset", "sd4"],
+            "--preset must be one of flux1-pickscore, qwen-image-pickscore, sd35m-geneval, sd35m-ocr, ",
+        ),
         (["--train.lerning_rate", "1"], "--train.lerning_rate 1; did you mean --train.learning_rate?"),
         (["--train.lr", "1"], "--train.lr 1; did you mean --train.learning_rate?"),
         (["--config", "absent.yaml"], "--config must be a readable YAML file, got absent.yaml: No such file"),
