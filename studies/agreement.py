@@ -47,7 +47,6 @@ from star_trainer.policy import Policy
 from star_trainer.prompts import Prompt, choose, load_prompts
 from star_trainer.samples import Batch, Step
 from star_trainer.scenes import check
-from star_trainer.schedule import schedule_of
 from studies import allocations
 from studies.cosines import compared, cosines, jackknife, multiple
 
@@ -207,7 +206,7 @@ def gradients(
     policy: Policy, batch: Batch, fields: allocations.Fields, parameters: Sequence[Tensor], config: Config
 ) -> dict[str, Tensor]:
     """The flattened gradient of the batch under each allocation, with one forward pass per step for all of them."""
-    schedule = schedule_of(policy.pipeline, config.rollout.steps)
+    schedule = policy.schedule(config.rollout.steps)
     total: dict[str, Tensor] = {}
     for at, step in enumerate(batch.steps):
         velocity = policy.velocity(step.sample, schedule.timestep(step.number), batch.text)

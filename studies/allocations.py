@@ -22,7 +22,6 @@ from star_trainer.rollout import roll_out as plain_roll_out
 from star_trainer.samples import Batch
 from star_trainer.scenes.describe import COLORS
 from star_trainer.scenes.detect import color_masks
-from star_trainer.schedule import schedule_of
 
 # For each allocation the terms of its loss: advantages [N] and their weights [N, Steps, P].
 Fields = dict[str, list[tuple[Tensor, Tensor]]]
@@ -125,7 +124,7 @@ def roll_out(policy: Policy, prompts: Sequence[Prompt], config: Config, epoch: i
         stack.callback(policy.model.register_forward_hook(lambda *_: steps.append(_taken(handles))).remove)
         plain = replace(config, allocation=replace(config.allocation, method="plain"))
         batch = plain_roll_out(policy, each, range(len(each)), plain, epoch, autocast)
-    numbers, schedule = [step.number for step in batch.steps], schedule_of(policy.pipeline, config.rollout.steps)
+    numbers, schedule = [step.number for step in batch.steps], policy.schedule(config.rollout.steps)
     maps = torch.stack([steps[n] for n in numbers], dim=1)  # [N, Steps, Blocks, G + 1, P]
     following = torch.stack([steps[min(n + 1, len(steps) - 1)] for n in numbers], dim=1)[:, :, :, :-1].sum(dim=3)
     noise = torch.cat([schedule.transition(n, config, 1, torch.device("cpu")).std for n in numbers])

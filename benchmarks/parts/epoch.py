@@ -27,7 +27,6 @@ from star_trainer.command import PRESETS
 from star_trainer.config import Config
 from star_trainer.credit import capture, select, weighted
 from star_trainer.prompts import choose
-from star_trainer.schedule import schedule_of
 from star_trainer.trainer import Trainer
 
 GROUPS = {"default": 4, "thorough": 8}  # the work of an epoch is proportional to the number of groups
@@ -110,7 +109,7 @@ def added(trainer: Trainer, clock: CpuClock, budget: Budget) -> dict[str, tuple[
     count = len(prompts)
     batch = trainer.roll_out(prompts, range(count))
     selection = select(policy, prompts, config.allocation)
-    schedule = schedule_of(policy.pipeline, config.rollout.steps)
+    schedule = policy.schedule(config.rollout.steps)
     step, advantages = batch.steps[0], torch.linspace(-1, 1, count, device=policy.device)
     assert step.weights is not None
     maps = torch.rand(count, len(batch.steps), *step.weights.shape[1:], device=policy.device)

@@ -12,7 +12,6 @@ from star_trainer.config import Config
 from star_trainer.policy import Policy
 from star_trainer.prompts import Prompt, load_prompts
 from star_trainer.scenes import Item, Scene, check, draw
-from star_trainer.schedule import schedule_of
 from studies import agreement, allocations
 
 BY_SHARES = ("split", "split, shuffled", "split, inverted")
@@ -68,7 +67,7 @@ def test_weights_over_steps_are_proportional_to_their_signals(rollout: allocatio
     moved = torch.tensor([63 / 64, 0, 21 / 84 - 1 / 64])  # share of the map that moves to other positions
     torch.testing.assert_close(change, moved / moved.mean())
     torch.testing.assert_close(noise, rollout.noise / rollout.noise.mean())
-    schedule = schedule_of(Policy(config, torch.device("cpu")).pipeline, config.rollout.steps)
+    schedule = Policy(config, torch.device("cpu")).schedule(config.rollout.steps)
     stds = [schedule.transition(s.number, config, 1, torch.device("cpu")).std for s in rollout.batch.steps]
     torch.testing.assert_close(rollout.noise, torch.cat(stds))
 
