@@ -70,9 +70,9 @@ class Rollout:
         groups: number of prompts per epoch.
         group_size: number of samples per prompt; their rewards are compared with each other.
         batch: number of samples per process and forward pass.
-        window: number of consecutive SDE steps, placed at random each epoch, which alone are trained while the others
-            are ODE steps; None makes all steps SDE steps and trains all but the last.
-        window_end: number of first steps that the window lies within; None is all steps but the last.
+        window: number of consecutive SDE steps, placed at random each epoch; the others are ODE steps and are not
+            trained. None makes all steps SDE steps and trains all but the last.
+        window_end: the window lies within this number of first steps; None is all steps but the last.
         shared_noise: samples of a group start from the same initial noise.
     """
 

@@ -1,44 +1,21 @@
-"""The gradients of Flow-GRPO's loss, written without the driver, and a rollout in float64 to compare them with."""
+"""The gradients of Flow-GRPO's loss, written without the driver."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from math import sqrt
 from typing import Any
 
 import pytest
 import torch
+from doubled import doubled, rolled_out
 from torch import Tensor
 
-from star_trainer.bases import Text
 from star_trainer.config import Config
-from star_trainer.rollout import roll_out
 from star_trainer.samples import Batch
 from star_trainer.trainer import Trainer
 
 ADVANTAGES = torch.tensor([1.2, -0.7, -0.5, 9.0, 0.0, -1.0], dtype=torch.float64)
-
-
-def rolled_out(trainer: Trainer, config: Config) -> Batch:
-    prompts = [trainer.prompts[n // config.rollout.group_size] for n in range(config.samples)]
-    return roll_out(trainer.policy, prompts, range(config.samples), config, 0, trainer.accelerator.autocast)
-
-
-def doubled(trainer: Trainer, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
-    """Converts batch and model to float64, because the rounding errors of float32 are about 1e-6."""
-    policy = trainer.policy
-    policy.model.double()
-    encode = policy.encode
-    monkeypatch.setattr(policy, "encode", lambda prompts: _double(encode(prompts)))
-    monkeypatch.setattr(policy, "_unconditional", None)
-    names = ("sample", "prev_sample", "log_prob")
-    steps = [replace(step, **{name: getattr(step, name).double() for name in names}) for step in batch.steps]
-    return replace(batch, text=_double(batch.text), steps=steps)
-
-
-def _double(text: Text) -> Text:
-    return replace(text, tokens=text.tokens.double(), pooled=None if text.pooled is None else text.pooled.double())
 
 
 def gradients(

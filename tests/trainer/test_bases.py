@@ -12,7 +12,8 @@ import base_pipelines
 import diffusers
 import pytest
 import torch
-from flow_grpo_update import check_update, rolled_out
+from doubled import rolled_out
+from flow_grpo_update import check_update
 from tiers import mostly_exhaustive
 from torch import Tensor, nn
 

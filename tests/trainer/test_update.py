@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import SD3Transformer2DModel
-from flow_grpo_update import check_update, rolled_out
+from doubled import rolled_out
+from flow_grpo_update import check_update
 from tiers import mostly_exhaustive
 from torch import Tensor
 
