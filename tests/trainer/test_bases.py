@@ -176,7 +176,7 @@ def test_the_update_is_flow_grpos(
         name,
         rollout={"steps": 4, "groups": 2, "group_size": 3, "batch": 6},
         allocation={"method": "plain"},
-        train={"kl_coef": 0.04, "batch": 6},
+        train={"clip_range": 1e-4, "kl_coef": 0.04, "batch": 6},
     )
     trainer = trainer_of(config)
     texts = [trainer.prompts[n // 3].text for n in range(config.samples)]

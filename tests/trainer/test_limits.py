@@ -125,6 +125,7 @@ def test_numbers_are_checked_before_files_are_read(
             r"allocation\.blocks must be 'default', 'all' or a list.*got an empty list",
         ),
         ({"output": {"folder": ""}}, 1, r"output\.folder must name a folder"),
+        ({"rollout": {"window_end": 2}}, 1, r"rollout\.window_end must be None without rollout\.window, got 2"),
         ({"rollout": {"window": 3}}, 1, r"rollout\.window must lie between 1 and 2, got 3"),
         (
             {"rollout": {"window_end": 3}},
