@@ -50,6 +50,11 @@ def obstacle(config: Config) -> str | None:
     missing = [name for name in config.output.trackers if name in TRACKERS and find_spec(name) is None]
     found: list[tuple[bool, str]] = [
         (
+            objective in FORWARD and config.rollout.shared_noise,
+            f"rollout.shared_noise must be False with train.objective {objective!r}, whose ODE steps would draw equal "
+            "samples of a group, got True",
+        ),
+        (
             objective in FORWARD and step_weights(train) != "uniform",
             f"train.step_weights must be 'uniform' or None with train.objective {objective!r}, got "
             f"{train.step_weights!r}",

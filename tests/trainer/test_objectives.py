@@ -220,6 +220,7 @@ def test_nft_samples_from_the_moving_average_if_asked(
         ({"train": {"objective": "nft"}, "allocation": {"credit": "phrase"}}, "allocation.credit must be 'image' with"),
         ({"train": {"objective": "nft", "advantage_clip": math.inf}}, "train.advantage_clip must be finite"),
         ({"train": {"objective": "awm", "kl_coef": 0.1}}, "train.kl must be 'velocity' with train.objective 'awm'"),
+        ({"train": {"objective": "awm"}, "rollout": {"shared_noise": True}}, "rollout.shared_noise must be False with"),
         ({"train": {"kl": "velocity"}}, "train.kl_coef must be above 0 with train.kl 'velocity'"),
         ({"reward": {"combine": "apart"}}, "reward.combine must be 'sum' unless two rewards"),
         (
