@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -21,9 +21,10 @@ class Parser(argparse.ArgumentParser):
         self._known += action.option_strings
         return action
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
         # Before anything else: argparse first reports that the option is missing whose name was misspelt.
-        for argument in sys.argv[1:] if args is None else args:
+        for argument in given:
             name = argument.partition("=")[0]
             if argument == "--":
                 break
@@ -31,4 +32,4 @@ class Parser(argparse.ArgumentParser):
                 found = get_close_matches(name, self._known, n=1)
                 hint = f"; did you mean {found[0]}?" if found else ""
                 self.error(f"unrecognized arguments: {name}{hint}")
-        return super().parse_args(args, namespace)
+        return super().parse_args(given, namespace)

@@ -186,8 +186,8 @@ def weighted_policy_loss(
         weights: float32 ``[B, *locations]``, or ``[B, *grid]`` on a coarser (patch) grid that divides the latent's; not
             negative. Weights of phrases, ``[B, G, *locations]`` or ``[B, G, *grid]``, have one dimension more: this
             decides whether advantages are ``[B, G]``, even if G is the number of locations. Their mean is not checked:
-            ``allocate(over="trajectory")`` gives steps different means. A mean of m multiplies the gradient of the
-            sample by m.
+            ``allocate(over="trajectory")`` gives steps different means. A mean of m acts on the first update like an
+            advantage that is m times as large.
         ratio: "sample", one ratio and clip per sample; or "location", one per position.
         clip_range: c clips the ratio to ``[1 - c, 1 + c]``, a pair (a, b) to ``[1 - a, 1 + b]``.
         advantage_clip: advantages are clamped to plus and minus this value.
