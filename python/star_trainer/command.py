@@ -145,7 +145,7 @@ def build_parser(preset: str) -> Any:
     parser = ArgumentParser(
         prog="star-train",
         usage="star-train [--preset NAME] [--config FILE] [--SECTION.SETTING VALUE ...]",
-        description=__doc__.replace("``", ""),
+        description=(__doc__ or "").replace("``", ""),
         formatter_class=Help,
         default_config_files=[str(PRESETS / f"{preset}.yaml")],
         parser_mode="strict-yaml",
