@@ -239,6 +239,13 @@ def _is_flat(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(isinstance(p, int) and not isinstance(p, bool) for p in value)
 
 
+def no_selection(given: object) -> TypeError:
+    """The error for another type; select_tokens returns a selection and the names of its phrases."""
+    pair = isinstance(given, tuple) and isinstance(next(iter(given), None), TokenSelection)
+    hint = "; use its first element, as in selection, names = select_tokens(...)" if pair else ""
+    return TypeError(f"selection must be a TokenSelection, got {type(given).__name__}{hint}")
+
+
 def check_selection_fields(index: Tensor, weight: Tensor) -> None:
     for name, value, dtype in (("index", index, torch.int32), ("weight", weight, torch.float32)):
         if not isinstance(value, Tensor) or value.dtype != dtype:

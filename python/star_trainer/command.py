@@ -25,7 +25,6 @@ from star_trainer import settings
 from star_trainer.config import Config
 from star_trainer.limits import check_values
 from star_trainer.redact import RedactingFormatter, redact, redact_warnings, redacted_traceback
-from star_trainer.suggestion import suggestion
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -145,7 +144,7 @@ def build_parser(preset: str) -> Any:
     parser = ArgumentParser(
         prog="star-train",
         usage="star-train [--preset NAME] [--config FILE] [--SECTION.SETTING VALUE ...]",
-        description=__doc__.replace("``", ""),
+        description=(__doc__ or "").replace("``", ""),
         formatter_class=Help,
         default_config_files=[str(PRESETS / f"{preset}.yaml")],
         parser_mode="strict-yaml",
@@ -189,7 +188,7 @@ def fail(message: str) -> NoReturn:
     unknown = re.match(r"unrecognized arguments: --([\w.]+)", message)
     if unknown:
         known = [f"{section}.{name}" for section, names in settings.SECTIONS.items() for name in names]
-        message += suggestion(unknown[1], known, before="--")
+        message += settings.suggestion(unknown[1], known, before="--")
     if 'Parser key "reward.weights"' in message:
         message += "\n  It maps each reward to its weight, such as --reward.weights '{ocr: 1.0, pickscore: 0.5}'."
     print(f"star-train: error: {redact(message)}\nstar-train --help describes all settings.", file=sys.stderr)

@@ -47,8 +47,9 @@ class Progress:
             where,
         )
         log.info(
-            "%d epochs of %d samples (%d prompts x %d), %d denoising steps of which %d are trained",
+            "%d %s of %d samples (%d prompts x %d), %d denoising steps of which %d are trained",
             config.train.epochs,
+            "epoch" if config.train.epochs == 1 else "epochs",
             config.samples,
             config.rollout.groups,
             config.rollout.group_size,

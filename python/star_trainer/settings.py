@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from star_trainer.config import Config
 from star_trainer.redact import redacted
-from star_trainer.suggestion import suggestion
+from star_trainer.suggestion import suggestion as suggestion
 from star_trainer.textfile import read_text
 
 SECTIONS = {part: [f.name for f in fields(kind)] for part, kind in get_type_hints(Config).items()}

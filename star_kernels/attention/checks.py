@@ -10,7 +10,7 @@ from torch import Tensor
 
 from star_kernels.attention.arguments import MapArguments
 from star_kernels.checks import check_dense
-from star_kernels.selection import TokenSelection, check_selection_fields
+from star_kernels.selection import TokenSelection, check_selection_fields, no_selection
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (int, torch.SymInt)
@@ -71,7 +71,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, sequence_axis: int) -> 
 def check_selection(selection: TokenSelection, query: Tensor, *, length: int) -> None:
     """Raises unless the selection has this batch size and device, and lies within a sequence of ``length``."""
     if not isinstance(selection, TokenSelection):
-        raise TypeError(f"selection must be a TokenSelection, got {type(selection).__name__}")
+        raise no_selection(selection)
     if selection.index.device != query.device:
         raise ValueError(f"selection must be on the device of query, {query.device}, got {selection.index.device}")
     if selection.index.shape[0] != query.shape[0]:

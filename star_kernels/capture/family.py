@@ -144,6 +144,10 @@ def find_or_explain(model: Any, image: ImageTokens | None) -> Family:
     family = find(model)
     if family is not None:
         return family
+    if not isinstance(model, nn.Module):
+        parts = [name for name in ("transformer", "unet") if isinstance(getattr(model, name, None), nn.Module)]
+        hint = "".join(f"; pass its {name}, pipeline.{name}" for name in parts[:1])
+        raise TypeError(f"transformer must be a model, got {type(model).__name__}{hint}")
     found = Counter(type(module.processor).__name__ for module in processing(model))
     if found and image is not None:
         return Family(attentions=processing, image=lambda model, arguments: image)

@@ -21,7 +21,7 @@ from star_kernels.capture.missing_maps import explain
 from star_kernels.capture.passes import ForwardPass, Passes
 from star_kernels.capture.perturbed import Perturbations, skipping_hooks
 from star_kernels.checks import check_flag
-from star_kernels.selection import TokenSelection
+from star_kernels.selection import TokenSelection, no_selection
 
 
 class MapCapture:
@@ -113,7 +113,7 @@ class MapCapture:
     @selection.setter
     def selection(self, selection: TokenSelection | None) -> None:
         if selection is not None and not isinstance(selection, TokenSelection):
-            raise TypeError(f"selection must be a TokenSelection, got {type(selection).__name__}")
+            raise no_selection(selection)
         if selection is not None and self._removed:
             raise RuntimeError(_REMOVED)
         with self._lock:

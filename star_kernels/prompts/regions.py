@@ -30,6 +30,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
+
 from star_kernels.prompts import pipelines
 from star_kernels.prompts.templates import template_parts
 from star_kernels.prompts.tokens import TextRegion
@@ -115,6 +117,8 @@ def regions_of(
         ValueError: a length below 1, an encoder that the pipeline does not have, or the wrong number of images.
     """
     names = [cls.__name__ for cls in type(pipeline).__mro__]
+    if isinstance(pipeline, nn.Module):
+        raise TypeError(f"pipeline must be a diffusers pipeline, which has the tokenizers, got the model {names[0]}")
     refused = next((f"{name} is not supported: {_REFUSED[name]}" for name in names if name in _REFUSED), None)
     if refused is not None:
         raise TypeError(refused)

@@ -1,6 +1,7 @@
 """Options of a capture, handles without a context, and error messages."""
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,6 +186,10 @@ def test_setting_a_selection_of_the_wrong_type_is_an_error(model_and_inputs):
     with attach_maps(model, selection, cfg=None) as handle:
         with pytest.raises(TypeError, match="selection must be a TokenSelection, got list"):
             handle.selection = [1]
+        with pytest.raises(
+            TypeError, match=r"got tuple; use its first element, as in selection, names = select_tokens"
+        ):
+            handle.selection = (selection, [])
         assert handle.selection is selection
 
 
@@ -266,6 +271,15 @@ def test_an_unknown_model_is_named_with_its_attention_processors():
         attach_maps(nn.Linear(1, 1), rows=(0, 1), grid=(1, 1))
     with pytest.raises(TypeError, match="CogView4AttnProcessor"):
         attach_maps(cogview4(), rows=(0, 1))
+
+
+def test_a_pipeline_in_place_of_its_model_is_an_error_that_names_the_model():
+    with pytest.raises(
+        TypeError, match=r"transformer must be a model, got SimpleNamespace; pass its unet, pipeline\.unet$"
+    ):
+        attach_maps(SimpleNamespace(unet=nn.Linear(1, 1)), CASE.selection)
+    with pytest.raises(TypeError, match=r"transformer must be a model, got str$"):
+        attach_maps("small", CASE.selection)
 
 
 def test_a_processor_with_another_order_of_tokens_is_an_error(model_and_inputs):

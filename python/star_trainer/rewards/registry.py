@@ -108,7 +108,7 @@ def _load(path: str) -> Any:
         ) from error
     for name in attribute.split("."):
         if not hasattr(found, name):
-            hint = suggestion(name, [known for known in vars(found) if not known.startswith("_")])
+            hint = suggestion(name, [known for known in dir(found) if not known.startswith("_")])
             raise ValueError(f"module {module!r} has no attribute {attribute!r}{hint}")
         found = getattr(found, name)
     return found
