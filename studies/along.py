@@ -19,7 +19,7 @@ those alone in which one is missing.
 Progress needs no gradient of an allocation: it is the sum over positions of the weights times the derivative of the
 loss at that position along D u, which two forward passes give for all allocations. <D g, D g> is measured with a few
 batches. Intervals are jackknife intervals over batches, given the two gradients u. Units that the JSON file already
-has are not measured again; --report only prints them.
+has with all batches are not measured again; --report only prints them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,18 +52,12 @@ from star_trainer.scenes import check
 from star_trainer.scenes.detect import detect_shapes
 from star_trainer.schedule import schedule_of
 from studies import agreement, allocations
-from studies.cosines import adam_scale, jackknife
+from studies.cosines import adam_scale
+from studies.efficiency import CLASSES, FIRST, WHOLE, efficiency, gain, names
 
 DESIGN = Path(__file__).parent / "designs" / "missing.yaml"
 RESULT = Path(__file__).parent / "results" / "missing-objects.json"
-CLASSES = ("found", "missing")
 LENGTH = 1e-4  # of the finite difference along a direction with entries of about one
-# Allocations that use one set of weights for samples with all objects and another for the others.
-MIXED = {
-    "plain where missing": ("map", "plain"),
-    "group mean where missing": ("map", "group mean"),
-    "best sample where missing": ("map", "best sample"),
-}
 
 
 @dataclass
@@ -89,11 +83,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     design = yaml.safe_load(options.design.read_text())
     found = json.loads(options.out.read_text()) if options.out.exists() else {"units": []}
+    deadline = time.monotonic() + 60 * options.minutes
     if not options.report:
         for name, settings in design["settings"].items():
             key = {"name": name, **{k: v for k, v in design.items() if k != "settings"}, "settings": settings}
-            if all(unit["key"] != key for unit in found["units"]):
-                found["units"].append({"key": key, **measure(design, settings)})
+            others = [unit for unit in found["units"] if unit["key"] != key]
+            ended = any(unit["key"] == key and len(unit["batches"]) == key["batches"] for unit in found["units"])
+            if not ended and time.monotonic() < deadline:
+                found["units"] = [*others, {"key": key, **measure(design, settings, deadline)}]
                 options.out.write_text(json.dumps(found) + "\n")
     for unit in found["units"]:
         print(text(unit))
@@ -106,12 +103,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--design", type=Path, default=DESIGN, help="YAML file of the design")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file of the results")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="minutes after which no batch is started")
     parser.add_argument("--report", action="store_true", help="only print the results in the JSON file")
     return parser.parse_args(arguments)
 
 
-def measure(design: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Progress and size of the update of every allocation, by batch."""
+def measure(design: Mapping[str, Any], settings: Mapping[str, Any], deadline: float) -> dict[str, Any]:
+    """Progress and size of the update of every allocation, by batch; fewer batches if the deadline passes."""
     started = time.perf_counter()
     values = {
         "rollout.groups": design["groups"],
@@ -125,25 +123,29 @@ def measure(design: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
     prompts = load_prompts(config.data.prompts, seed="missing objects")
     batches, plain, described = [], [], []
     for number in tqdm(range(design["batches"]), desc="plain gradients", mininterval=10):
+        if number >= 4 and number % 2 == 0 and time.monotonic() > deadline:
+            break
         batch, about = _roll_out(policy, prompts, config, number)
-        plain.append(_gradients(policy, config, batch, parameters, [batch.slopes])[0])
+        plain.append(_gradients(policy, config, batch, parameters, batch.slopes[None])[1][0])
         batches.append(batch)
         described.append(about)
     scale = adam_scale(plain)
     directions = [torch.stack(plain[fold::2]).mean(dim=0) * scale for fold in (0, 1)]
-    progress: dict[str, dict[str, list[float]]] = {}
+    progress: dict[str, dict[str, list[list[float]]]] = {}
     exact, approximate = [], []  # progress of plain Flow-GRPO from its gradient, and from finite differences
     for number, batch in enumerate(tqdm(batches, desc="progress", mininterval=10)):
         slope = derivative(policy, config, batch, parameters, directions[1 - number % 2])  # [N, Steps, P]
         exact.append(plain[number].dot(directions[1 - number % 2]).item())
         approximate.append(slope.sum().item())
         for name, weights in batch.weights.items():
-            own = (slope * weights).sum(dim=(1, 2))
+            own = (slope * weights).sum(dim=2)  # [N, Steps]
             for kind, chosen in _classes(batch.missing):
-                progress.setdefault(name, {}).setdefault(kind, []).append(own[chosen].sum().item())
+                progress.setdefault(name, {}).setdefault(kind, []).append(own[chosen].sum(dim=0).tolist())
     sizes = [
-        _sizes(policy, config, batch, parameters, scale)
-        for batch in tqdm(batches[: design["batches_for_size"]], desc="sizes", mininterval=10)
+        _sizes(policy, config, batch, parameters, scale, design["samples_for_size"])
+        for batch in tqdm(
+            batches[: -(-len(batches) * design["batches_for_size"] // design["batches"])], desc="sizes", mininterval=10
+        )
     ]
     return {
         "environment": environment.describe(torch.device("cpu")),
@@ -250,20 +252,23 @@ def _unit(maps: Tensor) -> Tensor:
 
 
 def _gradients(
-    policy: Policy, config: Config, batch: Measured, parameters: Sequence[Tensor], slopes: Sequence[Tensor]
-) -> list[Tensor]:
-    """The gradient of the batch, summed over steps, for each of the ``slopes`` ``[Steps, N, C, h, w]``."""
+    policy: Policy, config: Config, batch: Measured, parameters: Sequence[Tensor], slopes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients ``[K, D]`` for slopes ``[K, Steps, N, C, h, w]``, summed over the first two steps and over all."""
     schedule = schedule_of(policy.pipeline, config.rollout.steps)
-    total = [[torch.zeros_like(p) for p in parameters] for _ in slopes]
+    count = slopes.shape[2]
+    text = batch.text[:count]
+    total = torch.zeros(len(slopes), sum(p.numel() for p in parameters))
+    first = total
     for at, number in enumerate(batch.numbers):
-        velocity = policy.velocity(batch.samples[at], schedule.timestep(number), batch.text)
-        for i, own in enumerate(slopes):
+        velocity = policy.velocity(batch.samples[at, :count], schedule.timestep(number), text)
+        for i, own in enumerate(slopes[:, at]):
             kept = i < len(slopes) - 1
-            found = torch.autograd.grad(velocity, parameters, own[at], retain_graph=kept, allow_unused=True)
-            for sum_, gradient in zip(total[i], found, strict=True):
-                if gradient is not None:
-                    sum_ += gradient
-    return [torch.cat([gradient.flatten() for gradient in own]) for own in total]
+            found = torch.autograd.grad(velocity, parameters, own, retain_graph=kept, materialize_grads=True)
+            total[i] += torch.cat([gradient.flatten() for gradient in found])
+        if at == 1:
+            first = total.clone()
+    return first, total
 
 
 @torch.no_grad()
@@ -290,17 +295,18 @@ def derivative(
 
 
 def _sizes(
-    policy: Policy, config: Config, batch: Measured, parameters: Sequence[Tensor], scale: Tensor
-) -> list[list[float]]:
-    """Inner products <D g, D g'> of the gradients of all allocations, each from the samples of one class."""
+    policy: Policy, config: Config, batch: Measured, parameters: Sequence[Tensor], scale: Tensor, count: int
+) -> dict[str, list[list[float]]]:
+    """Inner products <D g, D g'> of the gradients of all allocations, each from one class of the first samples."""
     side = batch.samples.shape[-1] // 2
     slopes = []
     for weights in batch.weights.values():
         on_latents = weights.unflatten(2, (side, side)).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
         weighted = batch.slopes * on_latents.movedim(1, 0)[:, :, None]
-        slopes += [weighted * chosen.view(1, -1, 1, 1, 1) for _, chosen in _classes(batch.missing)]
-    stacked = torch.stack(_gradients(policy, config, batch, parameters, slopes)) * scale
-    return (stacked @ stacked.T).tolist()
+        slopes += [(weighted * chosen.view(1, -1, 1, 1, 1))[:, :count] for _, chosen in _classes(batch.missing)]
+    gradients = _gradients(policy, config, batch, parameters, torch.stack(slopes))
+    scaled = [gradient * scale for gradient in gradients]
+    return {part: (own @ own.T).tolist() for part, own in zip((FIRST, WHOLE), scaled, strict=True)}
 
 
 def _classes(lacking: Tensor) -> list[tuple[str, Tensor]]:
@@ -318,81 +324,23 @@ def _correlation(maps: Tensor, mask: Tensor) -> Tensor:
     return (left * right).sum(dim=2) / (left.norm(dim=2) * right.norm(dim=2)).clamp(min=1e-12)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A value with the half-width of its 95 % interval."""
-
-    value: float
-    half_width: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ± {self.half_width:.2f}"
-
-
-def efficiency(unit: Mapping[str, Any], name: str, kinds: Sequence[str] = CLASSES, baseline: str = "plain") -> Estimate:
-    """Progress per length of a step relative to that of a baseline, from the samples of the given classes."""
-    return _estimate(unit, lambda kept: _per_length(unit, name, kinds, kept) / _per_length(unit, baseline, kinds, kept))
-
-
-def gain(unit: Mapping[str, Any], name: str, baseline: str) -> Estimate:
-    """The efficiency of an allocation minus that of another."""
-
-    def value(kept: Sequence[int]) -> float:
-        ends = [_per_length(unit, n, CLASSES, kept) for n in (name, baseline)]
-        return (ends[0] - ends[1]) / _per_length(unit, "plain", CLASSES, kept)
-
-    return _estimate(unit, value)
-
-
-def progress(unit: Mapping[str, Any], name: str, kinds: Sequence[str] = CLASSES) -> Estimate:
-    """Progress without division by the length, relative to that of plain Flow-GRPO from all samples."""
-    return _estimate(unit, lambda kept: _progress(unit, name, kinds, kept) / _progress(unit, "plain", CLASSES, kept))
-
-
-def _estimate(unit: Mapping[str, Any], value: Callable[[Sequence[int]], float]) -> Estimate:
-    numbers = range(len(unit["batches"]))
-    error = jackknife([value([n for n in numbers if n != left]) for left in numbers])
-    return Estimate(value(numbers), 1.96 * error)
-
-
-def _per_length(unit: Mapping[str, Any], name: str, kinds: Sequence[str], kept: Sequence[int]) -> float:
-    atoms = [unit["atoms"].index(f"{atom}, {kind}") for atom, kind in _atoms(name, kinds)]
-    squares = [sum(unit["sizes"][n][a][b] for a in atoms for b in atoms) for n in kept if n < len(unit["sizes"])]
-    return _progress(unit, name, kinds, kept) / math.sqrt(sum(squares) / len(squares))
-
-
-def _progress(unit: Mapping[str, Any], name: str, kinds: Sequence[str], kept: Sequence[int]) -> float:
-    return sum(unit["progress"][atom][kind][n] for atom, kind in _atoms(name, kinds) for n in kept) / len(kept)
-
-
-def _atoms(name: str, kinds: Sequence[str]) -> list[tuple[str, str]]:
-    """The measured allocations of which a mixed one consists, with the class of samples of each."""
-    own = dict(zip(CLASSES, MIXED.get(name, (name, name)), strict=True))
-    return [(own[kind], kind) for kind in kinds]
-
-
-def names(unit: Mapping[str, Any]) -> list[str]:
-    """All allocations of a unit, those made of others last."""
-    return [*unit["progress"], *MIXED]
-
-
 def text(unit: Mapping[str, Any]) -> str:
     """The table of a unit."""
     batches, key = unit["batches"], unit["key"]
     mean = {name: statistics.mean(b[name] for b in batches) for name in ("reward", "missing")}
+    samples = len(batches) * key["groups"] * key["group_size"]
     lines = [
         "",
-        f"{key['name']}: {len(batches)} batches of {key['groups'] * key['group_size']} samples, "
-        f"reward {mean['reward']:.3f}, an object is missing in {mean['missing']:.0%} of them, {unit['seconds']:.0f} s",
-        f"  {'efficiency relative to plain':<30}{'all':>16}{'found':>16}{'missing':>16}{'minus map':>16}",
+        f"{key['name']}: {samples} of {key['batches'] * samples // len(batches)} samples, reward {mean['reward']:.3f}, "
+        f"an object is missing in {mean['missing']:.0%}, {unit['seconds']:.0f} s",
     ]
-    for name in names(unit):
-        values = [
-            efficiency(unit, name),
-            *(efficiency(unit, name, [kind]) for kind in CLASSES),
-            gain(unit, name, "map"),
-        ]
-        lines.append(f"  {name:<30}" + "".join(f"{value!s:>16}" for value in values))
+    for part in (WHOLE, FIRST):
+        heads = ("all samples", "found", "missing", "minus map")
+        lines.append(f"  {'efficiency, ' + part:<32}" + "".join(f"{head:>16}" for head in heads))
+        for name in names(unit):
+            values = [efficiency(unit, name, kinds, part) for kinds in (CLASSES, ["found"], ["missing"])]
+            values.append(gain(unit, name, "map", part))
+            lines.append(f"  {name:<32}" + "".join(f"{value!s:>16}" for value in values))
     return "\n".join(lines)
 
 

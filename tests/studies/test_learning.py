@@ -103,6 +103,24 @@ def test_shuffled_has_the_same_permutation_in_all_steps_of_a_sample(
 
 
 @pytest.mark.exhaustive
+def test_inverted_weights_have_mean_one_and_the_reverse_order(config: Config, tmp_path: Path) -> None:
+    config = replace(
+        config,
+        data=replace(config.data, prompts="scenes:composition"),
+        allocation=replace(config.allocation, blocks="all"),
+        output=replace(config.output, folder=str(tmp_path)),
+    )
+    prompts = [p for p in load_prompts("scenes:composition")[:2] for _ in range(2)]
+    own, inverted = (
+        learning.StudyTrainer(config, control, math.inf).roll_out(prompts, range(4)).steps[0].weights.flatten(1)
+        for control in (None, "inverted")
+    )
+    torch.testing.assert_close(inverted.mean(dim=1), torch.ones(4))
+    assert torch.equal(inverted.argmax(dim=1), own.argmin(dim=1))
+    assert torch.equal(inverted.argmin(dim=1), own.argmax(dim=1))
+
+
+@pytest.mark.exhaustive
 def test_a_study_runs_resumes_and_reports(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
