@@ -46,7 +46,7 @@ from star_trainer.credit import phrase_advantages, split_advantages
 from star_trainer.policy import Policy
 from star_trainer.prompts import Prompt, choose, load_prompts
 from star_trainer.samples import Batch, Step
-from star_trainer.scenes import check
+from star_trainer.scenes import RULES, check
 from star_trainer.schedule import schedule_of
 from studies import allocations
 from studies.cosines import compared, cosines, jackknife, multiple
@@ -88,6 +88,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="checkpoint of star-train; its averaged weights are used")
     parser.add_argument("--label", help="name of the model in tables and plots")
     parser.add_argument("--task", choices=("composition", "text"), default="composition")
+    parser.add_argument("--rule", choices=RULES, default="geneval", help="rule of the reward (default: geneval)")
     parser.add_argument("--size", choices=("small", "large"), help="use only prompts for objects of this size")
     parser.add_argument("--batches", type=int, default=32, help="number of independent batches (default: 32)")
     parser.add_argument("--groups", type=int, default=12, help="prompts per batch (default: 12)")
@@ -129,6 +130,7 @@ def unit_key(options: argparse.Namespace, config: Config) -> dict[str, Any]:
         "model": Path(options.model).name,
         "checkpoint": "/".join(options.checkpoint.parts[-2:]) if options.checkpoint else None,
         "task": options.task,
+        "rule": options.rule,
         "size": options.size,
         "batches": options.batches,
         "samples": options.groups * options.group_size,
@@ -172,7 +174,7 @@ def measure(policy: Policy, config: Config, options: argparse.Namespace, arms: S
             break
         drawn = choose(prompts, config.rollout.groups, number, config.train.seed)
         rolled = allocations.roll_out(policy, drawn, config, number, autocast)
-        verdicts = check(rolled.batch.images, [p.metadata for p in rolled.batch.prompts])
+        verdicts = check(rolled.batch.images, [p.metadata for p in rolled.batch.prompts], rule=options.rule)
         rewards.append(verdicts.graded.mean().item())
         fields = allocations.fields(rolled, credit(verdicts.graded, verdicts.phrases, config), number, preset_blocks)
         fields = {name: terms for name, terms in fields.items() if name in wanted}

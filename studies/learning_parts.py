@@ -1,8 +1,8 @@
 """Measures which parts of the reward the runs of studies.learning have learned: python -m studies.learning_parts
 
 For the last checkpoint of each run, it samples images of held-out prompts and measures the contribution of the phrases
-to the reward, the contribution of the rest (no other objects in the image), and the numbers of surplus and missing
-objects. The first row, with the arm "start", is the untrained small model.
+to the reward, the contribution of the rest (no other objects in the image, by the rule "nothing_else"), and the numbers
+of surplus and missing objects. The first row, with the arm "start", is the untrained small model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from star_trainer.policy import Policy
 from star_trainer.prompts import Prompt, load_prompts
 from star_trainer.rewards.images import slices
 from star_trainer.rollout import sample
-from star_trainer.scenes import check
+from star_trainer.scenes import SceneReward
 from star_trainer.scenes.detect import detect_shapes
 from studies import learning
 
@@ -75,14 +75,15 @@ def judge(policy: Policy, prompts: list[Prompt], config: Config) -> dict[str, An
             for rows in slices(len(prompts), BATCH)
         ]
     )
-    verdicts = check(images, [prompt.metadata for prompt in prompts])
+    reward = SceneReward(**config.reward.options.get("scene", {}))
+    rewards, by_phrase = reward.by_phrase(images, [p.prompt for p in prompts], [p.metadata for p in prompts])
     wanted = torch.tensor([sum(int(entry["count"]) for entry in p.metadata["include"]) for p in prompts])
     more = torch.tensor([len(shapes) for shapes in detect_shapes(images)]) - wanted
-    phrases = verdicts.phrases.nansum(dim=1)
+    phrases = by_phrase.nansum(dim=1)
     means = {
-        "reward": verdicts.graded,
+        "reward": rewards,
         "phrases": phrases,
-        "rest": verdicts.graded - phrases,
+        "rest": rewards - phrases,
         "surplus": more.clamp(min=0).float(),
         "missing": (-more).clamp(min=0).float(),
     }

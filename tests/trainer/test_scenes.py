@@ -12,6 +12,7 @@ import torch
 from star_kernels.prompts import core_content
 from star_trainer.rewards.base import PhraseReward, Reward
 from star_trainer.scenes import (
+    RULES,
     TASKS,
     WORDS,
     Item,
@@ -30,8 +31,8 @@ from star_trainer.scenes.describe import Thing
 RED_CIRCLE, BLUE_SQUARE = Item("circle", "red", 8, 16, 7), Item("square", "blue", 24, 16, 3)
 
 
-def judge(scene: Scene, metadata: Any, size: int = 32) -> tuple[float, bool]:
-    graded, exact, _ = check(draw(scene, size)[None], [metadata])
+def judge(scene: Scene, metadata: Any, rule: Any = "geneval") -> tuple[float, bool]:
+    graded, exact, _ = check(draw(scene)[None], [metadata], rule=rule)
     return float(graded[0]), bool(exact[0])
 
 
@@ -48,9 +49,11 @@ def word(text: str, color: str = "black", x: int = 1, y: int = 9) -> Scene:
 def test_every_drawn_scene_fulfils_its_prompt(task: str, size: int) -> None:
     rng = random.Random(f"{task} {size}")
     scenes = [sample_scene(rng, task) for _ in range(150)]
-    graded, exact, _ = check(torch.stack([draw(scene, size) for scene in scenes]), [scene.metadata for scene in scenes])
-    assert bool(exact.all()), [scene.prompt for scene, good in zip(scenes, exact, strict=True) if not good]
-    assert graded.min() > 0.95
+    images = torch.stack([draw(scene, size) for scene in scenes])
+    for rule in RULES:
+        graded, exact, _ = check(images, [scene.metadata for scene in scenes], rule=rule)
+        assert bool(exact.all()), [scene.prompt for scene, good in zip(scenes, exact, strict=True) if not good]
+        assert graded.min() > 0.95
 
 
 def test_a_scene_is_the_same_for_the_same_seed() -> None:
@@ -60,6 +63,7 @@ def test_a_scene_is_the_same_for_the_same_seed() -> None:
         assert first.prompt != other.prompt or first.items != other.items
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     ("items", "exact"),
     [
@@ -68,24 +72,55 @@ def test_a_scene_is_the_same_for_the_same_seed() -> None:
         ((replace(RED_CIRCLE, color="blue"), replace(BLUE_SQUARE, color="red")), False),  # colours exchanged
         ((replace(RED_CIRCLE, shape="ring"), BLUE_SQUARE), False),
         ((RED_CIRCLE,), False),
-        ((RED_CIRCLE, BLUE_SQUARE, Item("cross", "green", 24, 28, 3)), False),  # something else besides
         ((), False),
     ],
 )
-def test_a_relation_between_two_things(items: tuple[Item, ...], exact: bool) -> None:
+def test_a_relation_between_two_things(items: tuple[Item, ...], exact: bool, rule: str) -> None:
     prompt, metadata = describe([Thing("square", "blue"), Thing("circle", "red")], "left of")
     assert prompt == "a red circle left of a blue square"
-    graded, found = judge(composition(*items), metadata)
+    graded, found = judge(composition(*items), metadata, rule)
     assert found is exact
     assert (graded > 0.95) is exact
 
 
+@pytest.mark.parametrize("shape", ["cross", "circle"])
+@pytest.mark.parametrize("color", ["green", "red"])
+def test_something_else_or_one_more_counts_only_with_the_rule_that_names_it(shape: str, color: str) -> None:
+    _, metadata = describe([Thing("square", "blue"), Thing("circle", "red")], "left of")
+    scene = composition(RED_CIRCLE, BLUE_SQUARE, Item(shape, color, 24, 27, 3))
+    graded, exact = judge(scene, metadata)
+    assert exact
+    assert graded > 0.95
+    graded, exact = judge(scene, metadata, "nothing_else")
+    assert not exact
+    assert graded == pytest.approx((3 + 0.5) / 4, abs=0.03)  # two objects, their relation, and three instead of two
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"), [("geneval", (0.0, 0.75, 1.0, 0.75)), ("nothing_else", (0.0, 0.67, 1.0, 0.67))]
+)
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_a_count(count: int) -> None:
+def test_a_count(count: int, rule: str, expected: tuple[float, ...]) -> None:
     _, metadata = describe([Thing("ring", "green", count=2)])
-    graded, exact = judge(composition(*(Item("ring", "green", 5 + 9 * n, 10, 3) for n in range(count))), metadata)
+    items = [Item("ring", "green", 5 + 9 * n, 10, 3) for n in range(count)]
+    graded, exact = judge(composition(*items), metadata, rule)
     assert exact is (count == 2)
-    assert graded == pytest.approx({0: 0.0, 1: 0.67, 2: 1.0, 3: 0.67}[count], abs=0.03)
+    assert graded == pytest.approx(expected[count], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("more", "exact"),
+    [
+        (Item("square", "green", 5, 27, 3), True),  # of another class
+        (Item("ring", "blue", 5, 27, 3), False),  # of the counted class, as in GenEval's "exclude"
+    ],
+)
+def test_a_count_is_that_of_its_class(more: Item, exact: bool) -> None:
+    _, metadata = describe([Thing("ring", "green", count=2)])
+    rings = [Item("ring", "green", 5 + 9 * n, 10, 3) for n in range(2)]
+    assert judge(composition(*rings, more), metadata)[1] is exact
+    both = {"include": [*metadata["include"], {"class": "ring", "color": "blue", "count": 1}]}
+    assert judge(composition(*rings, Item("ring", "blue", 5, 27, 3)), both)[1]  # counted by another entry
 
 
 def test_a_size() -> None:
@@ -158,18 +193,26 @@ def test_the_reward_is_the_graded_verdict_or_the_strict_one() -> None:
     assert isinstance(SceneReward(), Reward)
     assert isinstance(SceneReward(), PhraseReward)
     assert SceneReward(strict=True).by_phrase(images, ["", ""], records)[1].tolist() == [[1.0], [0.75]]
+    crowd = draw(composition(RED_CIRCLE, BLUE_SQUARE))[None]
+    circle = [describe([Thing("circle", "red")])[1]]
+    assert SceneReward(strict=True)(crowd, [""], circle).tolist() == [1.0]
+    assert SceneReward(strict=True, rule="nothing_else")(crowd, [""], circle).tolist() == [0.0]
 
 
 def test_phrases_are_scored_separately() -> None:
     pair = describe([Thing("square", "blue"), Thing("circle", "red")], "left of")[1]
     single = describe([Thing("circle", "red")])[1]
     alone = draw(composition(RED_CIRCLE))
-    phrases = check(torch.stack([alone, alone, draw(word("stir"))]), [pair, single, {"text": "star"}]).phrases
-    assert phrases.shape == (3, 3)
-    assert phrases[0].tolist() == [0.0, 0.25, 0.0]  # no square, a circle, and no relation
-    assert phrases[1, 0] == 0.5  # the other half: nothing else is there
-    assert phrases[2, 0] == 0.75
+    images, records = torch.stack([alone, alone, draw(word("stir"))]), [pair, single, {"text": "star"}]
+    graded, _, phrases = check(images, records)
+    torch.testing.assert_close(phrases[0], torch.tensor([0.0, 1 / 3, 0.0]))  # no square, a circle, and no relation
+    assert phrases[1:, 0].tolist() == [1.0, 0.75]
     assert phrases[1:, 1].isnan().all()
+    torch.testing.assert_close(phrases.nansum(1), graded)
+    graded, _, phrases = check(images, records, rule="nothing_else")
+    assert phrases[0].tolist() == [0.0, 0.25, 0.0]
+    assert phrases[1, 0] == 0.5  # the other half: nothing else is there
+    assert graded.tolist() == [0.25 + 0.125, 1.0, 0.75]
 
 
 def test_the_scores_of_phrases_have_the_order_of_the_core_content() -> None:
@@ -199,6 +242,9 @@ def test_invalid_input_is_an_error_that_names_it() -> None:
         check(image, [{"prompt": "a dog"}])
     with pytest.raises(ValueError, match="an entry for each of the 1 images, got 2"):
         check(image, [{"text": "a"}] * 2)
+    for call in (lambda: check(image, [{"text": "a"}], rule="all"), lambda: SceneReward(rule="all")):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="rule must be one of geneval, nothing_else, got 'all'"):
+            call()
     with pytest.raises(
         ValueError, match=r"images must be \[N, 3, S, S\] with S a multiple of 32, got \[1, 3, 40, 40\]"
     ):

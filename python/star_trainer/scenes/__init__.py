@@ -4,7 +4,7 @@ A scene is one to three shapes of plain colours, or a short printed word, on a b
 GenEval's metadata, or the text to be read, so that code for GenEval's and OCR prompts also works with these.
 """
 
-from star_trainer.scenes.check import SceneReward, check
+from star_trainer.scenes.check import RULES, SceneReward, check
 from star_trainer.scenes.describe import COLORS, COUNTS, RELATIONS, TASKS, WORDS, describe, vocabulary
 from star_trainer.scenes.draw import CANVAS, Item, Scene, Word, draw, masks
 from star_trainer.scenes.place import sample_scene
@@ -14,6 +14,7 @@ __all__ = [
     "COLORS",
     "COUNTS",
     "RELATIONS",
+    "RULES",
     "TASKS",
     "WORDS",
     "Item",

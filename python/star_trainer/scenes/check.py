@@ -1,9 +1,13 @@
-"""Checks whether an image fulfils its prompt: the exact reward of drawn scenes."""
+"""Checks whether an image fulfils its prompt: the exact reward of drawn scenes.
+
+There are two rules for composition prompts. "geneval" is that of GenEval: only what the prompt names counts, and too
+many objects only if the prompt has a count, of the counted class. "nothing_else" also asks that nothing else is drawn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +18,7 @@ from star_trainer.rewards.options import check_flag
 from star_trainer.scenes.detect import Detection, detect_letters, detect_shapes
 from star_trainer.scenes.draw import CELL, RADII
 
+RULES = ("geneval", "nothing_else")
 _CLEAR = 2  # minimum distance between centres for a relation, in units of the canvas
 _PARTLY = 0.3  # score of an object with only the right shape or only the right colour
 _GOOD = 0.8  # overlap from which on an object has the full score
@@ -26,8 +31,9 @@ class Verdicts(NamedTuple):
         graded: share of fulfilled conditions in 0..1, float32 ``[N]``.
         exact: whether all conditions are fulfilled, bool ``[N]``.
         phrases: each phrase's part of ``graded``, float32 ``[N, G]``, padded with NaN. Phrases are those of
-            star_kernels.prompts.core_content: the entries of "include", then the relations; or the text. The rest of
-            ``graded``, which belongs to no phrase, is the condition that there are no other objects.
+            star_kernels.prompts.core_content: the entries of "include", then the relations; or the text. With the rule
+            "geneval" their sum is ``graded``; with "nothing_else" the rest, which belongs to no phrase, is the
+            condition that there are no other objects.
     """
 
     graded: Tensor
@@ -41,13 +47,15 @@ class SceneReward:
     Args:
         strict: the score is 1 if all conditions are fulfilled, else 0, instead of the share of fulfilled conditions.
             Scores of phrases are their parts of the share in both cases.
+        rule: "geneval" or "nothing_else", as in :func:`check`.
     """
 
     name = "scene"
 
-    def __init__(self, *, strict: bool = False) -> None:
+    def __init__(self, *, strict: bool = False, rule: Literal["geneval", "nothing_else"] = "geneval") -> None:
         check_flag("strict", strict)
-        self.strict = strict
+        check_rule(rule)
+        self.strict, self.rule = strict, rule
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         return self.by_phrase(images, prompts, metadata)[0]
@@ -59,24 +67,33 @@ class SceneReward:
     def by_phrase(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> tuple[Tensor, Tensor]:
-        verdicts = check(images, metadata)
+        verdicts = check(images, metadata, rule=self.rule)
         return verdicts.exact.float() if self.strict else verdicts.graded, verdicts.phrases
 
 
-def check(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Verdicts:
+def check(
+    images: Tensor,
+    metadata: Sequence[Mapping[str, Any]],
+    *,
+    rule: Literal["geneval", "nothing_else"] = "geneval",
+) -> Verdicts:
     """Checks images against the metadata of their prompts.
 
-    Composition ("include"): the conditions are the count, colour and size of each object, the relations (as in GenEval
-    an offset along one axis, here the larger one), and that there are no other objects. Text ("text"): one minus the
-    edit distance between the printed and the target word over the length of the target, as in Flow-GRPO's OCR reward.
+    Composition ("include"): the conditions are the class and colour, count and size of each object, and the relations
+    (as in GenEval an offset along one axis, here the larger one). A count is the number of objects with the class and
+    colour; further objects of the class, in any colour, are too many. Text ("text"): one minus the edit distance
+    between the printed and the target word over the length of the target, as in Flow-GRPO's OCR reward.
 
     Args:
         images: ``[N, 3, S, S]`` in 0..1, S a multiple of 32.
         metadata: metadata of each image, with "include" or "text".
+        rule: "geneval": these conditions are all, and an object without a count, or with the count 1, may be drawn more
+            than once. "nothing_else": a further condition is that there are no other objects, and all counts are exact.
 
     Raises:
-        ValueError: another shape, or metadata with neither of these keys.
+        ValueError: another shape or rule, or metadata with neither of these keys.
     """
+    check_rule(rule)
     if len(images) != len(metadata):
         raise ValueError(f"metadata must have an entry for each of the {len(images)} images, got {len(metadata)}")
     for entry in metadata:
@@ -90,12 +107,17 @@ def check(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Verdicts:
             scores[n] = _judge_word(letters, str(metadata[n]["text"]))
     if things:
         for n, shapes in zip(things, detect_shapes(images[things]), strict=True):
-            scores[n] = _judge_things(shapes, metadata[n]["include"])
+            scores[n] = _judge_things(shapes, metadata[n]["include"], alone=rule == "nothing_else")
     graded, exact, phrases = zip(*(scores[n] for n in range(len(images))), strict=True) if scores else ((), (), ())
     table = torch.full((len(images), max(map(len, phrases), default=1)), torch.nan)
     for row, values in zip(table, phrases, strict=True):
         row[: len(values)] = torch.tensor(values)
     return Verdicts(torch.tensor(graded), torch.tensor(exact, dtype=torch.bool), table)
+
+
+def check_rule(rule: str) -> None:
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
@@ -134,7 +156,9 @@ def _judge_word(letters: Sequence[Detection], wanted: str) -> tuple[float, bool,
     return share, distance == 0, [share]
 
 
-def _judge_things(found: Sequence[Detection], include: Sequence[Mapping[str, Any]]) -> tuple[float, bool, list[float]]:
+def _judge_things(
+    found: Sequence[Detection], include: Sequence[Mapping[str, Any]], *, alone: bool
+) -> tuple[float, bool, list[float]]:
     left = list(found)
     taken: list[list[Detection]] = []
     for entry in include:
@@ -144,12 +168,15 @@ def _judge_things(found: Sequence[Detection], include: Sequence[Mapping[str, Any
     conditions: list[list[float]] = [[] for _ in include]  # by phrase
     relations: list[float] = []
     total = sum(int(entry["count"]) for entry in include)
-    exact = len(found) == total
+    exact = not alone or len(found) == total
     for n, (entry, mine) in enumerate(zip(include, taken, strict=True)):
         count = int(entry["count"])
         conditions[n].append(_found(entry, mine, left))
         if count > 1:
-            conditions[n].append(max(0.0, 1 - abs(len(mine) - count) / count))
+            others = 0 if alone else sum(d.name == entry["class"] for d in left)
+            wrong = max(count - len(mine), len(mine) + others - count)
+            conditions[n].append(max(0.0, 1 - wrong / count))
+            exact &= wrong == 0
         if "size" in entry:
             sized = any(d.radius == RADII[entry["size"]] for d in mine)
             conditions[n].append(float(sized))
@@ -159,9 +186,9 @@ def _judge_things(found: Sequence[Detection], include: Sequence[Mapping[str, Any
             holds = bool(mine and taken[other]) and _related(relation, mine[0], taken[other][0])
             relations.append(float(holds))
             exact &= holds
-        exact &= len(mine) == count
-    alone = max(0.0, 1 - abs(len(found) - total) / total)  # condition: no other objects
-    parts = [*(value for values in conditions for value in values), *relations, alone]
+        exact &= len(mine) == count if alone else bool(mine)
+    rest = [max(0.0, 1 - abs(len(found) - total) / total)] if alone else []  # condition: no other objects
+    parts = [*(value for values in conditions for value in values), *relations, *rest]
     phrases = [*map(sum, conditions), *relations]
     return sum(parts) / len(parts), exact, [value / len(parts) for value in phrases]
 

@@ -61,7 +61,8 @@ logit-normal noise levels.
 
 ## Metrics
 
-Held-out prompts, {recipe["sampling_steps"]} steps, guidance {recipe["guidance"]}, scored by `star_trainer.scenes.check`.
+Held-out prompts, {recipe["sampling_steps"]} steps, guidance {recipe["guidance"]}, scored by `star_trainer.scenes.check` with the rule
+"nothing_else": the requested objects and no others.
 Mean absolute error of the autoencoder: {metrics["autoencoder_error"]}.
 
 | task | fulfilled conditions | all fulfilled |
