@@ -51,8 +51,7 @@ from star_trainer.prompts import Prompt, choose, load_prompts
 from star_trainer.scenes import check
 from star_trainer.scenes.detect import detect_shapes
 from star_trainer.schedule import schedule_of
-from studies import agreement, allocations
-from studies.cosines import adam_scale
+from studies import agreement, allocations, cosines
 from studies.efficiency import CLASSES, FIRST, WHOLE, efficiency, gain, names
 
 DESIGN = Path(__file__).parent / "designs" / "missing.yaml"
@@ -129,7 +128,7 @@ def measure(design: Mapping[str, Any], settings: Mapping[str, Any], deadline: fl
         plain.append(_gradients(policy, config, batch, parameters, batch.slopes[None])[1][0])
         batches.append(batch)
         described.append(about)
-    scale = adam_scale(plain)
+    scale = cosines.adam_scale(plain)
     directions = [torch.stack(plain[fold::2]).mean(dim=0) * scale for fold in (0, 1)]
     progress: dict[str, dict[str, list[list[float]]]] = {}
     exact, approximate = [], []  # progress of plain Flow-GRPO from its gradient, and from finite differences
@@ -151,6 +150,7 @@ def measure(design: Mapping[str, Any], settings: Mapping[str, Any], deadline: fl
         "environment": environment.describe(torch.device("cpu")),
         "seconds": round(time.perf_counter() - started, 1),
         "difference_error": math.dist(exact, approximate) / math.hypot(*exact),
+        "agreement": cosines.agreement(torch.stack(plain), scale=scale),
         "batches": described,
         "progress": progress,
         "atoms": [f"{name}, {kind}" for name in batches[0].weights for kind in CLASSES],
