@@ -244,6 +244,42 @@ def missing_objects() -> str:
     return "\n\n".join(tables)
 
 
+def missing_objects_result() -> str:
+    """The efficiencies of the allocations over whole trajectories, from all samples."""
+    unit = json.loads(MISSING.read_text())["units"][0]
+    rows = {}
+    for name in efficiency.names(unit):
+        if name != "plain":
+            found = [
+                efficiency.efficiency(unit, name, efficiency.CLASSES, p) for p in (efficiency.WHOLE, efficiency.FIRST)
+            ]
+            rows[name] = [*map(str, found), *(str(efficiency.efficiency(unit, name, [k])) for k in efficiency.CLASSES)]
+    heads = ["all steps", "first two steps", "all steps, object found", "all steps, object missing"]
+    drawn, planned = len(unit["batches"]), unit["key"]["batches"]
+    return markdown_table(f"efficiency relative to plain, {drawn} of {planned} batches", heads, rows)
+
+
+def noise_scale() -> str:
+    """The number of samples at which noise and signal of the plain gradient are equal."""
+    rows = {}
+    for unit in json.loads(MISSING.read_text())["units"]:
+        samples = unit["key"]["groups"] * unit["key"]["group_size"]
+        rows[f"GenEval's rule, {unit['key']['name']}"] = _noise_scale(unit["agreement"], samples)
+    for unit in _large_units():
+        if unit["key"]["task"] == "composition" and not unit["key"]["size"] and _is_above_noise(unit):
+            rows[f"nothing else, {unit['label']}"] = _noise_scale(
+                unit["agreement"]["scalar"]["scaled"], unit["key"]["samples"]
+            )
+    return markdown_table("plain Flow-GRPO", ["samples", "cosine of two batches", "noise equals signal at"], rows)
+
+
+def _noise_scale(found: dict[str, Any], samples: int) -> list[str]:
+    low, value, high = (max(found["cosine"] + sign * 1.96 * found["error"], 0) for sign in (-1, 0, 1))
+    least, at = (samples * (1 - c) / c for c in (high, value))
+    most = f"{samples * (1 - low) / low:,.0f}" if low > 0 else "no limit"
+    return [str(samples), _cosine(found), f"{at:,.0f} samples ({least:,.0f} to {most})"]
+
+
 def _efficiencies(unit: dict[str, Any], name: str, part: str) -> list[str]:
     kinds = (efficiency.CLASSES, *([kind] for kind in efficiency.CLASSES))
     whole, *single = [efficiency.efficiency(unit, name, own, part) for own in kinds]
