@@ -216,7 +216,7 @@ def gradients(
         for i, (name, terms) in enumerate(fields.items()):
             slope = torch.zeros_like(velocity)
             for advantages, weights in terms:
-                slope += _slope(velocity, step, transition, advantages, weights[:, at])
+                slope += slope_of(velocity, step, transition, advantages, weights[:, at])
             last = i == len(fields) - 1
             found = torch.autograd.grad(velocity, parameters, slope, retain_graph=not last, allow_unused=True)
             flat = torch.cat([_flat(g, p) for g, p in zip(found, parameters, strict=True)])
@@ -226,7 +226,7 @@ def gradients(
     return total
 
 
-def _slope(velocity: Tensor, step: Step, transition: Any, advantages: Tensor, weights: Tensor) -> Tensor:
+def slope_of(velocity: Tensor, step: Step, transition: Any, advantages: Tensor, weights: Tensor) -> Tensor:
     """The gradient of the policy loss with respect to the velocity, on policy."""
     leaf = velocity.detach().requires_grad_()
     side = step.sample.shape[-1] // 2

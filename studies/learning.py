@@ -39,7 +39,7 @@ from studies import allocations
 
 DESIGNS = Path(__file__).parent / "designs"
 RESULTS = Path(__file__).parent / "results"
-CONTROLS = ("shuffled", "object mask", "means of one")  # weights that are no setting of star-train
+CONTROLS = ("shuffled", "inverted", "object mask", "means of one")  # weights that are no setting of star-train
 EARLY = 0.7  # the goal is the final reward of plain Flow-GRPO with this share of its samples
 
 
@@ -83,6 +83,10 @@ class StudyTrainer(Trainer):
                 step.weights[:, 1:] /= step.weights[:, 1:].mean(dim=(-2, -1), keepdim=True)
             return batch
         side = steps[0].sample.shape[-1] // 2
+        if self.control == "inverted":
+            for step in steps:
+                step.weights[:] = allocate(step.weights.amax(dim=(1, 2), keepdim=True) - step.weights, layout="bhw")
+            return batch
         if self.control == "shuffled":
             original = torch.stack([step.weights.flatten(-2) for step in steps], dim=1)  # [N, Steps, (G,) P]
             moved = allocations.shuffled(original.flatten(1, -2), torch.Generator().manual_seed(self.epoch))

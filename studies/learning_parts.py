@@ -76,7 +76,7 @@ def judge(policy: Policy, prompts: list[Prompt], config: Config) -> dict[str, An
         ]
     )
     reward = SceneReward(**config.reward.options.get("scene", {}))
-    rewards, by_phrase = reward.by_phrase(images, [p.prompt for p in prompts], [p.metadata for p in prompts])
+    rewards, by_phrase = reward.by_phrase(images, [p.text for p in prompts], [p.metadata for p in prompts])
     wanted = torch.tensor([sum(int(entry["count"]) for entry in p.metadata["include"]) for p in prompts])
     more = torch.tensor([len(shapes) for shapes in detect_shapes(images)]) - wanted
     phrases = by_phrase.nansum(dim=1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 from benchmarks.reporting.tables import markdown_table
+from studies import efficiency, noise
 from studies.agreement import shown
 from studies.cosines import Multiple, cosines, multiple
 from studies.learning import EARLY, by_arm, differences, early, mean_curve, paired
@@ -26,6 +28,8 @@ LEARNING_FIRST = RESULTS / "learning-first.json"
 DEMO = RESULTS / "demo.jsonl"
 PARTS = RESULTS / "learning-parts.json"
 TUNING = RESULTS / "learning-tuning.json"
+MISSING = RESULTS / "missing-objects.json"
+NOISE = RESULTS / "noise.json"
 KINDS = ("scaled", "along scalar")
 LARGE = 5_000  # samples from which the intervals of a unit are narrow enough to compare allocations
 
@@ -221,6 +225,105 @@ def learning_parts() -> str:
         rows[f"{arm} ({len(own)})" if own[0]["seed"] is not None else arm] = values
     heads = ["reward", "from phrases", "from the rest", "surplus objects", "missing objects"]
     return markdown_table("means over images and seeds", heads, rows)
+
+
+def missing_objects() -> str:
+    """Efficiencies of allocations along the gradient of plain Flow-GRPO, and where the maps lie."""
+    tables = []
+    for unit in json.loads(MISSING.read_text())["units"]:
+        batches, key = unit["batches"], unit["key"]
+        absent = statistics.mean(batch["missing"] for batch in batches)
+        samples = len(batches) * key["groups"] * key["group_size"]
+        parts = (efficiency.WHOLE, efficiency.FIRST) if "whole" in key["name"] else (efficiency.WHOLE,)
+        for part in parts:
+            title = f"{key['name']}, {part}: efficiency, {samples:,} samples, an object is missing in {absent:.0%}"
+            rows = {name: _efficiencies(unit, name, part) for name in efficiency.names(unit) if name != "plain"}
+            heads = ["all samples", "object found", "object missing", "all, minus map", "times the samples"]
+            tables.append(markdown_table(title, heads, rows))
+        tables.append(_localization(unit))
+    return "\n\n".join(tables)
+
+
+def missing_objects_result() -> str:
+    """The efficiencies of the allocations over whole trajectories, from all samples."""
+    unit = json.loads(MISSING.read_text())["units"][0]
+    rows = {}
+    for name in efficiency.names(unit):
+        if name != "plain":
+            found = [
+                efficiency.efficiency(unit, name, efficiency.CLASSES, p) for p in (efficiency.WHOLE, efficiency.FIRST)
+            ]
+            rows[name] = [*map(str, found), *(str(efficiency.efficiency(unit, name, [k])) for k in efficiency.CLASSES)]
+    heads = ["all steps", "first two steps", "all steps, object found", "all steps, object missing"]
+    drawn, planned = len(unit["batches"]), unit["key"]["batches"]
+    return markdown_table(f"efficiency relative to plain, {drawn} of {planned} batches", heads, rows)
+
+
+def noise_scale() -> str:
+    """The number of samples at which noise and signal of the plain gradient are equal."""
+    rows = {}
+    for unit in json.loads(MISSING.read_text())["units"]:
+        samples = unit["key"]["groups"] * unit["key"]["group_size"]
+        rows[f"GenEval's rule, {unit['key']['name']}"] = _noise_scale(unit["agreement"], samples)
+    for unit in _large_units():
+        if unit["key"]["task"] == "composition" and not unit["key"]["size"] and _is_above_noise(unit):
+            rows[f"nothing else, {unit['label']}"] = _noise_scale(
+                unit["agreement"]["scalar"]["scaled"], unit["key"]["samples"]
+            )
+    return markdown_table("plain Flow-GRPO", ["samples", "cosine of two batches", "noise equals signal at"], rows)
+
+
+def _noise_scale(found: dict[str, Any], samples: int) -> list[str]:
+    low, value, high = (max(found["cosine"] + sign * 1.96 * found["error"], 0) for sign in (-1, 0, 1))
+    least, at = (samples * (1 - c) / c for c in (high, value))
+    most = f"{samples * (1 - low) / low:,.0f}" if low > 0 else "no limit"
+    return [str(samples), _cosine(found), f"{at:,.0f} samples ({least:,.0f} to {most})"]
+
+
+def _efficiencies(unit: dict[str, Any], name: str, part: str) -> list[str]:
+    kinds = (efficiency.CLASSES, *([kind] for kind in efficiency.CLASSES))
+    whole, *single = [efficiency.efficiency(unit, name, own, part) for own in kinds]
+    more = "" if name == "map" else str(efficiency.gain(unit, name, "map", part))
+    return [str(whole), *map(str, single), more, f"{whole.value**2:.2f}"]
+
+
+def _localization(unit: dict[str, Any]) -> str:
+    """Correlations of the maps with the pixels of the colors in the prompt, for each trained step."""
+    rows = {}
+    for name in unit["batches"][0]["localization"]:
+        row = []
+        for kind in efficiency.CLASSES:
+            steps = [
+                statistics.mean(values)
+                for values in zip(*(b["localization"][name][kind] for b in unit["batches"]), strict=True)
+            ]
+            row.append(", ".join(f"{value:.2f}" for value in steps))
+        rows[name] = row
+    heads = [f"object {kind}: correlation with its color, by step" for kind in efficiency.CLASSES]
+    return markdown_table(unit["key"]["name"], heads, rows)
+
+
+def noise_limits() -> str:
+    """Samples that plain Flow-GRPO needs to reach the goal, by samples for an update and learning rate."""
+    found = json.loads(NOISE.read_text())
+    tables = []
+    for steps, by_samples in noise.table(found).items():
+        rates = sorted({rate for by_rate in by_samples.values() for rate in by_rate})
+        rows = {
+            f"{samples} an update": [", ".join(_count(value) for value in by_rate.get(rate, [])) for rate in rates]
+            for samples, by_rate in by_samples.items()
+        }
+        goal = found["design"]["steps"][steps]["goal"]
+        title = f"{steps}: samples to a reward of {goal:g}, by learning rate, each seed"
+        tables.append(markdown_table(title, [f"{rate:g}" for rate in rates], rows))
+    ended = sum(run["ended"] for run in found["runs"])
+    return "\n\n".join(
+        [*tables, f"{ended} of the {len(list(noise.cells(found['design'])))} runs of the design have ended."]
+    )
+
+
+def _count(samples: float) -> str:
+    return f"{samples:,.0f}" if math.isfinite(samples) else "not reached"
 
 
 def _learned(arm: str, path: Path) -> str:
