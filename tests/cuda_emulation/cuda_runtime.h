@@ -281,7 +281,8 @@ inline unsigned ballot(bool vote) {
   current->exchanged[parity][self][0] = vote;
   wait(current->warps[self / 32], 32);
   unsigned votes = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) votes |= unsigned{current->exchanged[parity][self / 32 * 32 + lane][0] != 0} << lane;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    votes |= unsigned{current->exchanged[parity][self / 32 * 32 + lane][0] != 0} << lane;
   return votes;
 }
 

@@ -18,7 +18,7 @@ constexpr unsigned kMostBarriers = 64;
 constexpr int64_t kNever = -2, kMostBytes = (1 << 20) - 1;
 constexpr uint64_t kMark = 0x5354415242415200;  // in the memory of a barrier
 inline std::vector<MBarrier> mbarriers;
-inline int16_t mbarrier_index[kLargestShared / 8];       // at an address, or -1
+inline int16_t mbarrier_index[kLargestShared / 8];   // at an address, or -1
 inline int64_t waited[kMostThreads][kMostBarriers];  // the last phase that a thread has waited for
 
 inline unsigned index_of(const uint64_t* barrier) {
@@ -75,9 +75,10 @@ inline void wait_for_phase(uint64_t* address, unsigned parity) {
   if ((phase & 1) != static_cast<int64_t>(parity)) fail("a thread waits twice for the same phase, or skips one");
   while (mbarriers[index].phase <= phase) {
     const MBarrier& barrier = mbarriers[index];
-    waits[threadIdx.x] = {"barrier %lld in shared memory, the end of phase %lld; %lld have ended, %lld arrivals and "
-                          "%lld bytes are missing",
-                          {index, phase, barrier.phase, barrier.pending, barrier.bytes}};
+    waits[threadIdx.x] = {
+        "barrier %lld in shared memory, the end of phase %lld; %lld have ended, %lld arrivals and "
+        "%lld bytes are missing",
+        {index, phase, barrier.phase, barrier.pending, barrier.bytes}};
     yield();
   }
   if (mbarriers[index].phase > phase + 1) fail("a thread waits for a phase that ended before the last one");
@@ -127,7 +128,8 @@ inline int launched_registers() { return std::min(255, 65536 / static_cast<int>(
 inline void set_registers(int count, bool more) {
   const unsigned t = threadIdx.x;
   if (count % 8 != 0 || count < 24 || count > 256) fail("a thread cannot have that many registers");
-  if (more ? count < registers[t] : count > registers[t]) fail("a warp group asks for registers in the wrong direction");
+  if (more ? count < registers[t] : count > registers[t])
+    fail("a warp group asks for registers in the wrong direction");
   while (more && free_registers < count - registers[t]) {
     waits[t] = {"%lld registers", {count}};
     yield();
@@ -137,27 +139,28 @@ inline void set_registers(int count, bool more) {
   ++progress;
 }
 
-inline const bool barriers_are_part = add_part(
-    {[] {
-       mbarriers.clear();
-       std::fill(std::begin(mbarrier_index), std::end(mbarrier_index), int16_t{-1});
-       for (auto& phases : waited) std::fill(std::begin(phases), std::end(phases), kNever);
-       std::fill(std::begin(named), std::end(named), NamedBarrier{});
-       std::memset(named_arrivals, 0, sizeof named_arrivals);
-       std::fill(std::begin(registers), std::end(registers), launched_registers());
-       free_registers = 0;
-     },
-     [] {},
-     [] {
-       for (const MBarrier& barrier : mbarriers) {
-         if (barrier.bytes != 0) fail("a block ends while a barrier expects bytes");
-       }
-       for (const NamedBarrier& each : named) {
-         if (each.barrier.arrived != 0) fail("a block ends while threads have arrived at a named barrier");
-       }
-       for (unsigned t = 0; t < current->threads; ++t) {
-         if (registers[t] != registers[t / kWarpGroup * kWarpGroup]) fail("threads of a warp group differ in registers");
-       }
-     }});
+inline const bool barriers_are_part =
+    add_part({[] {
+                mbarriers.clear();
+                std::fill(std::begin(mbarrier_index), std::end(mbarrier_index), int16_t{-1});
+                for (auto& phases : waited) std::fill(std::begin(phases), std::end(phases), kNever);
+                std::fill(std::begin(named), std::end(named), NamedBarrier{});
+                std::memset(named_arrivals, 0, sizeof named_arrivals);
+                std::fill(std::begin(registers), std::end(registers), launched_registers());
+                free_registers = 0;
+              },
+              [] {},
+              [] {
+                for (const MBarrier& barrier : mbarriers) {
+                  if (barrier.bytes != 0) fail("a block ends while a barrier expects bytes");
+                }
+                for (const NamedBarrier& each : named) {
+                  if (each.barrier.arrived != 0) fail("a block ends while threads have arrived at a named barrier");
+                }
+                for (unsigned t = 0; t < current->threads; ++t) {
+                  if (registers[t] != registers[t / kWarpGroup * kWarpGroup])
+                    fail("threads of a warp group differ in registers");
+                }
+              }});
 
 }  // namespace emulation

@@ -99,7 +99,8 @@ inline const bool copies_are_part = add_part({[] {
                                                 for (auto& copies : own_copies) copies.clear();
                                               },
                                               [] {
-                                                if (!own_copies[threadIdx.x].empty()) fail("a thread ends before its copies");
+                                                if (!own_copies[threadIdx.x].empty())
+                                                  fail("a thread ends before its copies");
                                               },
                                               [] {
                                                 if (pending_tiles > 0) fail("a block ends before its bulk copies");

@@ -62,7 +62,8 @@ inline char* at_address(unsigned address, unsigned bytes) {
   return shared_memory + (address - kFirstAddress);
 }
 
-// Which unit of 16 bytes ordinary threads have written without making it visible to copies and products: the thread + 1.
+// Which unit of 16 bytes ordinary threads have written without making it visible to copies and products: the thread
+// + 1.
 inline uint16_t unfenced[kLargestShared / 16];
 inline std::vector<unsigned> own_unfenced[kMostThreads];
 
@@ -172,7 +173,8 @@ auto launch_hopper(Kernel kernel, int blocks, int threads, int bytes, cudaStream
       kernel(arguments...);
       for (const Part& part : parts) part.end_of_thread();
     };
-    for (unsigned index = 0; index < gridDim.x && problem.empty(); ++index) run_block(index, static_cast<unsigned>(threads));
+    for (unsigned index = 0; index < gridDim.x && problem.empty(); ++index)
+      run_block(index, static_cast<unsigned>(threads));
     recovers = false;
     if (!problem.empty()) throw std::runtime_error("CUDA emulation: " + problem);
   };

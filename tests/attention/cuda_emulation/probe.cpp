@@ -107,8 +107,8 @@ void probe_kernel(const TensorMap map_a, const TensorMap map_b, Problem p) {
   for (float& x : d) x = 0.0f;
   if (fault != kNoFence) multiply_fence();
   const uint64_t in_a = shared_descriptor(tile_a, 16, 1024);
-  const uint64_t in_b = shared_descriptor(tile_b, fault == kWrongLeading ? 1024 : kRows * 128,
-                                          fault == kWrongStride ? 512 : 1024);
+  const uint64_t in_b =
+      shared_descriptor(tile_b, fault == kWrongLeading ? 1024 : kRows * 128, fault == kWrongStride ? 512 : 1024);
   if (!(fault == kOneWarpMissing && t < 32)) {
     for (int k = 0; k < kK / 16; ++k) {
       const uint64_t b = advance(in_b, kTransposed ? k * 16 * 128 : k * 32) + (fault == kThreadsDiffer && t == 7);
@@ -156,25 +156,38 @@ void launch(const TensorView& b, const Problem& problem) {
   const TileSource source{b.data_ptr(), {b.size(1), b.size(0), 1, 1}, {b.stride(0) * 2, 16, 16}, problem.bfloat16};
   if (!wrong) wrong = encode_tile(&map_b, source, kTransposed ? kK : N);
   if (wrong) throw std::runtime_error(wrong);
-  emulation::launch_hopper(probe_kernel<N, kTransposed>, 1, 256, kBytesOfA + kBytesOfB + 64, nullptr)(
-      map_a, map_b, problem);
+  emulation::launch_hopper(probe_kernel<N, kTransposed>, 1, 256, kBytesOfA + kBytesOfB + 64, nullptr)(map_a, map_b,
+                                                                                                      problem);
 }
 
 // Multiplies a [64, 64] by the N rows of b from `first` on, or, transposed, by the 64 rows of b [K, N] from there.
 static void product(TensorView a, TensorView b, TensorView d, int64_t first, bool transposed, bool gathered,
                     bool bfloat16, int64_t fault) {
-  const Problem problem{static_cast<const uint16_t*>(a.data_ptr()), static_cast<float*>(d.data_ptr()),
-                        static_cast<int>(first), bfloat16, gathered, static_cast<Fault>(fault)};
+  const Problem problem{static_cast<const uint16_t*>(a.data_ptr()),
+                        static_cast<float*>(d.data_ptr()),
+                        static_cast<int>(first),
+                        bfloat16,
+                        gathered,
+                        static_cast<Fault>(fault)};
   switch (transposed ? -d.size(1) : d.size(1)) {
-    case -64: return launch<64, true>(b, problem);
-    case -128: return launch<128, true>(b, problem);
-    case 16: return launch<16, false>(b, problem);
-    case 96: return launch<96, false>(b, problem);
-    case 112: return launch<112, false>(b, problem);
-    case 128: return launch<128, false>(b, problem);
-    case 160: return launch<160, false>(b, problem);
-    case 176: return launch<176, false>(b, problem);
-    default: throw std::runtime_error("the probe has no product of this width");
+    case -64:
+      return launch<64, true>(b, problem);
+    case -128:
+      return launch<128, true>(b, problem);
+    case 16:
+      return launch<16, false>(b, problem);
+    case 96:
+      return launch<96, false>(b, problem);
+    case 112:
+      return launch<112, false>(b, problem);
+    case 128:
+      return launch<128, false>(b, problem);
+    case 160:
+      return launch<160, false>(b, problem);
+    case 176:
+      return launch<176, false>(b, problem);
+    default:
+      throw std::runtime_error("the probe has no product of this width");
   }
 }
 

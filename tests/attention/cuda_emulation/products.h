@@ -180,15 +180,18 @@ inline void start_product(const Operands& operands, float* d, const uint32_t* a)
   Product& product = *group.products[index];
   if (!(product.operands == operands)) fail("threads of a warp group start different products");
   int previous = -1;
+  bool pending = false;  // a product with the same accumulators
   for (size_t i = issuer.waited; i < index; ++i) {
     if (group.products[i]->d[t] != d) continue;
-    if (group.products[i]->operands.width != operands.width) fail("pending products of different widths share registers");
+    if (group.products[i]->operands.width != operands.width)
+      fail("pending products of different widths share registers");
+    pending = true;
     previous = operands.accumulate ? static_cast<int>(i) : -1;
   }
   if (product.started > 0 && product.previous != previous) fail("threads of a warp group wait differently");
   product.previous = previous;
-  if (operands.accumulate && previous < 0) {
-    check_fenced(issuer, d, count);
+  if (!pending) check_fenced(issuer, d, count);
+  if (operands.accumulate && !pending) {
     for (unsigned i = 0; i < count; ++i) product.result[row_of(t, i) * operands.width + column_of(t, i)] = d[i];
   }
   for (unsigned i = 0; i < count; ++i) std::memcpy(d + i, &kPending, 4);
