@@ -243,7 +243,7 @@ def test_subclasses_and_variants_are_supported_and_other_pipelines_are_not() -> 
     for name in ("FluxPriorReduxPipeline", "object"):
         with pytest.raises(TypeError, match=f"pipeline must be one of StableDiffusion3Pipeline.* got {name}"):
             regions_of(type(name, (), {})())
-    with pytest.raises(TypeError, match="pipeline must be a diffusers pipeline, .* got the model Linear"):
+    with pytest.raises(TypeError, match=r"pipeline must be a diffusers pipeline, .* got the model Linear"):
         regions_of(nn.Linear(1, 1))
 
 
