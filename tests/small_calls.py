@@ -22,6 +22,7 @@ from star_kernels import (
     weighted_nft_loss,
     weighted_policy_loss,
 )
+from star_kernels.attention.dispatch import obstacle
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Few Triton cases, because their compilation takes most of the time.
@@ -31,6 +32,7 @@ ATTENTION_CASES = [
     (torch.float16, 128, True),
     (torch.float32, 64, False),
 ]
+HOPPER_CASES = [(torch.bfloat16, 64, True), (torch.float16, 128, False)]
 TRITON_POLICY_CASES = [(torch.float32, (2, 5, 9, 7)), (torch.bfloat16, (2, 64, 64))]
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -42,14 +44,14 @@ def close(name: str, got: torch.Tensor, expected: torch.Tensor, dtype: torch.dty
         sys.exit(f"{name}, {dtype}: relative error {error:.2e}, allowed {TOLERANCES[dtype]:.0e}")
 
 
-def check_attention(dtype: torch.dtype, width: int, masked: bool) -> None:
+def check_attention(dtype: torch.dtype, width: int, masked: bool, chosen: str = "triton") -> None:
     batch, heads, queries, keys = 2, 3, 70, 45
     tensors = [torch.randn(batch, heads, n, width, device="cuda", dtype=dtype) for n in (queries, keys, keys)]
     selection = TokenSelection.from_positions([[[1, 44], [3]], [[], [0, 7, 9]]]).to("cuda")
     mask = torch.rand(batch, keys, device="cuda") < 0.8 if masked else None
     options = {"rows": (3, 60), "key_mask": mask, "return_lse": True}
     results = []
-    for backend, kind in (("triton", dtype), ("naive", torch.float64)):
+    for backend, kind in ((chosen, dtype), ("naive", torch.float64)):
         leaves = [t.to(kind).detach().requires_grad_() for t in tensors]
         out, maps, lse = attention(*leaves, selection, backend=backend, **options)
         loss = out.double().square().sum() + maps.double().square().sum() + lse.double().sum()
@@ -102,6 +104,11 @@ def main() -> None:
     torch.manual_seed(0)
     for dtype, width, masked in ATTENTION_CASES:
         check_attention(dtype, width, masked)
+    kernels = ["triton"]
+    for dtype, width, masked in HOPPER_CASES:
+        if obstacle("hopper", "cuda", dtype, width) is None:
+            check_attention(dtype, width, masked, "hopper")
+            kernels.append(f"hopper {width}")
     backends = ["triton"] + ([] if native.problem("cuda") else ["native"])
     shapes = [((2, 5, 9, 7), 1), ((3, 8, 16, 16), 1), ((2, 37, 20), -1), ((2, 64, 64), -1), ((1, 3, 2, 4, 6), 1)]
     for backend, dtype, (shape, channel_dim) in itertools.product(backends, DTYPES, shapes):
@@ -111,7 +118,9 @@ def main() -> None:
     for make in (lambda s: flow_sde(s, 0.1, sigma_max=s[1]), lambda s: flow_cps(s, 0.5 * s)):
         close("transition", make(sigma).coefficients, make(sigma.cpu()).coefficients, torch.float32)
     torch.cuda.synchronize()
-    print(f"all kernels agree with the reference: attention (triton), policy losses ({', '.join(backends)})")
+    print(
+        f"all kernels agree with the reference: attention ({', '.join(kernels)}), policy losses ({', '.join(backends)})"
+    )
 
 
 if __name__ == "__main__":

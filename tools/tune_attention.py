@@ -95,7 +95,10 @@ def forward_candidates(x: Inputs) -> list[Candidate]:
         return lambda: triton_forward.attention(x.query, x.key, x.value, arguments, config=tile)
 
     dtype, width = x.query.dtype, x.shape.head_dim
-    found = [Candidate(kernel, lambda kernel=kernel: forward(x, kernel)) for kernel in supported_kernels(dtype, width)]
+    kernels = supported_kernels(dtype, width)
+    if dispatch.kernel_obstacle("hopper", dtype, width) is None:
+        kernels.append("hopper")
+    found = [Candidate(kernel, lambda kernel=kernel: forward(x, kernel)) for kernel in kernels]
     if dispatch.kernel_obstacle("triton", dtype, width) is None:
         default = forward_config(architecture(x.query.device), width, dtype)
         tiles = [Candidate("triton", ours(tile), tile) for tile in forward_tiles(default)]

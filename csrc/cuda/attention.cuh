@@ -165,6 +165,7 @@ class Consumer {
         pass_turn();
         finish_scores<1>(s, a_.key_tiles - 1 - step);
         softmax(s, maximum, sum, decay, a_.scale_log2);
+        *memory_.sums(threadIdx.x - 128) = sum[0] + sum[1];
         finish_values(o, p);
       } else {
         wait_for(memory_.value_full + values_.stage(), values_.parity(), step);

@@ -35,12 +35,16 @@ int prepared_blocks() {
 }
 
 inline TileSource source_of(const AttentionArguments& a, const View& tensor, int length) {
-  constexpr int64_t kBytes = 2;
-  const auto stride = [](int64_t elements, int64_t size) { return size == 1 ? 16 : elements * kBytes; };
-  return {tensor.data,
-          {a.head_dim, length, a.heads, a.batch},
-          {stride(tensor.position, length), stride(tensor.channel, a.heads), stride(tensor.batch, a.batch)},
-          tensor.dtype == DType::kBFloat16};
+  const int64_t sizes[4] = {a.head_dim, length, a.heads, a.batch};
+  const int64_t strides[3] = {tensor.position, tensor.channel, tensor.batch};
+  TileSource source{tensor.data, {}, {}, tensor.dtype == DType::kBFloat16};
+  int64_t dense = 2;  // bytes; the stride of a dimension of one element, which may be anything
+  for (int i = 0; i < 4; i++) {
+    source.sizes[i] = sizes[i];
+    if (i > 0) source.strides[i - 1] = sizes[i] == 1 ? dense : 2 * strides[i - 1];
+    dense = (i > 0 ? source.strides[i - 1] : dense) * sizes[i];
+  }
+  return source;
 }
 
 template <typename S>

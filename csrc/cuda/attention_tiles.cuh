@@ -38,7 +38,8 @@ struct Memory {
   static constexpr int kBarriers = 2 * S::kConsumers + 4 * S::kStages + 2 * kTokenStages;
   static constexpr int kMaskOffset = kBarrierOffset + 8 * kBarriers;
   static constexpr int kWordOffset = kMaskOffset + 4 * S::kStages * S::kMaskWords;
-  static constexpr int kBytes = kWordOffset + 4 * kTokenStages;
+  static constexpr int kSumOffset = kWordOffset + 4 * kTokenStages;
+  static constexpr int kBytes = kSumOffset + 4 * 128 * S::kConsumers;
   static_assert(kBytes <= 227 * 1024, "more shared memory than a block has");
 
   char* const base;
@@ -72,6 +73,12 @@ struct Memory {
   __device__ __forceinline__ char* tokens(int stage) const { return base + kTokenOffset + stage * S::kTokenBytes; }
   __device__ __forceinline__ unsigned* mask_words(int stage) const {
     return reinterpret_cast<unsigned*>(base + kMaskOffset) + stage * S::kMaskWords;
+  }
+
+  // A place for the sums of each thread, which nothing reads: ptxas moves a wait for products before arithmetic, but
+  // not before a store, so that the exponentials of a step run while its product with the values does.
+  __device__ __forceinline__ volatile float* sums(unsigned thread) const {
+    return reinterpret_cast<volatile float*>(base + kSumOffset) + thread;
   }
 
   // Full barriers take the arrival of the copying thread or of the gathering warp; free ones that of each warp.

@@ -93,6 +93,18 @@ def test_products_start_together_and_are_waited_for_together(compiled: tuple[str
         assert body.count("WARPGROUP.DEPBAR") <= 7
 
 
+def test_exponentials_run_while_the_values_are_multiplied(compiled: tuple[str, dict[Key, str]]) -> None:
+    """In the loop, all of them lie between the wait for the scores and the wait for the values."""
+    for key, body in compiled[1].items():
+        if not key[2].overlap:
+            continue
+        found = re.findall(r"HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]|MUFU\.EX2", body)
+        waits = [i for i, name in enumerate(found) if name.startswith("WARPGROUP")]
+        between = found[waits[1] + 1 : waits[2]]  # the first wait is that for the first scores
+        assert found[waits[1]].endswith("0x1"), key
+        assert between == ["MUFU.EX2"] * (key[2].keys // 2 + 2), key
+
+
 def test_registers_differ_by_role(compiled: tuple[str, dict[Key, str]]) -> None:
     for (_, _, shape), body in compiled[1].items():
         producer, consumer = 40, 232 if shape.consumers == 2 else 152
