@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#define CUDART_VERSION 12050
+
 using cuuint32_t = uint32_t;
 using cuuint64_t = uint64_t;
 enum CUresult { CUDA_SUCCESS, CUDA_ERROR_INVALID_VALUE };
