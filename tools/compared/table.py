@@ -69,11 +69,11 @@ def _method(found: dict[str, Any]) -> str:
     output = "ours keeps the output bit for bit" if all(same) else "no package keeps the output bit for bit"
     rest = f"the others change it by up to {max(differences):.0e} of its largest value"
     text = (
-        f"`python -m tools.compare_maps`, on one thread of an {ours['processor']} that other programs shared: two blocks "
-        "of SD3.5-Medium and a small UNet of SD with random weights, float32, one image of 512² with guidance; the least "
-        "processor time of several passes, which varies by a tenth. Ours makes maps of two phrases, the others of every "
-        f"token and head. {output[0].upper()}{output[1:]}; {rest}. diffusers {ours['versions']['diffusers']} for ours, "
-        f"{' and '.join(sorted(others))} for the others. The trainers were read, not run, at the linked commits. On a "
-        "GPU: [benchmarks](docs/benchmarks.md#results)."
+        f"`python -m tools.compare_maps`, on one thread of an {ours['processor']} that other programs shared: two "
+        "blocks of SD3.5-Medium and a small UNet of SD with random weights, float32, one image of 512² with guidance; "
+        "the least processor time of several passes, which varies by a tenth. Ours makes maps of two phrases, the "
+        f"others of every token and head. {output[0].upper()}{output[1:]}; {rest}. diffusers "
+        f"{ours['versions']['diffusers']} for ours, {' and '.join(sorted(others))} for the others. The trainers were "
+        "read, not run, at the linked commits. On a GPU: [benchmarks](docs/benchmarks.md#results)."
     )
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
