@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tools import compare_maps
 from tools.compared import models, trainers
@@ -14,11 +15,12 @@ from tools.compared import models, trainers
 
 def test_this_package_is_measured_on_models_of_both_kinds() -> None:
     pytest.importorskip("diffusers")
+    threads = torch.get_num_threads()
     row = compare_maps.measured("star-kernels", "", 1, tiny=True)
+    assert torch.get_num_threads() == threads
     assert set(row["models"]) == set(models.MODELS)
     for found in row["models"].values():
-        assert found["output_identical"]
-        assert found["output_difference"] == 0
+        assert found["output_difference"] <= 1e-6
         assert found["differentiable"]
         assert found["time_over_plain"] > 0
         assert found["bytes_kept"] == 4 * 2 * found["first_map"][-1] * found["first_map"][-2]

@@ -19,17 +19,24 @@ CPU = torch.device("cpu")
 
 
 def measure(package: ModuleType, checkout: str, name: str, rounds: int, *, tiny: bool = False) -> dict[str, Any]:
-    """Measures a package on a model.
+    """Measures a package on a model, in one thread.
 
     Returns:
         seconds of processor time of each pass, with and without maps in turn; the peak number of bytes that a pass
         with maps allocates above the peak without, and the bytes of the maps that stay; whether the output stays the
         same bit for bit, and its largest difference relative to the largest output; whether maps have a gradient.
     """
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        return _measure(package, checkout, name, rounds, tiny)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(package: ModuleType, checkout: str, name: str, rounds: int, tiny: bool) -> dict[str, Any]:
     settle_allocator(CPU)
     model, inputs = models.make(name, tiny=tiny)
-
     last: dict[str, Any] = {}
 
     def plain() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from benchmarks.reporting.tables import markdown_table
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/compare-maps.json"
-MIB = 2**20
+MIB, WIDTH = 2**20, 138
 LABELS = {"sd3": "SD3.5", "unet": "UNet"}
 LINKS = {
     "attention-map-diffusers": "https://github.com/wooyeolBaek/attention-map-diffusers",
@@ -44,13 +45,13 @@ def comparison() -> str:
 def _name(name: str, row: dict[str, Any]) -> str:
     if name not in LINKS:
         return f"**{name}**"
-    return f"[{NAMES.get(name, name)}]({LINKS[name]}/tree/{row['commit']})"
+    return f"[{NAMES.get(name, name)}]({LINKS[name]}/tree/{row['commit'][:7]})"
 
 
 def _package(name: str, row: dict[str, Any]) -> list[str]:
     ours = name not in LINKS
     models = row["models"]
-    times = ", ".join(f"{LABELS[key]} {made['time_over_plain']:.2f}" for key, made in models.items())
+    times = ", ".join(f"{LABELS[key]} {made['time_over_plain']:.1f}" for key, made in models.items())
     memory = ", ".join(f"{LABELS[key]} {_mebibytes(made['peak_bytes_added'])}" for key, made in models.items())
     gradient = "yes" if all(made["differentiable"] for made in models.values()) else "no"
     return [SUPPORTED[name], times, memory, gradient, "a weight for each location and step" if ours else ""]
@@ -67,10 +68,12 @@ def _method(found: dict[str, Any]) -> str:
     differences = [m["output_difference"] for n, p in packages.items() if n in LINKS for m in p["models"].values()]
     output = "ours keeps the output bit for bit" if all(same) else "no package keeps the output bit for bit"
     rest = f"the others change it by up to {max(differences):.0e} of its largest value"
-    return (
-        f"`python -m tools.compare_maps`, on one thread of an {ours['processor']} that other programs shared: parts of "
-        "SD3.5-Medium and of SD's UNet with random weights, float32, one image of 512² with guidance; the least "
-        f"processor time of several passes, which varies by some percent. {output[0].upper()}{output[1:]}; {rest}. "
-        f"diffusers {ours['versions']['diffusers']} for ours, {' and '.join(sorted(others))} for the others. The "
-        "trainers were read, not run, at the linked commits. On a GPU: [benchmarks](docs/benchmarks.md#results)."
+    text = (
+        f"`python -m tools.compare_maps`, on one thread of an {ours['processor']} that other programs shared: two "
+        "blocks of SD3.5-Medium and a small UNet of SD with random weights, float32, one image of 512² with guidance; "
+        "the least processor time of several passes, which varies by a tenth. Ours makes maps of two phrases, the "
+        f"others of every token and head. {output[0].upper()}{output[1:]}; {rest}. diffusers "
+        f"{ours['versions']['diffusers']} for ours, {' and '.join(sorted(others))} for the others. The trainers were "
+        "read, not run, at the linked commits. On a GPU: [benchmarks](docs/benchmarks.md#results)."
     )
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)

@@ -22,7 +22,7 @@ _MEAN = "log_prob.mean(dim=tuple(range(1, log_prob.ndim)))"
 TRAINERS = {
     "flow-grpo": Trainer(
         "flow_grpo",
-        "one advantage for each sample: the same at every location and step",
+        "the same at every location and step",
         (
             ("flow_grpo/diffusers_patch/sd3_sde_with_logprob.py", _MEAN),
             ("scripts/train_sd3.py", 'samples["rewards"]["avg"].unsqueeze(1).repeat(1, num_train_timesteps)'),
@@ -30,7 +30,7 @@ TRAINERS = {
     ),
     "verl-omni": Trainer(
         "verl_omni",
-        "one advantage for each sample: the same at every location and step",
+        "the same at every location and step",
         (
             ("verl_omni/pipelines/schedulers/flow_match_sde.py", _MEAN),
             ("verl_omni/trainer/diffusion/ray_diffusion_trainer.py", 'batch.batch["sample_level_scores"].expand('),
