@@ -7,8 +7,7 @@ show. Where it grows in proportion, learning is limited by the number of updates
 
 The design is a committed file. Runs are started in its order, so that a study that stops early has the most informative
 ones, and end at the first evaluation that reaches the goal. An interrupted run is resumed (--minutes). Each run is
-stored in the JSON file, marked if it has not ended, and runs that have ended there are not repeated. --report only
-prints the results.
+stored in the JSON file, and runs that have ended there are not repeated. --report only prints the results.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         for cell in cells(design):
             if time.monotonic() > deadline:
                 break
-            if not any(_is(run, cell) and run["ended"] for run in result["runs"]):
+            if not any(_is(run, cell) and ended(run, design) for run in result["runs"]):
                 train(cell, design, options.runs, deadline)
                 store(result, cell, options)
     print(text(result))
@@ -134,13 +133,17 @@ def store(result: dict[str, Any], cell: Cell, options: argparse.Namespace) -> No
     """Writes a run into the JSON file, in the place of one of the same cell that has not ended."""
     rollouts, evaluations = curves(cell.folder(options.runs))
     points = [[round(epoch * cell.samples), reward] for epoch, reward in evaluations]
-    goal, most = result["design"]["steps"][cell.steps]["goal"], result["design"]["most_samples"]
-    ended = bool(points) and (points[-1][1] >= goal or points[-1][0] >= most)
-    run = {**asdict(cell), "ended": ended, "evaluations": points, "rollouts": rollouts}
+    run = {**asdict(cell), "evaluations": points, "rollouts": rollouts}
     result["runs"] = [r for r in result["runs"] if not _is(r, cell)] + [run]
     result["environment"] = environment.describe(torch.device("cpu"))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result) + "\n")
+
+
+def ended(run: Mapping[str, Any], design: Mapping[str, Any]) -> bool:
+    """Whether a run has reached its goal or its last evaluation."""
+    samples, reward = run["evaluations"][-1] if run["evaluations"] else (0, -math.inf)
+    return bool(reward >= design["steps"][run["steps"]]["goal"] or samples >= design["most_samples"])
 
 
 def samples_to(points: Sequence[Sequence[float]], goal: float) -> float:
@@ -155,7 +158,7 @@ def table(result: Mapping[str, Any]) -> dict[str, dict[int, dict[float, list[flo
     """Samples to the goal of all runs that have ended, by trained steps, samples for an update and learning rate."""
     found: dict[str, dict[int, dict[float, list[float]]]] = {}
     for run in sorted(result["runs"], key=lambda run: (run["samples"], run["rate"], run["seed"])):
-        if run["ended"]:
+        if ended(run, result["design"]):
             goal = result["design"]["steps"][run["steps"]]["goal"]
             of_rate = found.setdefault(run["steps"], {}).setdefault(run["samples"], {})
             of_rate.setdefault(run["rate"], []).append(samples_to(run["evaluations"], goal))
@@ -172,8 +175,8 @@ def text(result: Mapping[str, Any]) -> str:
                 lines.append(
                     f"  {samples:>4} an update, rate {rate:<8g}" + "".join(f"{value:>8.0f}" for value in values)
                 )
-    ended = sum(run["ended"] for run in result["runs"])
-    lines += ["", f"{ended} of {sum(1 for _ in cells(result['design']))} runs have ended"]
+    count = sum(ended(run, result["design"]) for run in result["runs"])
+    lines += ["", f"{count} of {sum(1 for _ in cells(result['design']))} runs have ended"]
     return "\n".join(lines)
 
 

@@ -316,7 +316,12 @@ def noise_limits() -> str:
         goal = found["design"]["steps"][steps]["goal"]
         title = f"{steps}: samples to a reward of {goal:g}, by learning rate, each seed"
         tables.append(markdown_table(title, [f"{rate:g}" for rate in rates], rows))
-    ended = sum(run["ended"] for run in found["runs"])
+    ended = sum(noise.ended(run, found["design"]) for run in found["runs"])
+    for run in found["runs"]:
+        if not noise.ended(run, found["design"]):
+            curve = ", ".join(f"{reward:.3f} at {samples:,}" for samples, reward in run["evaluations"])
+            name = f"{run['steps']}, {run['samples']} an update, rate {run['rate']:g}, seed {run['seed']}"
+            tables.append(f"Not ended: {name}, reward {curve}.")
     return "\n\n".join(
         [*tables, f"{ended} of the {len(list(noise.cells(found['design'])))} runs of the design have ended."]
     )

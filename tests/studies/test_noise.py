@@ -57,12 +57,12 @@ def test_a_study_stores_every_run_and_ends_a_run_at_its_goal(
     command = ["--design", str(path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out.json")]
     noise.main([*command, "--minutes", "0.0001"])  # the time limit allows one epoch
     (run,) = json.loads((tmp_path / "out.json").read_text())["runs"]
-    assert not run["ended"]
+    assert not noise.ended(run, design)
     assert len(run["rollouts"]) == 1
     noise.main(command)
     hard, easy = json.loads((tmp_path / "out.json").read_text())["runs"]
-    assert hard["ended"]
-    assert easy["ended"]
+    assert noise.ended(hard, design)
+    assert noise.ended(easy, design)
     assert [point[0] for point in hard["evaluations"]] == [0, 4, 8]
     assert [point[0] for point in easy["evaluations"]] == [0]
     assert "2 of 2 runs have ended" in capsys.readouterr().out
