@@ -212,7 +212,7 @@ def models(side: int = 512) -> str:
             *(f"{size / GIB:.1f}" for size in (*each, saved, kept, sum(each) + saved, least)),
         ]
     heads = ["billion parameters", "TFLOP of a forward pass", "GiB: transformer", "text encoders", "VAE", "adapters"]
-    heads += ["saved for backward", "saved, checkpointing", "sum", "sum, checkpointing and offloading"]
+    heads += ["activations", "with checkpointing", "sum", "sum, checkpointing and offloading"]
     return markdown_table(f"presets, one sample of {side}²", heads, rows)
 
 
