@@ -217,6 +217,10 @@ class Output:
     def __post_init__(self) -> None:
         self.folder = os.path.expanduser(self.folder)
 
+    def draws(self, epoch: int) -> bool:
+        """Whether allocation figures are drawn after this epoch."""
+        return bool(self.images_every) and (epoch == 1 or epoch % self.images_every == 0)
+
 
 @dataclass
 class Config:

@@ -80,15 +80,24 @@ class RolloutMaps:
     Args:
         prompts: prompt of each sample.
         trained: indices of the trained steps.
+        shown: indices of further steps, whose weights are drawn in figures; for ``over`` "step", which gives each step
+            weights of its own.
 
     Attributes:
         shares: :func:`phrase_shares` with credit by phrase; else None.
     """
 
-    def __init__(self, policy: Policy, prompts: Sequence[Prompt], trained: Sequence[int], config: Config) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        trained: Sequence[int],
+        config: Config,
+        shown: Sequence[int] = (),
+    ) -> None:
         allocation = config.allocation
         self.shares: Tensor | None = None
-        self._policy, self._config, self._trained = policy, config, trained
+        self._policy, self._config, self._trained, self._shown = policy, config, trained, shown
         # The total variation of a step compares its map with that of the next step.
         self._following = [step + 1 for step in trained] if allocation.over == "total_variation" else []
         self._selection: TokenSelection | None = None
@@ -111,7 +120,7 @@ class RolloutMaps:
     @contextmanager
     def of(self, step: int) -> Iterator[None]:
         """The forward pass of a step, whose maps are captured if the allocation needs them."""
-        needed = self._handle is not None and (step in self._trained or step in self._following)
+        needed = self._handle is not None and step in {*self._trained, *self._following, *self._shown}
         if self._handle is not None:
             self._handle.enabled = needed
         yield
@@ -125,11 +134,17 @@ class RolloutMaps:
             return steps
         own, following = ([self._maps[step] for step in chosen] for chosen in (self._trained, self._following))
         after = torch.stack(following, dim=1) if following else None
-        return weighted(steps, torch.stack(own, dim=1), self._config.allocation, after)
+        weights = weights_of(torch.stack(own, dim=1), self._config.allocation, after)
+        return [replace(step, weights=weights[:, i].contiguous()) for i, step in enumerate(steps)]
+
+    def weigh_shown(self) -> dict[int, Tensor]:
+        """The weights of each shown step by its map."""
+        allocation = self._config.allocation
+        return {step: weights_of(self._maps[step][:, None], allocation)[:, 0] for step in self._shown if self._maps}
 
 
-def weighted(steps: list[Step], maps: Tensor, allocation: Allocation, following: Tensor | None = None) -> list[Step]:
-    """Steps with weights from their maps.
+def weights_of(maps: Tensor, allocation: Allocation, following: Tensor | None = None) -> Tensor:
+    """The weights of steps from their maps, of the same shape; with credit "split" ``[B, Steps, 1 + G, h, w]``.
 
     With credit "split", the first weight map comes from the sum of all phrases' maps; it multiplies the part of the
     advantage that belongs to no phrase. The weight map of a phrase is the first one times the phrase's share of the
@@ -158,7 +173,7 @@ def weighted(steps: list[Step], maps: Tensor, allocation: Allocation, following:
         shares = torch.where((total > 0) & total.isfinite(), maps / total, 1.0)
         each = weights[:, :, None] * torch.lerp(torch.ones_like(shares), shares, allocation.strength)
         weights = torch.cat([weights[:, :, None], each], dim=2)
-    return [replace(step, weights=weights[:, i].contiguous()) for i, step in enumerate(steps)]
+    return weights
 
 
 def overall_weights(weights: Tensor, shares: Tensor | None, allocation: Allocation) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +22,9 @@ from star_trainer.credit import overall_weights
 from star_trainer.redact import redacted
 from star_trainer.samples import Batch
 
-COLUMNS, MOST = 8, 32  # columns and images of a sample grid
+COLUMNS, MOST = 3, 15  # columns and prompts of a sample grid
 STRIPS = 3  # allocation figures per epoch
+BETTER, WORSE, INK = "#00704F", "#B93C00", "#333333"  # colours of rewards
 
 
 class Record:
@@ -44,6 +45,7 @@ class Record:
         self.config, self.enabled = config, enabled
         self.folder = folder or Path(config.output.folder)
         self.board: Any = None
+        self._first: tuple[int, list[Tensor], list[float]] | None = None  # of the first evaluation
         self.evaluated: set[int] = set()
         self._warned: set[str] = set()
         if not enabled:
@@ -78,39 +80,61 @@ class Record:
                 curve(read_metrics(self.folder)).savefig(self.folder / "reward.png", dpi=110)
 
     def samples(self, epoch: int, images: list[Tensor], prompts: list[str], scores: list[float]) -> None:
-        """Draws a grid of evaluation samples with their prompts and rewards."""
+        """Draws a grid of evaluation samples with their rewards, beside those of this process's first evaluation."""
         if not self.enabled or not self.config.output.images_every:
             return
+        self._first = self._first or (epoch, images[:MOST], scores)
         with self._spared("sample grids"):
-            titles = [f"{score:.2f}: {prompt}" for prompt, score in zip(prompts, scores, strict=True)]
-            grid(images[:MOST], titles[:MOST]).savefig(self.folder / f"samples-{epoch:06d}.png", dpi=90)
+            before, pictures, old = self._first
+            if before == epoch:
+                figure = grid(images[:MOST], prompts[:MOST], notes=[(f"{score:.2f}", INK) for score in scores])
+            else:
+                figure = grid(
+                    [_beside(*pair) for pair in zip(pictures, images, strict=False)],
+                    prompts[:MOST],
+                    notes=[
+                        (f"{a:.2f} → {b:.2f}", BETTER if b > a else WORSE if b < a else INK)
+                        for a, b in zip(old, scores, strict=True)
+                    ],
+                    title=f"epoch {before} (left) and epoch {epoch} (right), with rewards",
+                )
+            figure.savefig(self.folder / f"samples-{epoch:06d}.png", dpi=150)
 
-    def allocation(self, epoch: int, batch: Batch) -> None:
-        """Draws the weights of the first samples over space and trained steps, every ``images_every`` epochs."""
-        every = self.config.output.images_every
-        if not self.enabled or not every or (epoch > 1 and epoch % every):
+    def allocation(self, epoch: int, batch: Batch, scores: Tensor) -> None:
+        """Draws the weights of the trained steps and those of ``batch.shown``, every ``images_every`` epochs.
+
+        They are those of the sample with the highest reward, for each of the first ``STRIPS`` prompts of the batch.
+        """
+        if not self.enabled or not self.config.output.draws(epoch):
             return
         if batch.steps and batch.steps[0].weights is not None:
             with self._spared("allocation figures"):
-                self._strips(epoch, batch)
+                self._strips(epoch, batch, scores)
 
     def close(self) -> None:
         if self.board is not None:
             with self._spared("the TensorBoard files"):
                 self.board.close()
 
-    def _strips(self, epoch: int, batch: Batch) -> None:
-        labels = [f"step {step.number}" for step in batch.steps]
-        for n in range(min(STRIPS, len(batch.numbers))):
-            values = torch.stack([step.weights[n] for step in batch.steps if step.weights is not None])
+    def _strips(self, epoch: int, batch: Batch, scores: Tensor) -> None:
+        steps = {**batch.shown, **{step.number: step.weights for step in batch.steps if step.weights is not None}}
+        trained = {step.number for step in batch.steps}
+        labels = [f"step {step}" + " (trained)" * (step in trained) for step in sorted(steps)]
+        best: dict[int, int] = {}  # row of each prompt's best sample
+        for row in scores.nan_to_num(-torch.inf).argsort(stable=True).tolist():
+            best[batch.numbers[row] // self.config.rollout.group_size] = row
+        for file, n in enumerate([row for _, row in sorted(best.items())][:STRIPS]):
+            values = torch.stack([steps[step][n] for step in sorted(steps)])
             shares = None if batch.shares is None else batch.shares[n]
             figure = figures.weights(
                 overall_weights(values, shares, self.config.allocation),
                 image=batch.images[n],
                 labels=labels,
-                title=batch.prompts[n].text,
+                title=f"{batch.prompts[n].text} (reward {scores[n]:.2f})",
             )
-            figure.savefig(self.folder / f"allocation-{epoch:06d}-{n}.png", dpi=90)
+            width, height = figure.get_size_inches()
+            figure.set_size_inches(0.6 * width, 0.7 * height)
+            figure.savefig(self.folder / f"allocation-{epoch:06d}-{file}.png", dpi=200)
 
     @contextmanager
     def _spared(self, what: str) -> Iterator[None]:
@@ -154,18 +178,35 @@ def _replace(path: Path, text: str) -> None:
     os.replace(work, path)
 
 
-def grid(images: list[Tensor], titles: list[str]) -> Figure:
-    """A grid of images ``[3, H, W]`` in 0..1 with their titles."""
-    rows = -(-len(images) // COLUMNS)
-    columns = min(COLUMNS, len(images))
-    figure = Figure(figsize=(1.6 * columns, 1.95 * rows), layout="constrained")
+def grid(
+    images: Sequence[Tensor],
+    titles: Sequence[str],
+    *,
+    notes: Sequence[tuple[str, str]] = (),
+    columns: int = COLUMNS,
+    title: str = "",
+) -> Figure:
+    """A grid of images ``[3, H, W]`` in 0..1, with titles above and notes below, each a text and its colour."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    height, width = images[0].shape[1:]
+    side = figures.PANEL
+    figure = Figure(figsize=(side * columns, (side * height / width + 0.62) * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, title in zip(axes.flat, images, titles, strict=False):
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for axis, image, text in zip(axes.flat, images, titles, strict=False):
         axis.imshow(figures.to_rgb(image), interpolation="nearest")
-        axis.set_title(caption(title, 24), fontsize=7, **LITERAL)
+        axis.set_title(caption(text, 28, lines=2), fontsize=9, **LITERAL)
+    for axis, (text, color) in zip(axes.flat, notes, strict=False):
+        axis.set_xlabel(text, color=color, fontsize=11, fontweight="bold")
+    figure.suptitle(title, fontsize=10, **LITERAL)
     return figure
+
+
+def _beside(left: Tensor, right: Tensor) -> Tensor:
+    return torch.cat([left, left.new_ones(3, left.shape[1], max(1, left.shape[2] // 16)), right], dim=2)
 
 
 def curve(lines: list[dict[str, Any]]) -> Figure:

@@ -29,13 +29,15 @@ def roll_out(
     """
     schedule = schedule_of(policy.pipeline, config.rollout.steps)
     noisy, trained = noisy_steps(config, epoch), trained_steps(config, epoch)
+    drawn = config.output.draws(epoch + 1) and config.allocation.over == "step"
+    shown = sorted({schedule.steps // 2, schedule.steps - 1} - {*trained}) if drawn else []
     shape = policy.latent_shape(config.rollout.resolution)
     seed = f"{config.train.seed} {epoch}"
     starts = [n // config.rollout.group_size if config.rollout.shared_noise else n for n in numbers]
     latents = noise(shape, [f"start {seed} {n}" for n in starts], policy.device)
     text = policy.encode([prompt.text for prompt in prompts])
     steps: list[Step] = []
-    with torch.no_grad(), RolloutMaps(policy, prompts, trained, config) as maps:
+    with torch.no_grad(), RolloutMaps(policy, prompts, trained, config, shown) as maps:
         for step in range(schedule.steps):
             with maps.of(step), autocast():
                 velocity = policy.velocity(latents, schedule.timestep(step), text)
@@ -53,7 +55,8 @@ def roll_out(
                 kept = velocity if config.train.ratio_norm else None
                 steps.append(Step(step, latents, prev_sample, log_prob, kept, None))
             latents = prev_sample
-    return Batch(list(numbers), list(prompts), text, maps.weigh(steps), policy.decode(latents), maps.shares)
+    images = policy.decode(latents)
+    return Batch(list(numbers), list(prompts), text, maps.weigh(steps), images, maps.shares, maps.weigh_shown())
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -54,6 +54,7 @@ class Batch:
         steps: the trained steps, in order.
         images: decoded images ``[B, 3, H, W]`` in 0..1.
         shares: with credit by phrase, :func:`star_trainer.credit.phrase_shares` ``[B, G]``; else None.
+        shown: weights of further steps that are drawn beside those of ``steps``, by the index of the step.
     """
 
     numbers: list[int]
@@ -62,3 +63,4 @@ class Batch:
     steps: list[Step]
     images: Tensor
     shares: Tensor | None = None
+    shown: dict[int, Tensor] = field(default_factory=dict)

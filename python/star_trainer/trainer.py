@@ -110,7 +110,7 @@ class Trainer:
         )
         self.saver = Saver(live, self.folder, config.output.keep)
         self.epoch = 0
-        self._shown: Batch | None = None  # a batch of the latest epoch, for figures
+        self._shown: tuple[Batch, Tensor] | None = None  # a batch of the latest epoch and its rewards, for figures
         self._skipped_in_a_row = 0
         self.stopped = False
         if found:
@@ -155,9 +155,9 @@ class Trainer:
             stopping, every = self._must_stop(), config.output.checkpoint_every
             if stopping or self.epoch == config.train.epochs or (every and self.epoch % every == 0):
                 self.saver.save()
-            shown, self._shown = self._shown, None
-            if shown is not None:
-                self.record.allocation(self.epoch, shown)
+            if self._shown is not None:
+                self.record.allocation(self.epoch, *self._shown)
+                self._shown = None
             if self._evaluates() and not stopping:  # a resumed run evaluates first
                 self.evaluate()
         self._export()
@@ -219,7 +219,7 @@ class Trainer:
             "seconds/update": time.perf_counter() - judged,
         }
         self.record.metrics("epoch", self.epoch, recorded)
-        self._shown = batches[0][0]
+        self._shown = batches[0][0], rewards.total[batches[0][0].numbers]
         return recorded
 
     def roll_out(self, prompts: Sequence[Prompt], numbers: Sequence[int]) -> Batch:

@@ -15,6 +15,7 @@ import yaml
 from star_trainer.command import parse as parse_settings
 from star_trainer.config import Config
 from star_trainer.prompts import load_prompts
+from star_trainer.scenes import SceneReward
 from studies import learning, learning_parts
 
 
@@ -76,6 +77,16 @@ def test_star_train_accepts_every_arm_of_a_committed_design(design: Path) -> Non
         assert config.samples % config.train.updates == 0
     assert len(found["seeds"]) >= 5
     assert found["settings"]["evaluation.prompts"] >= 1024
+
+
+@pytest.mark.parametrize("name", ["first", "main", "ratio", "text", "tuning", "when"])
+def test_a_design_with_results_has_the_reward_and_the_samples_of_its_runs(name: str) -> None:
+    """Of settings that the preset had at that time, or that were the only ones."""
+    found = yaml.safe_load((learning.DESIGNS / f"{name}.yaml").read_text())["settings"]
+    config = parse_settings([f"--{key}={value}" for key, value in found.items()])
+    assert SceneReward(**config.reward.options["scene"]).rule == "nothing_else"
+    assert config.samples == (128 if name in ("first", "tuning") else 256)
+    assert (config.rollout.window, config.rollout.steps, config.rollout.guidance) == (2, 8, 1.0)
 
 
 @pytest.mark.exhaustive

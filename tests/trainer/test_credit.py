@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from star_kernels import TokenSelection
 from star_kernels.prompts import core_content
 from star_trainer import record, rollout
-from star_trainer.config import Allocation, Config
+from star_trainer.config import Allocation, Config, Output
 from star_trainer.credit import advantages_per_map, phrase_shares, select
 from star_trainer.prompts import Prompt
 from star_trainer.rewards.base import RewardError
@@ -252,10 +253,40 @@ def test_figures_show_the_weights_of_all_phrases_together(
         return Figure()
 
     monkeypatch.setattr(record.figures, "weights", weights)
-    record.Record(config, enabled=True).allocation(1, batch)
-    maps = torch.stack([step.weights for step in batch.steps if step.weights is not None])
+    alone = replace(config, rollout=replace(config.rollout, group_size=1))
+    record.Record(alone, enabled=True).allocation(1, batch, torch.zeros(2))
+    maps = torch.stack([*(step.weights for step in batch.steps if step.weights is not None), batch.shown[2]])
     torch.testing.assert_close(drawn[0], maps[:, 0, 0] if credit == "split" else maps[:, 0].mean(dim=1))
     torch.testing.assert_close(drawn[1], maps[:, 1, 0])
+
+
+def test_figures_show_the_best_sample_of_each_prompt_in_trained_middle_and_last_steps(
+    configure: Callable[..., Config], trainer_of: Callable[[Config], Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(output={"images_every": 1}, rollout={"steps": 8, "window": 2, "window_end": 2})
+    trainer = trainer_of(config)
+    batch = rolled_out(trainer, config, [PAIR, PAIR, SINGLE, SINGLE])
+    assert sorted(batch.shown) == [4, 7]
+    drawn: list[tuple[Tensor, list[str], str]] = []
+
+    def weights(values: Tensor, *, image: Tensor, labels: list[str], title: str) -> Figure:
+        drawn.append((values, labels, title))
+        return Figure()
+
+    monkeypatch.setattr(record.figures, "weights", weights)
+    record.Record(config, enabled=True).allocation(1, batch, torch.tensor([0.2, 0.9, 0.7, torch.nan]))
+    for (values, labels, title), row, text in zip(
+        drawn, (1, 2), (f"{PAIR.text} (reward 0.90)", f"{SINGLE.text} (reward 0.70)"), strict=True
+    ):
+        assert title == text
+        assert labels == ["step 0 (trained)", "step 1 (trained)", "step 4", "step 7"]
+        trained = [step.weights[row] for step in batch.steps if step.weights is not None]
+        torch.testing.assert_close(values, torch.stack([*trained, batch.shown[4][row], batch.shown[7][row]]))
+        torch.testing.assert_close(values.mean(dim=(1, 2)), torch.ones(4))
+    later = rollout.roll_out(trainer.policy, [PAIR], [0], replace(config, output=Output()), 1, nullcontext)
+    assert not later.shown  # no figures after this epoch
+    config.allocation.over = "trajectory"
+    assert not rolled_out(trainer, config, [PAIR]).shown  # the weights of a step depend on the other trained steps
 
 
 def test_a_prompt_whose_phrases_are_all_truncated_has_no_share(

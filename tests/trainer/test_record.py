@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor
 
 from star_kernels import figures
 from star_trainer import checkpoint, record
@@ -35,7 +37,7 @@ def write_all(made: Record, batch: Batch, epoch: int) -> None:
     made.metrics("epoch", epoch, {"reward": 0.5})
     made.metrics("evaluation", epoch, {"reward": 0.5})
     made.samples(epoch, [torch.zeros(3, 8, 8)], ["a clock"], [0.5])
-    made.allocation(epoch, batch)
+    made.allocation(epoch, batch, torch.tensor([0.5]))
     made.close()
 
 
@@ -89,6 +91,29 @@ def test_figures_can_be_disabled(configure: Callable[..., Config], batch: Batch)
         made = Record(configure(output={"images_every": every}), enabled=True)
         write_all(made, batch, 2)
         assert sorted(p.name for p in made.folder.glob("*-*.png")) == expected
+
+
+def test_samples_are_shown_beside_those_of_the_first_evaluation(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[list[Tensor], dict[str, Any]]] = []
+
+    def grid(images: list[Tensor], titles: list[str], **options: Any) -> Figure:
+        assert titles == ["a clock", "a sign"]
+        drawn.append((images, options))
+        return Figure()
+
+    monkeypatch.setattr(record, "grid", grid)
+    made = Record(configure(output={"images_every": 1}), enabled=True)
+    made.samples(0, [torch.zeros(3, 8, 8)] * 2, ["a clock", "a sign"], [0.5, 0.3])
+    made.samples(4, [torch.ones(3, 8, 8)] * 2, ["a clock", "a sign"], [1.0, 0.25])
+    (alone, first), (pairs, second) = drawn
+    assert alone[0].shape == (3, 8, 8)
+    assert [note for note, _ in first["notes"]] == ["0.50", "0.30"]
+    assert pairs[0].shape == (3, 8, 17)
+    assert (pairs[0][:, :, :8].max(), pairs[0][:, :, 8:].min()) == (0, 1)  # the first is left, after it a white gap
+    assert second["notes"] == [("0.50 \u2192 1.00", record.BETTER), ("0.30 \u2192 0.25", record.WORSE)]
+    assert second["title"] == "epoch 0 (left) and epoch 4 (right), with rewards"
 
 
 def test_figures_are_drawn_after_the_checkpoint(

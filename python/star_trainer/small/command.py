@@ -99,7 +99,7 @@ def draw_samples(pipeline: Any, recipe: Recipe) -> Any:
 
     prompts = [scene.prompt for task in TASKS for scene in held_out(task, 16, "pictures")]
     images = generate(pipeline, prompts, steps=recipe.sampling_steps, guidance=recipe.guidance)
-    return grid(list(images.cpu()), prompts)
+    return grid(list(images.cpu()), prompts, columns=8)
 
 
 def draw_localisation(table: Tensor) -> Any:
