@@ -120,7 +120,9 @@ def measure(design: Mapping[str, Any], settings: Mapping[str, Any], deadline: fl
     policy = Policy(config, torch.device("cpu"))
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     prompts = load_prompts(config.data.prompts, seed="missing objects")
-    batches, plain, described = [], [], []
+    batches: list[Measured] = []
+    plain: list[Tensor] = []
+    described: list[dict[str, Any]] = []
     for number in tqdm(range(design["batches"]), desc="plain gradients", mininterval=10):
         if number >= 4 and number % 2 == 0 and time.monotonic() > deadline:
             break
@@ -131,7 +133,10 @@ def measure(design: Mapping[str, Any], settings: Mapping[str, Any], deadline: fl
     scale = cosines.adam_scale(plain)
     directions = [torch.stack(plain[fold::2]).mean(dim=0) * scale for fold in (0, 1)]
     progress: dict[str, dict[str, list[list[float]]]] = {}
-    exact, approximate = [], []  # progress of plain Flow-GRPO from its gradient, and from finite differences
+    exact, approximate = (
+        list[float](),
+        list[float](),
+    )  # progress of plain Flow-GRPO from its gradient, and from finite differences
     for number, batch in enumerate(tqdm(batches, desc="progress", mininterval=10)):
         slope = derivative(policy, config, batch, parameters, directions[1 - number % 2])  # [N, Steps, P]
         exact.append(plain[number].dot(directions[1 - number % 2]).item())
@@ -158,9 +163,7 @@ def measure(design: Mapping[str, Any], settings: Mapping[str, Any], deadline: fl
     }
 
 
-def _roll_out(
-    policy: Policy, prompts: Sequence[Prompt], config: Config, number: int
-) -> tuple[Measured, dict[str, Any]]:
+def _roll_out(policy: Policy, prompts: list[Prompt], config: Config, number: int) -> tuple[Measured, dict[str, Any]]:
     """A batch, and the numbers that describe it."""
     drawn = choose(prompts, config.rollout.groups, number, config.train.seed)
     rolled = allocations.roll_out(policy, drawn, config, number, Accelerator(cpu=True).autocast)
@@ -168,7 +171,9 @@ def _roll_out(
     verdicts = check(batch.images, [p.metadata for p in batch.prompts])
     advantages, _, _ = agreement.credit(verdicts.graded, verdicts.phrases, config)
     lacking = missing(batch.images, batch.prompts)
-    maps, weights = weights_of(rolled, verdicts.graded, config.allocation.blocks, number)
+    blocks = config.allocation.blocks
+    assert isinstance(blocks, list)  # as the preset has them
+    maps, weights = weights_of(rolled, verdicts.graded, blocks, number)
     schedule = schedule_of(policy.pipeline, config.rollout.steps)
     slopes = []
     for step in batch.steps:

@@ -30,6 +30,7 @@ PARTS = RESULTS / "learning-parts.json"
 TUNING = RESULTS / "learning-tuning.json"
 MISSING = RESULTS / "missing-objects.json"
 NOISE = RESULTS / "noise.json"
+WIDE = 2.0  # half-width from which on an efficiency is not known
 KINDS = ("scaled", "along scalar")
 LARGE = 5_000  # samples from which the intervals of a unit are narrow enough to compare allocations
 
@@ -245,18 +246,37 @@ def missing_objects() -> str:
 
 
 def missing_objects_result() -> str:
-    """The efficiencies of the allocations over whole trajectories, from all samples."""
+    """The efficiencies of the allocations in the first two steps."""
     unit = json.loads(MISSING.read_text())["units"][0]
-    rows = {}
-    for name in efficiency.names(unit):
-        if name != "plain":
-            found = [
-                efficiency.efficiency(unit, name, efficiency.CLASSES, p) for p in (efficiency.WHOLE, efficiency.FIRST)
-            ]
-            rows[name] = [*map(str, found), *(str(efficiency.efficiency(unit, name, [k])) for k in efficiency.CLASSES)]
-    heads = ["all steps", "first two steps", "all steps, object found", "all steps, object missing"]
+    names = [name for name in efficiency.names(unit) if name != "plain"]
+    rows = {name: _efficiencies(unit, name, efficiency.FIRST)[:-1] for name in names}
+    heads = ["all samples", "object found", "object missing", "all, minus map"]
     drawn, planned = len(unit["batches"]), unit["key"]["batches"]
-    return markdown_table(f"efficiency relative to plain, {drawn} of {planned} batches", heads, rows)
+    return markdown_table(f"efficiency, first two steps, {drawn} of {planned} batches", heads, rows)
+
+
+def missing_objects_steps() -> str:
+    """Progress of each denoising step along the gradient of plain Flow-GRPO, in units of plain's in the first step."""
+    unit = json.loads(MISSING.read_text())["units"][0]
+    rows, count = {}, len(unit["batches"])
+    first = statistics.mean(
+        sum(unit["progress"]["plain"][kind][n][0] for kind in efficiency.CLASSES) for n in range(count)
+    )
+    for name in ("plain", "map", "object mask (oracle)"):
+        batches = [
+            [
+                sum(values)
+                for values in zip(*(unit["progress"][name][kind][n] for kind in efficiency.CLASSES), strict=True)
+            ]
+            for n in range(count)
+        ]
+        columns = list(zip(*batches, strict=True))
+        errors = [1.96 * statistics.stdev(own) / math.sqrt(count) for own in columns]
+        rows[name] = [
+            f"{statistics.mean(own) / first:.1f} ± {error / first:.1f}"
+            for own, error in zip(columns, errors, strict=True)
+        ]
+    return markdown_table("progress by step", [str(n) for n in range(len(columns))], rows)
 
 
 def noise_scale() -> str:
@@ -282,9 +302,14 @@ def _noise_scale(found: dict[str, Any], samples: int) -> list[str]:
 
 def _efficiencies(unit: dict[str, Any], name: str, part: str) -> list[str]:
     kinds = (efficiency.CLASSES, *([kind] for kind in efficiency.CLASSES))
-    whole, *single = [efficiency.efficiency(unit, name, own, part) for own in kinds]
-    more = "" if name == "map" else str(efficiency.gain(unit, name, "map", part))
-    return [str(whole), *map(str, single), more, f"{whole.value**2:.2f}"]
+    found = [efficiency.efficiency(unit, name, own, part) for own in kinds]
+    more = "" if name == "map" else _known(efficiency.gain(unit, name, "map", part))
+    known = found[0].half_width < WIDE
+    return [*map(_known, found), more, f"{found[0].value ** 2:.2f}" if known else "not known"]
+
+
+def _known(estimate: efficiency.Estimate) -> str:
+    return str(estimate) if estimate.half_width < WIDE else "not known"
 
 
 def _localization(unit: dict[str, Any]) -> str:

@@ -166,6 +166,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "learning-tuning": tables.learning_tuning,
     "missing-objects": tables.missing_objects,
     "missing-objects-result": tables.missing_objects_result,
+    "missing-objects-steps": tables.missing_objects_steps,
     "noise-limits": tables.noise_limits,
     "noise-scale": tables.noise_scale,
     "learning-result": partial(tables.learning_result, share=True),
