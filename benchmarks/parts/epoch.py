@@ -25,7 +25,7 @@ from benchmarks.timing.progress import Progress
 from star_kernels import weighted_policy_loss
 from star_trainer.command import PRESETS
 from star_trainer.config import Config
-from star_trainer.credit import capture, select, weighted
+from star_trainer.credit import capture, select, weights_of
 from star_trainer.prompts import choose
 from star_trainer.trainer import Trainer
 
@@ -134,7 +134,7 @@ def added(trainer: Trainer, clock: CpuClock, budget: Budget) -> dict[str, tuple[
             Variant("forward", "forward pass", lambda: forward(handle, False)),
             Variant("maps", "forward pass with maps", lambda: forward(handle, True)),
             Variant("selection", "token selection", lambda: select(policy, prompts, config.allocation)),
-            Variant("weights", "weights from maps", lambda: weighted(batch.steps, maps, config.allocation)),
+            Variant("weights", "weights from maps", lambda: weights_of(maps, config.allocation)),
             Variant("plain loss", "loss", torch.enable_grad()(lambda: loss(None))),
             Variant("loss", "loss with weights", torch.enable_grad()(lambda: loss(step.weights))),
         ]

@@ -187,7 +187,7 @@ def test_nft_samples_from_the_moving_average_if_asked(
                 value.mul_(1.1)
         metrics = trainer.train_epoch()
         assert trainer._shown is not None
-        drawn.append(trainer._shown.steps[0].model_output)
+        drawn.append(trainer._shown[0].steps[0].model_output)
         assert (metrics["loss/deviation"] > 1e-8) is averaged  # of the first optimiser step
     assert not torch.allclose(*drawn)
 

@@ -82,7 +82,7 @@ def written(config: Config) -> Path:
     made = Record(config, enabled=True)
     made.metrics("epoch", 1, {"reward": 0.5, "reward/scene": 0.5})
     made.samples(1, [torch.zeros(3, 8, 8)], ["a clock"], [0.5])
-    made.allocation(1, batch)
+    made.allocation(1, batch, torch.tensor([0.5]))
     made.close()
     return made.folder
 
