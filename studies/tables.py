@@ -42,7 +42,7 @@ def demo() -> str:
     epochs = [line for line in lines if line["event"] == "epoch"]
     seconds = sum(line["cpu_seconds"] for line in lines if line["event"] == "process")
     return (
-        f"In {len(epochs)} epochs, {seconds:.0f} seconds of one core, the reward of held-out prompts rises from "
+        f"In {len(epochs)} epochs, {seconds:.0f} seconds of processor time, the reward of held-out prompts rises from "
         f"{evaluations[0]['reward']:.3f} to {evaluations[-1]['reward']:.3f}."
     )
 
