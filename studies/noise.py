@@ -119,7 +119,7 @@ def train(cell: Cell, design: Mapping[str, Any], runs: Path, deadline: float) ->
         **settings(cell, design),
         "output.folder": str(cell.folder(runs)),
         "output.resume": True,
-        "output.tensorboard": False,
+        "output.trackers": [],
         "output.images_every": 0,
         "output.checkpoint_every": 0,
         "output.keep": 1,

@@ -199,21 +199,23 @@ def batches() -> str:
 
 def models(side: int = 512) -> str:
     """A table of one sample of each model."""
-    rows = {}
+    columns = {}
     for name, model in MODELS.items():
         plain, checkpointed = (Subject(name, side, checkpointing=flag) for flag in (False, True))
         weights, adapters = plain.parameters
         each = [2 * weights, 2e9 * model.encoders, 2e9 * model.vae, plain.bytes_per_weight * adapters]
         saved, kept = plain.saved(1), checkpointed.saved(1) + plain.saved(1) / plain.blocks
         least = each[0] + each[3] + max(each[1], kept)  # encoders do not run during an update
-        rows[f"{name}, LoRA of {adapters / 1e6:.0f} million"] = [
-            f"{weights / 1e9:.1f}",
+        columns[name] = [
+            f"{weights / 1e9:.1f} billion",
+            f"{adapters / 1e6:.0f} million",
             f"{plain.rows} x {plain.flop() / 1e12:.1f}",
             *(f"{size / GIB:.1f}" for size in (*each, saved, kept, sum(each) + saved, least)),
         ]
-    heads = ["billion parameters", "TFLOP of a forward pass", "GiB: transformer", "text encoders", "VAE", "adapters"]
-    heads += ["activations", "with checkpointing", "sum", "sum, checkpointing and offloading"]
-    return markdown_table(f"presets, one sample of {side}²", heads, rows)
+    labels = ["parameters", "parameters of the LoRA", "TFLOP of a forward pass", "transformer", "text encoders", "VAE"]
+    labels += ["adapters", "activations", "activations, checkpointing", "sum", "sum, checkpointing and offloading"]
+    rows = dict(zip(labels, map(list, zip(*columns.values(), strict=True)), strict=True))
+    return markdown_table("GiB, unless a unit is named", list(columns), rows)
 
 
 def main() -> None:
