@@ -1,8 +1,10 @@
-"""Fixtures of all tests: the backends, uninitialised memory, peak memory and the comparison with float64."""
+"""Fixtures of all tests: the backends, nvcc, uninitialised memory, peak memory and the comparison with float64."""
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -67,6 +69,16 @@ def _backends_of(item: pytest.Item) -> list[tuple[str, str]]:
 
 def _has_native() -> bool:
     return star_kernels.native.load("libstar_kernels_cpu.so")[0] is not None
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    """The path of nvcc."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    if found is None:
+        pytest.skip("needs nvcc on PATH or in CUDA_HOME")
+    return found
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,27 +8,24 @@ from the reference are reported and not timed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.reporting import environment
-from benchmarks.timing.clocks import kernel_clock
-from benchmarks.timing.harness import Budget
-from benchmarks.variants.attention import FLUX_1024, SD35_512, SD35_1024, Inputs, make_inputs
+from benchmarks.variants.attention import FLUX_1024, SD35_512, SD35_1024, Inputs
 from star_kernels.attention import dispatch, hopper, vendor
 from star_kernels.attention.arguments import MapArguments
 from star_kernels.attention.hopper import DEFAULT, VARIANTS, Variant
 from tools.hopper_right import problem
-from tools.map_variants import Candidate, compare, text
-from tools.tune_attention import as_models_lay_out, map_arguments
+from tools.map_variants import Candidate, compare_all
+from tools.tune_attention import map_arguments
 
 SHAPES = (
     replace(FLUX_1024, batch=2),
@@ -104,23 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
     if refusal := problem():
         parser.error(f"no Hopper GPU to run on: {refusal}")
     device = torch.device("cuda", torch.cuda.current_device())
-    clock = kernel_clock(device)
-    results: list[dict[str, Any]] = []
-    with torch.no_grad():
-        host = host_microseconds(device)
-        print(f"a launch takes {host:.1f} us on the host", flush=True)
-        for shape in SHAPES:
-            x = as_models_lay_out(make_inputs(shape, torch.bfloat16, device))
-            found = candidates(x, every=not options.defaults)
-            results.append(compare(shape, found, x, clock, Budget(1000, options.seconds)))
-            print(text(results[-1]), flush=True)
-            if options.out is not None:  # after each comparison, in case the run is stopped
-                content = {"environment": environment.describe(device), "host": host, "comparisons": results}
-                options.out.mkdir(parents=True, exist_ok=True)
-                (options.out / "hopper-speed.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    refused = sum(len(result["refused"]) for result in results)
-    print(f"{refused} variants are refused" if refused else "all variants agree with the reference")
-    return int(refused > 0)
+    host = host_microseconds(device)
+    print(f"a launch takes {host:.1f} us on the host", flush=True)
+    make = partial(candidates, every=not options.defaults)
+    path = options.out and options.out / "hopper-speed.json"
+    return compare_all(((shape, make) for shape in SHAPES), device, options.seconds, path, host=host)
 
 
 if __name__ == "__main__":

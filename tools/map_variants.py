@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,36 @@ def compile_kernels(part: str, device: torch.device) -> int:
     return len(found)
 
 
+def compare_all(
+    cases: Iterable[tuple[Shape, Callable[[Inputs], Sequence[Candidate]]]],
+    device: torch.device,
+    seconds: float,
+    path: Path | None,
+    **content: Any,
+) -> int:
+    """Compares the candidates of each shape, prints and writes the results, and returns the exit status.
+
+    Args:
+        seconds: time of each comparison.
+        path: file of the results as JSON; None writes none.
+        content: further entries of that file.
+    """
+    clock = kernel_clock(device)
+    results: list[dict[str, Any]] = []
+    with torch.no_grad():
+        for shape, make in cases:
+            x = as_models_lay_out(make_inputs(shape, torch.bfloat16, device))
+            results.append(compare(shape, make(x), x, clock, Budget(1000, seconds)))
+            print(text(results[-1]), flush=True)
+            if path is not None:  # after each comparison, in case the run is stopped
+                written = {"environment": environment.describe(device), **content, "comparisons": results}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    refused = sum(len(result["refused"]) for result in results)
+    print(f"{refused} variants are refused" if refused else "all variants agree with the reference")
+    return int(refused > 0)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.map_variants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -220,20 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
         with torch.no_grad():
             print(f"{options.compile}: {compile_kernels(options.compile, device)} variants have run")
         return 0
-    clock = kernel_clock(device)
-    results: list[dict[str, Any]] = []
-    with torch.no_grad():
-        for shape, make in cases():
-            x = as_models_lay_out(make_inputs(shape, torch.bfloat16, device))
-            results.append(compare(shape, make(x), x, clock, Budget(1000, options.seconds)))
-            print(text(results[-1]), flush=True)
-            if options.out is not None:  # after each comparison, in case the run is stopped
-                content = {"environment": environment.describe(device), "comparisons": results}
-                options.out.mkdir(parents=True, exist_ok=True)
-                (options.out / "map-variants.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    refused = sum(len(result["refused"]) for result in results)
-    print(f"{refused} variants are refused" if refused else "all variants agree with the reference")
-    return int(refused > 0)
+    return compare_all(cases(), device, options.seconds, options.out and options.out / "map-variants.json")
 
 
 if __name__ == "__main__":

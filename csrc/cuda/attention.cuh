@@ -143,7 +143,7 @@ class Consumer {
     wait_for(memory_.key_full + keys_.stage(), keys_.parity(), 0);
     take_turn();
     multiply_fence();
-    start_scores(s);
+    start_scores(s, memory_.key(keys_.stage()));
     multiply_commit();
     pass_turn();
     finish_scores<0>(s, a_.key_tiles - 1);
@@ -156,7 +156,7 @@ class Consumer {
       pin_all(o, p);
       if constexpr (S::kOverlap) {
         multiply_fence();
-        start_scores(s);
+        start_scores(s, memory_.key(keys_.stage()));
         multiply_commit();
         wait_for(memory_.value_full + values_.stage(), values_.parity(), step);
         multiply_fence();
@@ -172,7 +172,7 @@ class Consumer {
         multiply_fence();
         start_values(o, p);
         multiply_commit();
-        start_scores(s);
+        start_scores(s, memory_.key(keys_.stage()));
         multiply_commit();
         pass_turn();
         multiply_wait<0>();
@@ -196,7 +196,7 @@ class Consumer {
     pin_all(o, p);
     if (maps) {
       multiply_fence();
-      start_token_scores(scores);
+      start_scores(scores, memory_.tokens(tokens_.stage()));
       multiply_commit();
     }
     multiply_fence();
@@ -232,7 +232,7 @@ class Consumer {
       weights.load(a_, at.batch, 0, token);
       wait_for(memory_.token_full + tokens_.stage(), tokens_.parity(), token);
       multiply_fence();
-      start_token_scores(scores);
+      start_scores(scores, memory_.tokens(tokens_.stage()));
       multiply_commit();
       multiply_wait<0>();
       pin(scores);
@@ -240,25 +240,17 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void start_scores(float (&s)[kKeys / 2]) {
+  // Starts the scores of keys: a tile of them, or those of a chunk of selected tokens.
+  template <int N>
+  __device__ __forceinline__ void start_scores(float (&s)[N], const char* keys) {
+    constexpr int kCount = 2 * N;
     pin(s);
     const uint64_t q = shared_descriptor(memory_.query(group_), 16, 1024);
-    const uint64_t k = shared_descriptor(memory_.key(keys_.stage()), 16, 1024);
+    const uint64_t k = shared_descriptor(keys, 16, 1024);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; i++) {
-      multiply_shared<T, kKeys, false>(s, advance(q, i / 4 * 64 * 128 + i % 4 * 32),
-                                       advance(k, i / 4 * kKeys * 128 + i % 4 * 32), i > 0);
-    }
-  }
-
-  __device__ __forceinline__ void start_token_scores(float (&s)[kTokens / 2]) {
-    pin(s);
-    const uint64_t q = shared_descriptor(memory_.query(group_), 16, 1024);
-    const uint64_t k = shared_descriptor(memory_.tokens(tokens_.stage()), 16, 1024);
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 16; i++) {
-      multiply_shared<T, kTokens, false>(s, advance(q, i / 4 * 64 * 128 + i % 4 * 32),
-                                         advance(k, i / 4 * kTokens * 128 + i % 4 * 32), i > 0);
+      multiply_shared<T, kCount, false>(s, advance(q, i / 4 * 64 * 128 + i % 4 * 32),
+                                        advance(k, i / 4 * kCount * 128 + i % 4 * 32), i > 0);
     }
   }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -22,15 +21,6 @@ SHAPES = {
     *(("bfloat16", head_dim, Variant(*shape)) for head_dim, shapes in VARIANTS.items() for shape in shapes),
 }
 Key = tuple[str, int, Variant]
-
-
-@pytest.fixture(scope="module")
-def nvcc() -> str:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
-    if found is None:
-        pytest.skip("needs nvcc on PATH or in CUDA_HOME")
-    return found
 
 
 @pytest.fixture(scope="module")

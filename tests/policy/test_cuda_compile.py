@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
@@ -60,15 +58,6 @@ def kernel_of(symbol: str) -> tuple[str, str]:
     output, latent, packed = re.search(r"6VectorI(f|NS\w*?4HalfE)(f|S\w*?_)Lb([01])E", symbol).groups()
     width = "float32" if output == "f" else "16-bit and float32" if latent == "f" else "16-bit"
     return name, f"packed {width}" if packed == "1" else width
-
-
-@pytest.fixture(scope="module")
-def nvcc() -> str:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
-    if found is None:
-        pytest.skip("needs nvcc on PATH or in CUDA_HOME")
-    return found
 
 
 @pytest.fixture(scope="module")
