@@ -208,7 +208,9 @@ def advantages_of(rewards: Scores, config: Config, weights: Mapping[str, float] 
     """
     size, std = config.rollout.group_size, config.reward.std
     if config.reward.combine == "apart":
-        return apart_advantages(rewards, weights or {}, size, std=std)
+        if weights is None:
+            raise ValueError("weights must be given with reward.combine 'apart', got None")
+        return apart_advantages(rewards, weights, size, std=std)
     if rewards.phrases is None:
         return group_advantages(rewards.total, size, std=std)
     if config.allocation.credit == "phrase":

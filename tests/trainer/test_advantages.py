@@ -7,7 +7,14 @@ from typing import Literal
 import pytest
 import torch
 
-from star_trainer.credit import apart_advantages, group_advantages, phrase_advantages, split_advantages
+from star_trainer.config import Config, Reward
+from star_trainer.credit import (
+    advantages_of,
+    apart_advantages,
+    group_advantages,
+    phrase_advantages,
+    split_advantages,
+)
 from star_trainer.rewards.base import Scores
 
 
@@ -114,3 +121,8 @@ def test_a_sample_without_one_of_the_rewards_is_left_out_of_all() -> None:
     assert flat == 0
     nothing = torch.full((4,), torch.nan)
     assert apart_advantages(Scores(nothing, {"first": nothing}), {"first": 1.0}, 2).values.tolist() == [0.0] * 4
+
+
+def test_rewards_apart_require_their_weights() -> None:
+    with pytest.raises(ValueError, match=r"weights must be given with reward.combine 'apart', got None"):
+        advantages_of(Scores(torch.rand(4), {"first": torch.rand(4)}), Config(reward=Reward(combine="apart")))
